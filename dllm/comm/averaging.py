@@ -1,0 +1,150 @@
+"""Averaging gradients over all ranks while the backward still computes them.
+
+An averaging method is what the training step asks for:
+
+    begin(rows, control)    a step begins: embedding rows in use, control values to combine
+    ready(slice)            that slice of the gradient is final on this rank
+    progress()              called often from inside the backward: neither MPI moves a message on its own
+    gradient()              the gradient that the optimiser gets, and which embedding rows of it may not be zero
+    mix(theta)              what the parameters become after the optimiser's step
+
+plus `arrays`, what a checkpoint must hold for it, and counters for the metrics: bytes sent, seconds exposed, seconds in flight.
+"""
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from .runtime import wait
+
+IN_FLIGHT = 8  # buckets at a time, so the receive buffers stay small however large the model
+
+
+class Allreduce:
+    """The sum over ranks by nonblocking Allreduce, bucket by bucket in one fixed order.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Duplicated, so that no other message can come in between.
+    gradient : (P,) array
+        This rank's gradient; becomes the sum over all ranks.
+    table : (int, int, int)
+        The embedding at the end of the vector: where it starts, V, E.
+    tokens : int
+        The most tokens that any rank has in a window.
+    bucket_bytes : int
+    polite : bool
+        True where ranks outnumber cores: sleep while waiting.
+    scattered : bool
+        True: only rows of the embedding that tokens use get a gradient, added to what is there. False: all of it is
+        overwritten in each step, as with tied weights.
+    """
+
+    def __init__(self, comm, gradient, table, tokens, bucket_bytes, polite=False, scattered=True):
+        self.comm, self.vector, self.polite = comm.Dup(), gradient, polite
+        self.arrays = {}
+        start, self.V, self.E = table
+        # Sending rows costs an extra message and two copies: it pays where few of the rows can be in use.
+        self.scattered, self.sparse = scattered, scattered and tokens * comm.size < self.V // 2
+        dense = start if self.sparse else gradient.size
+        step = max(1, bucket_bytes // gradient.itemsize)
+        self.buckets = [slice(at, min(at + step, dense)) for at in range(0, dense, step)] if comm.size > 1 else []
+        longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
+        self.free = [np.empty(longest, gradient.dtype) for _ in range(min(IN_FLIGHT, len(self.buckets)))]
+        self.table = gradient[start:].reshape(self.V, self.E)
+        self.mine = np.full(tokens, -1, np.int32)
+        self.everyones = np.full(tokens * comm.size, -1, np.int32)
+        self.in_use = np.zeros(self.V, bool)
+        self.control = np.zeros((2, 4))
+        self.rows = None
+        self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
+
+    def begin(self, tokens, control):
+        """Start a step. tokens: (n,) embedding rows this rank uses; control: up to 4 numbers, combined by maximum."""
+        self.final, self.next, self.flight, self.departed = 0, 0, [], None
+        self.rows = None
+        self.control[0, : len(control)] = control
+        self.control_request = self.comm.Iallreduce(self.control[0], self.control[1], MPI.MAX)
+        if not self.sparse:
+            return
+        self.mine[: len(tokens)], self.mine[len(tokens) :] = tokens, -1
+        self.rows_request = self.comm.Iallgather(self.mine, self.everyones)
+        self.bytes_sent += self.mine.nbytes
+
+    def agreed(self):
+        """The maximum over ranks of the control values given to `begin`."""
+        wait(self.control_request)
+        return self.control[1]
+
+    def ready(self, part):
+        """`part` of the gradient is final; parts come in order and without gaps."""
+        assert part.start == self.final
+        self.final = part.stop
+        begin = time.perf_counter()
+        self._post()
+        self.exposed_seconds += time.perf_counter() - begin
+
+    def progress(self):
+        """Move messages on, take in what has arrived, send what waited for a free buffer."""
+        begin = time.perf_counter()
+        while self.flight and self.flight[0][0].Test():
+            self._arrived()
+        self._post()
+        self.exposed_seconds += time.perf_counter() - begin
+
+    def gradient(self):
+        """Wait for everything. Returns the summed gradient (P,) and the embedding rows in use, None for all of them."""
+        begin = time.perf_counter()
+        while self.next < len(self.buckets) or self.flight:
+            self._wait(self.flight[0][0])
+            self._arrived()
+            self._post()
+        if self.sparse:
+            self._sum_rows()
+        now = time.perf_counter()
+        self.exposed_seconds += now - begin
+        if self.departed is not None:
+            self.flight_seconds += now - self.departed
+        return self.vector, self.rows
+
+    def clear(self):
+        """The step is over: embedding rows that are added to become zero again."""
+        if self.scattered:
+            self.table[slice(None) if self.rows is None else self.rows] = 0
+
+    def mix(self, theta):
+        """Nothing: every rank took the same step."""
+
+    def _post(self):
+        while self.next < len(self.buckets) and self.buckets[self.next].stop <= self.final and self.free:
+            bucket, buffer = self.buckets[self.next], self.free.pop()
+            send, receive = self.vector[bucket], buffer[: bucket.stop - bucket.start]
+            self.departed = self.departed or time.perf_counter()
+            self.flight.append((self.comm.Iallreduce(send, receive), bucket, buffer))
+            self.bytes_sent += send.nbytes
+            self.next += 1
+
+    def _arrived(self):
+        _, bucket, buffer = self.flight.pop(0)
+        self.vector[bucket] = buffer[: bucket.stop - bucket.start]
+        self.free.append(buffer)
+
+    def _sum_rows(self):
+        """Sum only the rows that any rank's tokens use; the list is the same on all ranks."""
+        self._wait(self.rows_request)
+        self.in_use[:] = False
+        self.in_use[self.everyones[self.everyones >= 0]] = True
+        self.rows = np.flatnonzero(self.in_use)
+        if self.comm.size > 1:
+            send = self.table[self.rows]  # zero where only other ranks use the row
+            receive = np.empty_like(send)
+            self._wait(self.comm.Iallreduce(send, receive))
+            self.table[self.rows] = receive
+            self.bytes_sent += send.nbytes
+
+    def _wait(self, request):
+        if self.polite:
+            wait(request)
+        else:
+            request.Wait()

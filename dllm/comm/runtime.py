@@ -1,0 +1,127 @@
+"""Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging."""
+import contextlib
+import os
+import sys
+import time
+import traceback
+import types
+
+import mpi4py
+
+from ..errors import BAD_INPUT, UserError
+
+_NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
+
+
+def world():
+    """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
+    mpi4py.rc.thread_level = "serialized"
+    from mpi4py import MPI
+
+    sys.excepthook = _abort
+    return MPI.COMM_WORLD
+
+
+def _abort(kind, error, trace):
+    """Tell what happened in one write, then end every rank."""
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.Get_rank()
+    if isinstance(error, UserError):
+        text, code = f"dllm: {error} (rank {rank})\n", BAD_INPUT
+    else:
+        text, code = f"dllm: rank {rank} failed\n" + "".join(traceback.format_exception(kind, error, trace)), 1
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)
+
+
+def finish(comm):
+    """Let all ranks arrive, and write out what they printed, before any leaves."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    wait(comm.Ibarrier())
+
+
+@contextlib.contextmanager
+def together(comm):
+    """A block that may fail on any rank, without communication inside: the lowest rank's UserError is raised on all."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except (OSError, MemoryError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems = comm.allgather(problem)
+    rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
+    if rank is not None:
+        others = "" if all(text is not None for text in problems) or len(problems) == 1 else f" (rank {rank})"
+        error = UserError(problems[rank] + others)
+        error.shared = True
+        raise error from None
+
+
+def check_same(comm, facts):
+    """Raise UserError on all ranks where `facts`, name -> text, differ between ranks; it names the fact and a rank."""
+    everyone = comm.allgather(facts)
+    for name in everyone[0]:
+        values = [other.get(name) for other in everyone]
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            error = UserError(
+                f"the ranks do not agree on the {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
+                "start all of them with the same command, code and data"
+            )
+            error.shared = True
+            raise error
+
+
+def node(comm):
+    """This rank's place on its machine: comm (ranks that share memory), rank, ranks, cores, threads for each rank."""
+    from mpi4py import MPI
+
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = _cores(local)
+    return types.SimpleNamespace(
+        comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size)
+    )
+
+
+def _cores(local):
+    """Cores that the ranks of this node may use together, however MPI has bound them."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return len(set().union(*local.allgather(set(mine))))
+
+
+def library():
+    """One line that names the MPI in use."""
+    from mpi4py import MPI
+
+    lines = MPI.Get_library_version().replace("\0", "").strip().splitlines()
+    return " ".join(lines[0].split(",")[0].replace("Version:", "").split())
+
+
+def leader_first(place):
+    """Context for work that one rank of a node does while the others wait, without burning the cores that it needs."""
+    return _LeaderFirst(place)
+
+
+class _LeaderFirst:
+    def __init__(self, place):
+        self.place = place
+
+    def __enter__(self):
+        if self.place.rank > 0:
+            wait(self.place.comm.Ibarrier(), nap=0.01)
+        return self.place.rank == 0
+
+    def __exit__(self, *error):
+        if self.place.rank == 0:
+            wait(self.place.comm.Ibarrier(), nap=0.001)
+
+
+def wait(request, nap=_NAP):
+    """Wait for a request and leave the core to others meanwhile."""
+    while not request.Test():
+        time.sleep(nap)

@@ -1,0 +1,146 @@
+"""Text to a prepared corpus, the work shared by all ranks; and the embedded corpus, prepared once into the user's cache.
+
+With private text every rank prepares its own folder. Only counts of units travel between ranks, never text.
+"""
+import collections
+import os
+import pathlib
+import shutil
+import sys
+
+from . import storage
+from .comm.runtime import together
+from .data import shards, text
+from .data.tokenizers import KINDS
+from .errors import UserError
+
+
+def prepare(comm, splits, kind, size, out, private=False, progress=lambda message: None):
+    """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks.
+
+    splits : {"train": paths, ...}; with private=True this rank's own
+    kind, size : the tokenizer, and its vocabulary size (0: its default)
+    """
+    ranks, rank = (1, 0) if private else (comm.size, comm.rank)
+    with together(comm):
+        plans = {split: text.plan(paths) for split, paths in splits.items()}
+        empty = next((split for split, plan in plans.items() if not plan), None)
+        if empty:
+            raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
+        if rank == 0:
+            _make_folder(out)
+    with together(comm):
+        counts, others = _count(plans, KINDS[kind], ranks, rank, progress)
+    counts, others = (comm.reduce(part, op=lambda a, b: a + b) for part in (counts, others))
+    tokenizer = None
+    with together(comm):
+        if comm.rank == 0:
+            progress("building the vocabulary")
+            unseen = kind != "bpe" and any(unit not in counts for unit in others)
+            tokenizer = KINDS[kind].build(counts, size, unseen)
+    value = comm.bcast(tokenizer and tokenizer.to_json())
+    tokenizer = KINDS[kind].from_json(value)
+    with together(comm):
+        written = _write(plans, tokenizer, out, ranks, rank, progress)
+    entries = [written] if private else comm.allgather(written)
+    with together(comm):
+        if rank == 0:
+            shards.save_tokenizer(out, tokenizer)
+            storage.write_json(pathlib.Path(out, "manifest.json"), _manifest(plans, tokenizer, entries))
+
+
+def _make_folder(out):
+    """A new or empty folder that can be written to."""
+    folder = pathlib.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_text(folder / "probe", "")
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+
+
+def _count(plans, tokenizer, ranks, rank, progress):
+    """Counts of units in this rank's part of the train text, and in that of the other splits."""
+    train, others = collections.Counter(), collections.Counter()
+    for split, plan in plans.items() if tokenizer.kind != "byte" else ():
+        for _, pieces in _my_share(plan, ranks, rank, f"counting {split}", progress):
+            for piece in pieces:
+                (train if split == "train" else others).update(_apply(tokenizer.count, piece))
+    return train, others
+
+
+def _write(plans, tokenizer, out, ranks, rank, progress):
+    """Encode and write this rank's shards. Returns {(split, number): (name, tokens, sha256)}."""
+    written, dtype = {}, shards.token_dtype(tokenizer.size)
+    for split, plan in plans.items():
+        for number, pieces in _my_share(plan, ranks, rank, f"encoding {split}", progress):
+            path = pathlib.Path(out, f"{split}-{number:05d}.h5")
+            with shards.ShardWriter(path, dtype) as shard:
+                for piece in pieces:
+                    shard.append(_apply(tokenizer.encode, piece).astype(dtype))
+            written[split, number] = path.name, shard.tokens, storage.sha256(path)
+    return written
+
+
+def _my_share(plan, ranks, rank, what, progress):
+    for number in range(rank, len(plan), ranks):
+        progress(f"{what}: {number + 1} of {len(plan)}")
+        yield number, plan[number]
+
+
+def _apply(function, piece):
+    """function(bytes, end) of a piece; text that is not UTF-8 is a UserError with its place."""
+    try:
+        return function(piece.read(), piece.last)
+    except UnicodeDecodeError as error:
+        place = piece.start + error.start
+        raise UserError(f"{piece.path} is not UTF-8 at byte {place}; convert it, or use --tokenizer byte") from None
+
+
+def _manifest(plans, tokenizer, entries):
+    """The manifest of all shards; it does not depend on who wrote which."""
+    splits = {}
+    for split, plan in plans.items():
+        start, parts = 0, []
+        for number in range(len(plan)):
+            name, tokens, digest = next(part[split, number] for part in entries if (split, number) in part)
+            parts.append({"name": name, "start": start, "stop": start + tokens, "sha256": digest})
+            start += tokens
+        size = sum(piece.stop - piece.start for pieces in plan for piece in pieces)
+        splits[split] = {"tokens": start, "bytes": size, "shards": parts}
+    return {
+        "format": shards.FORMAT, "kind": tokenizer.kind, "vocabulary": tokenizer.size,
+        "dtype": shards.token_dtype(tokenizer.size).name, "tokenizer": shards.tokenizer_hash(tokenizer), "splits": splits,
+    }  # fmt: skip
+
+
+def embedded(comm, node_comm, kind, size, progress):
+    """The folder of the embedded corpus in this user's cache, prepared first where it is not there. Collective.
+
+    Prepared by all ranks together where they see one file system, else by the ranks of each node for themselves.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
+    folder = cache / f"python-{sys.version.split()[0]}-{kind}{size or ''}-{shards.FORMAT}"
+    if all(comm.allgather((folder / "manifest.json").exists())):
+        return folder
+    with together(comm):
+        building = folder.with_name(f".{folder.name}.{os.getpid()}")
+        if comm.rank == 0:
+            building.mkdir(parents=True)
+    building = comm.bcast(building)
+    group = comm if all(comm.allgather(building.exists())) else node_comm
+    building = group.bcast(building.with_name(building.name + f"-{comm.rank}"))
+    train, valid = text.embedded_corpus()
+    prepare(group, {"train": train, "valid": valid}, kind, size, building, progress=progress)
+    with together(comm):
+        if group.rank == 0:
+            try:
+                building.rename(folder)
+            except OSError:  # another job was faster
+                shutil.rmtree(building, ignore_errors=True)
+        if comm.rank == 0:
+            shutil.rmtree(folder.with_name(f".{folder.name}.{os.getpid()}"), ignore_errors=True)
+    return folder

@@ -1,0 +1,121 @@
+"""A prepared corpus on disk: manifest.json, tokenizer.json and HDF5 shards of tokens.
+
+The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
+tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split.
+"""
+import hashlib
+import json
+import pathlib
+
+import h5py
+import numpy as np
+
+from .. import storage
+from ..errors import UserError
+from . import tokenizers
+
+FORMAT = 1
+KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
+SPLIT_KEYS = ("tokens", "bytes", "shards")
+SHARD_KEYS = ("name", "start", "stop", "sha256")
+
+
+class ShardWriter:
+    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
+
+    def __enter__(self):
+        self._atomic = storage.atomic(self.path)
+        self._file = h5py.File(self._atomic.__enter__(), "w")
+        options = {"chunks": (1 << 16,), "maxshape": (None,), "fletcher32": True}
+        self._data = self._file.create_dataset("tokens", (0,), self.dtype, **options)
+        return self
+
+    def append(self, tokens):
+        start, self.tokens = self.tokens, self.tokens + len(tokens)
+        self._data.resize((self.tokens,))
+        self._data[start:] = tokens
+
+    def __exit__(self, *error):
+        self._file.close()
+        return self._atomic.__exit__(*error)
+
+
+def token_dtype(vocabulary):
+    """The smallest unsigned dtype that holds the vocabulary."""
+    return next(np.dtype(kind) for kind in ("u1", "u2", "u4") if vocabulary <= 1 << 8 * np.dtype(kind).itemsize)
+
+
+def save_tokenizer(folder, tokenizer):
+    storage.write_json(pathlib.Path(folder, "tokenizer.json"), tokenizer.to_json())
+
+
+def load_tokenizer(folder):
+    path = pathlib.Path(folder, "tokenizer.json")
+    return tokenizers.load(storage.read_json(path, ["kind"]), path)
+
+
+def tokenizer_hash(tokenizer):
+    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+class Corpus:
+    """A prepared folder, opened: its manifest checked and its tokenizer loaded. Raises UserError."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"there is no prepared corpus at {folder}; make one with python -m dllm.prepare")
+        path = self.folder / "manifest.json"
+        self.manifest = storage.read_json(path, KEYS)
+        if self.manifest["format"] != FORMAT:
+            raise UserError(f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; prepare it anew")
+        self._check(path)
+        self.dtype, self.vocabulary = np.dtype(self.manifest["dtype"]), self.manifest["vocabulary"]
+        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
+        if self.tokenizer_hash != self.manifest["tokenizer"] or self.tokenizer.size != self.vocabulary:
+            raise UserError(f"{self.folder}/tokenizer.json is not the one its manifest names; prepare the data anew")
+        self.hash = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def _check(self, path):
+        """The manifest's inner structure."""
+        manifest = self.manifest
+        if manifest["dtype"] not in ("uint8", "uint16", "uint32") or not isinstance(manifest["splits"], dict):
+            raise UserError(f"{path} is not a manifest of dllm.prepare; prepare the data anew")
+        for split, entry in manifest["splits"].items():
+            for part, keys in [(entry, SPLIT_KEYS), *((shard, SHARD_KEYS) for shard in entry.get("shards", []))]:
+                missing = [key for key in keys if key not in part]
+                if missing:
+                    raise UserError(f"{path} has no '{missing[0]}' in split '{split}'; prepare the data anew")
+
+    def split(self, name):
+        """The manifest's entry of a split. Raises UserError where there is none."""
+        if name not in self.manifest["splits"]:
+            there = ", ".join(self.manifest["splits"])
+            raise UserError(f"{self.folder} has no split '{name}'; it has {there}")
+        return self.manifest["splits"][name]
+
+    def verify(self, split, start, stop):
+        """Check the sha256 of every shard that holds tokens of [start, stop). Raises UserError."""
+        for shard in self._shards(split, start, stop):
+            storage.check_file(self.folder / shard["name"], shard["sha256"])
+
+    def read(self, split, start, stop):
+        """Tokens [start, stop) of a split, int64. Opens only the shards that hold them. Raises UserError."""
+        parts = []
+        for shard in self._shards(split, start, stop):
+            length = shard["stop"] - shard["start"]
+            inside = slice(max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"])
+            with storage.open_arrays(self.folder / shard["name"]) as array:
+                parts.append(array("tokens", self.dtype, (length,))[inside])
+        tokens = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        if tokens.size and tokens.max() >= self.vocabulary:
+            raise UserError(f"{self.folder}: split '{split}' has a token beyond its vocabulary of {self.vocabulary}")
+        return tokens
+
+    def _shards(self, split, start, stop):
+        return [part for part in self.split(split)["shards"] if part["start"] < stop and part["stop"] > start]

@@ -1,0 +1,250 @@
+"""Text as bytes to token numbers and back: byte, char, word and byte-level BPE.
+
+A tokenizer is built from counts of units (characters, words or pre-tokens), so that ranks can count their own text and
+merge counts; text itself never has to travel. Round trips are exact for byte and bpe, and for char where every character
+is known. To add one: a class with the methods of Tokenizer, a line in KINDS.
+"""
+import collections
+import itertools
+import json
+
+import numpy as np
+
+from ..errors import UserError
+
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+
+
+class Tokenizer:
+    """What every tokenizer does. `size` is the vocabulary size V."""
+
+    kind = ""
+    needs_utf8 = True
+
+    @staticmethod
+    def count(data, end=True):
+        """Counter of the units in `data`, bytes; `end` as in `encode`. Raises UnicodeDecodeError."""
+        return collections.Counter()
+
+    @classmethod
+    def build(cls, counts, size, unseen=False):
+        """The tokenizer of these counts with at most `size` tokens (0: as many as there are).
+
+        unseen : other splits have units that the counts lack.
+        """
+        raise NotImplementedError
+
+    def encode(self, data, end=True):
+        """int64 token numbers of `data`, bytes. `end`: the text ends here, it is not a piece of a longer one."""
+        raise NotImplementedError
+
+    def decode(self, tokens):
+        """The bytes of token numbers."""
+        raise NotImplementedError
+
+    def to_json(self):
+        """A JSON-able dict from which `load` makes the tokenizer again."""
+        raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """256 tokens; any file at all."""
+
+    kind, size, needs_utf8 = "byte", 256, False
+
+    @classmethod
+    def build(cls, counts, size, unseen=False):
+        if size not in (0, 256):
+            raise UserError(f"--vocab-size {size}: the byte tokenizer has 256 tokens; leave the option out")
+        return cls()
+
+    def encode(self, data, end=True):
+        return np.frombuffer(data, np.uint8).astype(np.int64)
+
+    def decode(self, tokens):
+        return np.asarray(tokens, np.uint8).tobytes()
+
+    def to_json(self):
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_json(cls, value):
+        return cls()
+
+
+class UnitTokenizer(Tokenizer):
+    """A list of units in which a unit's place is its number; `<unk>` stands for the others where it is in the list."""
+
+    def __init__(self, units):
+        self.units, self.size = units, len(units)
+        self.numbers = {unit: number for number, unit in enumerate(units)}
+        self.unknown = self.numbers.get(UNKNOWN)
+
+    @classmethod
+    def build(cls, counts, size, unseen=False):
+        ranked = sorted(counts, key=lambda unit: (-counts[unit], unit))
+        if (size and len(ranked) > size) or unseen:
+            ranked = [UNKNOWN, *(unit for unit in ranked if unit != UNKNOWN)]
+        return cls(ranked[: size or None])
+
+    def _missing(self, unit):
+        return UserError(f"{unit!r} is not in the vocabulary of {self.size} {self.kind}s; use text of the same corpus")
+
+    def to_json(self):
+        return {"kind": self.kind, "units": self.units}
+
+    @classmethod
+    def from_json(cls, value):
+        return cls(value["units"])
+
+
+class CharTokenizer(UnitTokenizer):
+    """One token a Unicode character."""
+
+    kind = "char"
+
+    def __init__(self, units):
+        super().__init__(units)
+        self._table = np.full(0x110000, -1 if self.unknown is None else self.unknown, np.int64)
+        for unit, number in self.numbers.items():
+            if len(unit) == 1:
+                self._table[ord(unit)] = number
+        self._bytes = [unit.encode() for unit in units]
+
+    @staticmethod
+    def count(data, end=True):
+        return collections.Counter(data.decode())
+
+    def encode(self, data, end=True):
+        points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
+        tokens = self._table[points]
+        if (tokens < 0).any():
+            raise self._missing(chr(points[np.argmax(tokens < 0)]))
+        return tokens
+
+    def decode(self, tokens):
+        return b"".join(self._bytes[token] for token in tokens)
+
+
+class WordTokenizer(UnitTokenizer):
+    """Words between white space, and one `<eos>` a line, which is predicted too, as the published figures count."""
+
+    kind = "word"
+
+    @staticmethod
+    def count(data, end=True):
+        return collections.Counter(WordTokenizer._words(data, end))
+
+    @staticmethod
+    def _words(data, end):
+        lines = data.decode().split("\n")
+        last = lines.pop()
+        for line in lines:
+            yield from line.split()
+            yield END_OF_LINE
+        yield from last.split()
+        if end and last:
+            yield END_OF_LINE
+
+    def encode(self, data, end=True):
+        numbers, unknown = self.numbers, self.unknown
+        tokens = [numbers.get(word, unknown) for word in self._words(data, end)]
+        if unknown is None and None in tokens:
+            raise self._missing(next(word for word in self._words(data, end) if word not in numbers))
+        return np.array(tokens, np.int64)
+
+    def decode(self, tokens):
+        words = [self.units[token] for token in tokens]
+        return "".join("\n" if word == END_OF_LINE else word + " " for word in words).replace(" \n", "\n").encode()
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, GPT-2's bytes) by the `tokenizers` library."""
+
+    kind = "bpe"
+    DEFAULT_SIZE = 4096
+
+    def __init__(self, model):
+        self._model, self.size = model, model.get_vocab_size()
+
+    @staticmethod
+    def _blank():
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers
+
+        blank = Library(models.BPE())
+        blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        blank.decoder = decoders.ByteLevel()
+        return blank
+
+    @staticmethod
+    def count(data, end=True):
+        counts, split = collections.Counter(), BPETokenizer._blank().pre_tokenizer
+        for text in _blocks(data.decode()):
+            counts.update(text[start:stop] for _, (start, stop) in split.pre_tokenize_str(text))
+        return counts
+
+    @classmethod
+    def build(cls, counts, size, unseen=False):
+        from tokenizers import pre_tokenizers, trainers
+
+        size = size or cls.DEFAULT_SIZE
+        if size < 256:
+            raise UserError(f"--vocab-size {size}: bpe needs at least 256, one token for each byte")
+        model, alphabet = cls._blank(), sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        units = itertools.chain.from_iterable(itertools.repeat(unit, counts[unit]) for unit in sorted(counts))
+        model.train_from_iterator(iter(lambda: list(itertools.islice(units, 10000)), []), trainer)
+        return cls(model)
+
+    def encode(self, data, end=True):
+        parts = self._model.encode_batch_fast(list(_blocks(data.decode())))
+        return np.array([number for part in parts for number in part.ids], np.int64)
+
+    def decode(self, tokens):
+        return b"".join(self._pieces[token] for token in tokens)
+
+    @property
+    def _pieces(self):
+        if not hasattr(self, "_cached_pieces"):
+            byte_of = _bytes_of_alphabet()
+            names = [self._model.id_to_token(number) for number in range(self.size)]
+            self._cached_pieces = [bytes(byte_of[letter] for letter in name) for name in names]
+        return self._cached_pieces
+
+    def to_json(self):
+        return {"kind": self.kind, "model": json.loads(self._model.to_str())}
+
+    @classmethod
+    def from_json(cls, value):
+        from tokenizers import Tokenizer as Library
+
+        return cls(Library.from_str(json.dumps(value["model"])))
+
+
+def _blocks(text, size=16384):
+    """`text` in blocks that end with a line; the library's time grows faster than the length of what it gets."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + size)
+        stop = len(text) if newline < 0 else newline + 1
+        yield text[start:stop]
+        start = stop
+
+
+def _bytes_of_alphabet():
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+KINDS = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}
+
+
+def load(value, source):
+    """The tokenizer of a dict made by `to_json`. Raises UserError that names `source`, the file it came from."""
+    try:
+        return KINDS[value["kind"]].from_json(value)
+    except Exception:
+        raise UserError(f"{source} holds no tokenizer that this version knows; prepare the data anew") from None

@@ -1,0 +1,11 @@
+"""The errors that users see, and the exit codes of every command."""
+
+DONE = 0
+BAD_INPUT = 2  # one line on standard error says what, where and what would do
+STOPPED_EARLY = 75  # a checkpoint is there to resume from (EX_TEMPFAIL of sysexits.h)
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, without a traceback, by one rank; exit code 2."""
+
+    shared = False  # True: every rank raises the same error, so the job can leave together

@@ -1,0 +1,100 @@
+"""A trained model at work: the loss over a split, by all ranks together, and sampling."""
+import math
+
+import numpy as np
+
+from .comm.runtime import together
+from .data.lanes import Lanes, Schedule, deal
+from .model import LanguageModel
+
+
+class Evaluation:
+    """The loss of a split, its lanes dealt over the ranks; planned once, run as often as wanted. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    corpus : Corpus
+    split : str
+    config : Config
+    dtype : numpy dtype
+    private : bool
+        Every rank has a corpus of its own; their lanes add up.
+    """
+
+    def __init__(self, comm, corpus, split, config, dtype, private=False):
+        self.comm, self.split = comm, split
+        entry = corpus.split(split)
+        ranks, rank = (1, 0) if private else (comm.size, comm.rank)
+        wanted = config.train.eval_lanes or config.train.lanes
+        count = max(1, min(wanted // comm.size if private else wanted, entry["tokens"] // 2))
+        with together(comm):
+            self.lanes = Lanes(corpus, split, deal(count, ranks, rank), count, config.train.window)
+        mine = [self.lanes.predicted] * count
+        predicted = sum(comm.allgather(mine), []) if private else mine
+        self.schedule = Schedule(predicted, config.train.window)
+        sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
+        self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
+        width = len(self.lanes.starts)
+        self.model = LanguageModel(config.model, corpus.vocabulary, dtype, config.train.window, width, training=False)
+
+    def run(self, theta):
+        """{"split", "tokens", "loss", "perplexity", "bits_per_token", "bits_per_byte"} of theta (P,); loss in nats a token."""
+        B, config = len(self.lanes.starts), self.model.config
+        self.model.bind(theta)
+        h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
+        c = np.zeros_like(h)
+        total = 0.0
+        with together(self.comm):
+            for number in range(self.schedule.windows if B else 0):
+                tokens, targets = self.lanes.window(number, self.schedule.width(number))
+                total += self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+        tokens = self.schedule.per_epoch
+        loss = sum(self.comm.allgather(float(total))) / tokens
+        return {
+            "split": self.split, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+        }  # fmt: skip
+
+
+def sample(model, prompt, tokens, seed=1, temperature=1.0, top_k=0, top_p=1.0):
+    """Yield token numbers that continue a prompt.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        For one lane; the prompt is read in its windows.
+    prompt : (n,) int64, n at least 1
+    tokens : int
+        How many to yield.
+    seed : int
+    temperature : float
+        0: always the most likely token.
+    top_k : int
+        Choose among the k most likely; 0: among all.
+    top_p : float
+        Choose among the most likely that together have this probability (Holtzman et al. 2020).
+    """
+    generator = np.random.default_rng(seed)
+    config = model.config
+    h = np.zeros((config.layers, 1, config.hidden), model.dtype)
+    c = np.zeros_like(h)
+    for start in range(0, len(prompt), model.window):
+        logits = model.logits(np.asarray(prompt[start : start + model.window])[:, None], h, c)
+    for _ in range(tokens):
+        token = _choose(logits[0].astype(np.float64), generator, temperature, top_k, top_p)
+        yield token
+        logits = model.logits(np.array([[token]]), h, c)
+
+
+def _choose(logits, generator, temperature, top_k, top_p):
+    """A token number drawn from softmax(logits / temperature), logits (V,), cut to top_k and top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")
+    order = order[: top_k or None]
+    p = np.exp((logits[order] - logits[order[0]]) / temperature)
+    p /= p.sum()
+    inside = np.cumsum(p) - p < top_p
+    p = np.where(inside, p, 0)
+    return int(order[generator.choice(len(p), p=p / p.sum())])

@@ -1,0 +1,120 @@
+"""Optimisers and learning-rate schedules over flat vectors. Formulas and sources stand in kernels/optim.py.
+
+To add an optimiser: its kernel there, a class here with `moments` and `_update`, a line in `make` and in config.CHOICES.
+"""
+import math
+
+import numpy as np
+
+from .kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
+
+
+class Optimizer:
+    """Clips the averaged gradient and moves the parameters.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    table : Tensor
+        The embedding at the end of the flat vectors; its gradient may be zero but for a few rows.
+    """
+
+    moments = 0  # vectors (P,) of optimiser state
+    sparse = False  # True: a zero gradient changes nothing, so untouched embedding rows are passed over
+
+    def __init__(self, config, table):
+        self.config, self.table = config, table
+
+    def step(self, state, gradient, rows, lr):
+        """Move state.theta (P,) against gradient (P,) at learning rate lr. Returns the gradient's norm before clipping.
+
+        rows : (n,) int64 or None
+            Rows of the embedding whose gradient may differ from zero; None: all.
+        """
+        dense = slice(0, self.table.start if rows is not None else gradient.size)
+        squares = sum_of_squares(gradient[dense])
+        if rows is not None:
+            width = self.table.shape[1]
+            of_rows = gradient[self.table.start :].reshape(-1, width)[rows].reshape(-1)
+            squares += sum_of_squares(of_rows)
+        norm = math.sqrt(squares)
+        by_norm = self.config.clip and self.config.clip_by == "norm"
+        factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
+        limit = self.config.clip if self.config.clip and not by_norm else math.inf
+        common = (state.step + 1, lr, factor, limit)
+        if rows is None or not self.sparse:
+            self._update(state.theta, gradient, state.moments, *common)
+            return norm
+        self._update(state.theta[dense], gradient[dense], state.moments, *common)
+        table = state.theta[self.table.start :].reshape(-1, width)
+        theta_of_rows = table[rows].reshape(-1)
+        self._update(theta_of_rows, of_rows, [], *common)
+        table[rows] = theta_of_rows.reshape(-1, width)
+        return norm
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum or Nesterov's."""
+
+    def __init__(self, config, table):
+        super().__init__(config, table)
+        self.moments = int(config.momentum > 0)
+        self.sparse = config.momentum == 0 and config.weight_decay == 0
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        config, velocity = self.config, moments[0] if moments else np.empty(0, theta.dtype)
+        sgd_update(theta, gradient, velocity, lr, config.momentum, config.nesterov, config.weight_decay, factor, limit)
+
+
+class Adam(Optimizer):
+    """Adam; AdamW where the weight decay is decoupled."""
+
+    moments = 2
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        c, decoupled = self.config, self.config.optimizer == "adamw"
+        betas = c.beta1, c.beta2, c.epsilon
+        adam_update(theta, gradient, *moments, step, lr, *betas, c.weight_decay, decoupled, factor, limit)
+
+
+class RMSprop(Optimizer):
+    """RMSprop as in Torch7's optim: epsilon outside the root, no centring."""
+
+    moments = 1
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        c = self.config
+        rmsprop_update(theta, gradient, *moments, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
+
+
+def make(config, table):
+    """The Optimizer that train.optimizer names."""
+    return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table)
+
+
+def learning_rate(config, step, epoch, factor, total_steps):
+    """The rate of one step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    step, epoch : int
+        Steps taken and epochs finished before this one.
+    factor : float
+        What validation has made of the rate so far; see `stalled`.
+    total_steps : int
+        Where the cosine (Loshchilov and Hutter 2017) ends.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, total_steps - config.warmup)
+        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "epochs":
+        return config.lr / config.decay ** max(0, epoch + 1 - config.decay_after)
+    return config.lr * factor
+
+
+def stalled(config, factor, loss, best):
+    """The plateau schedule's factor after an evaluation: divided by `decay` where `loss` is no better than `best`."""
+    return factor / config.decay if config.schedule == "plateau" and not loss < best else factor

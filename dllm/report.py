@@ -1,0 +1,132 @@
+"""What a run shows and leaves behind: the header, a live line or plain lines, metrics.jsonl, summary.json, loss.png.
+
+One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
+"""
+import json
+import math
+import pathlib
+import sys
+import time
+
+from . import storage
+
+PROGRESS = ("auto", "live", "plain", "none")
+
+
+class Reporter:
+    """The reporter of a run.
+
+    Parameters
+    ----------
+    speaks : bool
+        Whether this rank reports.
+    run : path or None
+        The run's folder; None: no files.
+    progress : str
+        One of PROGRESS. auto: live on a terminal, else plain.
+    """
+
+    def __init__(self, speaks, run=None, progress="auto"):
+        self.speaks, self.run = speaks, run and pathlib.Path(run)
+        live = progress == "live" or (progress == "auto" and sys.stdout.isatty())
+        self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
+        self.bar = self.metrics = None
+
+    def say(self, text):
+        """A line, or several, in one write."""
+        if self.speaks:
+            if self.bar is not None:
+                self.bar.console.print(text, markup=False, highlight=False)
+            else:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+
+    def warn(self, text):
+        if self.speaks:
+            sys.stderr.write(f"dllm: {text}\n")
+            sys.stderr.flush()
+
+    def begin(self, step, total):
+        """Open metrics.jsonl behind its lines up to `step`, and the live line towards `total` steps."""
+        if not self.speaks:
+            return
+        path = self.run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+        storage.write_text(path, "".join(line + "\n" for line in kept))
+        self.metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self.begun, self.first = time.monotonic(), step
+        self.total = total
+        if self.mode == "live":
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}")
+            console = Console(force_terminal=True, soft_wrap=True)
+            self.bar = Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console, transient=True)
+            self.task = self.bar.add_task("", total=total, completed=step)
+            self.bar.start()
+
+    def log(self, line):
+        """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
+        if not self.speaks:
+            return
+        self.metrics.write(json.dumps(line) + "\n")
+        text = f"loss {line['loss']:.4f}  perplexity {perplexity(line['loss']):.2f}"
+        if "split" in line:
+            self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
+            return
+        text += f"  {line['tokens_per_second']:,.0f} tokens/s  communication hidden {line['hidden_comm_fraction']:.0%}"
+        if self.mode == "live":
+            self.bar.update(self.task, completed=line["step"], description=text)
+        elif self.mode == "plain":
+            seconds = time.monotonic() - self.begun
+            left = seconds / max(1, line["step"] - self.first) * (self.total - line["step"])
+            self.say(f"step {line['step']}/{self.total}  {text}  eta {_clock(left)}")
+
+    def end(self):
+        """Close the live line and the metrics."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
+
+    def summarise(self, summary):
+        if self.speaks:
+            storage.write_json(self.run / "summary.json", summary)
+
+    def plot(self):
+        """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in _lines(self.run / "metrics.jsonl")]
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for split in dict.fromkeys(line.get("split", "train") for line in lines):
+            points = [(line["step"], line["loss"]) for line in lines if line.get("split", "train") == split]
+            axes.plot(*zip(*points, strict=True), label=split, marker="o" if split != "train" else None)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.run / "loss.png", dpi=120)
+        pyplot.close(figure)
+        return self.run / "loss.png"
+
+
+def perplexity(loss):
+    """e^loss; infinity where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _lines(path):
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

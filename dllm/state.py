@@ -1,0 +1,37 @@
+"""Everything that changes from step to step, in one place that can be copied, hashed, saved and swapped."""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class State:
+    """The state of a run on one rank. P parameters, L layers, B lanes of this rank, H hidden units."""
+
+    theta: np.ndarray  # (P,) parameters, the same on every rank
+    moments: list  # of (P,) optimiser moments, the same on every rank
+    h: np.ndarray  # (L,B,H) this rank's lanes
+    c: np.ndarray  # (L,B,H)
+    lane_loss: np.ndarray  # (B,) float64, nats since the last line of metrics
+    method: dict = field(default_factory=dict)  # arrays of the averaging method
+    step: int = 0  # optimiser steps taken
+    epoch: int = 0  # epochs finished
+    window: int = 0  # windows of this epoch done: where every lane stands
+    tokens: int = 0  # of all ranks, since the last line of metrics
+    lr_factor: float = 1.0  # what the plateau schedule has made of lr
+    best_loss: float = float("inf")  # validation, nats a token
+
+    SCALARS = ("step", "epoch", "window", "tokens", "lr_factor", "best_loss")
+
+    def scalars(self):
+        return {name: getattr(self, name) for name in self.SCALARS}
+
+    def next_window(self, windows, carry):
+        """Move every lane on by one window; behind the last one comes the next epoch, from zero states unless carried."""
+        self.step += 1
+        self.window += 1
+        if self.window == windows:
+            self.window, self.epoch = 0, self.epoch + 1
+            if carry == "epoch":
+                self.h[:] = 0
+                self.c[:] = 0

@@ -1,0 +1,303 @@
+"""The training run: what one rank does from the first step to the last, the same on every rank."""
+import dataclasses
+import hashlib
+import math
+import pathlib
+import resource
+import time
+
+import numpy as np
+import xxhash
+
+from . import checkpoint, optim
+from .comm.averaging import Allreduce
+from .comm.runtime import check_same, library, together
+from .config import as_dict
+from .data.lanes import Lanes, Schedule, deal
+from .errors import UserError
+from .inference import Evaluation
+from .model import DTYPES, LanguageModel
+from .state import State
+
+STOP, OUT_OF_TIME, CHECKPOINT = range(3)  # places in the control values that ranks combine in each step
+SETTLED = 10  # steps before speed counts
+
+
+class Trainer:
+    """A run on this rank. Collective: every rank makes one and calls the same methods.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    place : namespace
+        Of comm.runtime.node.
+    config : Config
+    corpus : Corpus
+        This rank's own where config.data.path has {rank}.
+    run : path
+        The run's folder; it exists.
+    reporter : Reporter
+    resume : Checkpoint, optional
+        Where to go on from.
+    """
+
+    def __init__(self, comm, place, config, corpus, run, reporter, resume=None):
+        self.comm, self.place, self.config, self.run_folder, self.reporter = comm, place, config, run, reporter
+        self.corpus, self.private = corpus, "{rank}" in config.data.path
+        train = config.train
+        self._deal_lanes()
+        self.dtype = DTYPES[train.precision]
+        B, L, H = len(self.mine), config.model.layers, config.model.hidden
+        self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B)
+        self.layout = self.model.layout
+        table = self.layout["embedding.weight"]
+        self.optimizer = optim.make(train, table)
+        zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
+        P = self.layout.size
+        self.state = State(
+            zeros(P), [zeros(P) for _ in range(self.optimizer.moments)],
+            zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64),
+        )  # fmt: skip
+        self.model.bind(self.state.theta)
+        with together(comm):
+            if resume is None:
+                self.model.initialise(train.seed)
+            else:
+                checkpoint.check_fits(resume, self.layout, self.dtype, len(self.state.moments), train.lanes)
+                checkpoint.load(resume, self.state, self.mine)
+        self._check_ranks_agree()
+        self.averaging = Allreduce(
+            comm, self.model.gradient, (table.start, *table.shape), train.window * -(-train.lanes // comm.size),
+            int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores, scattered=not config.model.tied,
+        )  # fmt: skip
+        self.evaluation = None
+        if "valid" in corpus.manifest["splits"]:
+            self.evaluation = Evaluation(comm, corpus, "valid", config, self.dtype, self.private)
+        self.total_steps = train.epochs * self.schedule.windows
+        if train.max_steps:
+            self.total_steps = min(self.total_steps, train.max_steps)
+        self.saved_at = self.state.step if resume else -1
+        self.best = math.inf
+
+    def _deal_lanes(self):
+        """This rank's lanes, and what every rank knows of all of them."""
+        comm, train = self.comm, self.config.train
+        if comm.size > train.lanes:
+            error = UserError(
+                f"{comm.size} ranks share train.lanes = {train.lanes}: start at most {train.lanes} ranks, "
+                f"or --set train.lanes={comm.size} or more"
+            )
+            error.shared = True
+            raise error
+        self.mine = deal(train.lanes, comm.size, comm.rank)
+        B = len(self.mine)
+        with together(comm):
+            if self.private:
+                self.lanes = Lanes(self.corpus, "train", range(B), B, train.window, self.mine.start)
+            else:
+                self.lanes = Lanes(self.corpus, "train", self.mine, train.lanes, train.window)
+        predicted = sum(comm.allgather([self.lanes.predicted] * B), [])
+        self.schedule = Schedule(predicted, train.window, train.last_window)
+
+    def _check_ranks_agree(self):
+        corpus = {"vocabulary": self.corpus.tokenizer_hash}
+        if not self.private:
+            corpus["corpus"] = self.corpus.hash
+        check_same(
+            self.comm,
+            {
+                "config": hashlib.sha256(repr(self.config).encode()).hexdigest()[:16],
+                "code": code_hash(),
+                **corpus,
+                "parameters": self._hash(),
+                "step": str(self.state.step),
+            },
+        )
+
+    def _hash(self):
+        return xxhash.xxh3_64_hexdigest(self.state.theta)
+
+    def run(self, max_steps=0, max_seconds=0, stop=lambda: False):
+        """Train until the configured end, `max_steps` steps in all, `max_seconds` from now, or until stop() on any rank.
+
+        Returns True where the run came to its end, or to a limit that was asked for; False where it was stopped.
+        """
+        self.begun = self.saved_time = time.monotonic()
+        self.seconds = self.settled_seconds = 0.0
+        self.settled_tokens, first = 0, self.state.step
+        self.end = min(self.total_steps, max_steps or self.total_steps)
+        self._reset_interval()
+        flags = np.zeros(4)
+        while self.state.step < self.end and not flags[STOP] and not flags[OUT_OF_TIME]:
+            now = time.monotonic()
+            minutes = self.config.checkpoint.every_minutes
+            control = (
+                stop(),
+                0 < max_seconds <= now - self.begun,
+                0 < minutes <= (now - self.saved_time) / 60,
+            )
+            begin, state = time.perf_counter(), self.state
+            norm, lr, tokens = self._step(control)
+            flags = self.averaging.agreed()
+            self.interval_seconds += time.perf_counter() - begin
+            if state.step > first + SETTLED:
+                self.settled_seconds += time.perf_counter() - begin
+                self.settled_tokens += tokens
+            if state.step % self.config.log.every == 0:
+                self._log(norm, lr)
+            best = self._evaluate() if self._evaluation_due() else False
+            every = self.config.checkpoint.every_steps
+            if best or flags[CHECKPOINT] or (every and state.step % every == 0):
+                self._save(best)
+        stopped = bool(flags[STOP]) and self.state.step < self.end
+        best = False if stopped else self._evaluate(final=True)
+        self._save(best)
+        return not stopped
+
+    def _step(self, control):
+        """One step of every rank. Returns the gradient's norm, the learning rate and the tokens of all ranks."""
+        state, model, averaging, train = self.state, self.model, self.averaging, self.config.train
+        width, tokens = self.schedule.width(state.window), self.schedule.tokens(state.window)
+        inputs, targets = self.lanes.window(state.window, width)
+        scale = (width if train.loss_norm == "window" else 1) / tokens
+        mask = (train.seed, state.step, self.lanes.numbers)
+        lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
+
+        averaging.begin(inputs.reshape(-1), control)
+        losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
+        model.backward(averaging.ready, averaging.progress)
+        gradient, rows = averaging.gradient()
+        norm = self.optimizer.step(state, gradient, rows, lr)
+        averaging.clear()
+        averaging.mix(state.theta)
+
+        state.lane_loss += losses.sum(axis=0, dtype=np.float64)
+        state.tokens += tokens
+        state.next_window(self.schedule.windows, train.carry)
+        return norm, lr, tokens
+
+    def _reset_interval(self):
+        averaging = self.averaging
+        self.interval_seconds, self.counted = 0.0, averaging.bytes_sent
+        averaging.exposed_seconds = averaging.flight_seconds = 0.0
+
+    def _log(self, norm, lr):
+        """A line of metrics; every rank checks that it still has the same parameters as the others."""
+        state, averaging = self.state, self.averaging
+        losses = np.zeros(self.config.train.lanes)
+        losses[self.mine.start : self.mine.stop] = state.lane_loss
+        losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
+        times = (self.interval_seconds, averaging.exposed_seconds, averaging.flight_seconds)
+        everyone = self.comm.allgather((self._hash(), times))
+        different = [rank for rank, (digest, _) in enumerate(everyone) if digest != everyone[0][0]]
+        seconds, exposed, flight = np.mean([times for _, times in everyone], axis=0)
+        loss = float(losses.sum() / state.tokens)
+        problem = None
+        if different:
+            problem = f"at step {state.step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+        elif not math.isfinite(loss) or not math.isfinite(norm):
+            problem = f"the loss is not finite at step {state.step}: try a lower train.lr, or train.clip"
+        if problem:
+            error = UserError(problem)
+            error.shared = True
+            raise error
+        self.reporter.log(
+            {
+                "step": state.step,
+                "epoch": state.epoch + state.window / self.schedule.windows,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "tokens_per_second": state.tokens / seconds,
+                "exposed_comm_fraction": exposed / seconds,
+                "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
+                "bytes_sent": averaging.bytes_sent - self.counted,
+                "parameters": everyone[0][0],
+            }
+        )
+        self.exposed, self.total = self.__dict__.get("exposed", 0) + exposed, self.__dict__.get("total", 0) + seconds
+        state.lane_loss[:] = 0
+        state.tokens = 0
+        self._reset_interval()
+
+    def _evaluation_due(self):
+        every = self.config.train.eval_every
+        return self.state.step % every == 0 if every else self.state.window == 0
+
+    def _evaluate(self, final=False):
+        """Evaluate on the validation split. Returns whether it is the best so far.
+
+        The one at a run's end, where none is due, changes nothing that a resumed run would notice.
+        """
+        if self.evaluation is None or (final and self._evaluation_due()):
+            return False
+        state = self.state
+        result = self.evaluation.run(state.theta)
+        self.reporter.log({"step": state.step, **result})
+        best = result["loss"] < state.best_loss
+        self.best = min(self.best, state.best_loss, result["loss"])
+        if not final:
+            state.lr_factor = optim.stalled(self.config.train, state.lr_factor, result["loss"], state.best_loss)
+            state.best_loss = min(state.best_loss, result["loss"])
+        return best
+
+    def _save(self, best):
+        """A checkpoint, unless this step has one. Where it cannot be written, training goes on with a warning."""
+        state = self.state
+        if self.saved_at == state.step:
+            return
+        problem = checkpoint.save(
+            self.comm, self.run_folder, state, self.layout, (self.mine, self.config.train.lanes),
+            self.corpus.tokenizer_hash, best,
+        )  # fmt: skip
+        self.saved_time = time.monotonic()
+        if problem:
+            self.reporter.warn(f"no checkpoint at step {state.step}: {problem}; training goes on, older ones stay")
+            return
+        self.saved_at = state.step
+        if self.comm.rank == 0:
+            checkpoint.prune(self.run_folder, self.config.checkpoint.keep)
+
+    def summary(self):
+        """What summary.json holds. Collective."""
+        peaks = self.comm.allgather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        speed = self.settled_tokens / self.settled_seconds if self.settled_seconds else None
+        return {
+            "ranks": self.comm.size,
+            "mpi_library": library(),
+            "parameters": self.layout.size,
+            "tokens_per_second": speed,
+            "gflops": speed and 6 * self.layout.active() * speed / 1e9,
+            "exposed_comm_fraction": self.exposed / self.total if self.__dict__.get("total") else None,
+            "peak_rss_bytes": peaks,
+            "best_valid_perplexity": math.exp(min(self.best, 700)) if math.isfinite(self.best) else None,
+            "steps": self.state.step,
+            "wall_seconds": time.monotonic() - self.begun,
+            "threads": self.place.threads,
+            "config": as_dict(self.config),
+        }
+
+
+def code_hash():
+    """Names the version of the code by its text."""
+    root = pathlib.Path(__file__).parent
+    files = sorted({*root.rglob("*.py"), *(root / "kernels").glob("*.py")})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def warm_up(config):
+    """Run every kernel of a configuration once on a tiny model, so that all are compiled or loaded from the cache."""
+    small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
+    small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
+    dtype = DTYPES[config.train.precision]
+    model = LanguageModel(small, 5, dtype, 2, 1)
+    optimizer = optim.make(config.train, model.layout["embedding.weight"])
+    P = model.layout.size
+    h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
+    state = State(np.zeros(P, dtype), [np.zeros(P, dtype) for _ in range(optimizer.moments)], h, c, np.zeros(1))
+    model.bind(state.theta)
+    tokens = np.zeros((2, 1), np.int64)
+    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
+    model.backward()
+    optimizer.step(state, model.gradient, np.zeros(1, np.int64), 0.0)
+    LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)
