@@ -5,6 +5,7 @@
 
 Prints a line an epoch and ends with one JSON line: {"seed", "threads", "valid_perplexity", "train_seconds", "seconds"}.
 """
+
 import argparse
 import collections
 import json
@@ -96,8 +97,17 @@ def main():
         loss = evaluate(model, valid, window)
         best, lr = (loss, lr) if loss < best else (best, lr / 4)
         print(f"epoch {epoch} valid loss {loss:.4f} perplexity {math.exp(loss):.2f}", flush=True)
-    print(json.dumps({"seed": arguments.seed, "threads": arguments.threads, "valid_perplexity": math.exp(best),
-                      "train_seconds": train_seconds, "seconds": time.perf_counter() - begin}))
+    print(
+        json.dumps(
+            {
+                "seed": arguments.seed,
+                "threads": arguments.threads,
+                "valid_perplexity": math.exp(best),
+                "train_seconds": train_seconds,
+                "seconds": time.perf_counter() - begin,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

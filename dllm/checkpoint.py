@@ -1,6 +1,7 @@
 """Checkpoints: one HDF5 file a rank, each with its slice of the flat vectors and the states of its lanes, and a manifest
 that is renamed into place last. A folder without a manifest is not a checkpoint. Any N ranks load what any M ranks wrote.
 """
+
 import pathlib
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,20 @@ from .data.lanes import deal
 from .errors import UserError
 
 FORMAT = 1
-KEYS = ("format", "dtype", "parameters", "layout", "moments", "lanes", "layers", "hidden", "scalars", "files", "tokenizer", "best")
+KEYS = (
+    "format",
+    "dtype",
+    "parameters",
+    "layout",
+    "moments",
+    "lanes",
+    "layers",
+    "hidden",
+    "scalars",
+    "files",
+    "tokenizer",
+    "best",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,13 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
             with h5py.File(temporary, "w") as file:
                 storage.write_arrays(file, arrays)
             digest = storage.sha256(temporary)
-        entry = {"name": name, "start": part.start, "stop": part.stop, "lanes": [mine.start, mine.stop], "sha256": digest}
+        entry = {
+            "name": name,
+            "start": part.start,
+            "stop": part.stop,
+            "lanes": [mine.start, mine.stop],
+            "sha256": digest,
+        }
     except (OSError, RuntimeError) as error:  # h5py raises either
         problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
     gathered = comm.allgather((problem, entry))
@@ -117,7 +137,7 @@ def intact(run, best=False):
     raise UserError(f"{run} has no checkpoint to start from")
 
 
-def check_fits(checkpoint, layout, dtype, moments, lanes):
+def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
     """Raise UserError where a checkpoint was made by another model, optimiser, precision or number of lanes."""
     manifest = checkpoint.manifest
     expected = {"dtype": np.dtype(dtype).name, "moments": moments, "lanes": lanes}

@@ -1,4 +1,5 @@
 """What all commands share: arguments that fail in one line, exit codes, and one rank that speaks."""
+
 import argparse
 import sys
 

@@ -2,6 +2,7 @@
 
 The comment on a field states its effect. A preset sets some fields, a TOML file more, ``--set section.key=value`` wins.
 """
+
 import dataclasses
 import difflib
 import pathlib
@@ -215,9 +216,7 @@ def _check(config):
             _check_value(f"{section}.{key}", value)
     model, train = config.model, config.train
     if model.tied and model.embedding != model.hidden:
-        raise UserError(
-            f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}"
-        )
+        raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
     if train.nesterov and train.momentum == 0:
         raise UserError("train.nesterov needs train.momentum above 0")
     if train.schedule == "plateau" and train.decay <= 1:

@@ -2,6 +2,7 @@
 
 With private text every rank prepares its own folder. Only counts of units travel between ranks, never text.
 """
+
 import collections
 import os
 import pathlib
@@ -9,7 +10,7 @@ import shutil
 import sys
 
 from . import storage
-from .comm.runtime import together
+from .comm.runtime import agree, together
 from .data import shards, text
 from .data.tokenizers import KINDS
 from .errors import UserError
@@ -115,6 +116,12 @@ def _manifest(plans, tokenizer, entries):
         "format": shards.FORMAT, "kind": tokenizer.kind, "vocabulary": tokenizer.size,
         "dtype": shards.token_dtype(tokenizer.size).name, "tokenizer": shards.tokenizer_hash(tokenizer), "splits": splits,
     }  # fmt: skip
+
+
+def open_corpus(comm, place, path, progress):
+    """This rank's Corpus: the folder `path`, one for each rank where it has {rank}, or, "", the embedded one. Collective."""
+    folder = path.replace("{rank}", str(comm.rank)) if path else embedded(comm, place.comm, "bpe", 2048, progress)
+    return agree(comm, shards.Corpus, folder)
 
 
 def embedded(comm, node_comm, kind, size, progress):

@@ -1,10 +1,12 @@
 """Measure a trained model on a split: mpirun -n N python -m dllm.evaluate RUN. The last line is JSON."""
+
 import json
 import sys
+from dataclasses import replace
 
-from . import cli, config
+from . import cli
 from .comm import runtime
-from .errors import DONE, UserError
+from .errors import DONE
 
 EPILOG = """
 examples
@@ -35,32 +37,29 @@ def evaluate(argv, comm):
 
     import threadpoolctl
 
-    from .corpus import embedded
-    from .inference import Evaluation, load_run
+    from .corpus import open_corpus
+    from .data.shards import tokenizer_hash
+    from .inference import Evaluation
+    from .runs import Trained
+    from .training import warm_up
 
     threadpoolctl.threadpool_limits(place.threads)
-    with runtime.together(comm):
-        settings, tokenizer, found = load_run(options.run, options.checkpoint == "best")
-        if options.lanes:
-            settings = config.from_dict(config.merge(config.as_dict(settings), {"train": {"eval_lanes": options.lanes}}))
+    trained = runtime.agree(comm, Trained.open, options.run, options.checkpoint == "best")
+    settings = trained.settings
+    if options.lanes:
+        settings = replace(settings, train=replace(settings.train, eval_lanes=options.lanes))
     path = options.data or settings.data.path
-    if not path:
-        path = embedded(comm, place.comm, "bpe", 2048, lambda text: None)
+    corpus = open_corpus(comm, place, path, lambda text: None)
     with runtime.together(comm):
-        from .data.shards import Corpus, tokenizer_hash
-
-        corpus = Corpus(str(path).replace("{rank}", str(comm.rank)))
-        if corpus.tokenizer_hash != tokenizer_hash(tokenizer):
-            raise UserError(f"the vocabulary of {corpus.folder} is not the one that {options.run} was trained with")
+        corpus.check_vocabulary(tokenizer_hash(trained.tokenizer), options.run)
         corpus.split(options.split)
     with runtime.leader_first(place):
-        pass
-    evaluation = Evaluation(comm, corpus, options.split, settings, found.dtype, "{rank}" in str(path))
-    with runtime.together(comm):
-        theta = found.theta(evaluation.model.layout)
+        warm_up(settings)
+    evaluation = Evaluation(comm, corpus, options.split, settings, trained.dtype, "{rank}" in path)
+    theta = runtime.agree(comm, trained.theta, evaluation.model.layout)
     result = evaluation.run(theta)
     if comm.rank == 0:
-        print(f"{options.run}, step {found.step}, {options.split} split in windows of {settings.train.window}")
+        print(f"{options.run}, step {trained.checkpoint.step}, {options.split} split in windows of {settings.train.window}")
         print(json.dumps(result), flush=True)
     runtime.finish(comm)
     return DONE

@@ -1,10 +1,12 @@
 """A trained model at work: the loss over a split, by all ranks together, and sampling."""
+
 import math
 
 import numpy as np
 
 from .comm.runtime import together
 from .data.lanes import Lanes, Schedule, deal
+from .errors import UserError
 from .model import LanguageModel
 
 
@@ -31,7 +33,7 @@ class Evaluation:
         with together(comm):
             self.lanes = Lanes(corpus, split, deal(count, ranks, rank), count, config.train.window)
         mine = [self.lanes.predicted] * count
-        predicted = sum(comm.allgather(mine), []) if private else mine
+        predicted = np.concatenate(comm.allgather(mine)) if private else mine
         self.schedule = Schedule(predicted, config.train.window)
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
@@ -55,6 +57,17 @@ class Evaluation:
             "split": self.split, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700)),
             "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
         }  # fmt: skip
+
+
+def start_tokens(tokenizer, prompt):
+    """Token numbers (n,) of a prompt; of an empty one a line's end, or token 0 where the vocabulary has none."""
+    tokens = tokenizer.encode(prompt.encode(), end=False)
+    if len(tokens) == 0:
+        try:
+            tokens = tokenizer.encode(b"\n", end=False)
+        except UserError:
+            tokens = np.zeros(1, np.int64)
+    return tokens
 
 
 def sample(model, prompt, tokens, seed=1, temperature=1.0, top_k=0, top_p=1.0):

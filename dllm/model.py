@@ -3,6 +3,7 @@
 Knows no MPI and no files. The vectors are laid out in the order in which the backward finishes them (output layer first,
 embedding last), so that what is final is always a prefix and can leave while the rest is still computed.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -145,9 +146,7 @@ class LanguageModel:
         losses, W, outputs = self._losses[: T * B], self._output_weight(self._p), (None, None, None)
         if self.training:
             outputs = self._dy[:T].reshape(T * B, -1), self._output_weight(self._d), self._d["output.bias"]
-        softmax_cross_entropy(
-            losses, *outputs, self._logits, y, W, self._p["output.bias"], targets.reshape(-1), scale, between
-        )
+        softmax_cross_entropy(losses, *outputs, self._logits, y, W, self._p["output.bias"], targets.reshape(-1), scale, between)
         return losses.reshape(T, B)
 
     def backward(self, on_ready=None, between=None):

@@ -2,6 +2,7 @@
 
 To add an optimiser: its kernel there, a class here with `moments` and `_update`, a line in `make` and in config.CHOICES.
 """
+
 import math
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Turn text into a corpus: manifest.json, tokenizer.json and HDF5 shards. Alone, or under mpirun to share the work."""
+
 import sys
 
 from . import cli

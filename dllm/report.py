@@ -2,6 +2,7 @@
 
 One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
 """
+
 import json
 import math
 import pathlib
@@ -20,40 +21,38 @@ class Reporter:
     ----------
     speaks : bool
         Whether this rank reports.
-    run : path or None
-        The run's folder; None: no files.
     progress : str
         One of PROGRESS. auto: live on a terminal, else plain.
     """
 
-    def __init__(self, speaks, run=None, progress="auto"):
-        self.speaks, self.run = speaks, run and pathlib.Path(run)
+    def __init__(self, speaks, progress="auto"):
+        self.speaks = speaks
         live = progress == "live" or (progress == "auto" and sys.stdout.isatty())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
         self.bar = self.metrics = None
 
     def say(self, text):
         """A line, or several, in one write."""
-        if self.speaks:
-            if self.bar is not None:
-                self.bar.console.print(text, markup=False, highlight=False)
-            else:
-                sys.stdout.write(text + "\n")
-                sys.stdout.flush()
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif self.mode != "none":
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
     def warn(self, text):
         if self.speaks:
             sys.stderr.write(f"dllm: {text}\n")
             sys.stderr.flush()
 
-    def begin(self, step, total):
-        """Open metrics.jsonl behind its lines up to `step`, and the live line towards `total` steps."""
+    def begin(self, run, step, total):
+        """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps."""
         if not self.speaks:
             return
+        self.run = pathlib.Path(run)
         path = self.run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
         storage.write_text(path, "".join(line + "\n" for line in kept))
-        self.metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self.metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by end()
         self.begun, self.first = time.monotonic(), step
         self.total = total
         if self.mode == "live":

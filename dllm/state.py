@@ -1,4 +1,5 @@
 """Everything that changes from step to step, in one place that can be copied, hashed, saved and swapped."""
+
 from dataclasses import dataclass, field
 
 import numpy as np

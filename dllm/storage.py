@@ -2,6 +2,7 @@
 
 HDF5 follows links, external files and declared sizes silently; a file from elsewhere is checked before a byte is read.
 """
+
 import contextlib
 import hashlib
 import json

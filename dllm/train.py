@@ -1,11 +1,10 @@
 """Train a language model over all ranks: mpirun -n N python -m dllm.train."""
-import datetime
-import pathlib
+
 import signal
 import sys
 import time
 
-from . import __version__, cli, config, storage
+from . import __version__, cli, config
 from .comm import runtime
 from .errors import DONE, STOPPED_EARLY, UserError
 
@@ -45,10 +44,9 @@ def settings(options):
     if options.data:
         extra.setdefault("data", {})["path"] = options.data
     if options.resume:
-        path = pathlib.Path(options.resume, "config.toml")
-        if not path.exists():
-            raise UserError(f"--resume {options.resume}: there is no run there (no config.toml)")
-        return config.from_dict(config.merge(config.load_toml(path), extra))
+        from .runs import read_settings
+
+        return read_settings(options.resume, extra)
     sections = config.load_toml(config.preset_path(options.preset or "default"))
     if options.config:
         sections = config.merge(sections, config.load_toml(options.config))
@@ -69,108 +67,67 @@ def train(argv, comm):
         options = arguments(argv, comm.rank)
         configuration = settings(options)
     place = runtime.node(comm)
-    threads = configuration.train.threads or place.threads
+    place.threads = configuration.train.threads or place.threads
 
     import threadpoolctl
 
-    from . import checkpoint, report
-    from .corpus import embedded
-    from .data.shards import Corpus
+    from . import checkpoint, report, runs
+    from .corpus import open_corpus
     from .training import Trainer, warm_up
 
-    place.threads = threads
-    threadpoolctl.threadpool_limits(threads)
-    silent = options.progress == "none"
-    early = report.Reporter(comm.rank == 0 and not silent)
+    threadpoolctl.threadpool_limits(place.threads)
+    reporter = report.Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
-        run = _run_folder(options, comm.rank)
-        resume = checkpoint.intact(run) if options.resume else None
+        run = options.resume or (runs.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
+        resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
     run = comm.bcast(run)
+    for warning in warnings:
+        reporter.warn(warning)
+    corpus = open_corpus(comm, place, configuration.data.path, reporter.say)
     if resume:
-        resume, warnings = resume
-        for warning in warnings:
-            early.warn(warning)
-    path = configuration.data.path
-    if not path:
-        path = embedded(comm, place.comm, "bpe", 2048, early.say)
-    with runtime.together(comm):
-        corpus = Corpus(str(path).replace("{rank}", str(comm.rank)))
-        if resume and resume.manifest["tokenizer"] != corpus.tokenizer_hash:
-            raise UserError(f"the vocabulary of {corpus.folder} is not the one that {run} was trained with")
-    begin_compiling = time.monotonic()
+        runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
+    compiling = time.monotonic()
     with runtime.leader_first(place):
         warm_up(configuration)
-    compiling = time.monotonic() - begin_compiling
-
+    compiling = time.monotonic() - compiling
     with runtime.together(comm):
         if comm.rank == 0:
-            _make_run(run, configuration, corpus, options.resume)
+            runs.make(run, configuration, corpus.tokenizer)
     try:
-        reporter = report.Reporter(comm.rank == 0, run, options.progress)
         trainer = Trainer(comm, place, configuration, corpus, run, reporter, resume)
     except UserError:
-        _unmake_run(run, comm, options.resume)
+        if comm.rank == 0 and not resume:
+            runs.unmake(run)
         raise
-    early.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
-    reporter.begin(trainer.state.step, trainer.total_steps)
+    reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
+    reporter.begin(run, trainer.state.step, trainer.total_steps)
     done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
     reporter.end()
     summary = trainer.summary()
     reporter.summarise(summary)
-    if comm.rank == 0 and not silent:
+    if reporter.mode != "none":
         _farewell(reporter, trainer, summary, done)
     runtime.finish(comm)
     return DONE if done else STOPPED_EARLY
 
 
-def _run_folder(options, rank):
-    """The run's folder; a new one must not exist yet."""
-    if options.resume:
-        return options.resume
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = options.out or f"runs/{options.preset or 'default'}-{stamp}"
-    if rank == 0 and pathlib.Path(run).exists():
-        raise UserError(f"--out {run} exists; choose another name, or go on with it by --resume {run}")
-    return run
-
-
-def _make_run(run, configuration, corpus, resumed):
-    import tomli_w
-
-    from .data.shards import save_tokenizer
-
-    try:
-        pathlib.Path(run).mkdir(parents=True, exist_ok=True)
-        storage.write_text(pathlib.Path(run, "config.toml"), tomli_w.dumps(config.as_dict(configuration)))
-        if not resumed:
-            save_tokenizer(run, corpus.tokenizer)
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
-
-
-def _unmake_run(run, comm, resumed):
-    """A run that could not begin leaves nothing behind."""
-    if comm.rank == 0 and not resumed:
-        for name in ("config.toml", "tokenizer.json"):
-            pathlib.Path(run, name).unlink(missing_ok=True)
-        pathlib.Path(run).rmdir()
-
-
 def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
     """Ten lines that say what is about to happen."""
     settings, model, train = trainer.config, trainer.config.model, trainer.config.train
-    split = corpus.manifest["splits"]["train"]
-    what = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
-    pace = f"{trainer.schedule.per_epoch:,} tokens in {trainer.schedule.windows:,} steps an epoch"
-    return f"""\
-dllm {__version__}: {comm.size} rank{"s" * (comm.size > 1)}, {place.threads} thread{"s" * (place.threads > 1)} each, {runtime.library()}
-data       {corpus.folder}  {split["tokens"]:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}
-lanes      {train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} on this rank, windows of {train.window}: {pace}
-model      {what}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout}: {trainer.layout.size:,} parameters, {train.precision}
-training   {train.optimizer}, lr {train.lr} {train.schedule}, clip {train.clip or "none"}, {trainer.total_steps:,} steps
-averaging  {settings.averaging.method} in {len(trainer.averaging.buckets)} buckets while backward runs
-run        {run}  {f"going on from step {trainer.state.step}" if resume else "config.toml, metrics.jsonl, checkpoints/"}
-start      {starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels"""
+    schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
+    kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
+    lines = {
+        f"dllm {__version__}": f"{comm.size} ranks with {place.threads} threads each, {place.cores} cores here, {runtime.library()}",
+        "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
+        "lanes": f"{train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} on this rank; windows of {train.window}",
+        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {trainer.layout.size:,} parameters",
+        "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
+        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
+        "averaging": f"{settings.averaging.method} in {len(trainer.averaging.buckets)} buckets while backward runs",
+        "run": f"{run}  {f'going on from step {trainer.state.step}' if resume else 'config.toml, metrics.jsonl, checkpoints/'}",
+        "start": f"{starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels",
+    }
+    return "\n".join(f"{name:11}{text}" for name, text in lines.items())
 
 
 def _farewell(reporter, trainer, summary, done):
@@ -193,14 +150,14 @@ def _farewell(reporter, trainer, summary, done):
 
 
 def _sample(trainer):
-    from .inference import sample
+    from .inference import sample, start_tokens
     from .model import LanguageModel
 
     settings, corpus = trainer.config, trainer.corpus
     model = LanguageModel(
         settings.model, corpus.vocabulary, trainer.dtype, settings.train.window, 1, trainer.state.theta, training=False
     )
-    prompt = corpus.tokenizer.encode((settings.log.prompt or "\n").encode(), end=False)
+    prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
     tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
     text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     return "\n".join("  | " + line for line in text.splitlines())

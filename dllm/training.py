@@ -1,4 +1,5 @@
 """The training run: what one rank does from the first step to the last, the same on every rank."""
+
 import dataclasses
 import hashlib
 import math
@@ -96,7 +97,7 @@ class Trainer:
                 self.lanes = Lanes(self.corpus, "train", range(B), B, train.window, self.mine.start)
             else:
                 self.lanes = Lanes(self.corpus, "train", self.mine, train.lanes, train.window)
-        predicted = sum(comm.allgather([self.lanes.predicted] * B), [])
+        predicted = np.concatenate(comm.allgather([self.lanes.predicted] * B))
         self.schedule = Schedule(predicted, train.window, train.last_window)
 
     def _check_ranks_agree(self):
@@ -123,7 +124,7 @@ class Trainer:
         Returns True where the run came to its end, or to a limit that was asked for; False where it was stopped.
         """
         self.begun = self.saved_time = time.monotonic()
-        self.seconds = self.settled_seconds = 0.0
+        self.settled_seconds = self.exposed_seconds = self.logged_seconds = 0.0
         self.settled_tokens, first = 0, self.state.step
         self.end = min(self.total_steps, max_steps or self.total_steps)
         self._reset_interval()
@@ -140,6 +141,7 @@ class Trainer:
             norm, lr, tokens = self._step(control)
             flags = self.averaging.agreed()
             self.interval_seconds += time.perf_counter() - begin
+            self.interval_tokens += tokens
             if state.step > first + SETTLED:
                 self.settled_seconds += time.perf_counter() - begin
                 self.settled_tokens += tokens
@@ -178,7 +180,7 @@ class Trainer:
 
     def _reset_interval(self):
         averaging = self.averaging
-        self.interval_seconds, self.counted = 0.0, averaging.bytes_sent
+        self.interval_seconds, self.interval_tokens, self.counted = 0.0, 0, averaging.bytes_sent
         averaging.exposed_seconds = averaging.flight_seconds = 0.0
 
     def _log(self, norm, lr):
@@ -194,7 +196,9 @@ class Trainer:
         loss = float(losses.sum() / state.tokens)
         problem = None
         if different:
-            problem = f"at step {state.step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+            problem = (
+                f"at step {state.step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+            )
         elif not math.isfinite(loss) or not math.isfinite(norm):
             problem = f"the loss is not finite at step {state.step}: try a lower train.lr, or train.clip"
         if problem:
@@ -208,14 +212,15 @@ class Trainer:
                 "loss": loss,
                 "grad_norm": norm,
                 "lr": lr,
-                "tokens_per_second": state.tokens / seconds,
+                "tokens_per_second": self.interval_tokens / seconds,
                 "exposed_comm_fraction": exposed / seconds,
                 "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
                 "bytes_sent": averaging.bytes_sent - self.counted,
                 "parameters": everyone[0][0],
             }
         )
-        self.exposed, self.total = self.__dict__.get("exposed", 0) + exposed, self.__dict__.get("total", 0) + seconds
+        self.exposed_seconds += exposed
+        self.logged_seconds += seconds
         state.lane_loss[:] = 0
         state.tokens = 0
         self._reset_interval()
@@ -268,7 +273,7 @@ class Trainer:
             "parameters": self.layout.size,
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,
-            "exposed_comm_fraction": self.exposed / self.total if self.__dict__.get("total") else None,
+            "exposed_comm_fraction": self.exposed_seconds / self.logged_seconds if self.logged_seconds else None,
             "peak_rss_bytes": peaks,
             "best_valid_perplexity": math.exp(min(self.best, 700)) if math.isfinite(self.best) else None,
             "steps": self.state.step,

@@ -10,6 +10,7 @@ In float64 they are the C library's. In float32 they are polynomials that the co
 
 NaN goes through all of them. Called from plain Python they are NumPy's, which is what the tests compare with.
 """
+
 import math
 
 import numpy as np

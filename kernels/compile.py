@@ -2,6 +2,7 @@
 
 Numba notices a change in the file of a kernel but not in the files of what it calls, so the folder's name has to.
 """
+
 import hashlib
 import os
 import pathlib
@@ -33,8 +34,8 @@ def kernel(function):
     """Decorate a kernel: no Python objects, no bounds checks, floating-point flags as FASTMATH says."""
     previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE or "")
     try:
-        return numba.njit(
-            cache=CACHE is not None, nogil=True, error_model="numpy", boundscheck=False, fastmath=FASTMATH
-        )(function)
+        return numba.njit(cache=CACHE is not None, nogil=True, error_model="numpy", boundscheck=False, fastmath=FASTMATH)(
+            function
+        )
     finally:
         numba.config.CACHE_DIR = previous

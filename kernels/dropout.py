@@ -6,6 +6,7 @@ The random word of element (t, lane, k) of a layer is Philox4x32-10 (Salmon et a
 1, 2, 3", SC11) at counter (position, lane, step, layer), key seed. It depends on the lane, not on the rank that computes it.
 One call makes four words; word w serves the w-th quarter of the row, which keeps every loop contiguous.
 """
+
 import numpy as np
 
 from .compile import kernel

@@ -2,6 +2,7 @@
 
 The same two functions serve one-hot inputs, whose product with Wx (V,4H) is the row Wx[token].
 """
+
 import numpy as np
 
 from .compile import kernel

@@ -1,4 +1,5 @@
 """Matrix products, by BLAS. Two-dimensional arrays of one dtype; `out` is C-contiguous, operands may be transposed views."""
+
 import numpy as np
 from scipy.linalg import blas
 

@@ -26,6 +26,7 @@ What makes it fast: only h_{t-1} @ Wh and its mirror da @ Wh^T depend on the ste
 whole window is one large matrix product ahead of the recurrence, and dx, dWx, dWh are three large ones behind it. The
 gates overwrite the products that made them, and da overwrites the gates, so a window needs one (T,B,4H) array a layer.
 """
+
 import numpy as np
 
 from .activations import sigmoid, tanh

@@ -3,6 +3,7 @@ r"""Optimiser updates over flat vectors: one pass over memory each.
 theta, gradient and moments are (P,) of one dtype. `factor` multiplies the gradient first: the clipping coefficient
 costs no pass of its own. `limit` clamps each element of the gradient to [-limit, limit]; infinity leaves it alone.
 """
+
 import math
 
 import numpy as np
@@ -81,7 +82,10 @@ def adam_update(theta, gradient, mean, square, step, lr, beta1, beta2, epsilon, 
 
 @kernel
 def rmsprop_update(theta, gradient, square, lr, alpha, epsilon, decay, factor, limit):
-    """RMSprop (Tieleman and Hinton 2012, as in Torch7's optim): s = alpha s + (1 - alpha) g^2; theta -= lr g / (sqrt(s) + epsilon)."""
+    """RMSprop (Tieleman and Hinton 2012, in the form of Torch7's optim).
+
+    s = alpha s + (1 - alpha) g^2;  theta -= lr g / (sqrt(s) + epsilon)
+    """
     real = theta.dtype.type
     keep, new = real(alpha), real(1 - alpha)
     lr, epsilon, decay, factor, limit = real(lr), real(epsilon), real(decay), real(factor), real(limit)

@@ -7,6 +7,7 @@ r"""Output projection, softmax and cross-entropy in one, a chunk of rows at a ti
 Recomputing z in the backward would cost a third product, so the gradients are taken while the chunk is there. Rows with
 target -1 are padding: their loss and gradient are zero.
 """
+
 import math
 
 import numpy as np

@@ -10,6 +10,7 @@ An averaging method is what the training step asks for:
 
 plus `arrays`, what a checkpoint must hold for it, and counters for the metrics: bytes sent, seconds exposed, seconds in flight.
 """
+
 import time
 
 import numpy as np

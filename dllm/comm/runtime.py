@@ -1,4 +1,5 @@
 """Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging."""
+
 import contextlib
 import os
 import sys
@@ -60,6 +61,12 @@ def together(comm):
         error = UserError(problems[rank] + others)
         error.shared = True
         raise error from None
+
+
+def agree(comm, function, *arguments):
+    """function(*arguments) on every rank, as a block of `together`."""
+    with together(comm):
+        return function(*arguments)
 
 
 def check_same(comm, facts):

@@ -3,6 +3,7 @@
 Every lane of a corpus has floor(tokens / lanes) tokens, as in the published recipes; the remainder of fewer than `lanes`
 tokens is left out. With private corpora lanes of different ranks differ in length: the short ones end in padding.
 """
+
 import numpy as np
 
 from ..errors import UserError

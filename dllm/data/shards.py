@@ -3,6 +3,7 @@
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
 tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split.
 """
+
 import hashlib
 import json
 import pathlib
@@ -98,6 +99,11 @@ class Corpus:
             there = ", ".join(self.manifest["splits"])
             raise UserError(f"{self.folder} has no split '{name}'; it has {there}")
         return self.manifest["splits"][name]
+
+    def check_vocabulary(self, digest, other):
+        """Raise UserError where this is not the vocabulary of hash `digest`, which `other` was trained with."""
+        if self.tokenizer_hash != digest:
+            raise UserError(f"the vocabulary of {self.folder} is not the one that {other} was trained with")
 
     def verify(self, split, start, stop):
         """Check the sha256 of every shard that holds tokens of [start, stop). Raises UserError."""

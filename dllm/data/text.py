@@ -1,4 +1,5 @@
 """Text files of any size as pieces of about a MiB that end with a line, grouped into shards; where the embedded corpus is."""
+
 import os
 import pathlib
 import sysconfig

@@ -4,6 +4,7 @@ A tokenizer is built from counts of units (characters, words or pre-tokens), so 
 merge counts; text itself never has to travel. Round trips are exact for byte and bpe, and for char where every character
 is known. To add one: a class with the methods of Tokenizer, a line in KINDS.
 """
+
 import collections
 import itertools
 import json

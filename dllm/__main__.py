@@ -1,0 +1,31 @@
+"""`dllm COMMAND` and `python -m dllm COMMAND`: the commands as one program."""
+
+import importlib
+import sys
+
+from . import __version__
+from .errors import BAD_INPUT, DONE
+
+COMMANDS = {
+    "prepare": "text to a corpus of tokens",
+    "train": "train a model over all ranks (under mpirun)",
+    "evaluate": "loss and perplexity of a trained model",
+    "generate": "continue a text with a trained model",
+}
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        return importlib.import_module(f"dllm.{name}").main(sys.argv[2:])
+    lines = [f"dllm {__version__}: decentralised training of LSTM language models", "", "usage: dllm COMMAND ..."]
+    lines += [f"  {command:10}{text}" for command, text in COMMANDS.items()]
+    if name in ("-h", "--help", "--version"):
+        print("\n".join(lines[:1] if name == "--version" else [*lines, "", "dllm COMMAND --help tells more."]))
+        return DONE
+    print(f"dllm: there is no command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Published recipes and the default, as TOML; `python -m dllm.train --preset NAME`."""

@@ -1,0 +1,83 @@
+"""A run's folder: made by train, opened by every command that uses what was trained."""
+
+import datetime
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import tomli_w
+
+from . import checkpoint, config, storage
+from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
+from .errors import UserError
+from .model import LanguageModel
+
+
+def new_name(out, preset):
+    """The folder of a new run. Raises UserError where it exists."""
+    run = out or f"runs/{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if pathlib.Path(run).exists():
+        raise UserError(f"--out {run} exists; choose another name, or go on with it by --resume {run}")
+    return run
+
+
+def make(run, settings, tokenizer):
+    """Write config.toml and tokenizer.json to the folder; it may be there already."""
+    try:
+        pathlib.Path(run).mkdir(parents=True, exist_ok=True)
+        storage.write_text(pathlib.Path(run, "config.toml"), tomli_w.dumps(config.as_dict(settings)))
+        save_tokenizer(run, tokenizer)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
+
+
+def unmake(run):
+    """A run that could not begin leaves nothing behind."""
+    for name in ("config.toml", "tokenizer.json"):
+        pathlib.Path(run, name).unlink(missing_ok=True)
+    pathlib.Path(run).rmdir()
+
+
+def read_settings(run, extra=None):
+    """The Config of a run, overlaid by `extra`, nested dicts."""
+    path = pathlib.Path(run, "config.toml")
+    if not path.exists():
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    return config.from_dict(config.merge(config.load_toml(path), extra or {}))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with a whole checkpoint: what it takes to use the model."""
+
+    run: str
+    settings: config.Config
+    tokenizer: object
+    checkpoint: checkpoint.Checkpoint
+    warnings: list
+
+    @classmethod
+    def open(cls, run, best=True):
+        """Raises UserError where the folder is no run, or has no checkpoint whose hashes hold."""
+        settings, tokenizer = read_settings(run), load_tokenizer(run)
+        found, warnings = checkpoint.intact(run, best)
+        if found.manifest["tokenizer"] != tokenizer_hash(tokenizer):
+            raise UserError(f"{run}/tokenizer.json is not the one that the run was trained with")
+        return cls(run, settings, tokenizer, found, warnings)
+
+    @property
+    def dtype(self):
+        return np.dtype(self.checkpoint.manifest["dtype"])
+
+    def theta(self, layout):
+        """The parameters (P,) of `layout`, which must be the checkpoint's."""
+        checkpoint.check_fits(self.checkpoint, layout, self.dtype)
+        theta = np.empty(layout.size, self.dtype)
+        checkpoint.load_theta(self.checkpoint, theta)
+        return theta
+
+    def model(self, window, lanes=1):
+        """A LanguageModel with these parameters, for inference."""
+        model = LanguageModel(self.settings.model, self.tokenizer.size, self.dtype, window, lanes, training=False)
+        model.bind(self.theta(model.layout))
+        return model
