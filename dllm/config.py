@@ -127,6 +127,11 @@ def as_dict(config):
     return dataclasses.asdict(config)
 
 
+def flat(config):
+    """A Config as one dict: "section.key" -> value."""
+    return {f"{section}.{key}": value for section, values in as_dict(config).items() for key, value in values.items()}
+
+
 def resolve(preset="default", file=None, settings=()):
     """The Config of a preset, overlaid by a TOML file and by ``section.key=value`` strings. Raises UserError."""
     sections = load_toml(preset_path(preset))

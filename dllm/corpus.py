@@ -17,11 +17,21 @@ from .errors import UserError
 
 
 def prepare(comm, splits, kind, size, out, private=False, progress=lambda message: None):
-    """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks.
+    """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
 
     splits : {"train": paths, ...}; with private=True this rank's own
     kind, size : the tokenizer, and its vocabulary size (0: its default)
     """
+    made = []
+    try:
+        _prepare(comm, splits, kind, size, out, private, progress, made)
+    except UserError:
+        for path in reversed(made):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def _prepare(comm, splits, kind, size, out, private, progress, made):
     ranks, rank = (1, 0) if private else (comm.size, comm.rank)
     with together(comm):
         plans = {split: text.plan(paths) for split, paths in splits.items()}

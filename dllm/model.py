@@ -11,7 +11,7 @@ import numpy as np
 
 from .kernels.dropout import dropout
 from .kernels.embedding import embedding_backward, embedding_forward
-from .kernels.gemm import matmul
+from .kernels.gemm import matmul, packed_like
 from .kernels.lstm import lstm_backward, lstm_forward
 from .kernels.softmax import softmax_cross_entropy
 
@@ -88,7 +88,8 @@ class LanguageModel:
         self._h = [array(T + 1, B, H) for _ in range(copies)]
         self._c = [array(T + 1, B, H) for _ in range(copies)]
         self._gates = [array(T, B, 4 * H) for _ in range(copies)]
-        self._recurrent, self._bias = array(B, 4 * H), array(4 * H)
+        self._bias = array(4 * H)
+        self._Wh_packed = packed_like(H, 4 * H, dtype)
         self._x = array(T, B, E)  # the embedded window, after dropout
         self._dropped = [array(T, B, H) for _ in range(L if config.dropout and training else 0)]
         self._losses = array(T * B)
@@ -98,7 +99,7 @@ class LanguageModel:
             self._d = self.layout.views(self.gradient)
             self._dy, self._dx = array(T, B, H), array(T, B, E)
             self._dh_next, self._dc, self._db = array(B, H), array(B, H), array(4 * H)
-            self._WhT = array(4 * H, H)
+            self._WhT_packed = packed_like(4 * H, H, dtype)
         if theta is not None:
             self.bind(theta)
 
@@ -173,7 +174,7 @@ class LanguageModel:
             dx = None if x is None else self._dy[:T] if layer else self._dx[:T]
             lstm_backward(
                 dx, d.get(name + "weight_x"), d[name + "weight_h"], self._db, self._gates[layer][:T],
-                self._dh_next, self._dc, self._WhT,
+                self._dh_next, self._dc, self._WhT_packed,
                 dy, x, self._h[layer][: T + 1], self._c[layer][: T + 1], p.get(name + "weight_x"), p[name + "weight_h"],
                 between,
             )  # fmt: skip
@@ -211,7 +212,7 @@ class LanguageModel:
                 embedding_forward(gates.reshape(T * B, -1), tokens.reshape(-1), p["embedding.weight"])
             np.sum(p[f"lstm.{layer}.bias"], axis=0, out=self._bias)
             weights = p.get(f"lstm.{layer}.weight_x"), p[f"lstm.{layer}.weight_h"]
-            lstm_forward(hs, cs, gates, self._recurrent, x, *weights, self._bias)
+            lstm_forward(hs, cs, gates, self._Wh_packed, x, *weights, self._bias)
             h[layer], c[layer] = hs[T], cs[T]
             self._inputs.append(x)
             x = hs[1:]

@@ -31,13 +31,6 @@ def make(run, settings, tokenizer):
         raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
 
 
-def unmake(run):
-    """A run that could not begin leaves nothing behind."""
-    for name in ("config.toml", "tokenizer.json"):
-        pathlib.Path(run, name).unlink(missing_ok=True)
-    pathlib.Path(run).rmdir()
-
-
 def read_settings(run, extra=None):
     """The Config of a run, overlaid by `extra`, nested dicts."""
     path = pathlib.Path(run, "config.toml")

@@ -6,7 +6,7 @@ import time
 
 from . import __version__, cli, config
 from .comm import runtime
-from .errors import DONE, STOPPED_EARLY, UserError
+from .errors import DONE, STOPPED_EARLY
 
 EPILOG = """
 examples
@@ -73,8 +73,10 @@ def train(argv, comm):
 
     from . import checkpoint, report, runs
     from .corpus import open_corpus
-    from .training import Trainer, warm_up
+    from .training import Trainer, code_hash, warm_up
 
+    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
+    runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
     threadpoolctl.threadpool_limits(place.threads)
     reporter = report.Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
@@ -90,15 +92,10 @@ def train(argv, comm):
     with runtime.leader_first(place):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
-    with runtime.together(comm):
+    trainer = Trainer(comm, place, configuration, corpus, run, reporter, resume)
+    with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if comm.rank == 0:
             runs.make(run, configuration, corpus.tokenizer)
-    try:
-        trainer = Trainer(comm, place, configuration, corpus, run, reporter, resume)
-    except UserError:
-        if comm.rank == 0 and not resume:
-            runs.unmake(run)
-        raise
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
     done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
@@ -117,9 +114,9 @@ def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
-        f"dllm {__version__}": f"{comm.size} ranks with {place.threads} threads each, {place.cores} cores here, {runtime.library()}",
+        f"dllm {__version__}": f"{comm.size} ranks with {place.threads} threads, {place.cores} cores here, {runtime.library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
-        "lanes": f"{train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} on this rank; windows of {train.window}",
+        "lanes": f"{train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} here; windows of {train.window}",
         "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {trainer.layout.size:,} parameters",
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",

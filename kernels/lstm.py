@@ -25,16 +25,19 @@ Backward, from t = T-1 down to 0, with dh_t coming from above and from step t+1,
 What makes it fast: only h_{t-1} @ Wh and its mirror da @ Wh^T depend on the step before. The input product of the
 whole window is one large matrix product ahead of the recurrence, and dx, dWx, dWh are three large ones behind it. The
 gates overwrite the products that made them, and da overwrites the gates, so a window needs one (T,B,4H) array a layer.
+The recurrent weights are packed once a window for the products in the recurrence (gemm.py).
 """
 
 import numpy as np
 
 from .activations import sigmoid, tanh
 from .compile import kernel
-from .gemm import matmul
+from .gemm import matmul, matmul_add, pack, pack_transposed, packed_matmul_add
+
+WORTH_PACKING = 4  # time steps
 
 
-def lstm_forward(h, c, gates, recurrent, x, Wx, Wh, b):
+def lstm_forward(h, c, gates, Wh_packed, x, Wx, Wh, b):
     """Run the window; fill h[1:], c[1:] and gates.
 
     Parameters
@@ -43,7 +46,7 @@ def lstm_forward(h, c, gates, recurrent, x, Wx, Wh, b):
         Slot 0 is read, the others are written.
     gates : (T,B,4H), out
         The activations i | f | g | o, saved for the backward.
-    recurrent : (B,4H), scratch
+    Wh_packed : gemm.packed_like(H, 4H), scratch
     x : (T,B,D) or None
         None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row of Wx.
     Wx, Wh, b : (D,4H), (H,4H), (4H,)
@@ -51,12 +54,16 @@ def lstm_forward(h, c, gates, recurrent, x, Wx, Wh, b):
     T, B, _ = gates.shape
     if x is not None:
         matmul(gates.reshape(T * B, -1), x.reshape(T * B, -1), Wx)
+    product, weights = matmul_add, Wh
+    if T >= WORTH_PACKING:
+        product, weights = packed_matmul_add, Wh_packed
+        pack(Wh_packed, Wh)
     for t in range(T):
-        matmul(recurrent, h[t], Wh)
-        cell_forward(h[t + 1], c[t + 1], gates[t], recurrent, b, c[t])
+        product(gates[t], h[t], weights)
+        cell_forward(h[t + 1], c[t + 1], gates[t], b, c[t])
 
 
-def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT, dh, x, h, c, Wx, Wh, between=None):
+def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT_packed, dh, x, h, c, Wx, Wh, between=None):
     """The gradients of `lstm_forward`; no gradient flows into the window from behind it (truncated, Williams and Peng 1990).
 
     Parameters
@@ -67,7 +74,7 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT, dh, x, h, c, Wx, Wh
         Overwritten. dWx is not touched where x is None.
     gates : (T,B,4H), in and out
         The saved activations; becomes da.
-    dh_next, dc, WhT : (B,H), (B,H), (4H,H), scratch
+    dh_next, dc, WhT_packed : (B,H), (B,H), gemm.packed_like(4H, H), scratch
     dh : (T,B,H)
         Gradient of h[1:] from the layers above.
     x, h, c, Wx, Wh
@@ -78,11 +85,12 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT, dh, x, h, c, Wx, Wh
     T, B, _ = gates.shape
     dh_next[:] = 0
     dc[:] = 0
-    np.copyto(WhT, Wh.T)  # once a window: the product below is faster on contiguous rows
+    pack_transposed(WhT_packed, Wh)
     for t in range(T - 1, -1, -1):
         cell_backward(gates[t], dc, dh[t], dh_next, c[t], c[t + 1])
         if t > 0:
-            matmul(dh_next, gates[t], WhT)
+            dh_next[:] = 0
+            packed_matmul_add(dh_next, gates[t], WhT_packed)
         if between is not None:
             between()
     da = gates.reshape(T * B, -1)
@@ -94,13 +102,13 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT, dh, x, h, c, Wx, Wh
 
 
 @kernel
-def cell_forward(h, c, gates, recurrent, b, c_prev):
-    """One time step: gates (B,4H) holds x_t @ Wx and becomes i | f | g | o; recurrent (B,4H) is h_{t-1} @ Wh."""
+def cell_forward(h, c, gates, b, c_prev):
+    """One time step: gates (B,4H) holds x_t @ Wx + h_{t-1} @ Wh and becomes i | f | g | o."""
     B, H = c.shape
     for n in range(B):
         row = gates[n]
         for k in range(4 * H):
-            row[k] += recurrent[n, k] + b[k]
+            row[k] += b[k]
         i, f, g, o = row[:H], row[H : 2 * H], row[2 * H : 3 * H], row[3 * H :]
         for k in range(H):  # slices from zero let the compiler vectorise this loop
             i[k], f[k], g[k], o[k] = sigmoid(i[k]), sigmoid(f[k]), tanh(g[k]), sigmoid(o[k])

@@ -70,7 +70,7 @@ def agree(comm, function, *arguments):
 
 
 def check_same(comm, facts):
-    """Raise UserError on all ranks where `facts`, name -> text, differ between ranks; it names the fact and a rank."""
+    """Raise UserError on all ranks where `facts`, name -> value, differ between ranks; it names the fact and a rank."""
     everyone = comm.allgather(facts)
     for name in everyone[0]:
         values = [other.get(name) for other in everyone]
