@@ -153,7 +153,7 @@ def preset_path(name):
 def load_toml(path):
     try:
         return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -176,7 +176,7 @@ def parse_settings(settings):
             raise UserError(f"--set {setting}: write it as section.key=value, for example --set train.lr=0.01")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:
             value = text.strip()
         sections.setdefault(section, {})[key] = value
     return sections
@@ -208,7 +208,7 @@ def _suggest(name, known, prefix=""):
 
 def _typed(name, value, kind):
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(str(value))  # infinity, not an OverflowError, where it is too large
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
         raise UserError(f"{name} = {value!r}: it takes {words[kind]}")

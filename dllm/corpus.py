@@ -4,6 +4,7 @@ With private text every rank prepares its own folder. Only counts of units trave
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import shutil
@@ -22,16 +23,12 @@ def prepare(comm, splits, kind, size, out, private=False, progress=lambda messag
     splits : {"train": paths, ...}; with private=True this rank's own
     kind, size : the tokenizer, and its vocabulary size (0: its default)
     """
-    made = []
-    try:
-        _prepare(comm, splits, kind, size, out, private, progress, made)
-    except UserError:
-        for path in reversed(made):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as undo:
+        _prepare(comm, splits, kind, size, out, private, progress, undo)
+        undo.pop_all()
 
 
-def _prepare(comm, splits, kind, size, out, private, progress, made):
+def _prepare(comm, splits, kind, size, out, private, progress, undo):
     ranks, rank = (1, 0) if private else (comm.size, comm.rank)
     with together(comm):
         plans = {split: text.plan(paths) for split, paths in splits.items()}
@@ -39,7 +36,7 @@ def _prepare(comm, splits, kind, size, out, private, progress, made):
         if empty:
             raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
         if rank == 0:
-            _make_folder(out)
+            _make_folder(out, undo)
     with together(comm):
         counts, others = _count(plans, KINDS[kind], ranks, rank, progress)
     counts, others = (comm.reduce(part, op=lambda a, b: a + b) for part in (counts, others))
@@ -60,17 +57,27 @@ def _prepare(comm, splits, kind, size, out, private, progress, made):
             storage.write_json(pathlib.Path(out, "manifest.json"), _manifest(plans, tokenizer, entries))
 
 
-def _make_folder(out):
-    """A new or empty folder that can be written to."""
+def _make_folder(out, undo):
+    """A new or empty folder that can be written to. `undo`, an ExitStack, gets what removes it again."""
     folder = pathlib.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
+    undo.callback(_remove, folder, [path for path in (folder, *folder.parents) if not path.exists()])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(folder / "probe", "")
         (folder / "probe").unlink()
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+
+
+def _remove(folder, new):
+    """Remove the files of a folder, and the folders that are new, innermost first."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+        for path in new:
+            path.rmdir()
 
 
 def _count(plans, tokenizer, ranks, rank, progress):

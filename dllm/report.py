@@ -3,6 +3,7 @@
 One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -30,6 +31,7 @@ class Reporter:
         live = progress == "live" or (progress == "auto" and sys.stdout.isatty())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
         self.bar = self.metrics = None
+        self.failed = set()  # files that could not be written
 
     def say(self, text):
         """A line, or several, in one write."""
@@ -50,8 +52,8 @@ class Reporter:
             return
         self.run = pathlib.Path(run)
         path = self.run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-        storage.write_text(path, "".join(line + "\n" for line in kept))
+        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by end()
         self.begun, self.first = time.monotonic(), step
         self.total = total
@@ -69,7 +71,7 @@ class Reporter:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
         if not self.speaks:
             return
-        self.metrics.write(json.dumps(line) + "\n")
+        self._attempt("metrics.jsonl", self.metrics.write, json.dumps(line) + "\n")
         text = f"loss {line['loss']:.4f}  perplexity {perplexity(line['loss']):.2f}"
         if "split" in line:
             self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
@@ -88,12 +90,21 @@ class Reporter:
             self.bar.stop()
             self.bar = None
         if self.metrics is not None:
-            self.metrics.close()
+            self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
 
     def summarise(self, summary):
         if self.speaks:
-            storage.write_json(self.run / "summary.json", summary)
+            self._attempt("summary.json", storage.write_json, self.run / "summary.json", summary)
+
+    def _attempt(self, name, write, *arguments):
+        """write(*arguments); a full disk is a warning, once for each file: what was computed is worth more than its record."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if name not in self.failed:
+                self.warn(f"cannot write {self.run / name}: {error.strerror}; training goes on")
+            self.failed.add(name)
 
     def plot(self):
         """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
@@ -104,7 +115,7 @@ class Reporter:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        lines = [json.loads(line) for line in _lines(self.run / "metrics.jsonl")]
+        lines = _lines(self.run / "metrics.jsonl")
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         for split in dict.fromkeys(line.get("split", "train") for line in lines):
             points = [(line["step"], line["loss"]) for line in lines if line.get("split", "train") == split]
@@ -112,7 +123,7 @@ class Reporter:
         axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.run / "loss.png", dpi=120)
+        self._attempt("loss.png", lambda: figure.savefig(self.run / "loss.png", dpi=120))
         pyplot.close(figure)
         return self.run / "loss.png"
 
@@ -123,7 +134,12 @@ def perplexity(loss):
 
 
 def _lines(path):
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """The lines of metrics; one that a full disk or a crash cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def _clock(seconds):

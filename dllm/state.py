@@ -1,6 +1,6 @@
 """Everything that changes from step to step, in one place that can be copied, hashed, saved and swapped."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,15 +14,15 @@ class State:
     h: np.ndarray  # (L,B,H) this rank's lanes
     c: np.ndarray  # (L,B,H)
     lane_loss: np.ndarray  # (B,) float64, nats since the last line of metrics
-    method: dict = field(default_factory=dict)  # arrays of the averaging method
     step: int = 0  # optimiser steps taken
     epoch: int = 0  # epochs finished
     window: int = 0  # windows of this epoch done: where every lane stands
     tokens: int = 0  # of all ranks, since the last line of metrics
+    bytes_sent: int = 0  # by each rank, since the last line of metrics
     lr_factor: float = 1.0  # what the plateau schedule has made of lr
     best_loss: float = float("inf")  # validation, nats a token
 
-    SCALARS = ("step", "epoch", "window", "tokens", "lr_factor", "best_loss")
+    SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss")
 
     def scalars(self):
         return {name: getattr(self, name) for name in self.SCALARS}

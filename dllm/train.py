@@ -1,5 +1,6 @@
 """Train a language model over all ranks: mpirun -n N python -m dllm.train."""
 
+import os
 import signal
 import sys
 import time
@@ -42,7 +43,7 @@ def settings(options):
     """The Config of the command line, and that of the run which is resumed."""
     extra = config.parse_settings(options.set)
     if options.data:
-        extra.setdefault("data", {})["path"] = options.data
+        extra.setdefault("data", {})["path"] = os.path.abspath(options.data)
     if options.resume:
         from .runs import read_settings
 
@@ -60,9 +61,6 @@ def main(argv=None):
 
 def train(argv, comm):
     begin = time.monotonic()
-    stopping = []
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.append(True))
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
         configuration = settings(options)
@@ -98,6 +96,9 @@ def train(argv, comm):
             runs.make(run, configuration, corpus.tokenizer)
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
+    stopping = []
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.append(True))
     done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
     reporter.end()
     summary = trainer.summary()

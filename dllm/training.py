@@ -49,18 +49,16 @@ class Trainer:
         self._deal_lanes()
         self.dtype = DTYPES[train.precision]
         B, L, H = len(self.mine), config.model.layers, config.model.hidden
-        self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B)
-        self.layout = self.model.layout
-        table = self.layout["embedding.weight"]
-        self.optimizer = optim.make(train, table)
         zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
-        P = self.layout.size
-        self.state = State(
-            zeros(P), [zeros(P) for _ in range(self.optimizer.moments)],
-            zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64),
-        )  # fmt: skip
-        self.model.bind(self.state.theta)
         with together(comm):
+            self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B)
+            self.layout = self.model.layout
+            table = self.layout["embedding.weight"]
+            self.optimizer = optim.make(train, table)
+            moments = [zeros(self.layout.size) for _ in range(self.optimizer.moments)]
+            states = zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64)
+            self.state = State(zeros(self.layout.size), moments, *states)
+            self.model.bind(self.state.theta)
             if resume is None:
                 self.model.initialise(train.seed)
             else:
@@ -156,6 +154,7 @@ class Trainer:
         mask = (train.seed, state.step, self.lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
 
+        sent = averaging.bytes_sent
         averaging.begin(inputs.reshape(-1), control)
         losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
         model.backward(averaging.ready, averaging.progress)
@@ -166,12 +165,13 @@ class Trainer:
 
         state.lane_loss += losses.sum(axis=0, dtype=np.float64)
         state.tokens += tokens
+        state.bytes_sent += averaging.bytes_sent - sent
         state.next_window(self.schedule.windows, train.carry)
         return norm, lr, tokens
 
     def _reset_interval(self):
         averaging = self.averaging
-        self.interval_seconds, self.interval_tokens, self.counted = 0.0, 0, averaging.bytes_sent
+        self.interval_seconds, self.interval_tokens = 0.0, 0
         averaging.exposed_seconds = averaging.flight_seconds = 0.0
 
     def _log(self, norm, lr):
@@ -206,14 +206,14 @@ class Trainer:
                 "tokens_per_second": self.interval_tokens / seconds,
                 "exposed_comm_fraction": exposed / seconds,
                 "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
-                "bytes_sent": averaging.bytes_sent - self.counted,
+                "bytes_sent": state.bytes_sent,
                 "parameters": everyone[0][0],
             }
         )
         self.exposed_seconds += exposed
         self.logged_seconds += seconds
         state.lane_loss[:] = 0
-        state.tokens = 0
+        state.tokens = state.bytes_sent = 0
         self._reset_interval()
 
     def _evaluation_due(self):

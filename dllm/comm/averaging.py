@@ -8,7 +8,7 @@ An averaging method is what the training step asks for:
     gradient()              the gradient that the optimiser gets, and which embedding rows of it may not be zero
     mix(theta)              what the parameters become after the optimiser's step
 
-plus `arrays`, what a checkpoint must hold for it, and counters for the metrics: bytes sent, seconds exposed, seconds in flight.
+plus counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
 """
 
 import time
@@ -44,7 +44,6 @@ class Allreduce:
 
     def __init__(self, comm, gradient, table, tokens, bucket_bytes, polite=False, scattered=True):
         self.comm, self.vector, self.polite = comm.Dup(), gradient, polite
-        self.arrays = {}
         start, self.V, self.E = table
         # Sending rows costs an extra message and two copies: it pays where few of the rows can be in use.
         self.scattered, self.sparse = scattered, scattered and tokens * comm.size < self.V // 2
@@ -67,11 +66,12 @@ class Allreduce:
         self.rows = None
         self.control[0, : len(control)] = control
         self.control_request = self.comm.Iallreduce(self.control[0], self.control[1], MPI.MAX)
-        if not self.sparse:
-            return
-        self.mine[: len(tokens)], self.mine[len(tokens) :] = tokens, -1
-        self.rows_request = self.comm.Iallgather(self.mine, self.everyones)
-        self.bytes_sent += self.mine.nbytes
+        sent = self.control[0].nbytes
+        if self.sparse:
+            self.mine[: len(tokens)], self.mine[len(tokens) :] = tokens, -1
+            self.rows_request = self.comm.Iallgather(self.mine, self.everyones)
+            sent += self.mine.nbytes
+        self.bytes_sent += sent if self.comm.size > 1 else 0
 
     def agreed(self):
         """The maximum over ranks of the control values given to `begin`."""

@@ -30,6 +30,8 @@ def _abort(kind, error, trace):
     rank = MPI.COMM_WORLD.Get_rank()
     if isinstance(error, UserError):
         text, code = f"dllm: {error} (rank {rank})\n", BAD_INPUT
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "dllm: interrupted\n", 130
     else:
         text, code = f"dllm: rank {rank} failed\n" + "".join(traceback.format_exception(kind, error, trace)), 1
     sys.stderr.write(text)
