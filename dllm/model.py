@@ -16,7 +16,7 @@ from .kernels.lstm import lstm_backward, lstm_forward
 from .kernels.softmax import softmax_cross_entropy
 
 DTYPES = {"fp32": np.float32, "fp64": np.float64}
-CHUNK = 1 << 21  # logits in memory at a time
+CHUNK = 1 << 23  # at most so many logits in memory at a time, and at most half of a window's
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class LanguageModel:
         self._x = array(T, B, E)  # the embedded window, after dropout
         self._dropped = [array(T, B, H) for _ in range(L if config.dropout and training else 0)]
         self._losses = array(T * B)
-        self._logits = array(max(1, min(T * B, CHUNK // vocabulary)), vocabulary)
+        chunks = max(2, -(-T * B * vocabulary // CHUNK))
+        self._logits = array(max(1, -(-T * B // chunks)), vocabulary)
         if training:
             self.gradient = array(self.layout.size)
             self._d = self.layout.views(self.gradient)

@@ -17,9 +17,9 @@ FASTMATH = {"contract", "nsz", "reassoc", "arcp"}
 def _cache_folder():
     """A writable folder for this version of the kernels, or None: then they are compiled anew in each process."""
     sources = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
-    name = "dllm-kernels-" + hashlib.sha256(sources).hexdigest()[:16]
+    name = "kernels-" + hashlib.sha256(sources).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(os.environ.get("NUMBA_CACHE_DIR") or user, name)
+    folder = pathlib.Path(os.environ.get("NUMBA_CACHE_DIR") or user, "dllm", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -17,8 +17,6 @@ from . import tokenizers
 
 FORMAT = 1
 KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
-SPLIT_KEYS = ("tokens", "bytes", "shards")
-SHARD_KEYS = ("name", "start", "stop", "sha256")
 
 
 class ShardWriter:
@@ -84,14 +82,20 @@ class Corpus:
 
     def _check(self, path):
         """The manifest's inner structure."""
-        manifest = self.manifest
-        if manifest["dtype"] not in ("uint8", "uint16", "uint32") or not isinstance(manifest["splits"], dict):
-            raise UserError(f"{path} is not a manifest of dllm.prepare; prepare the data anew")
-        for split, entry in manifest["splits"].items():
-            for part, keys in [(entry, SPLIT_KEYS), *((shard, SHARD_KEYS) for shard in entry.get("shards", []))]:
-                missing = [key for key in keys if key not in part]
-                if missing:
-                    raise UserError(f"{path} has no '{missing[0]}' in split '{split}'; prepare the data anew")
+        try:
+            np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
+            for split, entry in self.manifest["splits"].items():
+                shards = entry["shards"]
+                if [part["stop"] for part in shards][-1:] != [entry["tokens"]] or entry["bytes"] < 0:
+                    raise ValueError(f"split '{split}' does not add up")
+                for part in shards:
+                    plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
+                    if not (plain and 0 <= part["start"] <= part["stop"]):
+                        raise ValueError(f"a shard of split '{split}' is not described")
+        except KeyError as error:
+            raise UserError(f"{path} has no {error}; prepare the data anew") from None
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{path} is not a manifest of dllm.prepare ({error}); prepare the data anew") from None
 
     def split(self, name):
         """The manifest's entry of a split. Raises UserError where there is none."""

@@ -64,7 +64,7 @@ def _cut(file, near):
         place = ahead.find(mark)
         if place >= 0:
             return near + place + 1
-    return near + next((k for k, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+    return near + next((k for k, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
 
 
 def embedded_corpus():
