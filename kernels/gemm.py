@@ -32,6 +32,7 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
 ROWS = 14 if _FEATURES.get("avx512f") else 6  # with two vectors a row this fills 32 (16) registers
 AHEAD = 24  # rows of the panel that are prefetched
+DEPTH, HEIGHT = 512, 252  # half a megabyte of float32: a block of A that stays in the second-level cache
 
 
 def matmul(out, a, b):
@@ -82,33 +83,42 @@ def pack_transposed(packed, b):
 
 
 @kernel
-def packed_matmul_add(out, a, packed):
-    """out += a @ b, with b packed. out (M,N), a (M,K), both C-contiguous."""
+def packed_matmul(out, a, packed, add):
+    """out = a @ b, or out += a @ b where `add`, with b packed. out (M,N) C-contiguous, a (M,K), also a transposed view.
+
+    Blocks of DEPTH steps of k by HEIGHT rows of A stay in the second-level cache while the panels pass by.
+    """
     M, N = out.shape
     K, R, size = a.shape[1], packed.shape[2], out.itemsize
     zero = out.dtype.type(0)
-    tiles = (M + ROWS - 1) // ROWS
-    for panel in range(packed.shape[0]):
-        first = panel * R
-        for tile in range(tiles):  # of nearly equal height
-            top, bottom = M * tile // tiles, M * (tile + 1) // tiles
-            _multiply_tile(
-                zero,
-                bottom - top,
-                min(R, N - first),
-                K,
-                a.ctypes.data + top * K * size,
-                K * size,
-                packed.ctypes.data + first * K * size,
-                out.ctypes.data + (top * N + first) * size,
-                N * size,
-            )
+    for front in range(0, K, DEPTH):
+        depth = min(DEPTH, K - front)
+        for start in range(0, M, HEIGHT):
+            height = min(HEIGHT, M - start)
+            tiles = (height + ROWS - 1) // ROWS
+            for panel in range(packed.shape[0]):
+                first = panel * R
+                for tile in range(tiles):  # of nearly equal height
+                    top, bottom = start + height * tile // tiles, start + height * (tile + 1) // tiles
+                    _multiply_tile(
+                        zero,
+                        bottom - top,
+                        min(R, N - first) if add or front > 0 else 0,
+                        min(R, N - first),
+                        depth,
+                        a.ctypes.data + top * a.strides[0] + front * a.strides[1],
+                        a.strides[0],
+                        a.strides[1],
+                        packed.ctypes.data + (first * K + front * R) * size,
+                        out.ctypes.data + (top * N + first) * size,
+                        N * size,
+                    )
 
 
 @intrinsic
-def _multiply_tile(typingctx, kind, rows, columns, K, a, a_stride, panel, c, c_stride):
-    """c (rows,columns) += a (rows,K) @ panel (K,R): addresses and strides in bytes; `kind` is a scalar of the dtype."""
-    signature = types.void(kind, *[types.int64] * 8)
+def _multiply_tile(typingctx, kind, rows, known, columns, K, a, a_stride, k_stride, panel, c, c_stride):
+    """c (rows,columns) = c[:, :known] + a (rows,K) @ panel (K,R): addresses, strides in bytes; `kind`: a scalar of the dtype."""
+    signature = types.void(kind, *[types.int64] * 10)
 
     def generate(context, builder, signature, arguments):
         element = ir.FloatType() if kind == types.float32 else ir.DoubleType()
@@ -131,7 +141,7 @@ def _emit_tiles(builder, element, rows, *arguments):
     builder.position_at_end(end)
 
 
-def _emit_tile(builder, element, count, columns, K, a, a_stride, panel, c, c_stride):
+def _emit_tile(builder, element, count, known, columns, K, a, a_stride, k_stride, panel, c, c_stride):
     """The loop over k for tiles of `count` rows."""
     i32, i64 = ir.IntType(32), ir.IntType(64)
     size = 4 if element == ir.FloatType() else 8
@@ -153,14 +163,14 @@ def _emit_tile(builder, element, count, columns, K, a, a_stride, panel, c, c_str
 
     # Columns at the right edge of C that do not exist are masked out; in the panel they are zeros.
     places = [ir.Constant(ir.VectorType(i64, lanes), [*range(half * lanes, (half + 1) * lanes)]) for half in range(2)]
-    masks = [builder.icmp_signed("<", place, splat(columns)) for place in places]
+    reads, writes = ([builder.icmp_signed("<", place, splat(bound)) for place in places] for bound in (known, columns))
     tile = [
-        (builder.add(builder.add(c, builder.mul(c_stride, number(row))), number(half * VECTOR_BYTES)), masks[half])
+        (builder.add(builder.add(c, builder.mul(c_stride, number(row))), number(half * VECTOR_BYTES)), half)
         for row in range(count)
         for half in range(2)
     ]
     align, nothing = ir.Constant(i32, size), ir.Constant(vector, None)
-    begin = [builder.call(load, [at(address, vector), align, mask, nothing]) for address, mask in tile]
+    begin = [builder.call(load, [at(address, vector), align, reads[half], nothing]) for address, half in tile]
 
     before, loop, behind = builder.block, builder.append_basic_block("k"), builder.append_basic_block("behind")
     builder.branch(loop)
@@ -180,7 +190,7 @@ def _emit_tile(builder, element, count, columns, K, a, a_stride, panel, c, c_str
     next_k = builder.add(k, number(1))
     for variable, value in (
         (k, next_k),
-        (left, builder.add(left, number(size))),
+        (left, builder.add(left, k_stride)),
         (right, builder.add(right, number(2 * VECTOR_BYTES))),
     ):
         variable.add_incoming(value, loop)
@@ -189,5 +199,5 @@ def _emit_tile(builder, element, count, columns, K, a, a_stride, panel, c, c_str
         total.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", next_k, K), loop, behind)
     builder.position_at_end(behind)
-    for (address, mask), value in zip(tile, new, strict=True):
-        builder.call(store, [value, at(address, vector), align, mask])
+    for (address, half), value in zip(tile, new, strict=True):
+        builder.call(store, [value, at(address, vector), align, writes[half]])

@@ -32,7 +32,7 @@ import numpy as np
 
 from .activations import sigmoid, tanh
 from .compile import kernel
-from .gemm import matmul, matmul_add, pack, pack_transposed, packed_matmul_add
+from .gemm import matmul, matmul_add, pack, pack_transposed, packed_matmul
 
 WORTH_PACKING = 4  # time steps
 
@@ -54,12 +54,13 @@ def lstm_forward(h, c, gates, Wh_packed, x, Wx, Wh, b):
     T, B, _ = gates.shape
     if x is not None:
         matmul(gates.reshape(T * B, -1), x.reshape(T * B, -1), Wx)
-    product, weights = matmul_add, Wh
     if T >= WORTH_PACKING:
-        product, weights = packed_matmul_add, Wh_packed
         pack(Wh_packed, Wh)
     for t in range(T):
-        product(gates[t], h[t], weights)
+        if T >= WORTH_PACKING:
+            packed_matmul(gates[t], h[t], Wh_packed, True)
+        else:
+            matmul_add(gates[t], h[t], Wh)
         cell_forward(h[t + 1], c[t + 1], gates[t], b, c[t])
 
 
@@ -89,8 +90,7 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT_packed, dh, x, h, c,
     for t in range(T - 1, -1, -1):
         cell_backward(gates[t], dc, dh[t], dh_next, c[t], c[t + 1])
         if t > 0:
-            dh_next[:] = 0
-            packed_matmul_add(dh_next, gates[t], WhT_packed)
+            packed_matmul(dh_next, gates[t], WhT_packed, False)
         if between is not None:
             between()
     da = gates.reshape(T * B, -1)
