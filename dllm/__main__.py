@@ -1,6 +1,7 @@
 """`dllm COMMAND` and `python -m dllm COMMAND`: the commands as one program."""
 
 import importlib
+import os
 import sys
 
 from . import __version__
@@ -12,6 +13,7 @@ COMMANDS = {
     "evaluate": "loss and perplexity of a trained model",
     "generate": "continue a text with a trained model",
 }
+RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # where a launcher says it; nothing here needs MPI itself
 
 
 def main():
@@ -20,10 +22,13 @@ def main():
         return importlib.import_module(f"dllm.{name}").main(sys.argv[2:])
     lines = [f"dllm {__version__}: decentralised training of LSTM language models", "", "usage: dllm COMMAND ..."]
     lines += [f"  {command:10}{text}" for command, text in COMMANDS.items()]
+    speaks = next((os.environ[name] for name in RANK if name in os.environ), "0") == "0"
     if name in ("-h", "--help", "--version"):
-        print("\n".join(lines[:1] if name == "--version" else [*lines, "", "dllm COMMAND --help tells more."]))
+        if speaks:
+            print("\n".join(lines[:1] if name == "--version" else [*lines, "", "dllm COMMAND --help tells more."]))
         return DONE
-    print(f"dllm: there is no command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    if speaks:
+        print(f"dllm: there is no command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 from dataclasses import dataclass
 
-import h5py
 import numpy as np
 
 from . import storage
@@ -61,10 +60,7 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"theta": state.theta[part], "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
         arrays |= {f"moment.{number}": moment[part] for number, moment in enumerate(state.moments)}
-        with storage.atomic(folder / name) as temporary:
-            with h5py.File(temporary, "w") as file:
-                storage.write_arrays(file, arrays)
-            digest = storage.sha256(temporary)
+        digest = storage.write_arrays(folder / name, arrays)
         entry = {
             "name": name,
             "start": part.start,
@@ -72,8 +68,8 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
             "lanes": [mine.start, mine.stop],
             "sha256": digest,
         }
-    except (OSError, RuntimeError) as error:  # h5py raises either
-        problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
+        problem = error.strerror or str(error)
     gathered = comm.allgather((problem, entry))
     problem = next((text for text, _ in gathered if text), None)
     if problem is None and comm.rank == 0:

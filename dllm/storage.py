@@ -5,11 +5,13 @@ HDF5 follows links, external files and declared sizes silently; a file from else
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
 
 import h5py
+import numpy as np
 
 from .errors import UserError
 
@@ -84,8 +86,9 @@ def open_arrays(path):
     try:
         with h5py.File(path, "r") as file:
             yield lambda name, dtype, shape: _dataset(path, file, name, dtype, shape)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py raises any of them on a damaged file
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}") from None
 
 
 def _dataset(path, file, name, dtype, shape):
@@ -102,7 +105,7 @@ def _dataset(path, file, name, dtype, shape):
         if dataset.external is not None or dataset.is_virtual:
             problem = "is stored in another file"
         elif dataset.dtype != dtype or dataset.shape != tuple(shape):
-            problem = f"is {dataset.dtype}{list(dataset.shape)} where {dtype}{list(shape)} is expected"
+            problem = f"is {dataset.dtype}{list(dataset.shape or ())} where {np.dtype(dtype)}{list(shape)} is expected"
         elif not filters <= FILTERS:
             problem = "uses a foreign filter"
     if problem:
@@ -110,11 +113,24 @@ def _dataset(path, file, name, dtype, shape):
     return dataset
 
 
-def write_arrays(file, arrays):
-    """Datasets with checksums (fletcher32, a chunk each MiB) from name -> array into an open HDF5 file."""
-    for name, array in arrays.items():
-        chunk = None
-        if array.size:
-            rows = max(1, (1 << 20) // max(1, array.nbytes // len(array)))
-            chunk = (min(len(array), rows), *array.shape[1:])
-        file.create_dataset(name, data=array, chunks=chunk, fletcher32=chunk is not None)
+def write_arrays(path, arrays):
+    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array. Returns its sha256.
+
+    It is made in memory first: HDF5 does not recover from a full disk, and holds on to the space of what it cannot finish.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in arrays.items():
+            chunk = None
+            if array.size:
+                rows = max(1, (1 << 20) // max(1, array.nbytes // len(array)))
+                chunk = (min(len(array), rows), *array.shape[1:])
+            file.create_dataset(name, data=array, chunks=chunk, fletcher32=chunk is not None)
+    return write_bytes(path, buffer.getbuffer())
+
+
+def write_bytes(path, data):
+    """Write a file whole. Returns its sha256."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()

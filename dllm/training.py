@@ -238,7 +238,7 @@ class Trainer:
         return best
 
     def _save(self, best):
-        """A checkpoint, unless this step has one. Where it cannot be written, training goes on with a warning."""
+        """A checkpoint, once a step. Where it cannot be written, training goes on with a warning."""
         state = self.state
         if self.saved_at == state.step:
             return
@@ -246,11 +246,10 @@ class Trainer:
             self.comm, self.run_folder, state, self.layout, (self.mine, self.config.train.lanes),
             self.corpus.tokenizer_hash, best,
         )  # fmt: skip
-        self.saved_time = time.monotonic()
+        self.saved_time, self.saved_at = time.monotonic(), state.step
         if problem:
             self.reporter.warn(f"no checkpoint at step {state.step}: {problem}; training goes on, older ones stay")
             return
-        self.saved_at = state.step
         if self.comm.rank == 0:
             checkpoint.prune(self.run_folder, self.config.checkpoint.keep)
 

@@ -117,7 +117,7 @@ def packed_matmul(out, a, packed, add):
 
 @intrinsic
 def _multiply_tile(typingctx, kind, rows, known, columns, K, a, a_stride, k_stride, panel, c, c_stride):
-    """c (rows,columns) = c[:, :known] + a (rows,K) @ panel (K,R): addresses, strides in bytes; `kind`: a scalar of the dtype."""
+    """c (rows,columns) = c[:, :known] + a (rows,K) @ panel (K,R): addresses, strides in bytes; `kind` has the dtype."""
     signature = types.void(kind, *[types.int64] * 10)
 
     def generate(context, builder, signature, arguments):

@@ -5,6 +5,7 @@ tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} wit
 """
 
 import hashlib
+import io
 import json
 import pathlib
 
@@ -20,14 +21,14 @@ KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
 
 
 class ShardWriter:
-    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there."""
+    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there. Made in memory until then."""
 
     def __init__(self, path, dtype):
         self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
 
     def __enter__(self):
-        self._atomic = storage.atomic(self.path)
-        self._file = h5py.File(self._atomic.__enter__(), "w")
+        self._buffer = io.BytesIO()
+        self._file = h5py.File(self._buffer, "w")
         options = {"chunks": (1 << 16,), "maxshape": (None,), "fletcher32": True}
         self._data = self._file.create_dataset("tokens", (0,), self.dtype, **options)
         return self
@@ -37,9 +38,10 @@ class ShardWriter:
         self._data.resize((self.tokens,))
         self._data[start:] = tokens
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         self._file.close()
-        return self._atomic.__exit__(*error)
+        if error is None:
+            storage.write_bytes(self.path, self._buffer.getbuffer())
 
 
 def token_dtype(vocabulary):
@@ -83,10 +85,13 @@ class Corpus:
     def _check(self, path):
         """The manifest's inner structure."""
         try:
+            if self.manifest["dtype"] not in ("uint8", "uint16", "uint32"):
+                raise ValueError(f"its dtype is {self.manifest['dtype']}")
             np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
             for split, entry in self.manifest["splits"].items():
                 shards = entry["shards"]
-                if [part["stop"] for part in shards][-1:] != [entry["tokens"]] or entry["bytes"] < 0:
+                starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
+                if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
                 for part in shards:
                     plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64

@@ -1,0 +1,39 @@
+"""Reads what a run left behind."""
+
+import json
+import pathlib
+
+import h5py
+import numpy as np
+
+TIMES = ("tokens_per_second", "exposed_comm_fraction", "hidden_comm_fraction")
+
+
+def metrics(run, split=None):
+    """The lines of metrics.jsonl without what a clock measured. split: None all, "train", or an evaluation's."""
+    lines = [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
+    assert all(name in line for line in lines if "split" not in line for name in TIMES)
+    lines = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [line for line in lines if split in (None, line.get("split", "train"))]
+
+
+def column(lines, name):
+    return np.array([line[name] for line in lines])
+
+
+def checkpoints(run):
+    """Steps of the checkpoints that are there, oldest first."""
+    return sorted(int(path.parent.name[5:]) for path in pathlib.Path(run).glob("checkpoints/step-*/manifest.json"))
+
+
+def arrays(run, step):
+    """name -> array of a checkpoint: the slices and lanes of all ranks joined. And the manifest's scalars."""
+    folder = pathlib.Path(run, "checkpoints", f"step-{step:08d}")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts = {}
+    for entry in manifest["files"]:
+        with h5py.File(folder / entry["name"]) as file:
+            for name in file:
+                parts.setdefault(name, []).append(file[name][:])
+    joined = {name: np.concatenate(pieces, axis=1 if name in "hc" else 0) for name, pieces in parts.items()}
+    return joined, manifest["scalars"]

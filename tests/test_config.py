@@ -1,0 +1,192 @@
+"""Configuration: every preset loads, file and --set are laid over it in order, and whatever is wrong is a UserError
+that names the key.
+"""
+
+import dataclasses
+
+import pytest
+import tomli_w
+
+from dllm import config
+from dllm.errors import UserError
+
+
+def toml(tmp_path, text):
+    path = tmp_path / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_loads_and_survives_being_written(name):
+    found = config.resolve(name)
+    assert isinstance(found, config.Config)
+    assert config.from_dict(config.as_dict(found)) == found
+    assert config.from_dict(config.tomllib.loads(tomli_w.dumps(config.as_dict(found)))) == found
+    settings = [  # as the user would type it
+        f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
+        for section, values in config.as_dict(found).items()
+        for key, value in values.items()
+    ]
+    assert config.resolve("default", settings=settings) == found
+
+
+def test_the_default_preset_is_there():
+    assert "default" in config.preset_names()
+
+
+def test_without_anything_the_fields_have_their_defaults():
+    assert config.from_dict({}) == config.Config()
+
+
+def test_a_file_is_laid_over_the_preset_and_settings_over_both(tmp_path):
+    file = toml(tmp_path, "[model]\nhidden = 7\nlayers = 3\n[train]\nlr = 1\n")
+    preset = config.resolve("default")
+    found = config.resolve("default", file, ["model.layers=4", "model.layers=5", "log.prompt=def f(x):"])
+    assert (found.model.hidden, found.model.layers, found.train.lr, found.log.prompt) == (7, 5, 1.0, "def f(x):")
+    changed = dataclasses.replace(preset.model, hidden=7, layers=5)
+    assert found.model == changed
+    assert found.train == dataclasses.replace(preset.train, lr=1.0)
+    assert found.data == preset.data
+
+
+def test_merge_leaves_what_it_is_given_as_it_was():
+    below, above = {"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": {"z": 4}}
+    assert config.merge(below, above) == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
+    assert below == {"a": {"x": 1, "y": 2}}
+    assert above == {"a": {"y": 3}, "b": {"z": 4}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train.lr=0.01", 0.01),
+        ("train.lr = 1e-2", 0.01),
+        ("model.tied=true", True),
+        ("model.hidden=1_000", 1000),
+        ("log.prompt=bare words = fine", "bare words = fine"),
+        ('log.prompt=" quoted "', " quoted "),
+        ("data.path=/data/site{rank}", "/data/site{rank}"),
+        ("data.path=", ""),
+        ("log.prompt=宋词", "宋词"),
+    ],
+)
+def test_settings_are_read_as_toml_or_as_a_bare_word(setting, value):
+    ((_, values),) = config.parse_settings([setting]).items()
+    assert list(values.values()) == [value]
+
+
+def test_whole_numbers_become_numbers_where_a_number_is_asked_for():
+    lr = config.from_dict({"train": {"lr": 1}}).train.lr
+    assert lr == 1.0
+    assert type(lr) is float
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.Config().model.hidden = 5
+
+
+BAD = {  # section.key=value: what the message says
+    "modle.hidden=5": "unknown section 'modle'; did you mean 'model'",
+    "nothing.hidden=5": "unknown section 'nothing'; there are model, train",
+    "model.hiden=5": "unknown key 'model.hiden'; did you mean 'model.hidden'",
+    "model.qqq=5": "unknown key 'model.qqq'; there are model.embedding, model.hidden",
+    "model.hidden.x=5": "unknown key 'model.hidden.x'; did you mean 'model.hidden'",
+    "train.lr=fast": "train.lr = 'fast': it takes a number",
+    "train.lr=": "train.lr = '': it takes a number",
+    "train.lr=true": "train.lr = True: it takes a number",
+    "model.hidden=1.5": "model.hidden = 1.5: it takes a whole number",
+    "model.hidden=true": "model.hidden = True: it takes a whole number",
+    "model.tied=1": "model.tied = 1: it takes true or false",
+    "train.optimizer=3": "train.optimizer = 3: it takes a word",
+    "train.optimizer=[1, 2]": "train.optimizer = [1, 2]: it takes a word",
+    "model.hidden=-3": "model.hidden = -3: it must be at least 1",
+    "model.hidden=0": "model.hidden = 0: it must be at least 1",
+    "model.embedding=-1": "model.embedding = -1: it must not be negative",
+    "train.momentum=-0.5": "train.momentum = -0.5: it must not be negative",
+    "train.lr=0": "train.lr = 0.0: it must be above 0",
+    "train.lr=-1": "train.lr = -1.0: it must be above 0",
+    "train.lr=nan": "train.lr = nan: it must be a finite number",
+    "train.lr=inf": "train.lr = inf: it must be a finite number",
+    "model.forget_bias=nan": "model.forget_bias = nan: it must be a finite number",
+    "model.forget_bias=-inf": "model.forget_bias = -inf: it must be a finite number",
+    "model.hidden=99999999999": "model.hidden = 99999999999: it must be a finite number of at most",
+    f"model.hidden={10**400}": "model.hidden",
+    f"train.lr={10**400}": "train.lr",
+    "model.dropout=1": "model.dropout = 1.0: it must be below 1",
+    "train.beta2=1": "train.beta2 = 1.0: it must be below 1",
+    "train.optimizer=lion": "train.optimizer = lion: it is one of sgd, adam",
+    "train.precision=fp8": "train.precision = fp8: it is one of fp32, fp64",
+    "train.clip_by=x": "train.clip_by = x: it is one of norm, value",
+    "model.biases=3": "model.biases = 3: it is one of 1, 2",
+    "averaging.method=x": "averaging.method = x: it is one of allreduce",
+    "train.nesterov=true": "train.nesterov needs train.momentum",
+    "train.schedule=plateau": "train.schedule = plateau divides lr by train.decay",
+    "hidden=5": "--set hidden=5: write it as section.key=value",
+    "model.hidden": "--set model.hidden: write it as section.key=value",
+    "model.=5": "--set model.=5: write it as section.key=value",
+    "": "write it as section.key=value",
+    "=": "write it as section.key=value",
+}
+
+
+@pytest.mark.parametrize("setting", BAD)
+def test_bad_settings_are_named(setting):
+    with pytest.raises(UserError) as error:
+        config.resolve("default", settings=[setting])
+    assert BAD[setting] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tied_weights_need_equal_widths():
+    with pytest.raises(UserError, match=r"model.tied needs model.embedding = model.hidden, but they are 5 and 7"):
+        config.resolve(settings=["model.tied=true", "model.embedding=5", "model.hidden=7"])
+    assert config.resolve(settings=["model.tied=true", "model.embedding=7", "model.hidden=7"]).model.tied
+
+
+def test_a_forget_bias_may_be_negative():
+    assert config.resolve(settings=["model.forget_bias=-1"]).model.forget_bias == -1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model\nhidden = 3", "settings.toml"),
+        ("[model]\nhidden = 3\nhidden = 4", "settings.toml"),
+        ("model = 3", "'model' is a section"),
+        ("hidden = 3", "unknown section 'hidden'"),
+        ("[model]\nhidden = '3'", "model.hidden = '3': it takes a whole number"),
+        ("[train]\nlr = nan", "train.lr = nan"),
+        ("[model.hidden]\nx = 3", "model.hidden = {'x': 3}: it takes a whole number"),
+        ("[[model]]\nhidden = 3", "'model' is a section"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        config.resolve("default", toml(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b"[model]\n# caf\xe9\n")
+    for path, reason in [
+        (tmp_path / "missing.toml", "No such file"),
+        (tmp_path, "Is a directory"),
+        (latin, "codec can't decode"),
+    ]:
+        with pytest.raises(UserError, match=reason) as error:
+            config.resolve("default", path)
+        assert str(path) in str(error.value)
+
+
+def test_an_unknown_preset_is_named_with_those_there_are():
+    with pytest.raises(UserError, match=r"--preset ../default: there is none of that name; there are .*default"):
+        config.resolve("../default")
+
+
+def test_every_checked_key_exists():
+    names = {f"{section}.{key}" for section, values in config.as_dict(config.Config()).items() for key in values}
+    lists = config.AT_LEAST_ONE, config.POSITIVE, config.BELOW_ONE, config.MAY_BE_NEGATIVE, config.CHOICES
+    assert set().union(*lists) <= names
