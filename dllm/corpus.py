@@ -36,7 +36,10 @@ def _prepare(comm, splits, kind, size, out, private, progress, undo):
         if empty:
             raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
         if rank == 0:
-            _make_folder(out, undo)
+            undo.callback(_remove, *_free_folder(out))
+    with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
+        if rank == 0:
+            _make_folder(out)
     with together(comm):
         counts, others = _count(plans, KINDS[kind], ranks, rank, progress)
     counts, others = (comm.reduce(part, op=lambda a, b: a + b) for part in (counts, others))
@@ -57,12 +60,16 @@ def _prepare(comm, splits, kind, size, out, private, progress, undo):
             storage.write_json(pathlib.Path(out, "manifest.json"), _manifest(plans, tokenizer, entries))
 
 
-def _make_folder(out, undo):
-    """A new or empty folder that can be written to. `undo`, an ExitStack, gets what removes it again."""
+def _free_folder(out):
+    """The folder, which is empty or not there, and those of it and its parents that are not there, innermost first."""
     folder = pathlib.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
-    undo.callback(_remove, folder, [path for path in (folder, *folder.parents) if not path.exists()])
+    return folder, [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _make_folder(out):
+    folder = pathlib.Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(folder / "probe", "")
@@ -72,11 +79,12 @@ def _make_folder(out, undo):
 
 
 def _remove(folder, new):
-    """Remove the files of a folder, and the folders that are new, innermost first."""
+    """Remove the files of a folder, and the folders that are new, as far as they are empty then."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             path.unlink()
-        for path in new:
+    for path in new:
+        with contextlib.suppress(OSError):
             path.rmdir()
 
 

@@ -113,24 +113,39 @@ def _dataset(path, file, name, dtype, shape):
     return dataset
 
 
-def write_arrays(path, arrays):
-    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array. Returns its sha256.
+class _Patient(io.FileIO):
+    """A file that keeps its first failure for `write_hdf5` instead of raising it: HDF5 does not recover from a full disk."""
 
-    It is made in memory first: HDF5 does not recover from a full disk, and holds on to the space of what it cannot finish.
-    """
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
+    failure = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        while view and self.failure is None:
+            try:
+                view = view[super().write(view) :]
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+
+@contextlib.contextmanager
+def write_hdf5(path):
+    """An open h5py.File that becomes `path`, whole or not at all, when the block ends. Raises OSError where the disk is full."""
+    with atomic(path) as temporary, _Patient(temporary, "x+") as raw:
+        with h5py.File(raw, "w") as file:
+            yield file
+        if raw.failure is not None:
+            raw.failure.filename = None
+            raise raw.failure
+
+
+def write_arrays(path, arrays):
+    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array. Returns its sha256."""
+    with write_hdf5(path) as file:
         for name, array in arrays.items():
             chunk = None
             if array.size:
                 rows = max(1, (1 << 20) // max(1, array.nbytes // len(array)))
                 chunk = (min(len(array), rows), *array.shape[1:])
             file.create_dataset(name, data=array, chunks=chunk, fletcher32=chunk is not None)
-    return write_bytes(path, buffer.getbuffer())
-
-
-def write_bytes(path, data):
-    """Write a file whole. Returns its sha256."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    return sha256(path)

@@ -1,6 +1,6 @@
 """Commands that must be refused, one after another in one start of all ranks: python refusals.py FILE FOLDER.
 
-FILE holds JSON lists of words. What rank R wrote during command N goes to FOLDER/N-R.txt, how it ended to FOLDER/R.json.
+FILE: JSON lists of words. What rank R wrote in command N goes to FOLDER/N-R.txt, how all ended to FOLDER/R.json.
 """
 
 import importlib

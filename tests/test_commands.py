@@ -51,7 +51,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "resume: no checkpoint": ("dllm.train --resume fresh", "fresh has no checkpoint to start from"),
     "resume: another shape": ("dllm.train --resume run --set model.hidden=24", "is of another shape: output.weight is"),
     "resume: another number of lanes": ("dllm.train --resume run --set train.lanes=16", "lanes = 8, this run has 16"),
-    "resume: another vocabulary": ("dllm.train --resume run --data other", "the vocabulary of .*other is not the one that"),
+    "resume: another vocabulary": ("dllm.train --resume run --data other", "the vocabulary of .*other is not the one"),
     "prepare: missing file": (PREPARE + " --valid nothing.txt", "cannot read nothing.txt: No such file or directory"),
     "prepare: a folder as text": (PREPARE + " --valid full", "cannot read full: Is a directory"),
     "prepare: empty file": (PREPARE + " --valid empty.txt", "the valid text is empty: empty.txt"),
@@ -78,7 +78,7 @@ ON_FOUR = {
     "train: one rank's text damaged": (TRAIN + " --data site{rank}", r"site2/train-00000.h5 is damaged.* \(rank 2\)"),
     "train: one rank's vocabulary differs": (TRAIN + " --data odd{rank}", "do not agree on the vocabulary: rank 0 has"),
     "train: one rank has no valid split": (TRAIN + " --data short{rank}", "splits: rank 0 has .*, rank 3 has train;"),
-    "prepare: one rank's text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt: .* \(rank 3\)"),
+    "prepare: one rank's text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt.* \(rank 3\)"),
 }
 STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
 GENERATE = {

@@ -359,7 +359,7 @@ def sweep(low, high):
     return np.concatenate([np.linspace(low, high, 1_000_000, dtype=np.float32), near, -near])
 
 
-BOUNDS = [(map_exp, -87, 88, 2e-7), (map_tanh, -20, 20, 3e-7), (map_sigmoid, -40, 40, 2e-7)]
+BOUNDS = [(map_exp, -87, 88, 2e-7), (map_tanh, -20, 20, 4e-7), (map_sigmoid, -40, 40, 2e-7)]
 
 
 @pytest.mark.parametrize(("function", "low", "high", "bound"), BOUNDS)

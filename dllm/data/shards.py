@@ -5,11 +5,9 @@ tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} wit
 """
 
 import hashlib
-import io
 import json
 import pathlib
 
-import h5py
 import numpy as np
 
 from .. import storage
@@ -21,16 +19,15 @@ KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
 
 
 class ShardWriter:
-    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there. Made in memory until then."""
+    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there."""
 
     def __init__(self, path, dtype):
         self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
 
     def __enter__(self):
-        self._buffer = io.BytesIO()
-        self._file = h5py.File(self._buffer, "w")
+        self._whole = storage.write_hdf5(self.path)
         options = {"chunks": (1 << 16,), "maxshape": (None,), "fletcher32": True}
-        self._data = self._file.create_dataset("tokens", (0,), self.dtype, **options)
+        self._data = self._whole.__enter__().create_dataset("tokens", (0,), self.dtype, **options)
         return self
 
     def append(self, tokens):
@@ -38,10 +35,8 @@ class ShardWriter:
         self._data.resize((self.tokens,))
         self._data[start:] = tokens
 
-    def __exit__(self, kind, error, trace):
-        self._file.close()
-        if error is None:
-            storage.write_bytes(self.path, self._buffer.getbuffer())
+    def __exit__(self, *error):
+        return self._whole.__exit__(*error)
 
 
 def token_dtype(vocabulary):
