@@ -130,7 +130,7 @@ class _Patient(io.FileIO):
 
 @contextlib.contextmanager
 def write_hdf5(path):
-    """An open h5py.File that becomes `path`, whole or not at all, when the block ends. Raises OSError where the disk is full."""
+    """An open h5py.File that becomes `path`, whole or not at all, at the end. Raises OSError where the disk is full."""
     with atomic(path) as temporary, _Patient(temporary, "x+") as raw:
         with h5py.File(raw, "w") as file:
             yield file
