@@ -11,7 +11,7 @@ import numpy as np
 
 from .kernels.dropout import dropout
 from .kernels.embedding import embedding_backward, embedding_forward
-from .kernels.gemm import matmul, packed_like
+from .kernels.gemm import matmul, packed_shape
 from .kernels.lstm import lstm_backward, lstm_forward
 from .kernels.softmax import softmax_cross_entropy
 
@@ -89,7 +89,9 @@ class LanguageModel:
         self._c = [array(T + 1, B, H) for _ in range(copies)]
         self._gates = [array(T, B, 4 * H) for _ in range(copies)]
         self._bias = array(4 * H)
-        self._Wh_packed = packed_like(H, 4 * H, dtype)
+        shapes = packed_shape(H, 4 * H, dtype), packed_shape(4 * H, H, dtype)
+        memory = array(max(map(math.prod, shapes)))  # one for both: forward and backward take turns
+        self._Wh_packed, self._WhT_packed = (memory[: math.prod(shape)].reshape(shape) for shape in shapes)
         self._x = array(T, B, E)  # the embedded window, after dropout
         self._dropped = [array(T, B, H) for _ in range(L if config.dropout and training else 0)]
         self._losses = array(T * B)
@@ -100,7 +102,6 @@ class LanguageModel:
             self._d = self.layout.views(self.gradient)
             self._dy, self._dx = array(T, B, H), array(T, B, E)
             self._dh_next, self._dc, self._db = array(B, H), array(B, H), array(4 * H)
-            self._WhT_packed = packed_like(4 * H, H, dtype)
         if theta is not None:
             self.bind(theta)
 

@@ -5,7 +5,7 @@ The factor that stays, B (K,N), is packed once: cut into panels of R = two vecto
 
              B (K,N)                packed (N/R,K,R)
         +---+---+---+--             +---+
-      K | 0 | 1 | 2 |       ->    K | 0 | then panel 1, panel 2, ...; columns beyond N are zeros
+      K | 0 | 1 | 2 |       ->    K | 0 | then panel 1, panel 2, ...; columns beyond N hold anything
         +---+---+---+--             +---+
           R   R   R                   R
 
@@ -50,15 +50,15 @@ def matmul_add(out, a, b):
     assert np.shares_memory(result, out)
 
 
-def packed_like(K, N, dtype):
-    """An array for the packed form of a (K,N) matrix."""
+def packed_shape(K, N, dtype):
+    """The shape (panels,K,R) of an array for the packed form of a (K,N) matrix."""
     R = 2 * VECTOR_BYTES // np.dtype(dtype).itemsize
-    return np.zeros((-(-N // R), K, R), dtype)
+    return -(-N // R), K, R
 
 
 @kernel
 def pack(packed, b):
-    """Pack b (K,N) into `packed`, made by `packed_like`."""
+    """Pack b (K,N) into `packed`, of `packed_shape`."""
     K, N = b.shape
     R = packed.shape[2]
     for k in range(K):
@@ -161,7 +161,7 @@ def _emit_tile(builder, element, count, known, columns, K, a, a_stride, k_stride
         one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar, ir.Constant(i32, 0))
         return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, lanes), [0] * lanes))
 
-    # Columns at the right edge of C that do not exist are masked out; in the panel they are zeros.
+    # Columns at the right edge of C that do not exist are masked out.
     places = [ir.Constant(ir.VectorType(i64, lanes), [*range(half * lanes, (half + 1) * lanes)]) for half in range(2)]
     reads, writes = ([builder.icmp_signed("<", place, splat(bound)) for place in places] for bound in (known, columns))
     tile = [

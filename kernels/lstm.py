@@ -46,7 +46,7 @@ def lstm_forward(h, c, gates, Wh_packed, x, Wx, Wh, b):
         Slot 0 is read, the others are written.
     gates : (T,B,4H), out
         The activations i | f | g | o, saved for the backward.
-    Wh_packed : gemm.packed_like(H, 4H), scratch
+    Wh_packed : of gemm.packed_shape(H, 4H), scratch
     x : (T,B,D) or None
         None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row of Wx.
     Wx, Wh, b : (D,4H), (H,4H), (4H,)
@@ -75,7 +75,7 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT_packed, dh, x, h, c,
         Overwritten. dWx is not touched where x is None.
     gates : (T,B,4H), in and out
         The saved activations; becomes da.
-    dh_next, dc, WhT_packed : (B,H), (B,H), gemm.packed_like(4H, H), scratch
+    dh_next, dc, WhT_packed : (B,H), (B,H), of gemm.packed_shape(4H, H), scratch; may share its memory with Wh_packed
     dh : (T,B,H)
         Gradient of h[1:] from the layers above.
     x, h, c, Wx, Wh

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import pytest
 from launch import mpirun
@@ -26,6 +27,7 @@ def _end_all_ranks(config, what, text):
     with capture.global_and_fixture_disabled():
         sys.stdout.flush()
         os.write(2, f"\nrank {comm.rank} of {comm.size}: {what}\n{text}\n".encode())
+        time.sleep(0.2)  # let mpirun pass it on
         comm.Abort(1)
 
 

@@ -78,7 +78,7 @@ ON_FOUR = {
     "train: one rank's text damaged": (TRAIN + " --data site{rank}", r"site2/train-00000.h5 is damaged.* \(rank 2\)"),
     "train: one rank's vocabulary differs": (TRAIN + " --data odd{rank}", "do not agree on the vocabulary: rank 0 has"),
     "train: one rank has no valid split": (TRAIN + " --data short{rank}", "splits: rank 0 has .*, rank 3 has train;"),
-    "prepare: one rank's text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt.* \(rank 3\)"),
+    "prepare: one text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt: .* \(rank 3\)"),
 }
 STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
 GENERATE = {

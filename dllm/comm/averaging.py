@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from .runtime import wait
 
-IN_FLIGHT = 8  # buckets at a time, so the receive buffers stay small however large the model
+IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the model
 
 
 class Allreduce:

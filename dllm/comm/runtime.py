@@ -36,6 +36,7 @@ def _abort(kind, error, trace):
         text, code = f"dllm: rank {rank} failed\n" + "".join(traceback.format_exception(kind, error, trace)), 1
     sys.stderr.write(text)
     sys.stderr.flush()
+    time.sleep(0.2)  # MPICH's mpirun has been seen to drop what it had not passed on when the job ended
     MPI.COMM_WORLD.Abort(code)
 
 
