@@ -6,6 +6,7 @@ One rank, the reporter, has a Reporter that speaks; on the others it is silent a
 import contextlib
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -28,7 +29,7 @@ class Reporter:
 
     def __init__(self, speaks, progress="auto"):
         self.speaks = speaks
-        live = progress == "live" or (progress == "auto" and sys.stdout.isatty())
+        live = progress == "live" or (progress == "auto" and _on_terminal())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
         self.bar = self.metrics = None
         self.failed = set()  # files that could not be written
@@ -122,7 +123,8 @@ class Reporter:
             axes.plot(*zip(*points, strict=True), label=split, marker="o" if split != "train" else None)
         axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if lines:
+            axes.legend()
         self._attempt("loss.png", lambda: figure.savefig(self.run / "loss.png", dpi=120))
         pyplot.close(figure)
         return self.run / "loss.png"
@@ -131,6 +133,15 @@ class Reporter:
 def perplexity(loss):
     """e^loss; infinity where that is beyond a float."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _on_terminal():
+    """Whether a person watches. Open MPI gives a rank a terminal though mpirun writes to a file: there mpirun's own counts."""
+    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout.isatty()
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    return False
 
 
 def _lines(path):

@@ -135,7 +135,7 @@ def write_hdf5(path):
         with h5py.File(raw, "w") as file:
             yield file
         if raw.failure is not None:
-            raw.failure.filename = None
+            raw.failure.filename = str(path)
             raise raw.failure
 
 

@@ -1,6 +1,7 @@
 """Small corpora for all tests; under mpirun, a test that fails on one rank ends all ranks."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -85,3 +86,16 @@ def tiny(prepare, shakespeare):
     """200 kB of Shakespeare by characters, with train, valid and test."""
     parts = {"train": shakespeare[:200_000], "valid": shakespeare[-40_000:-20_000], "test": shakespeare[-20_000:]}
     return prepare("char", **parts)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder]
+    done = subprocess.run(mount, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], timeout=20, check=True)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -168,12 +169,12 @@ def mpirun(ranks, *arguments, timeout=LIMIT, env=None, cwd=None, check=False):
 
 
 def complaint(done):
-    """What is on standard error but for mpirun's own notice that a rank's exit code was not 0."""
+    """What is on standard error but for mpirun's own notice that a rank's exit code was not 0, and PMIx's own lines."""
     lines, inside = [], False
     for line in done.stderr.splitlines(keepends=True):
         if flavour() == "openmpi" and line.startswith("-----"):
             inside = not inside
-        elif not inside:
+        elif not inside and not (flavour() == "openmpi" and re.match(r"\[\S+:\d+\] PMIX ", line)):
             lines.append(line)
     return "".join(lines)
 

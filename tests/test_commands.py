@@ -202,6 +202,15 @@ def test_nothing_is_left_behind_by_what_four_ranks_refused(on_four_ranks):
     assert on_four_ranks[1]
 
 
+def test_a_corpus_too_large_for_the_disk_is_refused_in_one_line_and_nothing_is_left(small_disk, shakespeare, tmp_path):
+    (tmp_path / "long.txt").write_bytes(shakespeare * 4)
+    options = "--tokenizer", "byte", "--train", tmp_path / "long.txt", "--out", small_disk / "new" / "corpus"
+    done = mpirun(0, "-m", "dllm.prepare", *options)
+    assert done.returncode == REFUSED
+    check(done.stderr, "No space left on device.*train-00000.h5")
+    assert list(small_disk.iterdir()) == []
+
+
 @pytest.mark.parametrize("case", GENERATE)
 def test_generate_refuses_in_one_line_with_exit_code_2(world, case):
     refuse(world, 0, *GENERATE[case])
@@ -283,6 +292,20 @@ def test_evaluate_agrees_with_the_run_on_any_number_of_ranks(world):
         assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"], rel=1e-6)
         assert result["bits_per_token"] == pytest.approx(result["loss"] / 0.6931471805599453, rel=1e-6)
         assert complaint(done) == ""
+
+
+def test_a_short_run_shows_header_sample_and_what_to_type_next_once_and_no_warnings(world, tmp_path):
+    arguments = train_arguments("train-only", tmp_path / "run", "log.every=50", extra=("--max-steps", 3))
+    arguments[arguments.index("none")] = "auto"
+    done = mpirun(2, *arguments, cwd=world, check=True)
+    assert complaint(done) == ""
+    assert "\x1b" not in done.stdout  # nobody watches: lines, not a live display
+    for start in ("dllm ", "data ", "lanes ", "model ", "training ", "run ", "done  ", "sample", "plot ", "generate "):
+        assert len(re.findall(f"^{start}", done.stdout, re.M)) == 1, f"{start}\n{done.stdout}"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    keys = "ranks mpi_library parameters tokens_per_second gflops exposed_comm_fraction peak_rss_bytes steps"
+    assert {*keys.split(), "wall_seconds", "best_valid_perplexity", "config"} <= summary.keys()
+    assert (summary["ranks"], summary["steps"], len(summary["peak_rss_bytes"])) == (2, 3, 2)
 
 
 def generated(world, *options):

@@ -14,7 +14,10 @@ from dllm.data.shards import Corpus
 
 RANKS = (1, 2, 4, 8)
 STEPS = 30  # the corpora are so small that an epoch ends before
-COMMON = ("train.precision=fp64", "model.dropout=0.3", "averaging.bucket_mb=0.004", f"train.max_steps={STEPS}")
+COMMON = (
+    "train.precision=fp64", "model.dropout=0.3", "averaging.bucket_mb=0.004", f"train.max_steps={STEPS}",
+    "train.schedule=cosine", "train.warmup=5",
+)  # fmt: skip
 CASES = {  # 8 ranks share 20 lanes unevenly, 16 evenly; words: only some rows of the embedding are sent
     "untied-adam-clip": (
         "words", "model.layers=2", "model.embedding=12", "train.optimizer=adam", "train.lr=0.01", "train.clip=0.5",

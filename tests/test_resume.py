@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -203,19 +202,6 @@ def test_the_best_checkpoint_stays_besides_the_newest(corpus, tmp_path):
     evaluated = mpirun(0, "-m", "dllm.evaluate", run, "--split", "valid", check=True).stdout
     assert ", step 20, valid split" in evaluated
     assert json.loads(evaluated.splitlines()[-1])["loss"] == pytest.approx(losses[1], rel=1e-6)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder]
-    done = subprocess.run(mount, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], timeout=20, check=True)
 
 
 def fill(path):
