@@ -33,6 +33,7 @@ def evaluate(argv, comm):
         parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")
         parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
         options = parser.parse_args(argv)
+    runtime.check_same(comm, vars(options))
     place = runtime.node(comm)
 
     import threadpoolctl

@@ -17,7 +17,8 @@ examples
   mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
   mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
 
-SIGUSR1, SIGTERM or Ctrl-C: the step is finished, a checkpoint written, exit code 75.
+SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
+passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
 Every key that --set takes is in the header of config.toml in any run's folder; dllm/config.py says what each does.
 """
 
@@ -131,6 +132,9 @@ def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
 def _farewell(reporter, trainer, summary, done):
     """The end: what came out, a sample, the plot, and what to type next."""
     run, ranks = trainer.run_folder, summary["ranks"]
+    if not done and not trainer.saved:
+        reporter.say(f"stopped at step {summary['steps']} without a checkpoint of it; older ones, if any, are in {run}")
+        return
     if not done:
         reporter.say(f"stopped at step {summary['steps']}; go on with  mpirun -n {ranks} python -m dllm.train --resume {run}")
         return
@@ -144,7 +148,8 @@ def _farewell(reporter, trainer, summary, done):
         reporter.say("sample\n" + _sample(trainer))
     plot = reporter.plot()
     reporter.say(f"plot       {plot}" if plot else "plot       pip install matplotlib draws loss.png next time")
-    reporter.say(f"generate   python -m dllm.generate {run} --prompt 'def main('")
+    prompt = trainer.config.log.prompt or "..."
+    reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")
 
 
 def _sample(trainer):

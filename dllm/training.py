@@ -75,7 +75,7 @@ class Trainer:
         self.total_steps = train.epochs * self.schedule.windows
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
-        self.saved_at = self.state.step if resume else -1
+        self.saved_at, self.saved = (self.state.step, True) if resume else (-1, False)
         self.best = math.inf
 
     def _deal_lanes(self):
@@ -246,7 +246,7 @@ class Trainer:
             self.comm, self.run_folder, state, self.layout, (self.mine, self.config.train.lanes),
             self.corpus.tokenizer_hash, best,
         )  # fmt: skip
-        self.saved_time, self.saved_at = time.monotonic(), state.step
+        self.saved_time, self.saved_at, self.saved = time.monotonic(), state.step, not problem
         if problem:
             self.reporter.warn(f"no checkpoint at step {state.step}: {problem}; training goes on, older ones stay")
             return

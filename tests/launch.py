@@ -169,12 +169,12 @@ def mpirun(ranks, *arguments, timeout=LIMIT, env=None, cwd=None, check=False):
 
 
 def complaint(done):
-    """What is on standard error but for mpirun's own notice that a rank's exit code was not 0, and PMIx's own lines."""
+    """What is on standard error but for mpirun's own notice that a rank's exit code was not 0, and lines of PMIx and libevent."""
     lines, inside = [], False
     for line in done.stderr.splitlines(keepends=True):
         if flavour() == "openmpi" and line.startswith("-----"):
             inside = not inside
-        elif not inside and not (flavour() == "openmpi" and re.match(r"\[\S+:\d+\] PMIX ", line)):
+        elif not inside and not (flavour() == "openmpi" and re.match(r"\[\S+:\d+\] PMIX |\[warn\] Epoll", line)):
             lines.append(line)
     return "".join(lines)
 
