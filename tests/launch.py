@@ -169,7 +169,7 @@ def mpirun(ranks, *arguments, timeout=LIMIT, env=None, cwd=None, check=False):
 
 
 def complaint(done):
-    """What is on standard error but for mpirun's own notice that a rank's exit code was not 0, and lines of PMIx and libevent."""
+    """What is on standard error but for mpirun's own notice of a rank's exit code, and lines of PMIx and libevent."""
     lines, inside = [], False
     for line in done.stderr.splitlines(keepends=True):
         if flavour() == "openmpi" and line.startswith("-----"):
