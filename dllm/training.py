@@ -12,7 +12,7 @@ import xxhash
 
 from . import checkpoint, optim
 from .comm.averaging import Allreduce
-from .comm.runtime import check_same, library, together
+from .comm.runtime import check_same, mpi_library, together
 from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
@@ -259,7 +259,7 @@ class Trainer:
         speed = self.settled_tokens / self.settled_seconds if self.settled_seconds else None
         return {
             "ranks": self.comm.size,
-            "mpi_library": library(),
+            "mpi_library": mpi_library(),
             "parameters": self.layout.size,
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,

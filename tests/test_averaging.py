@@ -247,8 +247,8 @@ def test_a_node_numbers_its_ranks_and_shares_out_its_cores(comm):
 
 
 def test_the_name_of_the_library_is_one_line(comm):
-    assert runtime.library().startswith(("MPICH", "Open MPI"))
-    assert "\n" not in runtime.library()
+    assert runtime.mpi_library().startswith(("MPICH", "Open MPI"))
+    assert "\n" not in runtime.mpi_library()
 
 
 def test_all_ranks_leave_together(comm):

@@ -104,7 +104,7 @@ def _cores(local):
     return len(set().union(*local.allgather(set(mine))))
 
 
-def library():
+def mpi_library():
     """One line that names the MPI in use."""
     from mpi4py import MPI
 
