@@ -116,7 +116,7 @@ def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
-        f"dllm {__version__}": f"{comm.size} ranks x {place.threads} threads, {place.cores} cores here, {runtime.mpi_library()}",
+        f"dllm {__version__}": f"{comm.size} ranks x {place.threads} threads, {place.cores} cores, {runtime.mpi_library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} here; windows of {train.window}",
         "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {trainer.layout.size:,} parameters",
