@@ -42,17 +42,14 @@ def arguments(argv, rank=0):
 
 def settings(options):
     """The Config of the command line, and that of the run which is resumed."""
-    extra = config.parse_settings(options.set)
+    extra = [*options.set]
     if options.data:
-        extra.setdefault("data", {})["path"] = os.path.abspath(options.data)
+        extra.append(f"data.path={os.path.abspath(options.data)}")
     if options.resume:
         from .runs import read_settings
 
-        return read_settings(options.resume, extra)
-    sections = config.load_toml(config.preset_path(options.preset or "default"))
-    if options.config:
-        sections = config.merge(sections, config.load_toml(options.config))
-    return config.from_dict(config.merge(sections, extra))
+        return read_settings(options.resume, config.parse_settings(extra))
+    return config.resolve(options.preset or "default", options.config, extra)
 
 
 def main(argv=None):
