@@ -1,5 +1,6 @@
-"""Checkpoints: one HDF5 file a rank, each with its slice of the flat vectors and the states of its lanes, and a manifest
-that is renamed into place last. A folder without a manifest is not a checkpoint. Any N ranks load what any M ranks wrote.
+"""Checkpoints: one HDF5 file a rank, each with its slice of the standard vectors (layout.py) and the states of its lanes,
+and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N ranks load what any M
+ranks wrote.
 """
 
 import pathlib
@@ -53,18 +54,18 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
     Returns None, or on all ranks what went wrong; then nothing is left of the attempt and older checkpoints stay.
     """
     folder = pathlib.Path(run, "checkpoints", f"step-{state.step:08d}")
-    part = slice(*_share(len(state.theta), comm.size, comm.rank))
+    part = _share(layout.parameters, comm.size, comm.rank)
     mine, total = lanes
     name, problem, entry = f"rank-{comm.rank:05d}.h5", None, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"theta": state.theta[part], "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
-        arrays |= {f"moment.{number}": moment[part] for number, moment in enumerate(state.moments)}
+        arrays = {"theta": layout.export(state.theta, *part), "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
+        arrays |= {f"moment.{number}": layout.export(moment, *part) for number, moment in enumerate(state.moments)}
         digest = storage.write_arrays(folder / name, arrays)
         entry = {
             "name": name,
-            "start": part.start,
-            "stop": part.stop,
+            "start": part[0],
+            "stop": part[1],
             "lanes": [mine.start, mine.stop],
             "sha256": digest,
         }
@@ -74,8 +75,8 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
     problem = next((text for text, _ in gathered if text), None)
     if problem is None and comm.rank == 0:
         manifest = {
-            "format": FORMAT, "dtype": state.theta.dtype.name, "parameters": len(state.theta),
-            "layout": {name: list(tensor.shape) for name, tensor in layout.items()}, "moments": len(state.moments),
+            "format": FORMAT, "dtype": state.theta.dtype.name, "parameters": layout.parameters,
+            "layout": {name: list(tensor.shape) for name, tensor in layout.tensors.items()}, "moments": len(state.moments),
             "lanes": total, "layers": state.h.shape[0], "hidden": state.h.shape[2], "scalars": state.scalars(),
             "tokenizer": tokenizer, "best": best, "files": [entry for _, entry in gathered],
         }  # fmt: skip
@@ -137,7 +138,7 @@ def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
     """Raise UserError where a checkpoint was made by another model, optimiser, precision or number of lanes."""
     manifest = checkpoint.manifest
     expected = {"dtype": np.dtype(dtype).name, "moments": moments, "lanes": lanes}
-    shapes = {name: list(tensor.shape) for name, tensor in layout.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in layout.tensors.items()}
     for name in dict.fromkeys([*shapes, *manifest["layout"]]):
         if shapes.get(name) != manifest["layout"].get(name):
             raise UserError(
@@ -149,26 +150,26 @@ def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
             raise UserError(f"{checkpoint.folder} has {name} = {manifest[name]}, this run has {value}")
 
 
-def load_theta(checkpoint, theta):
-    """Fill theta (P,) from all files."""
+def load_theta(checkpoint, layout, theta):
+    """Fill the flat vector theta from all files."""
     for entry in checkpoint.manifest["files"]:
-        part = slice(entry["start"], entry["stop"])
         with storage.open_arrays(checkpoint.folder / entry["name"]) as array:
-            theta[part] = array("theta", theta.dtype, (part.stop - part.start,))[:]
+            layout.load(theta, entry["start"], array("theta", theta.dtype, (entry["stop"] - entry["start"],))[:])
 
 
-def load(checkpoint, state, lanes):
+def load(checkpoint, layout, state, lanes):
     """Fill `state` of a rank that now computes `lanes`, a range, from all files of a checkpoint of any number of ranks."""
     manifest = checkpoint.manifest
-    load_theta(checkpoint, state.theta)
+    load_theta(checkpoint, layout, state.theta)
     for entry in manifest["files"]:
-        part, (first, last) = slice(entry["start"], entry["stop"]), entry["lanes"]
+        first, last = entry["lanes"]
         shape = (manifest["layers"], last - first, manifest["hidden"])
         here = slice(max(first, lanes.start) - lanes.start, min(last, lanes.stop) - lanes.start)
         there = slice(here.start + lanes.start - first, here.stop + lanes.start - first)
         with storage.open_arrays(checkpoint.folder / entry["name"]) as array:
             for number, moment in enumerate(state.moments):
-                moment[part] = array(f"moment.{number}", moment.dtype, (part.stop - part.start,))[:]
+                part = array(f"moment.{number}", moment.dtype, (entry["stop"] - entry["start"],))[:]
+                layout.load(moment, entry["start"], part)
             if here.start < here.stop:
                 state.h[:, here] = array("h", state.h.dtype, shape)[:, there]
                 state.c[:, here] = array("c", state.c.dtype, shape)[:, there]

@@ -53,7 +53,7 @@ class TrainConfig:
     clip: float = 0.0  # 0: none
     clip_by: str = "norm"  # norm: of the whole averaged gradient | value: each element
     loss_norm: str = "token"  # token: the loss is the mean over tokens | window: its sum over the window, mean over lanes
-    precision: str = "fp32"  # fp32 | fp64
+    precision: str = "fp32"  # fp32 | fp64 | bf16: products of bfloat16 added up in fp32, all else fp32
     threads: int = 0  # BLAS threads a rank; 0: cores of the node / ranks of the node
     seed: int = 1
     eval_every: int = 0  # steps between evaluations on the validation split; 0: at each epoch's end
@@ -108,7 +108,7 @@ CHOICES = {
     "train.schedule": ("constant", "cosine", "epochs", "plateau"),
     "train.clip_by": ("norm", "value"),
     "train.loss_norm": ("token", "window"),
-    "train.precision": ("fp32", "fp64"),
+    "train.precision": ("fp32", "fp64", "bf16"),
     "averaging.method": ("allreduce",),
     "model.biases": (1, 2),
 }

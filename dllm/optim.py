@@ -16,8 +16,8 @@ class Optimizer:
     Parameters
     ----------
     config : TrainConfig
-    table : Tensor
-        The embedding at the end of the flat vectors; its gradient may be zero but for a few rows.
+    table : layout.Extent or None
+        The embedding at the end of the flat vectors, whose gradient may be zero but for a few rows.
     """
 
     moments = 0  # vectors (P,) of optimiser state

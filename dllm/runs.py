@@ -10,6 +10,7 @@ import tomli_w
 from . import checkpoint, config, storage
 from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
 from .errors import UserError
+from .kernels.gemm import aligned
 from .model import LanguageModel
 
 
@@ -65,8 +66,8 @@ class Trained:
     def theta(self, layout):
         """The parameters (P,) of `layout`, which must be the checkpoint's."""
         checkpoint.check_fits(self.checkpoint, layout, self.dtype)
-        theta = np.empty(layout.size, self.dtype)
-        checkpoint.load_theta(self.checkpoint, theta)
+        theta = aligned((layout.size,), self.dtype)
+        checkpoint.load_theta(self.checkpoint, layout, theta)
         return theta
 
     def model(self, window, lanes=1):

@@ -7,7 +7,7 @@ import time
 
 from . import __version__, cli, config
 from .comm import runtime
-from .errors import DONE, STOPPED_EARLY
+from .errors import DONE, STOPPED_EARLY, UserError
 
 EPILOG = """
 examples
@@ -62,6 +62,8 @@ def train(argv, comm):
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
         configuration = settings(options)
+        if configuration.train.precision == "bf16":
+            check_bf16()
     place = runtime.node(comm)
     place.threads = configuration.train.threads or place.threads
 
@@ -107,16 +109,25 @@ def train(argv, comm):
     return DONE if done else STOPPED_EARLY
 
 
+def check_bf16():
+    """Raise UserError where the processor would have to emulate bfloat16."""
+    from .kernels.tiles import BF16
+
+    if not BF16:
+        raise UserError("this processor has no bfloat16 instructions (avx512_bf16): --set train.precision=fp32")
+
+
 def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
     """Ten lines that say what is about to happen."""
     settings, model, train = trainer.config, trainer.config.model, trainer.config.train
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
+    parameters = trainer.layout.parameters
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
         f"dllm {__version__}": f"{comm.size} ranks x {place.threads} threads, {place.cores} cores, {runtime.mpi_library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {trainer.lanes.length:,} tokens, {len(trainer.mine)} here; windows of {train.window}",
-        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {trainer.layout.size:,} parameters",
+        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
         "averaging": f"{settings.averaging.method} in {len(trainer.averaging.buckets)} buckets while backward runs",

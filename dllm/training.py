@@ -17,6 +17,7 @@ from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
 from .inference import Evaluation
+from .kernels.gemm import aligned
 from .model import DTYPES, LanguageModel
 from .state import State
 
@@ -51,23 +52,24 @@ class Trainer:
         B, L, H = len(self.mine), config.model.layers, config.model.hidden
         zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
         with together(comm):
-            self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B)
+            bf16 = train.precision == "bf16"
+            self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B, bf16=bf16)
             self.layout = self.model.layout
-            table = self.layout["embedding.weight"]
-            self.optimizer = optim.make(train, table)
-            moments = [zeros(self.layout.size) for _ in range(self.optimizer.moments)]
+            self.optimizer = optim.make(train, self.layout.table)
+            vector = lambda: aligned((self.layout.size,), self.dtype)
+            moments = [vector() for _ in range(self.optimizer.moments)]
             states = zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64)
-            self.state = State(zeros(self.layout.size), moments, *states)
+            self.state = State(vector(), moments, *states)
             self.model.bind(self.state.theta)
             if resume is None:
                 self.model.initialise(train.seed)
             else:
                 checkpoint.check_fits(resume, self.layout, self.dtype, len(self.state.moments), train.lanes)
-                checkpoint.load(resume, self.state, self.mine)
+                checkpoint.load(resume, self.layout, self.state, self.mine)
         self._check_ranks_agree()
         self.averaging = Allreduce(
-            comm, self.model.gradient, (table.start, *table.shape), train.window * -(-train.lanes // comm.size),
-            int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores, scattered=not config.model.tied,
+            comm, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
+            int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores,
         )  # fmt: skip
         self.evaluation = None
         if "valid" in corpus.manifest["splits"]:
@@ -260,7 +262,7 @@ class Trainer:
         return {
             "ranks": self.comm.size,
             "mpi_library": mpi_library(),
-            "parameters": self.layout.size,
+            "parameters": self.layout.parameters,
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,
             "exposed_comm_fraction": self.exposed_seconds / self.logged_seconds if self.logged_seconds else None,
@@ -285,14 +287,16 @@ def warm_up(config):
     small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
     small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
     dtype = DTYPES[config.train.precision]
-    model = LanguageModel(small, 5, dtype, 2, 1)
-    optimizer = optim.make(config.train, model.layout["embedding.weight"])
+    model = LanguageModel(small, 5, dtype, 2, 1, bf16=config.train.precision == "bf16")
+    optimizer = optim.make(config.train, model.layout.table)
     P = model.layout.size
     h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
-    state = State(np.zeros(P, dtype), [np.zeros(P, dtype) for _ in range(optimizer.moments)], h, c, np.zeros(1))
+    moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]
+    state = State(np.zeros(P, dtype), moments, h, c, np.zeros(1))
     model.bind(state.theta)
     tokens = np.zeros((2, 1), np.int64)
     model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
     model.backward()
-    optimizer.step(state, model.gradient, np.zeros(1, np.int64), 0.0)
+    rows = None if model.layout.table is None else np.zeros(1, np.int64)
+    optimizer.step(state, model.gradient, rows, 0.0)
     LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)

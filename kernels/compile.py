@@ -12,11 +12,13 @@ import numba
 # Not the whole of `fastmath`: NaN and infinity keep their meaning, so that a diverging run is seen. Sums may be
 # reordered, which vectorises them; the order is fixed when the kernel is compiled, so results repeat exactly.
 FASTMATH = {"contract", "nsz", "reassoc", "arcp"}
+OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": FASTMATH}
 
 
 def _cache_folder():
     """A writable folder for this version of the kernels, or None: then they are compiled anew in each process."""
     sources = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
+    sources += os.environ.get("DLLM_HIDE_FEATURES", "").encode()  # tiles.py writes other code then
     name = "kernels-" + hashlib.sha256(sources).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = pathlib.Path(os.environ.get("NUMBA_CACHE_DIR") or user, "dllm", name)
@@ -34,8 +36,6 @@ def kernel(function):
     """Decorate a kernel: no Python objects, no bounds checks, floating-point flags as FASTMATH says."""
     previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE or "")
     try:
-        return numba.njit(cache=CACHE is not None, nogil=True, error_model="numpy", boundscheck=False, fastmath=FASTMATH)(
-            function
-        )
+        return numba.njit(cache=CACHE is not None, **OPTIONS)(function)
     finally:
         numba.config.CACHE_DIR = previous

@@ -4,7 +4,7 @@ r"""Inverted dropout with masks that nobody stores: each is computed where it is
 
 The random word of element (t, lane, k) of a layer is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC11) at counter (position, lane, step, layer), key seed. It depends on the lane, not on the rank that computes it.
-One call makes four words; word w serves the w-th quarter of the row, which keeps every loop contiguous.
+One call makes four words: of each 64 units, word w serves the w-th 16, which keeps every loop within a panel (gemm.py).
 """
 
 import numpy as np
@@ -28,42 +28,44 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @kernel
-def dropout(y, x, p, lanes, seed, step, layer):
-    """y (T,B,H) = x (T,B,H) * mask / (1 - p). lanes (B,) int64 global lane numbers; seed, step, layer not negative.
+def dropout(y, x, x_row, T, p, lanes, seed, step, layer):
+    """y = x * mask / (1 - p), for T B rows of y (H/R,:,R) from 0 on and of x (H/R,:,R) from x_row on.
 
-    The gradient is the same call on dy. p is kept to 2^-32; p = 0 copies.
+    lanes (B,) int64 are global lane numbers; seed, step, layer are not negative. The gradient is the same call on dy.
+    p is kept to 2^-32; p = 0 copies. R divides 16.
     """
-    T, B, H = x.shape
-    quarter = (H + 3) // 4
+    B, R = lanes.shape[0], x.shape[2]
+    parts = 16 // R  # panels of a block
+    groups = (x.shape[0] + 4 * parts - 1) // (4 * parts)
     threshold = np.uint64(p * 4294967296.0)
     keep = x.dtype.type(1 / (1 - p))
     zero = x.dtype.type(0)
     k0, k1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _HALF
     c2 = np.uint64(step) & _LOW
     c3 = np.uint64(layer) | ((np.uint64(step) >> _HALF) << np.uint64(8))
+    words = np.empty((4, 16), np.uint64)
     for t in range(T):
         for n in range(B):
-            lane = np.uint64(lanes[n])
-            for q in range(quarter):
-                r0, r1, r2, r3 = philox(np.uint64(t * quarter + q), lane, c2, c3, k0, k1)
-                y[t, n, q] = x[t, n, q] * (keep if r0 >= threshold else zero)
-                if q + quarter < H:
-                    y[t, n, q + quarter] = x[t, n, q + quarter] * (keep if r1 >= threshold else zero)
-                if q + 2 * quarter < H:
-                    y[t, n, q + 2 * quarter] = x[t, n, q + 2 * quarter] * (keep if r2 >= threshold else zero)
-                if q + 3 * quarter < H:
-                    y[t, n, q + 3 * quarter] = x[t, n, q + 3 * quarter] * (keep if r3 >= threshold else zero)
+            lane, row = np.uint64(lanes[n]), t * B + n
+            for group in range(groups):
+                for j in range(16):
+                    counter = np.uint64((t * groups + group) * 16 + j)
+                    words[0, j], words[1, j], words[2, j], words[3, j] = philox(counter, lane, c2, c3, k0, k1)
+                for part in range(min(4 * parts, x.shape[0] - 4 * parts * group)):
+                    panel, block, first = 4 * parts * group + part, part // parts, part % parts * R
+                    for j in range(R):
+                        y[panel, row, j] = x[panel, x_row + row, j] * (keep if words[block, first + j] >= threshold else zero)
 
 
 def dropout_reference(x, p, lanes, seed, step, layer):
-    """The same, an element at a time in Python's own integers."""
+    """The same for x (T,B,H), an element at a time in Python's own integers."""
     T, B, H = x.shape
-    y, quarter = np.zeros_like(x), (H + 3) // 4
+    y, groups = np.zeros_like(x), (H + 63) // 64
     for t in range(T):
         for n in range(B):
             for k in range(H):
-                counter = [t * quarter + k % quarter, int(lanes[n]), step & 0xFFFFFFFF, layer | (step >> 32) << 8]
-                word = philox_reference(counter, [seed & 0xFFFFFFFF, seed >> 32])[k // quarter]
+                counter = [(t * groups + k // 64) * 16 + k % 16, int(lanes[n]), step & 0xFFFFFFFF, layer | (step >> 32) << 8]
+                word = philox_reference(counter, [seed & 0xFFFFFFFF, seed >> 32])[k % 64 // 16]
                 y[t, n, k] = x[t, n, k] / (1 - p) if word >= int(p * 2**32) else 0
     return y
 

@@ -1,203 +1,291 @@
-r"""Matrix products: by BLAS where both factors are large; by a kernel of our own where one has few rows and the other is used
-again and again, as in h_{t-1} @ Wh, once a time step. BLAS would pack the weights anew in every call.
+r"""Matrix products over matrices that lie in panels.
 
-The factor that stays, B (K,N), is packed once: cut into panels of R = two vectors of columns, each stored row after row.
+A matrix (M,N) is stored as panels (ceil(N/R), M, R): each holds R columns, row after row, 64 bytes a row; the columns
+beyond N are zero. A row of a panel is one vector of the widest machines and a line of every cache.
 
-             B (K,N)                packed (N/R,K,R)
-        +---+---+---+--             +---+
-      K | 0 | 1 | 2 |       ->    K | 0 | then panel 1, panel 2, ...; columns beyond N hold anything
-        +---+---+---+--             +---+
-          R   R   R                   R
+             X (M,N)                    panels (N/R,M,R)
+        +---+---+---+--                 +---+
+      M | 0 | 1 | 2 |           ->    M | 0 |  then panel 1, panel 2, ...
+        +---+---+---+--                 +---+
+          R   R   R                       R
 
-A tile of C, at most ROWS x R, stays in registers while one pass over k adds column k of A times row k of the panel:
+One form serves every part of a product without being packed anew: as B and C a panel is read and written in vectors,
+row after row; as A a tile takes one word from each of its rows, or, for A^T, some neighbouring words of one row.
 
-                 v0   v1            row k of the panel: two vectors, read once for all rows of the tile
-      a[0,k] ->  c00  c01
-      a[1,k] ->  c10  c11           each c a vector of sums
-       ...        ...
+C = A @ B goes through C tile by tile (tiles.py), a few rows by one or two panels. Around the tiles, the order of the loops
+decides what stays in which cache:
 
-While all rows of A pass by, a panel stays in the second-level cache; the rows of A in a tile stay in the first.
+    for each block of A, DEPTH columns by HEIGHT rows       half a megabyte: stays in the second-level cache
+        for each pair of panels of B                        DEPTH rows of it: in the first level, or from the second
+            for each tile of rows of the block              its rows of A come from the second level, sums stay in registers
+
+Each element of C is a sum over k in one fixed order, whichever tile it falls into and whoever computes it.
+
+bfloat16: a word of an operand is a pair of bfloat16, neighbours along k, in 32 bits; C is float32. As A, pairs are columns
+2k and 2k+1 of a row; as B and as A^T, rows 2k and 2k+1 of a column. `Operands` makes them of float32 panels where they
+are needed; for float32 and float64 it hands on what it gets.
 """
 
-import llvmlite.binding
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
-from scipy.linalg import blas
+from numba.extending import overload
 
-from .compile import kernel
+from .compile import OPTIONS, kernel
+from .tiles import PANELS, ROW, ROWS, multiply_tile, multiply_tile_transposed, transpose_block, transpose_block_of_pairs
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
-ROWS = 14 if _FEATURES.get("avx512f") else 6  # with two vectors a row this fills 32 (16) registers
-AHEAD = 24  # rows of the panel that are prefetched
-DEPTH, HEIGHT = 512, 252  # half a megabyte of float32: a block of A that stays in the second-level cache
+DEPTH, HEIGHT = 512, 224  # multiples of every R, and HEIGHT of every ROWS but 6 and 3
+TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel
 
 
-def matmul(out, a, b):
-    """out = a @ b by BLAS. out (M,N) C-contiguous, a (M,K), b (K,N), which may be transposed views."""
-    np.dot(a, b, out=out)
-
-
-def matmul_add(out, a, b):
-    """out += a @ b by BLAS, without a temporary. out (M,N) C-contiguous, a (M,K), b (K,N), which may be transposed views."""
-    gemm = blas.sgemm if out.dtype == np.float32 else blas.dgemm
-    # BLAS is column-major: it is asked for out^T = b^T a^T, and the transpose of a C-contiguous array is what it wants.
-    right, right_transposed = (b.T, False) if b.flags.c_contiguous else (b, True)
-    left, left_transposed = (a.T, False) if a.flags.c_contiguous else (a, True)
-    result = gemm(1.0, right, left, 1.0, out.T, right_transposed, left_transposed, overwrite_c=True)
-    assert np.shares_memory(result, out)
-
-
-def packed_shape(K, N, dtype):
-    """The shape (panels,K,R) of an array for the packed form of a (K,N) matrix."""
-    R = 2 * VECTOR_BYTES // np.dtype(dtype).itemsize
-    return -(-N // R), K, R
-
-
-@kernel
-def pack(packed, b):
-    """Pack b (K,N) into `packed`, of `packed_shape`."""
-    K, N = b.shape
-    R = packed.shape[2]
-    for k in range(K):
-        for panel in range(N // R):
-            for j in range(R):
-                packed[panel, k, j] = b[k, panel * R + j]
-        for j in range(N % R):
-            packed[N // R, k, j] = b[k, N // R * R + j]
-
-
-@kernel
-def pack_transposed(packed, b):
-    """Pack the transpose (K,N) of b (N,K), a block of R x 16 at a time, which stays in cache on both sides."""
-    N, K = b.shape
-    R = packed.shape[2]
-    for panel in range(packed.shape[0]):
-        first = panel * R
-        for block in range(0, K, 16):
-            for j in range(min(R, N - first)):
-                for k in range(block, min(block + 16, K)):
-                    packed[panel, k, j] = b[first + j, k]
-
-
-@kernel
-def packed_matmul(out, a, packed, add):
-    """out = a @ b, or out += a @ b where `add`, with b packed. out (M,N) C-contiguous, a (M,K), also a transposed view.
-
-    Blocks of DEPTH steps of k by HEIGHT rows of A stay in the second-level cache while the panels pass by.
+def width(x):
+    """R, the columns of a panel: 16 of float32, 8 of float64. x: an array or a dtype; in kernels, where R is then a constant,
+    an array.
     """
-    M, N = out.shape
-    K, R, size = a.shape[1], packed.shape[2], out.itemsize
-    zero = out.dtype.type(0)
+    return ROW // (x.itemsize if isinstance(x, np.ndarray) else np.dtype(x).itemsize)
+
+
+@overload(width, inline="always")
+def _width(x):
+    R = ROW // np.dtype(str(x.dtype)).itemsize
+    return lambda x: R
+
+
+def zero_panels(M, N, dtype):
+    """Zeros for a matrix (M,N): (ceil(N/R),M,R)."""
+    R = width(dtype)
+    return aligned((-(-N // R), M, R), dtype)
+
+
+def aligned(shape, dtype):
+    """Zeros that begin at a line of the cache, so that no row of a panel lies on two."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + ROW, np.uint8)
+    start = -memory.ctypes.data % ROW
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@kernel
+def to_panels(panels, first, x):
+    """Rows `first` and on of panels (N/R,:,R) = x (M,N); what lies beyond column N stays as it is."""
+    M, N = x.shape
+    R = width(panels)
+    for panel in range((N + R - 1) // R):
+        for m in range(M):
+            for j in range(min(R, N - panel * R)):
+                panels[panel, first + m, j] = x[m, panel * R + j]
+
+
+@kernel
+def from_panels(x, panels, first):
+    """x (M,N) = rows `first` and on of panels (N/R,:,R), without what lies beyond column N."""
+    M, N = x.shape
+    R = width(panels)
+    for panel in range((N + R - 1) // R):
+        for m in range(M):
+            for j in range(min(R, N - panel * R)):
+                x[m, panel * R + j] = panels[panel, first + m, j]
+
+
+@kernel
+def multiply(c, c_row, a, a_row, b, M, K, add):
+    """c = a @ b, or c += a @ b where `add`: M rows of c and of a, from c_row and a_row on; K rows of b.
+
+    c (N/R,:,R), a (:,:,R) of at least K columns, b (N/R,:,R). K counts words.
+    """
+    R = width(c)
+    word = a.dtype.type(0)
     for front in range(0, K, DEPTH):
         depth = min(DEPTH, K - front)
         for start in range(0, M, HEIGHT):
             height = min(HEIGHT, M - start)
             tiles = (height + ROWS - 1) // ROWS
-            for panel in range(packed.shape[0]):
-                first = panel * R
+            for panel in range(0, c.shape[0], PANELS):
                 for tile in range(tiles):  # of nearly equal height
                     top, bottom = start + height * tile // tiles, start + height * (tile + 1) // tiles
-                    _multiply_tile(
-                        zero,
+                    multiply_tile(
+                        word,
                         bottom - top,
-                        min(R, N - first) if add or front > 0 else 0,
-                        min(R, N - first),
+                        min(PANELS, c.shape[0] - panel),
+                        1 if add or front > 0 else 0,
                         depth,
-                        a.ctypes.data + top * a.strides[0] + front * a.strides[1],
+                        a.ctypes.data + front // R * a.strides[0] + (a_row + top) * ROW,
                         a.strides[0],
-                        a.strides[1],
-                        packed.ctypes.data + (first * K + front * R) * size,
-                        out.ctypes.data + (top * N + first) * size,
-                        N * size,
+                        b.ctypes.data + panel * b.strides[0] + front * ROW,
+                        b.strides[0],
+                        c.ctypes.data + panel * c.strides[0] + (c_row + top) * ROW,
+                        c.strides[0],
                     )
 
 
-@intrinsic
-def _multiply_tile(typingctx, kind, rows, known, columns, K, a, a_stride, k_stride, panel, c, c_stride):
-    """c (rows,columns) = c[:, :known] + a (rows,K) @ panel (K,R): addresses, strides in bytes; `kind` has the dtype."""
-    signature = types.void(kind, *[types.int64] * 10)
+@kernel
+def multiply_transposed(c, c_row, a, a_row, b, b_row, M, K, add):
+    """c = a^T @ b, or c += a^T @ b where `add`: M rows of c and columns of a; K rows of a and of b.
 
-    def generate(context, builder, signature, arguments):
-        element = ir.FloatType() if kind == types.float32 else ir.DoubleType()
-        _emit_tiles(builder, element, *arguments[1:])
-        return context.get_dummy_value()
+    c (N/R,:,R), a (M/R,:,R), b (N/R,:,R), from rows c_row, a_row, b_row on. K counts words.
+    """
+    R = width(c)
+    word = a.dtype.type(0)
+    for front in range(0, K, DEPTH):
+        depth = min(DEPTH, K - front)
+        for start in range(0, M, HEIGHT):
+            stop = min(M, start + HEIGHT)
+            for panel in range(0, c.shape[0], PANELS):
+                for top in range(start, stop, TALL):
+                    multiply_tile_transposed(
+                        word,
+                        min(TALL, stop - top),
+                        min(PANELS, c.shape[0] - panel),
+                        1 if add or front > 0 else 0,
+                        depth,
+                        a.ctypes.data + top // R * a.strides[0] + (a_row + front) * ROW + top % R * (ROW // R),
+                        0,
+                        b.ctypes.data + panel * b.strides[0] + (b_row + front) * ROW,
+                        b.strides[0],
+                        c.ctypes.data + panel * c.strides[0] + (c_row + top) * ROW,
+                        c.strides[0],
+                    )
 
-    return signature, generate
+
+@kernel
+def transpose(out, x, x_row, K):
+    """out (K/R,N,R) = the transpose of K rows of x (N/R,:,R), from x_row on. N is a multiple of R."""
+    R = width(x)
+    zero = x.dtype.type(0)
+    for panel in range(x.shape[0]):
+        for k in range(0, K - R + 1, R):
+            transpose_block(
+                zero,
+                x.ctypes.data + panel * x.strides[0] + (x_row + k) * ROW,
+                out.ctypes.data + k // R * out.strides[0] + panel * R * ROW,
+            )
+        if K % R:
+            for j in range(R):
+                for k in range(R):
+                    out[K // R, panel * R + j, k] = x[panel, x_row + K // R * R + k, j] if k < K % R else zero
 
 
-def _emit_tiles(builder, element, rows, *arguments):
-    """A switch over the number of rows, with one unrolled loop for each."""
-    end = builder.append_basic_block("end")
-    switch = builder.switch(rows, end)
-    for count in range(1, ROWS + 1):
-        block = builder.append_basic_block(f"rows{count}")
-        switch.add_case(ir.Constant(ir.IntType(64), count), block)
-        with builder.goto_block(block):
-            _emit_tile(builder, element, count, *arguments)
-            builder.branch(end)
-    builder.position_at_end(end)
+@kernel
+def bf16(x):
+    """The upper 16 bits of a float32, rounded to nearest even: a bfloat16. Takes and returns bits, uint32."""
+    return (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
-def _emit_tile(builder, element, count, known, columns, K, a, a_stride, k_stride, panel, c, c_stride):
-    """The loop over k for tiles of `count` rows."""
-    i32, i64 = ir.IntType(32), ir.IntType(64)
-    size = 4 if element == ir.FloatType() else 8
-    lanes = VECTOR_BYTES // size
-    vector, name = ir.VectorType(element, lanes), f"v{lanes}f{8 * size}"
-    mask_type = ir.VectorType(ir.IntType(1), lanes)
-    pointer = vector.as_pointer()
-    number = lambda value: ir.Constant(i64, value)
-    function = lambda name, result, *kinds: builder.module.declare_intrinsic(name, (), ir.FunctionType(result, kinds))
-    fma = function(f"llvm.fma.{name}", vector, vector, vector, vector)
-    load = function(f"llvm.masked.load.{name}.p0", vector, pointer, i32, mask_type, vector)
-    store = function(f"llvm.masked.store.{name}.p0", ir.VoidType(), vector, pointer, i32, mask_type)
-    prefetch = function("llvm.prefetch.p0", ir.VoidType(), pointer, i32, i32, i32)
-    at = lambda address, kind: builder.inttoptr(address, kind.as_pointer())
+@kernel
+def to_words(words, row, x, x_row, rows):
+    """bfloat16 for the left of a product: rows of words (N/2R,:,R) uint32 from `row` on = rows of x (N/R,:,R) float32."""
+    R = 16
+    bits, halves = x.view(np.uint32), words.view(np.uint16)
+    for panel in range(x.shape[0]):
+        column = panel % 2 * R
+        for m in range(rows):
+            for j in range(R):
+                halves[panel // 2, row + m, column + j] = bf16(bits[panel, x_row + m, j])
 
-    def splat(scalar):
-        one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar, ir.Constant(i32, 0))
-        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, lanes), [0] * lanes))
 
-    # Columns at the right edge of C that do not exist are masked out.
-    places = [ir.Constant(ir.VectorType(i64, lanes), [*range(half * lanes, (half + 1) * lanes)]) for half in range(2)]
-    reads, writes = ([builder.icmp_signed("<", place, splat(bound)) for place in places] for bound in (known, columns))
-    tile = [
-        (builder.add(builder.add(c, builder.mul(c_stride, number(row))), number(half * VECTOR_BYTES)), half)
-        for row in range(count)
-        for half in range(2)
-    ]
-    align, nothing = ir.Constant(i32, size), ir.Constant(vector, None)
-    begin = [builder.call(load, [at(address, vector), align, reads[half], nothing]) for address, half in tile]
+@kernel
+def to_pairs(pairs, row, x, x_row, rows):
+    """bfloat16 for the right, or transposed: rows of pairs (N/R,:,R) uint32 = pairs of rows of x (N/R,:,R) float32."""
+    R = 16
+    bits = x.view(np.uint32)
+    for panel in range(x.shape[0]):
+        for m in range(rows // 2):
+            for j in range(R):
+                above, below = bits[panel, x_row + 2 * m, j], bits[panel, x_row + 2 * m + 1, j]
+                pairs[panel, row + m, j] = bf16(above) | (bf16(below) << np.uint32(16))
+        if rows % 2:
+            for j in range(R):
+                pairs[panel, row + rows // 2, j] = bf16(bits[panel, x_row + rows - 1, j])
 
-    before, loop, behind = builder.block, builder.append_basic_block("k"), builder.append_basic_block("behind")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    k, left, right = builder.phi(i64), builder.phi(i64), builder.phi(i64)
-    for variable, start in ((k, number(0)), (left, a), (right, panel)):
-        variable.add_incoming(start, before)
-    sums = [builder.phi(vector) for _ in tile]
-    b, new = [], []
-    for half in range(2):
-        b.append(builder.load(at(builder.add(right, number(half * VECTOR_BYTES)), vector), align=VECTOR_BYTES // 4))
-        ahead = builder.add(right, number((2 * AHEAD + half) * VECTOR_BYTES))
-        builder.call(prefetch, [at(ahead, vector), ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
-    for row in range(count):
-        value = splat(builder.load(at(builder.add(left, builder.mul(a_stride, number(row))), element)))
-        new += [builder.call(fma, [value, b[half], sums[2 * row + half]]) for half in range(2)]
-    next_k = builder.add(k, number(1))
-    for variable, value in (
-        (k, next_k),
-        (left, builder.add(left, k_stride)),
-        (right, builder.add(right, number(2 * VECTOR_BYTES))),
-    ):
-        variable.add_incoming(value, loop)
-    for total, start, value in zip(sums, begin, new, strict=True):
-        total.add_incoming(start, before)
-        total.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", next_k, K), loop, behind)
-    builder.position_at_end(behind)
-    for (address, half), value in zip(tile, new, strict=True):
-        builder.call(store, [value, at(address, vector), align, writes[half]])
+
+@kernel
+def transpose_to_pairs(out, x, x_row, K):
+    """out (K/R,N/2,R) uint32 = pairs of rows of the transpose of K rows of x (N/R,:,R) float32, from x_row on.
+
+    N is a multiple of 2 R.
+    """
+    R = 16
+    bits = x.view(np.uint32)
+    for panel in range(0, x.shape[0], 2):
+        second = min(panel + 1, x.shape[0] - 1)
+        for k in range(0, K - R + 1, R):
+            transpose_block_of_pairs(
+                x.ctypes.data + panel * x.strides[0] + (x_row + k) * ROW,
+                x.ctypes.data + second * x.strides[0] + (x_row + k) * ROW,
+                out.ctypes.data + k // R * out.strides[0] + panel * R // 2 * ROW,
+            )
+        if K % R:
+            for j in range(R):
+                source, column = panel if j < R // 2 else second, 2 * j % R
+                for k in range(R):
+                    row, real = bits[source, x_row + K // R * R + min(k, K % R - 1)], k < K % R
+                    word = bf16(row[column]) | (bf16(row[column + 1]) << np.uint32(16))
+                    out[K // R, panel * R // 2 + j, k] = word if real else np.uint32(0)
+
+
+def keep_left(left, x, row, rows):
+    """Bring rows of `left`, which Operands.like made for x, up to date with x."""
+
+
+@overload(keep_left, jit_options=OPTIONS)
+def _keep_left(left, x, row, rows):
+    def bfloat16(left, x, row, rows):
+        to_words(left, row, x, row, rows)
+
+    return bfloat16 if left.dtype == types.uint32 else lambda left, x, row, rows: None
+
+
+class Operands:
+    """What a product takes of panels in one precision, in memory that is used again and again.
+
+    Parameters
+    ----------
+    dtype : numpy.float32 or numpy.float64
+        Of the panels.
+    bf16 : bool
+        True: operands are made of float32 panels, under a name that keeps them apart; False: panels are operands.
+    """
+
+    def __init__(self, dtype, bf16=False):
+        self.dtype, self.bf16, self.R, self._memory = np.dtype(dtype), bf16, width(dtype), {}
+
+    def depth(self, K):
+        """Words along k for K elements."""
+        return (K + 1) // 2 if self.bf16 else K
+
+    def words(self, name, x, row, rows):
+        """Rows of x (N/R,:,R) as the left factor. Returns an array and the row in it where they begin."""
+        if not self.bf16:
+            return x, row
+        out = self.empty(name, ((len(x) + 1) // 2, rows, self.R), np.uint32)
+        to_words(out, 0, x, row, rows)
+        return out, 0
+
+    def pairs(self, name, x, row, rows):
+        """Rows of x (N/R,:,R) as the right factor, or as the transposed left one. Returns an array and its first row."""
+        if not self.bf16:
+            return x, row
+        out = self.empty(name, (len(x), (rows + 1) // 2, self.R), np.uint32)
+        to_pairs(out, 0, x, row, rows)
+        return out, 0
+
+    def transposed(self, name, x, row, rows):
+        """The transpose of rows of x (N/R,:,R) as the right factor."""
+        panels, N = -(-rows // self.R), len(x) * self.R
+        if not self.bf16:
+            out = self.empty(name, (panels, N, self.R), self.dtype)
+            transpose(out, x, row, rows)
+        else:
+            out = self.empty(name, (panels, (N // self.R + 1) // 2 * self.R, self.R), np.uint32)
+            transpose_to_pairs(out, x, row, rows)
+        return out
+
+    def like(self, name, x):
+        """A left factor with the rows of x (N/R,:,R), to be filled by `keep_left`."""
+        return self.empty(name, ((len(x) + 1) // 2, *x.shape[1:]), np.uint32) if self.bf16 else x
+
+    def empty(self, name, shape, dtype):
+        """Memory for an array; what an earlier one of that name held is lost where it was smaller."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._memory or self._memory[name].nbytes < size:
+            self._memory[name] = aligned((size,), np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)

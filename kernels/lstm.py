@@ -2,13 +2,13 @@ r"""The LSTM of Hochreiter and Schmidhuber (1997) with forget gates (Gers et al.
 
 Notation, here and in every kernel
 ----------------------------------
-T time, B lanes on this rank, D input width, H hidden width, V vocabulary; arrays are time-major and C-contiguous.
+T time, B lanes on this rank, D input width, H hidden width, V vocabulary; arrays are time-major.
 The gradient of the loss with respect to z is written dz. sigma is the logistic function.
 
     x  (T,B,D)      the inputs                    Wx (D,4H)   Wh (H,4H)   b (4H,)
     h, c (T+1,B,H)  output and cell, slot 0 holds the state before the window, slot T the state after it
 
-    a = x_t @ Wx + h_{t-1} @ Wh + b               (B,4H), four blocks of H columns, in PyTorch's order i | f | g | o
+    a = x_t @ Wx + h_{t-1} @ Wh + b               (B,4H), gates i | f | g | o as in PyTorch
     i = sigma(a_i)   f = sigma(a_f)   g = tanh(a_g)   o = sigma(a_o)
     c_t = f * c_{t-1} + i * g
     h_t = o * tanh(c_t)
@@ -24,124 +24,169 @@ Backward, from t = T-1 down to 0, with dh_t coming from above and from step t+1,
 
 What makes it fast: only h_{t-1} @ Wh and its mirror da @ Wh^T depend on the step before. The input product of the
 whole window is one large matrix product ahead of the recurrence, and dx, dWx, dWh are three large ones behind it. The
-gates overwrite the products that made them, and da overwrites the gates, so a window needs one (T,B,4H) array a layer.
-The recurrent weights are packed once a window for the products in the recurrence (gemm.py).
+gates overwrite the products that made them, and da overwrites the gates, so a window needs one 4H array a layer.
+
+Everything lies in panels (gemm.py) of R columns; row t B + n of a panel is lane n at time t. The columns of a, Wx, Wh and
+b are dealt to panels so that the four gates of R units are neighbours: panel 4u + q holds gate q (of i f g o) of the units
+u R ... u R + R - 1. So the recurrence finishes R units at a time, from the product to h, before it leaves the
+first-level cache. Units beyond H have zero weights, and stay zero: tanh(0) = 0 is all that reaches their cell.
 """
 
 import numpy as np
 
 from .activations import sigmoid, tanh
 from .compile import kernel
-from .gemm import matmul, matmul_add, pack, pack_transposed, packed_matmul
-
-WORTH_PACKING = 4  # time steps
+from .gemm import keep_left, multiply, multiply_transposed, width
 
 
-def lstm_forward(h, c, gates, Wh_packed, x, Wx, Wh, b):
-    """Run the window; fill h[1:], c[1:] and gates.
+def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
+    """Run the window; fill slots 1 to T of h and c, and gates.
 
     Parameters
     ----------
-    h, c : (T+1,B,H), in and out
+    h, c : (H/R,(T+1)B,R), in and out
         Slot 0 is read, the others are written.
-    gates : (T,B,4H), out
-        The activations i | f | g | o, saved for the backward.
-    Wh_packed : of gemm.packed_shape(H, 4H), scratch
-    x : (T,B,D) or None
-        None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row of Wx.
-    Wx, Wh, b : (D,4H), (H,4H), (4H,)
+    gates : (4H/R,TB,R), out
+        The activations, saved for the backward.
+    operands : gemm.Operands
+    x, x_row : (D/R,:,R), int; or None
+        The inputs, from row x_row on. None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row
+        of Wx.
+    Wx, Wh, b : (4H/R,D,R), (4H/R,H,R), (4H/R,R)
+    T, B : int
+        Steps and lanes; h, c and gates may be longer.
     """
-    T, B, _ = gates.shape
     if x is not None:
-        matmul(gates.reshape(T * B, -1), x.reshape(T * B, -1), Wx)
-    if T >= WORTH_PACKING:
-        pack(Wh_packed, Wh)
-    for t in range(T):
-        if T >= WORTH_PACKING:
-            packed_matmul(gates[t], h[t], Wh_packed, True)
-        else:
-            matmul_add(gates[t], h[t], Wh)
-        cell_forward(h[t + 1], c[t + 1], gates[t], b, c[t])
+        left, row = operands.words("x", x, x_row, T * B)
+        right, _ = operands.pairs("W", Wx, 0, Wx.shape[1])
+        multiply(gates, 0, left, row, right, T * B, operands.depth(Wx.shape[1]), False)
+    right, _ = operands.pairs("W", Wh, 0, Wh.shape[1])
+    forward_steps(h, c, gates, operands.like("h", h), right, operands.depth(Wh.shape[1]), b, T, B)
 
 
-def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, WhT_packed, dh, x, h, c, Wx, Wh, between=None):
+def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, h, c, Wx, Wh, T, B, between=None):
     """The gradients of `lstm_forward`; no gradient flows into the window from behind it (truncated, Williams and Peng 1990).
 
     Parameters
     ----------
-    dx : (T,B,D) or None, out
+    dx : (D/R,TB,R) or None, out
         None where x was.
-    dWx, dWh, db : (D,4H), (H,4H), (4H,), out
+    dWx, dWh, db : (4H/R,D,R), (4H/R,H,R), (4H/R,R), out
         Overwritten. dWx is not touched where x is None.
-    gates : (T,B,4H), in and out
+    gates : (4H/R,TB,R), in and out
         The saved activations; becomes da.
-    dh_next, dc, WhT_packed : (B,H), (B,H), of gemm.packed_shape(4H, H), scratch; may share its memory with Wh_packed
-    dh : (T,B,H)
-        Gradient of h[1:] from the layers above.
-    x, h, c, Wx, Wh
+    dh_next, dc : (H/R,B,R), scratch
+    operands : gemm.Operands
+    dh : (H/R,TB,R)
+        Gradient of slots 1 to T of h from the layers above.
+    x, x_row, h, c, Wx, Wh, T, B
         As in the forward.
     between : callable, optional
         Called after each time step, so that the caller can keep communication moving.
     """
-    T, B, _ = gates.shape
-    dh_next[:] = 0
-    dc[:] = 0
-    pack_transposed(WhT_packed, Wh)
+    D, H, all_gates = 0 if x is None else Wx.shape[1], Wh.shape[1], operands.depth(len(gates) * operands.R)
+    dh_next[:], dc[:], db[:] = 0, 0, 0
+    right = operands.transposed("W", Wh, 0, H)
+    da = operands.like("da", gates)
     for t in range(T - 1, -1, -1):
-        cell_backward(gates[t], dc, dh[t], dh_next, c[t], c[t + 1])
-        if t > 0:
-            packed_matmul(dh_next, gates[t], WhT_packed, False)
+        backward_step(dh_next, dc, db, gates, da, dh, c, right, all_gates, t, B)
         if between is not None:
             between()
-    da = gates.reshape(T * B, -1)
+    da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
     if x is not None:
-        matmul(dx.reshape(T * B, -1), da, Wx.T)
-        matmul(dWx, x.reshape(T * B, -1).T, da)
-    matmul(dWh, h[:T].reshape(T * B, -1).T, da)
-    sum_rows(db, da)
+        multiply(dx, 0, da, 0, operands.transposed("W", Wx, 0, D), T * B, all_gates, False)
+        pairs, row = operands.pairs("x", x, x_row, T * B)
+        multiply_transposed(dWx, 0, pairs, row, da_pairs, da_row, D, operands.depth(T * B), False)
+    pairs, row = operands.pairs("x", h, 0, T * B)
+    multiply_transposed(dWh, 0, pairs, row, da_pairs, da_row, H, operands.depth(T * B), False)
 
 
 @kernel
-def cell_forward(h, c, gates, b, c_prev):
-    """One time step: gates (B,4H) holds x_t @ Wx + h_{t-1} @ Wh and becomes i | f | g | o."""
-    B, H = c.shape
-    for n in range(B):
-        row = gates[n]
-        for k in range(4 * H):
-            row[k] += b[k]
-        i, f, g, o = row[:H], row[H : 2 * H], row[2 * H : 3 * H], row[3 * H :]
-        for k in range(H):  # slices from zero let the compiler vectorise this loop
-            i[k], f[k], g[k], o[k] = sigmoid(i[k]), sigmoid(f[k]), tanh(g[k]), sigmoid(o[k])
-            c[n, k] = f[k] * c_prev[n, k] + i[k] * g[k]
-            h[n, k] = o[k] * tanh(c[n, k])
+def forward_steps(h, c, gates, left, Wh, K, b, T, B):
+    """The recurrence of `lstm_forward`: gates holds x @ Wx. left is h as a left factor, kept up with it."""
+    keep_left(left, h, 0, B)
+    for t in range(T):
+        for u in range(h.shape[0]):
+            block = gates[4 * u : 4 * u + 4]
+            multiply(block, t * B, left, t * B, Wh[4 * u : 4 * u + 4], B, K, True)
+            cell_forward(h[u], c[u], block, b[4 * u : 4 * u + 4], t, B)
+        keep_left(left, h, (t + 1) * B, B)
 
 
 @kernel
-def cell_backward(gates, dc, dh, dh_next, c_prev, c):
-    """One time step back: gates (B,4H) becomes da; dc (B,H) is dc_t from behind and becomes dc_{t-1}."""
-    B, H = c.shape
-    one = gates.dtype.type(1)
-    for n in range(B):
-        i, f, g, o = gates[n, :H], gates[n, H : 2 * H], gates[n, 2 * H : 3 * H], gates[n, 3 * H :]
-        for k in range(H):
-            dh_k = dh[n, k] + dh_next[n, k]
-            tanh_c = tanh(c[n, k])
-            dc_k = dc[n, k] + dh_k * o[k] * (one - tanh_c * tanh_c)
-            i_k, f_k, g_k, o_k = i[k], f[k], g[k], o[k]
-            i[k] = dc_k * g_k * i_k * (one - i_k)
-            f[k] = dc_k * c_prev[n, k] * f_k * (one - f_k)
-            g[k] = dc_k * i_k * (one - g_k * g_k)
-            o[k] = dh_k * tanh_c * o_k * (one - o_k)
-            dc[n, k] = dc_k * f_k
+def cell_forward(h, c, gates, b, t, B):
+    """R units, one time step: gates (4,TB,R) + b (4,R) become i, f, g, o; slot t+1 of h and c ((T+1)B,R) is written.
+
+    Simple loops over a few kilobytes in the first-level cache, since the compiler vectorises those.
+    """
+    R, now = width(h), t * B
+    for q in range(4):
+        for n in range(now, now + B):
+            for k in range(R):
+                gates[q, n, k] += b[q, k]
+    i, f, g, o = step(gates[0], now, B), step(gates[1], now, B), step(gates[2], now, B), step(gates[3], now, B)
+    before, after, out = step(c, now, B), step(c, now + B, B), step(h, now + B, B)
+    for k in range(i.size):
+        i[k] = sigmoid(i[k])
+    for k in range(i.size):
+        f[k] = sigmoid(f[k])
+    for k in range(i.size):
+        g[k] = tanh(g[k])
+    for k in range(i.size):
+        o[k] = sigmoid(o[k])
+    for k in range(i.size):
+        after[k] = f[k] * before[k] + i[k] * g[k]
+    for k in range(i.size):
+        out[k] = tanh(after[k])
+    for k in range(i.size):
+        out[k] *= o[k]
 
 
 @kernel
-def sum_rows(total, rows):
-    """total (N,) = the sum of rows (M,N) over M."""
-    total[:] = 0
-    for m in range(rows.shape[0]):
-        for k in range(rows.shape[1]):
-            total[k] += rows[m, k]
+def step(x, row, B):
+    """B rows of x (:,R) from `row` on, one after the other."""
+    return x[row : row + B].reshape(-1)
+
+
+@kernel
+def backward_step(dh_next, dc, db, gates, left, dh, c, WhT, K, t, B):
+    """Time step t of `lstm_backward`: slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1."""
+    for u in range(dc.shape[0]):
+        cell_backward(gates[4 * u : 4 * u + 4], db[4 * u : 4 * u + 4], dc[u], dh_next[u], dh[u], c[u], t, B)
+    keep_left(left, gates, t * B, B)
+    if t > 0:
+        multiply(dh_next, 0, left, t * B, WhT, B, K, False)
+
+
+@kernel
+def cell_backward(gates, db, dc, dh_next, dh, c, t, B):
+    """R units, one time step back: slot t of gates (4,TB,R) becomes da, which db (4,R) adds up; dc (B,R) becomes dc_{t-1}.
+
+    dh_next (B,R) is used up.
+    """
+    R, now = width(c), t * B
+    one = c.dtype.type(1)
+    i, f, g, o = step(gates[0], now, B), step(gates[1], now, B), step(gates[2], now, B), step(gates[3], now, B)
+    before, after, above = step(c, now, B), step(c, now + B, B), step(dh, now, B)
+    dc_t, dh_t = step(dc, 0, B), step(dh_next, 0, B)
+    for k in range(i.size):
+        dh_t[k] += above[k]
+    for k in range(i.size):
+        tanh_c = tanh(after[k])
+        do = dh_t[k] * o[k]
+        dc_t[k] += do * (one - tanh_c * tanh_c)
+        o[k] = do * tanh_c * (one - o[k])
+    for k in range(i.size):
+        i_k, f_k, g_k = i[k], f[k], g[k]
+        i[k] = dc_t[k] * g_k * i_k * (one - i_k)
+        g[k] = dc_t[k] * i_k * (one - g_k * g_k)
+        df = dc_t[k] * f_k
+        f[k] = df * before[k] * (one - f_k)
+        dc_t[k] = df
+    for q in range(4):
+        for n in range(now, now + B):
+            for k in range(R):
+                db[q, k] += gates[q, n, k]
 
 
 def lstm_forward_reference(x, h0, c0, Wx, Wh, b):

@@ -1,98 +1,232 @@
-r"""Output projection, softmax and cross-entropy in one, a chunk of rows at a time, so that T x B x V is never stored.
+r"""Output projection, softmax and cross-entropy in one, a chunk of tokens at a time, so that T x B x V is never stored.
 
-    z = y @ W^T + b                               (N,V), N = T B rows
+    z = y @ W^T + b                               (N,V), N = T B tokens
     loss_n = log sum_v exp(z_nv) - z_n,target     nats
     dz = scale (softmax(z) - onehot(target))      dy = dz @ W    dW = dz^T @ y    db = sum_n dz_n
 
-Recomputing z in the backward would cost a third product, so the gradients are taken while the chunk is there. Rows with
+Recomputing z in the backward would cost a third product, so the gradients are taken while the chunk is there. Tokens with
 target -1 are padding: their loss and gradient are zero.
+
+What makes it fast. Logits become exp(z) a few rows at a time, while the cache still has them, and are never divided: with
+s_n = sum_v exp(z_nv) and f_n = scale / s_n, dz_nv = f_n p_nv where p_nv = exp(z_nv) - s_n [v = target], so
+
+    dy_n = f_n (p @ W)_n        dW = p^T @ (f y)        db = p^T @ f, one more column of f y
+
+and the factors go to the narrow y and dy instead of the wide p. exp(z) needs no shift while its sums stay well within
+float32's range; a chunk where one does not is done again with each token's largest logit taken off first.
+
+All matrices lie in panels (gemm.py). The chunk is kept as p^T (V,N): then all three products take W (V,H) as it lies, and
+only the small y is transposed. The bias is the last column of W: (H+1)/R panels of V rows.
 """
 
 import math
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from .activations import exp
-from .compile import kernel
-from .gemm import matmul, matmul_add
+from .compile import OPTIONS, kernel
+from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
 
 IGNORE = -1  # the target of a padded position
+GROUP = 224  # rows of p^T that are made, and turned into exp, at a time
+SMALL, LARGE = 1e-30, 1e30  # between which a token's sum must lie
 
 
-def softmax_cross_entropy(loss, dy, dW, db, logits, y, W, b, targets, scale, between=None):
+class Chunk:
+    """Memory for `tokens` tokens (a multiple of 2 R, unless one chunk takes all) at a time.
+
+    training : bool
+        False: for losses alone, which need no more than GROUP logits of a token at a time.
+    """
+
+    def __init__(self, tokens, H, V, operands, training):
+        self.tokens, self.H, self.operands = tokens, H, operands
+        dtype, whole = operands.dtype, training and not operands.bf16
+        P = -(-tokens // operands.R)
+        self.z = zero_panels(V if whole else min(V, GROUP), tokens, dtype)
+        self.words = self.pairs = self.z
+        if training and operands.bf16:
+            self.words = aligned(((P + 1) // 2, V, operands.R), np.uint32)
+            self.pairs = aligned((P, GROUP // 2, operands.R), np.uint32)
+        self.fy = zero_panels(tokens, H + 1, dtype)
+        self.b, self.none = np.zeros(V, dtype), zero_panels(0, 1, dtype)
+        self.sums, self.shift, self.factor = (np.zeros(P * operands.R, dtype) for _ in range(3))
+
+
+def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, between=None):
     """Losses and, for training, all gradients of the output layer.
 
     Parameters
     ----------
     loss : (N,), out
         Nats a token.
-    dy, dW, db : (N,H), (V,H), (V,), out
-        Overwritten. All None: only the losses are computed.
-    logits : (R,V), scratch
-        R is the number of rows of a chunk.
-    y, W, b, targets : (N,H), (V,H), (V,), (N,) integer
+    dy, dW : (H/R,N,R), ((H+1)/R,V,R), out
+        Overwritten. Both None: only the losses are computed.
+    chunk : Chunk
+        Scratch.
+    y, y_row : (H/R,:,R), int
+        The layer's input: N rows from y_row on.
+    W : ((H+1)/R,V,R)
+        The weights, with the bias as column H.
+    targets : (N,) integer
     scale : float
         Factor on the gradients: one over the number of tokens that share the loss.
     between : callable, optional
         Called after each chunk, so that the caller can keep communication moving.
     """
-    N, R = y.shape[0], logits.shape[0]
-    for start in range(0, N, R):
-        rows = slice(start, min(start + R, N))
-        z = logits[: rows.stop - start]
-        matmul(z, y[rows], W.T)
+    s, operands, N, H = chunk, chunk.operands, len(targets), chunk.H
+    V = W.shape[1]
+    s.b[:] = W[H // operands.R, :, H % operands.R]
+    left, _ = operands.words("W words", W, 0, V)
+    right, _ = operands.pairs("W pairs", W, 0, V)
+    for start in range(0, N, s.tokens):
+        count = min(s.tokens, N - start)
+        part, here = slice(start, start + count), targets[start : start + count]
+        yT = operands.transposed("yT", y, y_row + start, count)
+        P = len(yT)
+        z, words, pairs = s.z[:P], s.words[: -(-P // 2) if operands.bf16 else P], s.pairs[:P]
+        logits = left, s.b, yT, operands.depth(H)
+        out = loss[part], s.sums, z, words, pairs, s.none if dy is None else dy, start
+        s.shift[:] = 0
+        if not exponentials(*out, *logits, right, here, s.shift):
+            largest_logits(s.shift, z, *logits)
+            exponentials(*out, *logits, right, here, s.shift)
         if dy is None:
-            cross_entropy_rows(loss[rows], z, b, targets[rows])
             continue
-        if start == 0:
-            db[:] = 0
-        cross_entropy_gradient_rows(loss[rows], z, db, b, targets[rows], scale)
-        matmul(dy[rows], z, W)
-        if start == 0:
-            matmul(dW, z.T, y[rows])
-        else:
-            matmul_add(dW, z.T, y[rows])
+        finish_chunk(s.fy, s.factor, dy, start, words, W, y, y_row + start, H, s.sums, here, scale)
+        fy, _ = operands.pairs("fy", s.fy, 0, count)
+        multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0)
         if between is not None:
             between()
 
 
-@kernel
-def cross_entropy_rows(loss, z, b, targets):
-    """loss (N,) of the logits z (N,V) + b (V,); z becomes exp(z + b - maximum)."""
-    for n in range(z.shape[0]):
-        row = z[n]
-        top = row[0] + b[0]
-        for k in range(row.shape[0]):
-            row[k] += b[k]
-            top = row[k] if row[k] > top else top
-        target = targets[n]
-        at_target = row[target] - top if target >= 0 else row[0]
-        total = row.dtype.type(0)
-        for k in range(row.shape[0]):
-            row[k] = exp(row[k] - top)
-            total += row[k]
-        loss[n] = math.log(total) - at_target if target >= 0 else 0
+def output_logits(y, row, B, W, chunk):
+    """The logits (B,V) of B rows of y (H/R,:,R), from `row` on. W and chunk as in `softmax_cross_entropy`."""
+    H, V, operands = chunk.H, W.shape[1], chunk.operands
+    yT = operands.transposed("yT", y, row, B)
+    z = zero_panels(V, B, operands.dtype)
+    multiply(z, 0, operands.words("W words", W, 0, V)[0], 0, yT, V, operands.depth(H), False)
+    logits = np.empty((V, B), operands.dtype)
+    from_panels(logits, z, 0)
+    return np.ascontiguousarray(logits.T) + W[H // operands.R, :, H % operands.R]
 
 
 @kernel
-def cross_entropy_gradient_rows(loss, z, db, b, targets, scale):
-    """loss (N,) of the logits z (N,V) + b (V,); z becomes dz; db (V,) is added to."""
-    cross_entropy_rows(loss, z, b, targets)
-    for n in range(z.shape[0]):
-        row = z[n]
-        target = targets[n]
-        if target < 0:
-            row[:] = 0
-            continue
-        total = row.dtype.type(0)
-        for k in range(row.shape[0]):
-            total += row[k]
-        factor = row.dtype.type(scale) / total
-        for k in range(row.shape[0]):
-            row[k] *= factor
-        row[target] -= row.dtype.type(scale)
-        for k in range(row.shape[0]):
-            db[k] += row[k]
+def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, b, yT, K, right, targets, shift):
+    """exp(z)^T of a chunk in words and pairs, its losses (N,), and dy = exp(z) @ W from row dy_row on, all at one go.
+
+    Where z (N/R,:,R) has as many rows as W, exp(z)^T is left there; else z is scratch, and where dy has no rows nothing
+    but losses is computed. W and right are W as left and as right factor. Returns whether all sums are within the safe range.
+    """
+    R = width(z)
+    V, whole = W.shape[1], z.shape[1] == W.shape[1]
+    sums[:] = 0
+    for first in range(0, V, GROUP):
+        count, at = min(GROUP, V - first), first if whole else 0
+        multiply(z, at, W, first, yT, count, K, False)
+        for n in range(targets.size):
+            row = targets[n] - first
+            if 0 <= row < count:
+                loss[n] = z[n // R, at + row, n % R] + b[first + row] - shift[n]
+        for panel in range(z.shape[0]):
+            total, off = sums[panel * R : panel * R + R], shift[panel * R : panel * R + R]
+            for v in range(count):
+                row, b_v = z[panel, at + v], b[first + v]
+                for j in range(R):
+                    row[j] = exp(row[j] + b_v - off[j])
+                    total[j] += row[j]
+        if dy.shape[1] > 0:
+            add_to_dy(dy, dy_row, words, pairs, z, right, first, count, targets.size)
+    safe = True
+    for n in range(targets.size):
+        safe &= SMALL < sums[n] < LARGE
+        loss[n] = math.log(sums[n]) - loss[n] if targets[n] >= 0 else 0
+    return safe
+
+
+@kernel
+def largest_logits(shift, z, W, b, yT, K):
+    """shift (N,) = the largest logit of each token of a chunk."""
+    R = width(z)
+    shift[:] = -math.inf
+    for first in range(0, W.shape[1], GROUP):
+        count = min(GROUP, W.shape[1] - first)
+        multiply(z, 0, W, first, yT, count, K, False)
+        for panel in range(z.shape[0]):
+            for v in range(count):
+                for j in range(R):
+                    logit = z[panel, v, j] + b[first + v]
+                    if logit > shift[panel * R + j]:
+                        shift[panel * R + j] = logit
+
+
+def add_to_dy(dy, row, words, pairs, z, right, first, count, N):
+    """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on, which bfloat16 takes from z and keeps in words."""
+
+
+@overload(add_to_dy, jit_options=OPTIONS)
+def _add_to_dy(dy, row, words, pairs, z, right, first, count, N):
+    def plain(dy, row, words, pairs, z, right, first, count, N):
+        multiply_transposed(dy, row, z, first, right, first, N, count, first > 0)
+
+    def bfloat16(dy, row, words, pairs, z, right, first, count, N):
+        to_words(words, first, z, 0, count)
+        to_pairs(pairs, 0, z, 0, count)
+        multiply_transposed(dy, row, pairs, 0, right, first // 2, N, (count + 1) // 2, first > 0)
+
+    return bfloat16 if words.dtype == types.uint32 else plain
+
+
+def subtract_targets(words, sums, targets):
+    """Take s_n off p at each target."""
+
+
+@overload(subtract_targets, jit_options=OPTIONS)
+def _subtract_targets(words, sums, targets):
+    def plain(words, sums, targets):
+        R = width(words)
+        for n in range(targets.size):
+            if targets[n] >= 0:
+                words[n // R, targets[n], n % R] -= sums[n]
+
+    def bfloat16(words, sums, targets):
+        R = 16
+        left = words.view(np.uint16)
+        bits = np.empty(1, np.uint32)
+        for n in range(targets.size):
+            t = targets[n]
+            if t >= 0:
+                column = n // R % 2 * R + n % R
+                bits[0] = np.uint32(left[n // R // 2, t, column]) << np.uint32(16)
+                bits.view(np.float32)[0] -= sums[n]
+                left[n // R // 2, t, column] = bf16(bits[0])
+
+    return bfloat16 if words.dtype == types.uint32 else plain
+
+
+@kernel
+def finish_chunk(fy, factor, dy, row, words, W, y, y_row, H, sums, targets, scale):
+    """exp(z)^T in words becomes p^T; factor (N,) = f; fy = f y with f as column H; dy = exp(z) @ W becomes f p @ W."""
+    subtract_targets(words, sums, targets)
+    R = width(y)
+    for n in range(targets.size):
+        factor[n] = y.dtype.type(scale) / sums[n] if targets[n] >= 0 else 0
+    for panel in range(y.shape[0]):
+        for n in range(targets.size):
+            for j in range(R):
+                fy[panel, n, j] = y[panel, y_row + n, j] * factor[n]
+    for n in range(targets.size):
+        fy[H // R, n, H % R] = factor[n]
+        for panel in range(dy.shape[0]):
+            for j in range(R):
+                p_W = dy[panel, row + n, j]
+                if targets[n] >= 0:
+                    p_W -= sums[n] * W[panel, targets[n], j]
+                dy[panel, row + n, j] = p_W * factor[n]
+        for j in range(H % R, R if H % R else 0):  # W has the bias there, and dy nothing
+            dy[H // R, row + n, j] = 0
 
 
 def softmax_cross_entropy_reference(y, W, b, targets, scale):

@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,8 +60,8 @@ class Case:
         self.P = self.dense + self.V * self.E
         self.gradient = np.zeros(self.P, dtype)
         bucket = int(everyone.integers(1, 4 * self.P))
-        table = self.dense, self.V, self.E
-        self.averaging = Allreduce(comm, self.gradient, table, self.n, bucket, everyone.random() < 0.5, scattered)
+        table = SimpleNamespace(start=self.dense, shape=(self.V, self.E)) if scattered else None
+        self.averaging = Allreduce(comm, self.gradient, table, self.n, bucket, everyone.random() < 0.5)
         self.averaging.comm = self.counting = Counting(self.averaging.comm)
         self.scattered = scattered
 

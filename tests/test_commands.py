@@ -31,7 +31,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "train: no value": (TRAIN + " --set train.lanes", "write it as section.key=value"),
     "train: negative size": (TRAIN + " --set model.hidden=-4", r"model\.hidden = -4: it must be at least 1"),
     "train: negative steps": (TRAIN + " --max-steps -1", "argument --max-steps: -1 is not a number of at least 1"),
-    "train: precision bf16": (TRAIN + " --set train.precision=bf16", r"train\.precision = bf16: it is one of fp32"),
+    "train: precision": (TRAIN + " --set train.precision=fp8", r"train\.precision = fp8: it is one of fp32"),
     "train: unknown preset": (TRAIN + " --preset nothing", "--preset nothing: there is none of that name"),
     "train: no configuration": (TRAIN + " --config nothing.toml", "cannot read the configuration nothing.toml: No"),
     "train: configuration not TOML": (TRAIN + " --config text.txt", "cannot read the configuration text.txt: "),
@@ -168,6 +168,12 @@ def refuse(world, ranks, command, says):
 @pytest.mark.parametrize("case", ON_ANY)
 def test_bad_input_is_refused_in_one_line_with_exit_code_2(world, case):
     refuse(world, 0, *ON_ANY[case])
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_bf16_is_refused_where_the_processor_has_none(world, monkeypatch, ranks):
+    monkeypatch.setenv("DLLM_HIDE_FEATURES", "avx512bf16")
+    refuse(world, ranks, TRAIN + " --set train.precision=bf16", "this processor has no bfloat16 instructions")
 
 
 @pytest.mark.parametrize("case", ON_FOUR | {case: ON_ANY[case] for case in STARTED_ON_FOUR})

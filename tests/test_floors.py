@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "presets"),
     ("config", "storage", "kernels"),
+    ("layout",),
     ("model", "optim", "state", "cli", "data", "comm"),
     ("checkpoint", "report", "corpus", "inference"),
     ("training", "runs"),

@@ -30,32 +30,29 @@ class Allreduce:
         Duplicated, so that no other message can come in between.
     gradient : (P,) array
         This rank's gradient; becomes the sum over all ranks.
-    table : (int, int, int)
-        The embedding at the end of the vector: where it starts, V, E.
+    table : object with start, shape; or None
+        The embedding (V,E) at the end of the vector, from element `start` on. Only rows that tokens use get a gradient,
+        added to what is there. None: there is no such table, and all of the vector is overwritten in each step.
     tokens : int
         The most tokens that any rank has in a window.
     bucket_bytes : int
     polite : bool
         True where ranks outnumber cores: sleep while waiting.
-    scattered : bool
-        True: only rows of the embedding that tokens use get a gradient, added to what is there. False: all of it is
-        overwritten in each step, as with tied weights.
     """
 
-    def __init__(self, comm, gradient, table, tokens, bucket_bytes, polite=False, scattered=True):
+    def __init__(self, comm, gradient, table, tokens, bucket_bytes, polite=False):
         self.comm, self.vector, self.polite = comm.Dup(), gradient, polite
-        start, self.V, self.E = table
+        self.table = None if table is None else gradient[table.start :].reshape(table.shape)
         # Sending rows costs an extra message and two copies: it pays where few of the rows can be in use.
-        self.scattered, self.sparse = scattered, scattered and tokens * comm.size < self.V // 2
-        dense = start if self.sparse else gradient.size
+        self.sparse = table is not None and tokens * comm.size < table.shape[0] // 2
+        dense = table.start if self.sparse else gradient.size
         step = max(1, bucket_bytes // gradient.itemsize)
         self.buckets = [slice(at, min(at + step, dense)) for at in range(0, dense, step)] if comm.size > 1 else []
         longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
         self.free = [np.empty(longest, gradient.dtype) for _ in range(min(IN_FLIGHT, len(self.buckets)))]
-        self.table = gradient[start:].reshape(self.V, self.E)
         self.mine = np.full(tokens, -1, np.int32)
         self.everyones = np.full(tokens * comm.size, -1, np.int32)
-        self.in_use = np.zeros(self.V, bool)
+        self.in_use = np.zeros(table.shape[0] if self.sparse else 0, bool)
         self.control = np.zeros((2, 4))
         self.rows = None
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
@@ -111,7 +108,7 @@ class Allreduce:
 
     def clear(self):
         """The step is over: embedding rows that are added to become zero again."""
-        if self.scattered:
+        if self.table is not None:
             self.table[slice(None) if self.rows is None else self.rows] = 0
 
     def mix(self, theta):

@@ -1,10 +1,13 @@
 """The peer of a training step: nn.LSTM under DistributedDataParallel with gloo, random tokens, SGD with clipping.
 
-    torchrun --nproc-per-node 2 benchmarks/torch_step.py SIZE STEPS
+    torchrun --nproc-per-node 2 benchmarks/peers/torch_step.py SIZE STEPS {fp32,bf16}
 
-Rank 0 prints the median seconds of a step. One thread a rank.
+Rank 0 prints one JSON line: {"seconds": of the median step, "peak_rss_bytes"}. One thread a rank. bf16: autocast.
 """
 
+import json
+import pathlib
+import resource
 import statistics
 import sys
 import time
@@ -13,8 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from sizes import SIZES
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from sizes import SIZES
 
 
 class Model(nn.Module):
@@ -30,7 +35,7 @@ class Model(nn.Module):
 
 
 def main():
-    size, steps = SIZES[sys.argv[1]], int(sys.argv[2])
+    size, steps, bf16 = SIZES[sys.argv[1]], int(sys.argv[2]), sys.argv[3] == "bf16"
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = DistributedDataParallel(Model(size))
@@ -42,14 +47,16 @@ def main():
         tokens, targets = torch.randint(size.vocabulary, shape), torch.randint(size.vocabulary, shape)
         begin = time.perf_counter()
         optimizer.zero_grad()
-        logits, state = model(tokens, state)
-        F.cross_entropy(logits.view(-1, size.vocabulary), targets.view(-1)).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            logits, state = model(tokens, state)
+        F.cross_entropy(logits.float().view(-1, size.vocabulary), targets.view(-1)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-        state = tuple(part.detach() for part in state)
+        state = tuple(part.detach().float() for part in state)
         seconds.append(time.perf_counter() - begin)
     if dist.get_rank() == 0:
-        print(statistics.median(seconds[2:]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": statistics.median(seconds[2:]), "peak_rss_bytes": peak}))
     dist.destroy_process_group()
 
 

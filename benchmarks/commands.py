@@ -1,0 +1,200 @@
+"""The measurements: each takes the options of the command line and returns (Table, what was measured, bars to draw)."""
+
+import json
+import sys
+import time
+
+from .results import Table, middle, ratio, spread
+from .runs import PEERS, Steps, installed, last_json, mpirun, run, train
+from .sizes import SIZES
+
+MIB = 2**20
+
+
+def ceilings(ranks):
+    """GFLOP/s and GB/s that the machine can do with all ranks at it."""
+    return last_json(run(mpirun(ranks, "benchmarks.ceilings"), {"OPENBLAS_NUM_THREADS": "1"}))
+
+
+def step(options):
+    """A training step against PyTorch's and Keras's, in fp32 and bf16, and against what the machine can do."""
+    columns = [("size", 18), ("dllm GFLOP/s", 24), ("of ceiling", 12), ("PyTorch DDP", 24), ("ratio", 9), ("Keras", 18)]
+    columns += [("ratio", 9), ("exposed comm", 14), ("MB a rank", 11), ("PyTorch", 9)]
+    table = Table(f"A training step, {options.ranks} ranks", columns)
+    data, bars = {}, {}
+    for name in options.sizes:
+        size = SIZES[name]
+        steps, found = Steps(options.work, name, size, options.ranks, options.seconds), {}
+        add = lambda key, value: found.setdefault(key, []).append(value)
+        total = size.flops * options.ranks / 1e9
+        for _ in range(options.rounds):
+            limits = ceilings(options.ranks)
+            precisions = [precision for precision in ("fp32", "bf16") if precision in limits]
+            for precision in precisions:
+                add(f"ceiling {precision}", limits[precision])
+                summary = steps.dllm(precision)
+                add(f"dllm {precision}", summary["gflops"])
+                add(f"exposed {precision}", summary["exposed_comm_fraction"])
+                add(f"memory {precision}", max(summary["peak_rss_bytes"]) / MIB)
+                if installed("torch"):
+                    peer = steps.torch(precision)
+                    add(f"torch {precision}", total / peer["seconds"])
+                    add(f"torch memory {precision}", peer["peak_rss_bytes"] / MIB)
+            if installed("tensorflow"):
+                add("keras fp32", size.flops / 1e9 / steps.keras()["seconds"])
+        data[name] = found
+        for precision in precisions:
+            get = lambda key, precision=precision, found=found: found.get(f"{key} {precision}")
+            table.row(
+                f"{name} {precision}", spread(get("dllm")), f"{middle(get('dllm')) / middle(get('ceiling')):.1%}",
+                spread(get("torch")), ratio(get("dllm"), get("torch")), spread(get("keras")),
+                ratio(get("dllm"), get("keras")), f"{middle(get('exposed')):.1%}", f"{middle(get('memory')):.0f}",
+                f"{middle(get('torch memory')):.0f}" if get("torch memory") else "-",
+            )  # fmt: skip
+            series = {"dllm": get("dllm"), "PyTorch DDP": get("torch"), "Keras": get("keras"), "ceiling": get("ceiling")}
+            bars[f"{name}\n{precision}"] = {key: middle(values) for key, values in series.items()}
+    return table, data, ("GFLOP/s", bars)
+
+
+def kernels(options):
+    """The matrix products of a step, one by one on one core, against BLAS on the same factors and against the roofline."""
+    columns = [("product", 34), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("BLAS", 22), ("ratio", 9), ("bf16", 22)]
+    table = Table("Matrix products of a training step, one core", columns)
+    command = [sys.executable, "-m", "benchmarks.products", str(options.seconds), *options.sizes]
+    data, bars = last_json(run(command, {"OPENBLAS_NUM_THREADS": "1"})), {}
+    for row in data:
+        fp32, blas, bf16 = row["fp32"], row["blas"], row["bf16"]
+        name = f"{row['size']} {row['product']}"
+        shape = "{} x {} x {}".format(*row["shape"])
+        table.row(name, shape, spread(fp32), spread(blas), ratio(fp32, blas), spread(bf16))
+        bars[name.replace(" ", "\n")] = {"fp32": middle(fp32), "BLAS fp32": middle(blas), "bf16": middle(bf16)}
+    return table, data, ("GFLOP/s", bars)
+
+
+def scaling(options):
+    """Weak scaling: tokens a second of one rank and of several, each with the same lanes."""
+    columns = [("size", 18), ("1 rank GFLOP/s", 24), (f"{options.ranks} ranks", 24), ("efficiency", 12)]
+    table = Table(f"Weak scaling from 1 rank to {options.ranks}", columns)
+    data, bars = {}, {}
+    for name in options.sizes:
+        one, many = (Steps(options.work, name, SIZES[name], ranks, options.seconds) for ranks in (1, options.ranks))
+        found = {"one": [], "many": []}
+        for _ in range(options.rounds):
+            found["one"].append(one.dllm()["gflops"])
+            found["many"].append(many.dllm()["gflops"])
+        efficiency = middle(found["many"]) / middle(found["one"]) / options.ranks
+        table.row(name, spread(found["one"]), spread(found["many"]), f"{efficiency:.3f}")
+        data[name], bars[name] = found, {"efficiency": efficiency}
+    return table, data, ("efficiency", bars)
+
+
+def overlap(options):
+    """How much of the communication the backward hides, by size of bucket."""
+    table = Table(
+        f"Exposed communication, {options.ranks} ranks", [("size", 14), ("bucket MB", 12), ("exposed", 22), ("GFLOP/s", 24)]
+    )
+    data, bars = {}, {}
+    for name in options.sizes:
+        steps = Steps(options.work, name, SIZES[name], options.ranks, options.seconds)
+        bars[name] = {}
+        for bucket in (1, 4, 16):
+            runs = [steps.dllm(averaging__bucket_mb=bucket) for _ in range(options.rounds)]
+            exposed = [100 * summary["exposed_comm_fraction"] for summary in runs]
+            speed = [summary["gflops"] for summary in runs]
+            table.row(name, bucket, f"{spread(exposed)} %", spread(speed))
+            data[f"{name} {bucket}"] = {"exposed_percent": exposed, "gflops": speed}
+            bars[name][f"{bucket} MB"] = middle(exposed)
+    return table, data, ("% of the step that waits", bars)
+
+
+def startup(options):
+    """Seconds from the command to its end for a run of one step, with a warm and a cold cache of kernels."""
+    table, data, turns = Table("Start-up", [("what", 34), ("seconds", 24)]), {}, iter(range(1000))
+    corpus = Steps(options.work, "char", SIZES["char"], 1, 0).corpus
+
+    def measure(name, ranks, command, cold=False, warm_up=True):
+        """Time `command` on some ranks; each run writes to a folder of its own."""
+        data[name] = []
+        for turn in range(options.rounds + warm_up):
+            out, cache = options.work / f"run-{next(turns)}", options.work / f"cache-{next(turns)}"
+            begin = time.perf_counter()
+            run([*command, "--out", out] if ranks else command, {"XDG_CACHE_HOME": str(cache)} if cold else {})
+            data[name] += [time.perf_counter() - begin] if turn >= warm_up else []
+        table.row(name, spread(data[name], 2))
+
+    one_step = ["dllm.train", "--data", corpus, "--max-steps", 1, "--progress", "none", "--set", "log.sample=0"]
+    measure("import dllm.train", 0, [sys.executable, "-c", "import dllm.train"])
+    for ranks in (1, 8):
+        measure(f"{ranks} ranks, warm cache", ranks, mpirun(ranks, *one_step))
+    measure("1 rank, cold cache", 1, mpirun(1, *one_step), cold=True, warm_up=False)
+    return table, data, ("seconds", {name: {"seconds": middle(values)} for name, values in data.items()})
+
+
+def memory(options):
+    """Peak resident memory of a rank, against PyTorch's."""
+    table = Table(
+        f"Peak memory a rank, {options.ranks} ranks", [("size", 18), ("dllm MB", 14), ("PyTorch DDP MB", 18), ("ratio", 9)]
+    )
+    data, bars = {}, {}
+    for name in options.sizes:
+        steps = Steps(options.work, name, SIZES[name], options.ranks, 0)
+        ours = [max(steps.dllm()["peak_rss_bytes"]) / MIB]
+        theirs = [steps.torch()["peak_rss_bytes"] / MIB] if installed("torch") else []
+        table.row(name, spread(ours, 0), spread(theirs, 0), ratio(ours, theirs))
+        data[name] = {"dllm": ours, "torch": theirs}
+        bars[name] = {"dllm": middle(ours), "PyTorch DDP": middle(theirs)}
+    return table, data, ("MiB", bars)
+
+
+def generation(options):
+    """Tokens a second of one stream on one thread, against PyTorch's nn.LSTM token by token."""
+    columns = [("size", 18), ("dllm tokens/s", 26), ("PyTorch", 26), ("ratio", 9)]
+    table, data, bars = Table("Generation of one stream, one thread", columns), {}, {}
+    count = 50 if options.quick else 400
+    for name in options.sizes:
+        found = {"dllm": [], "torch": []}
+        for _ in range(options.rounds):
+            ours = [sys.executable, "-m", "benchmarks.generate", name, count]
+            found["dllm"].append(last_json(run(ours, {"OPENBLAS_NUM_THREADS": "1"}))["tokens_per_second"])
+            if installed("torch"):
+                theirs = [sys.executable, PEERS / "torch_generate.py", name, count]
+                found["torch"].append(last_json(run(theirs))["tokens_per_second"])
+        table.row(name, spread(found["dllm"]), spread(found["torch"]), ratio(found["dllm"], found["torch"]))
+        data[name] = found
+        bars[name] = {"dllm": middle(found["dllm"]), "PyTorch": middle(found["torch"])}
+    return table, data, ("tokens/s", bars)
+
+
+def quality(options):
+    """Validation loss of bf16 against fp32: a short run on tinyshakespeare and an epoch of wlm-200 on WikiText-2."""
+    if options.data is None:
+        sys.exit("say where the text is: --data FOLDER, with tinyshakespeare/ and wikitext-2/ in it")
+    table = Table(
+        f"bf16 against fp32, {options.ranks} ranks", [("run", 34), ("fp32 loss", 14), ("bf16 loss", 14), ("difference", 12)]
+    )
+    data, bars = {}, {}
+    plans = {
+        "tinyshakespeare": ("tinyshakespeare", "char", ["--preset", "default"]),
+        "wlm-200, WikiText-2, one epoch": ("wikitext-2", "word", ["--preset", "wlm-200", "--set", "train.epochs=1"]),
+    }
+    for name, (folder, tokenizer, arguments) in plans.items():
+        corpus, text = options.work / folder, options.data / folder
+        if not (text / "valid.txt").exists():  # the last tenth, as is usual there
+            whole, text = (text / "input.txt").read_text(), options.work
+            cut = len(whole) * 9 // 10
+            (text / "train.txt").write_text(whole[:cut])
+            (text / "valid.txt").write_text(whole[cut:])
+        splits = [word for split in ("train", "valid") for word in (f"--{split}", text / f"{split}.txt")]
+        run([sys.executable, "-m", "dllm.prepare", *splits, "--tokenizer", tokenizer, "--out", corpus])
+        found = {}
+        for precision in ("fp32", "bf16"):
+            out = options.work / f"{folder}-{precision}"
+            limit = ["--max-steps", "40"] if options.quick else []
+            settings = {"train.precision": precision, "train.threads": 1, "log.sample": 0}
+            train(options.ranks, out, "--data", corpus, *arguments, *limit, settings=settings)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            found[precision] = [line["loss"] for line in lines if "split" in line][-1]
+        difference = found["bf16"] / found["fp32"] - 1
+        table.row(name, f"{found['fp32']:.4f}", f"{found['bf16']:.4f}", f"{difference:+.2%}")
+        data[name], bars[name] = found, found
+    return table, data, ("validation loss, nats a token", bars)

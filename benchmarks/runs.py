@@ -1,0 +1,96 @@
+"""Starting what is measured: dllm's own commands under mpirun, and its peers, each a process of its own."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from dllm import storage
+from dllm.data import shards
+from dllm.data.tokenizers import WordTokenizer
+
+PEERS = pathlib.Path(__file__).parent / "peers"
+LIMIT = 1800  # seconds, of any one run
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def run(command, environment=None):
+    """Standard output of a command; its errors are shown where it fails."""
+    environment = {**os.environ, **(environment or {})}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def last_json(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def mpirun(ranks, *arguments):
+    return ["mpirun", "-n", ranks, sys.executable, "-m", *arguments]
+
+
+def random_corpus(folder, vocabulary, tokens):
+    """A prepared corpus of uniformly random tokens."""
+    folder.mkdir(parents=True)
+    tokenizer = WordTokenizer([f"w{number}" for number in range(vocabulary)])
+    shards.save_tokenizer(folder, tokenizer)
+    dtype = shards.token_dtype(vocabulary)
+    with shards.ShardWriter(folder / "train-00000.h5", dtype) as shard:
+        shard.append(np.random.default_rng(1).integers(0, vocabulary, tokens).astype(dtype))
+    part = {"name": "train-00000.h5", "start": 0, "stop": tokens, "sha256": storage.sha256(folder / "train-00000.h5")}
+    manifest = {
+        "format": shards.FORMAT,
+        "kind": tokenizer.kind,
+        "vocabulary": vocabulary,
+        "dtype": dtype.name,
+        "tokenizer": shards.tokenizer_hash(tokenizer),
+        "splits": {"train": {"tokens": tokens, "bytes": tokens, "shards": [part]}},
+    }
+    storage.write_json(folder / "manifest.json", manifest)
+
+
+def train(ranks, out, *arguments, settings=()):
+    """summary.json of a run of the train command."""
+    options = [word for key, value in dict(settings).items() for word in ("--set", f"{key}={value}")]
+    run([*mpirun(ranks, "dllm.train", "--out", out, "--progress", "none"), *arguments, *options])
+    return json.loads((out / "summary.json").read_text())
+
+
+class Steps:
+    """Training steps of a size on random tokens, by dllm and by its peers. The corpus is made once, below `work`."""
+
+    def __init__(self, work, name, size, ranks, seconds):
+        self.name, self.size, self.ranks = name, size, ranks
+        self.count = max(14, 11 + round(seconds * 9e10 / size.flops))
+        self.work, self.corpus, self.turn = work, work / f"{name}-{ranks}", 0
+        random_corpus(self.corpus, size.vocabulary, (self.count + 1) * size.window * size.lanes * ranks)
+
+    def dllm(self, precision="fp32", **settings):
+        """summary.json of a run."""
+        size, self.turn = self.size, self.turn + 1
+        settings = {
+            "model.embedding": size.hidden, "model.hidden": size.hidden, "model.layers": size.layers,
+            "train.lanes": size.lanes * self.ranks, "train.window": size.window,
+            "train.optimizer": "sgd", "train.lr": 1.0, "train.schedule": "constant", "train.warmup": 0, "train.clip": 5.0,
+            "train.threads": 1, "train.precision": precision, "train.max_steps": self.count,
+            "log.every": 10, "log.sample": 0, **{key.replace("__", "."): value for key, value in settings.items()},
+        }  # fmt: skip
+        return train(self.ranks, self.work / f"{self.corpus.name}-run-{self.turn}", "--data", self.corpus, settings=settings)
+
+    def torch(self, precision="fp32"):
+        """{"seconds", "peak_rss_bytes"} of a step of DistributedDataParallel."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", self.ranks]
+        return last_json(run([*launcher, PEERS / "torch_step.py", self.name, self.count, precision]))
+
+    def keras(self):
+        """{"seconds"} of a step in one process with a thread for each rank, on as many tokens as one rank has."""
+        return last_json(run([sys.executable, PEERS / "keras_step.py", self.name, max(6, self.count // 2), self.ranks]))

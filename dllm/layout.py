@@ -1,0 +1,148 @@
+"""Where the tensors of a model lie: in the flat vectors of the kernels, in panels, and in the standard vector of files.
+
+The flat vectors are laid out in the order in which the backward finishes them (output layer first, embedding last), so that
+what is final is always a prefix and can leave while the rest is still computed. Their blocks are arrays for the kernels:
+
+    output       (ceil((H+1)/R),V,R)    the output weights, with the bias as column H; tied: the embedding too, and last
+    lstm.l.x     (4H/R,D,R)             in panels of gates (kernels/lstm.py); not with one-hot inputs
+    lstm.l.h     (4H/R,H,R)
+    lstm.l.b     (4H/R,biases,R)
+    embedding    (V,E)                  row-major; one-hot inputs: Wx of layer 0, (V,4H)
+
+Panels (kernels/gemm.py) are padded with zeros, which no gradient touches. Outside, a tensor has its usual shape and order
+under its name, and the standard vector holds one after the other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .kernels.gemm import width
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Elements [start, stop) of a vector, and the shape they have, row-major."""
+
+    start: int
+    stop: int
+    shape: tuple
+
+
+def _append(extents, name, *shape):
+    start = next(reversed(extents.values())).stop if extents else 0
+    extents[name] = Extent(start, start + math.prod(shape), shape)
+    return name
+
+
+class Layout:
+    """The layout of a model.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    vocabulary : int
+        V.
+    dtype : numpy.float32 or numpy.float64
+        Of the flat vectors; decides R.
+
+    Attributes
+    ----------
+    tensors, blocks : dict
+        name -> Extent, in the standard vector and in the flat vectors.
+    parameters, size : int
+        Length of the standard vector and of the flat vectors.
+    table : Extent or None
+        The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied.
+    """
+
+    def __init__(self, config, vocabulary, dtype):
+        self.config, self.dtype, self.R = config, np.dtype(dtype), width(dtype)
+        self.tensors, self.blocks, self._where = {}, {}, {}
+        V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
+        P = -(-H // R)
+        output = -(-(H + 1) // R), V, R
+        if not config.tied:
+            block = _append(self.blocks, "output", *output)
+            self._tensor("output.weight", (V, H), block, "columns")
+        self._tensor("output.bias", (V,), "output", "last column")
+        for layer in reversed(range(config.layers)):
+            D = H if layer else E
+            for kind, rows in (("weight_x", D), ("weight_h", H), ("bias", config.biases)):
+                if rows:
+                    block = _append(self.blocks, f"lstm.{layer}.{kind[-1] if kind != 'bias' else 'b'}", 4 * P, rows, R)
+                    self._tensor(f"lstm.{layer}.{kind}", (rows, 4 * H), block, "gates")
+        if config.tied:
+            block = _append(self.blocks, "output", *output)
+            self._tensor("embedding.weight", (V, E), block, "columns")
+        else:
+            block = _append(self.blocks, "embedding", V, E or 4 * H)
+            self._tensor("embedding.weight", (V, E or 4 * H), block, "whole")
+        self.parameters = self.tensors["embedding.weight"].stop
+        self.size = self.blocks[block].stop
+        self.table = None if config.tied else self.blocks[block]
+
+    def _tensor(self, name, shape, block, kind):
+        _append(self.tensors, name, *shape)
+        self._where[name] = block, kind
+
+    def arrays(self, vector):
+        """name -> view of the flat vector (size,) as a block."""
+        return {name: vector[block.start : block.stop].reshape(block.shape) for name, block in self.blocks.items()}
+
+    def read(self, vector, name):
+        """A copy of the tensor `name` of the flat vector (size,), in its usual shape."""
+        tensor = np.empty(self.tensors[name].shape, vector.dtype)
+        for piece, place in self._pieces(vector, name):
+            tensor[place] = piece
+        return tensor
+
+    def write(self, vector, name, tensor):
+        """Put a tensor of the usual shape into the flat vector (size,)."""
+        for piece, place in self._pieces(vector, name):
+            piece[...] = tensor[place]
+
+    def export(self, vector, start, stop):
+        """Elements [start, stop) of the standard vector, of the flat vector (size,)."""
+        part = np.empty(stop - start, vector.dtype)
+        for name, first, last in self._overlapping(start, stop):
+            offset = self.tensors[name].start
+            part[first - start : last - start] = self.read(vector, name).reshape(-1)[first - offset : last - offset]
+        return part
+
+    def load(self, vector, start, part):
+        """Put elements from `start` on of the standard vector into the flat vector (size,)."""
+        for name, first, last in self._overlapping(start, start + len(part)):
+            offset, tensor = self.tensors[name].start, self.read(vector, name)
+            tensor.reshape(-1)[first - offset : last - offset] = part[first - start : last - start]
+            self.write(vector, name, tensor)
+
+    def _overlapping(self, start, stop):
+        for name, tensor in self.tensors.items():
+            first, last = max(start, tensor.start), min(stop, tensor.stop)
+            if first < last:
+                yield name, first, last
+
+    def _pieces(self, vector, name):
+        """(view of the flat vector, its place in the tensor) for all that the tensor consists of."""
+        H, R, (block, kind) = self.config.hidden, self.R, self._where[name]
+        extent = self.blocks[block]
+        array = vector[extent.start : extent.stop].reshape(extent.shape)
+        if kind == "whole":
+            yield array, np.s_[:]
+        elif kind == "last column":
+            yield array[H // R, :, H % R], np.s_[:]
+        else:
+            gates = 4 if kind == "gates" else 1
+            for first in range(0, H, R):
+                columns = min(R, H - first)
+                for gate in range(gates):
+                    place = gate * H + first
+                    yield array[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
+
+    def active(self):
+        """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""
+        products = sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(("weight_x", "weight_h")))
+        output = self.tensors.get("output.weight", self.tensors["embedding.weight"])
+        return products + math.prod(output.shape)

@@ -1,0 +1,220 @@
+r"""The innermost loop of every matrix product: a tile of C stays in registers while one pass over k adds to it.
+
+                 b0   b1            row k of two panels of B: vectors, read once for all rows of the tile
+      a[0,k] ->  c00  c01
+      a[1,k] ->  c10  c11           each c a vector of sums, one multiply-add a step
+       ...        ...
+
+Numba cannot promise that the sums stay in registers, so the loop is written in LLVM's own language, once for each
+number of rows and panels, for the vectors of the machine it runs on. What panels are stands in gemm.py. Addresses are
+plain integers: nothing here knows where an array ends.
+
+A step of k is one word: a float32, a float64, or a pair of bfloat16, whose products are added up in float32.
+"""
+
+import os
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+ROW = 64  # bytes of a row of a panel
+FEATURES = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+FEATURES -= set(os.environ.get("DLLM_HIDE_FEATURES", "").split(","))  # so that tests can be another machine
+BF16 = "avx512bf16" in FEATURES
+VECTOR = 64 if "avx512f" in FEATURES else 32 if "avx2" in FEATURES else 16  # bytes
+PANELS = 2 if VECTOR == 64 else 1  # of a tile
+ROWS = {64: 14, 32: 6, 16: 3}[VECTOR]  # of a tile: with two vectors (four of 16 bytes) a row this fills the registers
+AHEAD = 24  # rows of B that are fetched ahead
+
+
+class _BFloat(ir.types._BaseFloatType):
+    """llvmlite knows no bfloat."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self):
+        return "bfloat"
+
+
+_BFloat._create_instance()
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def multiply_tile(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
+    """c (rows, panels) = a @ b, added to what c holds where `add` is not 0, over K words.
+
+    Word (row,k) of a is at a + 64 row + size (k mod R) + a_jump (k div R), R = 64 / size; vector (k,panel) of b at
+    b + 64 k + b_jump panel; vector (row,panel) of c at c + 64 row + c_jump panel. `kind` is a word of a.
+    """
+    return types.void(kind, *[types.int64] * 10), _generator(kind, False)
+
+
+@intrinsic
+def multiply_tile_transposed(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
+    """The same with word (row,k) of a at a + size row + 64 k: the transpose of a panel. a_jump is not used."""
+    return types.void(kind, *[types.int64] * 10), _generator(kind, True)
+
+
+@intrinsic
+def transpose_block(typingctx, kind, source, target):
+    """R rows of 64 bytes, R words of `kind` each, at `source` become the columns of R rows at `target`."""
+
+    def generate(context, builder, signature, arguments):
+        size = 8 if kind == types.float64 else 4
+        vector = ir.VectorType(ir.DoubleType() if size == 8 else ir.FloatType(), ROW // size)
+        rows = [_load(builder, arguments[1], i, vector) for i in range(vector.count)]
+        _store_transpose(builder, rows, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def transpose_block_of_pairs(typingctx, first, second, target):
+    """16 rows of 16 float32 at `first`, and 16 at `second`, become the columns of 16 rows of pairs of bfloat16 at `target`."""
+
+    def generate(context, builder, signature, arguments):
+        floats, halves = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_BFloat(), 16)
+        both = ir.Constant(ir.VectorType(_I32, 32), [*range(32)])
+        rows = []
+        for i in range(16):
+            one, other = (builder.fptrunc(_load(builder, address, i, floats), halves) for address in arguments[:2])
+            rows.append(builder.bitcast(builder.shuffle_vector(one, other, both), ir.VectorType(_I32, 16)))
+        _store_transpose(builder, rows, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _load(builder, address, row, vector):
+    return builder.load(builder.inttoptr(builder.add(address, _I64(ROW * row)), vector.as_pointer()), align=4)
+
+
+def _store_transpose(builder, rows, target):
+    """n rows of n words: in log2 n rounds, halves of neighbours at distance 1, 2, 4, ... change places."""
+    n, distance = len(rows), 1
+    while distance < n:
+        for i in range(n):
+            if i & distance:
+                continue
+            one, other = rows[i], rows[i + distance]
+            low = [k if not k & distance else n + k - distance for k in range(n)]
+            high = [k + distance if not k & distance else n + k for k in range(n)]
+            for place, order in ((i, low), (i + distance, high)):
+                rows[place] = builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_I32, n), order))
+        distance *= 2
+    for i, row in enumerate(rows):
+        builder.store(row, builder.inttoptr(builder.add(target, _I64(ROW * i)), row.type.as_pointer()), align=4)
+
+
+def _generator(kind, transposed):
+    def generate(context, builder, signature, arguments):
+        _Tiles(builder, kind, transposed, *arguments[1:])
+        return context.get_dummy_value()
+
+    return generate
+
+
+class _Tiles:
+    """Emits a switch over the sizes of a tile, with a loop of its own for each."""
+
+    def __init__(self, builder, kind, transposed, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
+        self.builder, self.transposed, self.pairs = builder, transposed, kind == types.uint32
+        self.element = ir.DoubleType() if kind == types.float64 else ir.FloatType()
+        self.size = 8 if kind == types.float64 else 4
+        self.lanes = VECTOR // self.size
+        self.vector = ir.VectorType(self.element, self.lanes)
+        self.K, self.a, self.a_jump, self.b, self.b_jump, self.c, self.c_jump = K, a, a_jump, b, b_jump, c, c_jump
+        self.mask = self.splat(builder.icmp_signed("!=", add, add.type(0)))
+        end = builder.append_basic_block("end")
+        switch = builder.switch(builder.add(builder.mul(panels, _I64(ROWS + 1)), rows), end)
+        for width in range(1, PANELS + 1):
+            for height in range(1, min(ROWS, 8 if transposed else ROWS) + 1):
+                block = builder.append_basic_block(f"tile{height}x{width}")
+                switch.add_case(_I64(width * (ROWS + 1) + height), block)
+                builder.position_at_end(block)
+                self.emit(height, width)
+                builder.branch(end)
+        builder.position_at_end(end)
+
+    def emit(self, height, width):
+        """The loop of a tile of `height` rows and `width` panels."""
+        builder, per_panel = self.builder, ROW // VECTOR
+        columns = [(panel, part) for panel in range(width) for part in range(per_panel)]
+        places = [
+            self.at(self.c, self.c_jump, panel, ROW * row + VECTOR * part) for row in range(height) for panel, part in columns
+        ]
+        begin = [self.load_if_adding(place) for place in places]
+
+        before, loop, behind = builder.block, builder.append_basic_block("k"), builder.append_basic_block("behind")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, left, right = (builder.phi(_I64) for _ in range(3))
+        for variable, start in ((k, _I64(0)), (left, self.a), (right, self.b)):
+            variable.add_incoming(start, before)
+        sums = [builder.phi(self.vector) for _ in places]
+        b = []
+        for panel, part in columns:
+            b.append(self.load(self.at(right, self.b_jump, panel, VECTOR * part), self.vector))
+            if part == 0:
+                self.prefetch(self.at(right, self.b_jump, panel, ROW * AHEAD))
+        next_k, ahead = builder.add(k, _I64(1)), _I64(ROW)
+        if not self.transposed:
+            words = ROW // self.size
+            within = builder.and_(k, _I64(words - 1))
+            # Row k mod R of the next panel of A, so that all rows of the tile are there when it is reached.
+            self.prefetch(builder.add(builder.add(left, self.a_jump), builder.mul(within, _I64(ROW - self.size))))
+            last = builder.icmp_signed("==", within, _I64(words - 1))
+            ahead = builder.select(last, builder.sub(self.a_jump, _I64(ROW - self.size)), _I64(self.size))
+        new = []
+        for row in range(height):
+            word = self.load(builder.add(left, _I64(row * (self.size if self.transposed else ROW))), self.element)
+            word = self.splat(word)
+            new += [self.multiply_add(word, vector, sums[len(new) + i]) for i, vector in enumerate(b)]
+        for variable, value in ((k, next_k), (left, builder.add(left, ahead)), (right, builder.add(right, _I64(ROW)))):
+            variable.add_incoming(value, loop)
+        for total, start, value in zip(sums, begin, new, strict=True):
+            total.add_incoming(start, before)
+            total.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", next_k, self.K), loop, behind)
+        builder.position_at_end(behind)
+        for place, value in zip(places, new, strict=True):
+            builder.store(value, builder.inttoptr(place, self.vector.as_pointer()), align=4)
+
+    def at(self, address, jump, panel, offset):
+        return self.builder.add(self.builder.add(address, self.builder.mul(jump, _I64(panel))), _I64(offset))
+
+    def load(self, address, kind):
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
+
+    def load_if_adding(self, address):
+        pointer = self.vector.as_pointer()
+        name = f"llvm.masked.load.v{self.lanes}f{8 * self.size}.p0"
+        load = self.function(name, self.vector, pointer, _I32, self.mask.type, self.vector)
+        arguments = self.builder.inttoptr(address, pointer), _I32(4), self.mask, ir.Constant(self.vector, None)
+        return self.builder.call(load, arguments)
+
+    def prefetch(self, address):
+        pointer = self.vector.as_pointer()
+        function = self.function("llvm.prefetch.p0", ir.VoidType(), pointer, _I32, _I32, _I32)
+        self.builder.call(function, [self.builder.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
+
+    def splat(self, scalar):
+        undefined, places = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), ir.VectorType(_I32, self.lanes)
+        one = self.builder.insert_element(undefined, scalar, _I32(0))
+        return self.builder.shuffle_vector(one, undefined, ir.Constant(places, [0] * self.lanes))
+
+    def multiply_add(self, a, b, c):
+        if self.pairs:
+            halves = ir.VectorType(_BFloat(), 2 * self.lanes)
+            function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, self.vector, halves, halves)
+            return self.builder.call(function, [c, self.builder.bitcast(a, halves), self.builder.bitcast(b, halves)])
+        function = self.function(f"llvm.fma.v{self.lanes}f{8 * self.size}", *[self.vector] * 4)
+        return self.builder.call(function, [a, b, c])
+
+    def function(self, name, result, *kinds):
+        return self.builder.module.declare_intrinsic(name, (), ir.FunctionType(result, kinds))

@@ -1,0 +1,99 @@
+"""What tests of kernels share: how close is close, derivatives by differences, matrices in panels, guarded memory."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+
+from dllm.kernels import gemm
+
+CLOSE = {np.float32: 2e-5, np.float64: 1e-12}  # norm-wise, for sums of some hundred terms
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def relative(found, expected):
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-300)
+
+
+def central(function, arrays, name, direction, step=1e-5):
+    """The derivative of function(**arrays) along `direction` of one array."""
+    ahead, behind = (function(**{**arrays, name: arrays[name] + sign * step * direction}) for sign in (1, -1))
+    return (ahead - behind) / (2 * step)
+
+
+def check_by_differences(function, arrays, gradients, rng):
+    """Central differences of a scalar function: along a random direction, and where arrays are small, every element."""
+    for name, gradient in gradients.items():
+        direction = rng.standard_normal(gradient.shape)
+        numeric = central(function, arrays, name, direction)
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert abs(numeric - (gradient * direction).sum()) <= 1e-6 * max(abs(numeric), 1e-2 * scale), name
+        if gradient.size > 100:
+            continue
+        for place in np.ndindex(gradient.shape):
+            unit = np.zeros(gradient.shape)
+            unit[place] = 1
+            numeric = central(function, arrays, name, unit)
+            assert numeric == pytest.approx(gradient[place], rel=1e-6, abs=1e-8 * abs(gradient).max()), (name, place)
+
+
+def check_by_complex_step(function, arrays, gradients, rng):
+    """The derivative along a random direction, exact to rounding: Im f(x + i 1e-30 d) / 1e-30."""
+    for name, gradient in gradients.items():
+        direction = rng.standard_normal(gradient.shape)
+        shifted = {**arrays, name: arrays[name] + 1e-30j * direction}
+        derivative = function(**shifted).imag / 1e-30
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert abs(derivative - (gradient * direction).sum()) <= 1e-12 * max(abs(derivative), 1e-2 * scale), name
+
+
+def in_panels(x, extra=0):
+    """x (M,N) in panels, with `extra` columns more."""
+    M, N = x.shape
+    panels = gemm.zero_panels(M, N + extra, x.dtype)
+    gemm.to_panels(panels, 0, np.ascontiguousarray(x))
+    return panels
+
+
+def nan_panels(M, N, dtype):
+    panels = gemm.zero_panels(M, N, dtype)
+    panels[:] = np.nan
+    return panels
+
+
+def out_of_panels(panels, N, first=0, M=None):
+    """The first N columns of M rows of panels, from row `first` on."""
+    x = np.empty(((M or panels.shape[1] - first), N), panels.dtype)
+    gemm.from_panels(x, panels, first)
+    return x
+
+
+def padding(panels, N):
+    """What lies beyond column N."""
+    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)[:, N:]
+
+
+def gate_panels(x):
+    """x (M,4H) in panels of gates, as kernels/lstm.py has them."""
+    M, H = len(x), x.shape[1] // 4
+    gates = [in_panels(part) for part in np.split(x, 4, axis=1)] if H else []
+    return np.ascontiguousarray(np.stack(gates, axis=1)).reshape(-1, M, gates[0].shape[2])
+
+
+def out_of_gate_panels(panels, H):
+    """(M,4H) of panels of gates."""
+    P, M, R = panels.shape
+    return np.concatenate([out_of_panels(panels.reshape(P // 4, 4, M, R)[:, q].copy(), H) for q in range(4)], axis=1)
+
+
+def guarded(array):
+    """A copy that ends where its process may read no further: one element beyond is a segmentation fault."""
+    page = mmap.PAGESIZE
+    size = -(-max(array.nbytes, 1) // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = np.frombuffer(memory, np.uint8)
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start.ctypes.data + size), page, 0) == 0
+    copy = start[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
