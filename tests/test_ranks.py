@@ -9,8 +9,10 @@ import pytest
 from launch import mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
 
+from dllm.config import ModelConfig
 from dllm.data.lanes import deal
 from dllm.data.shards import Corpus
+from dllm.layout import Layout
 
 RANKS = (1, 2, 4, 8)
 STEPS = 30  # the corpora are so small that an epoch ends before
@@ -129,8 +131,10 @@ def test_only_rows_in_use_of_a_large_embedding_are_sent(runs, corpora):
     vocabulary = Corpus(corpora["words"]).vocabulary
     assert vocabulary // 2 > 8 * 24  # the tokens of a window of 20 lanes on 8 ranks: rows are sent in all cases
     run = runs["untied-sgd", 4]
-    parameters, table = arrays(run, STEPS)[0]["theta"].size, vocabulary * 16
-    assert column(metrics(run, "train"), "bytes_sent").max() < 8 * (parameters - table / 2)
+    model = json.loads((run / "summary.json").read_text())["config"]["model"]
+    layout = Layout(ModelConfig(**model), vocabulary, np.float64)
+    table = layout.table.stop - layout.table.start
+    assert column(metrics(run, "train"), "bytes_sent").max() < 8 * (layout.size - table / 2)
 
 
 def probe(folder, ranks, data, *settings):
