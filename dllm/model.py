@@ -40,9 +40,13 @@ class LanguageModel:
         The parameters; see `bind`.
     training : bool
         False: no gradients and one layer's activations only.
+    bf16 : bool
+        Products of bfloat16, with float32 for all else.
+    gradient : (P,) array, optional
+        Zeros, where the gradients are to lie.
     """
 
-    def __init__(self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False):
+    def __init__(self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False, gradient=None):
         self.config, self.vocabulary, self.dtype, self.training = config, vocabulary, np.dtype(dtype), training
         self.layout, self.window, self.operands = Layout(config, vocabulary, dtype), window, Operands(dtype, bf16)
         T, B, H, L, E, R = window, lanes, config.hidden, config.layers, config.embedding, self.layout.R
@@ -60,7 +64,7 @@ class LanguageModel:
             tokens = min(tokens, -(-tokens // (chunks * 2 * R)) * 2 * R)  # whole pairs of panels
         self._chunk = Chunk(tokens, H, vocabulary, self.operands, training)
         if training:
-            self.gradient = aligned((self.layout.size,), dtype)
+            self.gradient = aligned((self.layout.size,), dtype) if gradient is None else gradient
             self._d = self.layout.arrays(self.gradient)
             self._dy, self._dx = rows(T * B, H), rows(T * B, E)
             self._dh_next, self._dc = rows(B, H), rows(B, H)

@@ -11,13 +11,15 @@ import numpy as np
 import xxhash
 
 from . import checkpoint, optim
-from .comm.averaging import Allreduce
+from .comm.node import averaging, share
 from .comm.runtime import check_same, mpi_library, together
 from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
 from .inference import Evaluation
 from .kernels.gemm import aligned
+from .kernels.reduce import fence, sum_ranks, sum_ranks_of_rows
+from .layout import Layout
 from .model import DTYPES, LanguageModel
 from .state import State
 
@@ -51,10 +53,13 @@ class Trainer:
         self.dtype = DTYPES[train.precision]
         B, L, H = len(self.mine), config.model.layers, config.model.hidden
         zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
+        self.layout = Layout(config.model, corpus.vocabulary, self.dtype)
+        memory = share(comm, place.comm, self.layout.size, self.dtype)
         with together(comm):
             bf16 = train.precision == "bf16"
-            self.model = LanguageModel(config.model, corpus.vocabulary, self.dtype, train.window, B, bf16=bf16)
-            self.layout = self.model.layout
+            self.model = LanguageModel(
+                config.model, corpus.vocabulary, self.dtype, train.window, B, bf16=bf16, gradient=memory and memory.mine
+            )
             self.optimizer = optim.make(train, self.layout.table)
             vector = lambda: aligned((self.layout.size,), self.dtype)
             moments = [vector() for _ in range(self.optimizer.moments)]
@@ -67,8 +72,8 @@ class Trainer:
                 checkpoint.check_fits(resume, self.layout, self.dtype, len(self.state.moments), train.lanes)
                 checkpoint.load(resume, self.layout, self.state, self.mine)
         self._check_ranks_agree()
-        self.averaging = Allreduce(
-            comm, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
+        self.averaging = averaging(
+            comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
             int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores,
         )  # fmt: skip
         self.evaluation = None
@@ -299,4 +304,7 @@ def warm_up(config):
     model.backward()
     rows = None if model.layout.table is None else np.zeros(1, np.int64)
     optimizer.step(state, model.gradient, rows, 0.0)
+    fence()
+    sum_ranks(np.zeros((1, 8), dtype), 0, 0, 8)
+    sum_ranks_of_rows(np.zeros((1, 2), dtype), np.zeros((1, 8), dtype), 0, np.zeros(1, np.int64))
     LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)

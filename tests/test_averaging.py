@@ -1,5 +1,6 @@
 """comm/: averaging is a plain sum whatever the buckets; all ranks agree on errors. Written for any number of ranks."""
 
+import mmap
 import pathlib
 import time
 from types import SimpleNamespace
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 
 from dllm.comm import runtime
-from dllm.comm.averaging import Allreduce
+from dllm.comm.node import NodeAllreduce, SharedMemory, averaging, share
 from dllm.errors import UserError
 
 pytestmark = pytest.mark.mpi
 SEEDS = range(5)
+EVERYWHERE = pytest.mark.parametrize("nodes", [0, 1, 2])
 
 
 @pytest.fixture
@@ -48,9 +50,10 @@ class Case:
     """Random gradients and how they are announced: the same shape on all ranks, the order of calls differs.
 
     whole : the values are whole numbers, so that their sum does not depend on the order in which it is formed
+    nodes : how many nodes the ranks pretend to be on, each with shared memory; 0: messages alone
     """
 
-    def __init__(self, comm, seed, dtype, whole, sparse=None, scattered=True):
+    def __init__(self, comm, seed, dtype, whole, sparse=None, scattered=True, nodes=0):
         everyone, own = np.random.default_rng(seed), np.random.default_rng([seed, comm.rank])
         self.comm, self.own, self.dtype, self.whole = comm, own, dtype, whole
         self.V, self.E, self.dense = (int(everyone.integers(1, high)) for high in (60, 9, 5000))
@@ -61,7 +64,15 @@ class Case:
         self.gradient = np.zeros(self.P, dtype)
         bucket = int(everyone.integers(1, 4 * self.P))
         table = SimpleNamespace(start=self.dense, shape=(self.V, self.E)) if scattered else None
-        self.averaging = Allreduce(comm, self.gradient, table, self.n, bucket, everyone.random() < 0.5)
+        memory = None
+        if nodes:
+            node = comm.Split(comm.rank * nodes // comm.size, comm.rank)
+            memory = share(comm, node, self.P, dtype)
+            if memory is not None:
+                self.gradient = memory.mine
+        arguments = table, self.n, bucket, everyone.random() < 0.5
+        self.averaging = averaging(comm, node if nodes else None, memory, self.gradient, *arguments)
+        assert isinstance(self.averaging, NodeAllreduce) == (nodes > 0 and comm.size % nodes == 0 and comm.size > nodes)
         self.averaging.comm = self.counting = Counting(self.averaging.comm)
         self.scattered = scattered
 
@@ -120,32 +131,36 @@ class Case:
                 assert not gradient[self.dense :].any()
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_scattered_rows_are_summed_over_the_union_of_rows_and_the_others_stay_zero(comm, seed, dtype, whole):
-    Case(comm, seed, dtype, whole, sparse=True).check(sparse=True)
+def test_scattered_rows_are_summed_over_the_union_of_rows_and_the_others_stay_zero(comm, seed, dtype, whole, nodes):
+    Case(comm, seed, dtype, whole, nodes=nodes, sparse=True).check(sparse=True)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_scattered_embedding_with_few_rows_is_summed_whole(comm, seed, dtype, whole):
-    Case(comm, seed, dtype, whole, sparse=False).check(sparse=False)
+def test_a_scattered_embedding_with_few_rows_is_summed_whole(comm, seed, dtype, whole, nodes):
+    Case(comm, seed, dtype, whole, nodes=nodes, sparse=False).check(sparse=False)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_tied_embedding_is_overwritten_and_summed_whole(comm, seed, dtype, whole):
-    Case(comm, seed, dtype, whole, scattered=False).check(sparse=False)
+def test_a_tied_embedding_is_overwritten_and_summed_whole(comm, seed, dtype, whole, nodes):
+    Case(comm, seed, dtype, whole, nodes=nodes, scattered=False).check(sparse=False)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("sparse", [True, False])
-def test_the_same_gradients_are_summed_to_the_same_bits_again(comm, sparse):
+def test_the_same_gradients_are_summed_to_the_same_bits_again(comm, sparse, nodes):
     results = []
     for _ in range(2):
-        case = Case(comm, 3, np.float32, whole=False, sparse=sparse)
+        case = Case(comm, 3, np.float32, whole=False, sparse=sparse, nodes=nodes)
         for _ in range(4):
             mine, tokens = case.draw()
             results.append(case.step(mine, tokens)[0].tobytes())
@@ -172,6 +187,25 @@ def test_the_bytes_counted_are_those_handed_to_mpi_and_none_on_one_rank(comm, sp
         assert case.averaging.bytes_sent >= 3 * 4 * case.dense
         assert 0 < case.averaging.exposed_seconds < 60
         assert 0 < case.averaging.flight_seconds < 60
+
+
+def test_shared_memory_is_read_by_all_ranks_of_a_node_and_leaves_nothing_behind(comm):
+    before = set(pathlib.Path("/dev/shm").iterdir())
+    memory = SharedMemory(comm, 1000, np.float32)
+    assert memory.mine.shape == (1000,)
+    assert not memory.vectors.any()
+    comm.barrier()
+    memory.mine[:] = comm.rank + 1
+    comm.barrier()
+    np.testing.assert_array_equal(memory.vectors[:, 7], np.arange(comm.size) + 1)
+    comm.barrier()
+    assert set(pathlib.Path("/dev/shm").iterdir()) <= before
+
+
+def test_where_one_rank_has_no_shared_memory_all_do_without(comm, monkeypatch):
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(mmap, "mmap", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    assert share(comm, comm, 100, np.float32) is None
 
 
 def test_together_raises_the_error_of_the_lowest_rank_that_failed_on_all_ranks(comm):

@@ -134,7 +134,8 @@ def test_only_rows_in_use_of_a_large_embedding_are_sent(runs, corpora):
     model = json.loads((run / "summary.json").read_text())["config"]["model"]
     layout = Layout(ModelConfig(**model), vocabulary, np.float64)
     table = layout.table.stop - layout.table.start
-    assert column(metrics(run, "train"), "bytes_sent").max() < 8 * (layout.size - table / 2)
+    copies = 2 * 3 / 4  # of each number: 3 of 4 ranks read a quarter of it from this one, and their own shard comes back
+    assert column(metrics(run, "train"), "bytes_sent").max() < copies * 8 * (layout.size - table / 2)
 
 
 def probe(folder, ranks, data, *settings):

@@ -48,8 +48,8 @@ class Allreduce:
         dense = table.start if self.sparse else gradient.size
         step = max(1, bucket_bytes // gradient.itemsize)
         self.buckets = [slice(at, min(at + step, dense)) for at in range(0, dense, step)] if comm.size > 1 else []
-        longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
-        self.free = [np.empty(longest, gradient.dtype) for _ in range(min(IN_FLIGHT, len(self.buckets)))]
+        self.longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
+        self.free = []
         self.mine = np.full(tokens, -1, np.int32)
         self.everyones = np.full(tokens * comm.size, -1, np.int32)
         self.in_use = np.zeros(table.shape[0] if self.sparse else 0, bool)
@@ -115,6 +115,8 @@ class Allreduce:
         """Nothing: every rank took the same step."""
 
     def _post(self):
+        if not self.free and not self.flight:
+            self.free = [np.empty(self.longest, self.vector.dtype) for _ in range(min(IN_FLIGHT, len(self.buckets)))]
         while self.next < len(self.buckets) and self.buckets[self.next].stop <= self.final and self.free:
             bucket, buffer = self.buckets[self.next], self.free.pop()
             send, receive = self.vector[bucket], buffer[: bucket.stop - bucket.start]
@@ -128,12 +130,16 @@ class Allreduce:
         self.vector[bucket] = buffer[: bucket.stop - bucket.start]
         self.free.append(buffer)
 
-    def _sum_rows(self):
-        """Sum only the rows that any rank's tokens use; the list is the same on all ranks."""
+    def _list_rows(self):
+        """The rows that any rank's tokens use, the same list on all ranks."""
         self._wait(self.rows_request)
         self.in_use[:] = False
         self.in_use[self.everyones[self.everyones >= 0]] = True
         self.rows = np.flatnonzero(self.in_use)
+
+    def _sum_rows(self):
+        """Sum only the rows in use."""
+        self._list_rows()
         if self.comm.size > 1:
             send = self.table[self.rows]  # zero where only other ranks use the row
             receive = np.empty_like(send)

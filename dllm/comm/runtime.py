@@ -11,7 +11,7 @@ import mpi4py
 
 from ..errors import BAD_INPUT, UserError
 
-_NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
+NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 
 def world():
@@ -131,7 +131,7 @@ class _LeaderFirst:
             wait(self.place.comm.Ibarrier(), nap=0.001)
 
 
-def wait(request, nap=_NAP):
+def wait(request, nap=NAP):
     """Wait for a request and leave the core to others meanwhile."""
     while not request.Test():
         time.sleep(nap)

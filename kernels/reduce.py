@@ -1,0 +1,62 @@
+"""Sums over ranks that can read each other's memory, always in the order of the ranks, and a fence between such ranks."""
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from .compile import kernel
+
+BLOCK = 2048  # elements that are added up at a time, in the first-level cache
+
+
+@kernel
+def sum_ranks(vectors, rank, start, stop):
+    """vectors (n,P)[rank, start:stop] = the sum over ranks of that part."""
+    total = np.empty(BLOCK, vectors.dtype)
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        part = total[: last - first]
+        add_ranks(part, vectors, first)
+        out = vectors[rank, first:last]  # slices from zero let the compiler vectorise these loops
+        for k in range(part.size):
+            out[k] = part[k]
+
+
+@kernel
+def add_ranks(total, vectors, first):
+    """total (k,) = the sum over ranks of vectors (n,P)[:, first : first + k]."""
+    zero = vectors[0, first : first + total.size]
+    if vectors.shape[0] == 1:
+        for k in range(total.size):
+            total[k] = zero[k]
+        return
+    one = vectors[1, first : first + total.size]
+    for k in range(total.size):
+        total[k] = zero[k] + one[k]
+    for r in range(2, vectors.shape[0]):
+        row = vectors[r, first : first + total.size]
+        for k in range(total.size):
+            total[k] += row[k]
+
+
+@kernel
+def sum_ranks_of_rows(total, vectors, start, rows):
+    """total (n,E) = the sum over ranks of some rows of the table (V,E) at vectors (n,P)[:, start:]."""
+    E = total.shape[1]
+    for n in range(rows.size):
+        add_ranks(total[n], vectors, start + rows[n] * E)
+
+
+@intrinsic
+def _fence(typingctx):
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@kernel
+def fence():
+    """What this rank wrote before is seen by others before what it writes after, and the same of what it reads."""
+    _fence()
