@@ -31,7 +31,17 @@ from numba import types
 from numba.extending import overload
 
 from .compile import OPTIONS, kernel
-from .tiles import PANELS, ROW, ROWS, multiply_tile, multiply_tile_transposed, transpose_block, transpose_block_of_pairs
+from .tiles import (
+    PANELS,
+    ROW,
+    ROWS,
+    multiply_tile,
+    multiply_tile_transposed,
+    round_rows,
+    round_to_bf16,
+    transpose_block,
+    transpose_block_of_pairs,
+)
 
 DEPTH, HEIGHT = 512, 224  # multiples of every R, and HEIGHT of every ROWS but 6 and 3
 TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel
@@ -166,35 +176,31 @@ def transpose(out, x, x_row, K):
 
 @kernel
 def bf16(x):
-    """The upper 16 bits of a float32, rounded to nearest even: a bfloat16. Takes and returns bits, uint32."""
-    return (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    """The bits (uint32) of a float32 rounded to the nearest bfloat16, ties to even; what is below 2^-126 may become zero."""
+    return round_to_bf16(x)
 
 
 @kernel
 def to_words(words, row, x, x_row, rows):
     """bfloat16 for the left of a product: rows of words (N/2R,:,R) uint32 from `row` on = rows of x (N/R,:,R) float32."""
-    R = 16
-    bits, halves = x.view(np.uint32), words.view(np.uint16)
-    for panel in range(x.shape[0]):
-        column = panel % 2 * R
+    for panel in range(0, x.shape[0], 2):
+        one = x.ctypes.data + panel * x.strides[0] + x_row * ROW
+        other = one + x.strides[0] if panel + 1 < x.shape[0] else 0
+        target = words.ctypes.data + panel // 2 * words.strides[0] + row * ROW
         for m in range(rows):
-            for j in range(R):
-                halves[panel // 2, row + m, column + j] = bf16(bits[panel, x_row + m, j])
+            round_rows(False, one + m * ROW, other + m * ROW if other else 0, target + m * ROW)
 
 
 @kernel
 def to_pairs(pairs, row, x, x_row, rows):
     """bfloat16 for the right, or transposed: rows of pairs (N/R,:,R) uint32 = pairs of rows of x (N/R,:,R) float32."""
-    R = 16
-    bits = x.view(np.uint32)
     for panel in range(x.shape[0]):
+        source = x.ctypes.data + panel * x.strides[0] + x_row * ROW
+        target = pairs.ctypes.data + panel * pairs.strides[0] + row * ROW
         for m in range(rows // 2):
-            for j in range(R):
-                above, below = bits[panel, x_row + 2 * m, j], bits[panel, x_row + 2 * m + 1, j]
-                pairs[panel, row + m, j] = bf16(above) | (bf16(below) << np.uint32(16))
+            round_rows(True, source + 2 * m * ROW, source + (2 * m + 1) * ROW, target + m * ROW)
         if rows % 2:
-            for j in range(R):
-                pairs[panel, row + rows // 2, j] = bf16(bits[panel, x_row + rows - 1, j])
+            round_rows(True, source + (rows - 1) * ROW, 0, target + rows // 2 * ROW)
 
 
 @kernel
@@ -204,7 +210,6 @@ def transpose_to_pairs(out, x, x_row, K):
     N is a multiple of 2 R.
     """
     R = 16
-    bits = x.view(np.uint32)
     for panel in range(0, x.shape[0], 2):
         second = min(panel + 1, x.shape[0] - 1)
         for k in range(0, K - R + 1, R):
@@ -217,7 +222,7 @@ def transpose_to_pairs(out, x, x_row, K):
             for j in range(R):
                 source, column = panel if j < R // 2 else second, 2 * j % R
                 for k in range(R):
-                    row, real = bits[source, x_row + K // R * R + min(k, K % R - 1)], k < K % R
+                    row, real = x[source, x_row + K // R * R + min(k, K % R - 1)], k < K % R
                     word = bf16(row[column]) | (bf16(row[column + 1]) << np.uint32(16))
                     out[K // R, panel * R // 2 + j, k] = word if real else np.uint32(0)
 

@@ -50,6 +50,8 @@ class Chunk:
         if training and operands.bf16:
             self.words = aligned(((P + 1) // 2, V, operands.R), np.uint32)
             self.pairs = aligned((P, GROUP // 2, operands.R), np.uint32)
+            self.left = aligned((H // (2 * operands.R) + 1, GROUP, operands.R), np.uint32)
+            self.right = aligned((H // operands.R + 1, GROUP // 2, operands.R), np.uint32)
         self.fy = zero_panels(tokens, H + 1, dtype)
         self.b, self.none = np.zeros(V, dtype), zero_panels(0, 1, dtype)
         self.sums, self.shift, self.factor = (np.zeros(P * operands.R, dtype) for _ in range(3))
@@ -79,20 +81,19 @@ def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, betw
     s, operands, N, H = chunk, chunk.operands, len(targets), chunk.H
     V = W.shape[1]
     s.b[:] = W[H // operands.R, :, H % operands.R]
-    left, _ = operands.words("W words", W, 0, V)
-    right, _ = operands.pairs("W pairs", W, 0, V)
+    left, right = (s.left, s.right) if operands.bf16 else (W, W)
     for start in range(0, N, s.tokens):
         count = min(s.tokens, N - start)
         part, here = slice(start, start + count), targets[start : start + count]
         yT = operands.transposed("yT", y, y_row + start, count)
         P = len(yT)
         z, words, pairs = s.z[:P], s.words[: -(-P // 2) if operands.bf16 else P], s.pairs[:P]
-        logits = left, s.b, yT, operands.depth(H)
+        logits = W, left, right, s.b, yT, operands.depth(H)
         out = loss[part], s.sums, z, words, pairs, s.none if dy is None else dy, start
         s.shift[:] = 0
-        if not exponentials(*out, *logits, right, here, s.shift):
+        if not exponentials(*out, *logits, here, s.shift):
             largest_logits(s.shift, z, *logits)
-            exponentials(*out, *logits, right, here, s.shift)
+            exponentials(*out, *logits, here, s.shift)
         if dy is None:
             continue
         finish_chunk(s.fy, s.factor, dy, start, words, W, y, y_row + start, H, s.sums, here, scale)
@@ -107,25 +108,27 @@ def output_logits(y, row, B, W, chunk):
     H, V, operands = chunk.H, W.shape[1], chunk.operands
     yT = operands.transposed("yT", y, row, B)
     z = zero_panels(V, B, operands.dtype)
-    multiply(z, 0, operands.words("W words", W, 0, V)[0], 0, yT, V, operands.depth(H), False)
+    multiply(z, 0, W, 0, yT, V, H, False)
     logits = np.empty((V, B), operands.dtype)
     from_panels(logits, z, 0)
     return np.ascontiguousarray(logits.T) + W[H // operands.R, :, H % operands.R]
 
 
 @kernel
-def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, b, yT, K, right, targets, shift):
+def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, left, right, b, yT, K, targets, shift):
     """exp(z)^T of a chunk in words and pairs, its losses (N,), and dy = exp(z) @ W from row dy_row on, all at one go.
 
     Where z (N/R,:,R) has as many rows as W, exp(z)^T is left there; else z is scratch, and where dy has no rows nothing
-    but losses is computed. W and right are W as left and as right factor. Returns whether all sums are within the safe range.
+    but losses is computed. left and right are W, or for bfloat16 memory for a group of its rows as left and as right factor.
+    Returns whether all sums are within the safe range.
     """
     R = width(z)
     V, whole = W.shape[1], z.shape[1] == W.shape[1]
     sums[:] = 0
     for first in range(0, V, GROUP):
         count, at = min(GROUP, V - first), first if whole else 0
-        multiply(z, at, W, first, yT, count, K, False)
+        row = factors(left, right, W, first, count)
+        multiply(z, at, left, row, yT, count, K, False)
         for n in range(targets.size):
             row = targets[n] - first
             if 0 <= row < count:
@@ -147,19 +150,33 @@ def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, b, yT, K, right, ta
 
 
 @kernel
-def largest_logits(shift, z, W, b, yT, K):
+def largest_logits(shift, z, W, left, right, b, yT, K):
     """shift (N,) = the largest logit of each token of a chunk."""
     R = width(z)
     shift[:] = -math.inf
     for first in range(0, W.shape[1], GROUP):
         count = min(GROUP, W.shape[1] - first)
-        multiply(z, 0, W, first, yT, count, K, False)
+        multiply(z, 0, left, factors(left, right, W, first, count), yT, count, K, False)
         for panel in range(z.shape[0]):
             for v in range(count):
                 for j in range(R):
                     logit = z[panel, v, j] + b[first + v]
                     if logit > shift[panel * R + j]:
                         shift[panel * R + j] = logit
+
+
+def factors(left, right, W, first, count):
+    """Make `count` rows of W, from `first` on, ready as factors. Returns the row where they begin in left."""
+
+
+@overload(factors, jit_options=OPTIONS)
+def _factors(left, right, W, first, count):
+    def bfloat16(left, right, W, first, count):
+        to_words(left, 0, W, first, count)
+        to_pairs(right, 0, W, first, count)
+        return 0
+
+    return bfloat16 if left.dtype == types.uint32 else lambda left, right, W, first, count: first
 
 
 def add_to_dy(dy, row, words, pairs, z, right, first, count, N):
@@ -174,7 +191,7 @@ def _add_to_dy(dy, row, words, pairs, z, right, first, count, N):
     def bfloat16(dy, row, words, pairs, z, right, first, count, N):
         to_words(words, first, z, 0, count)
         to_pairs(pairs, 0, z, 0, count)
-        multiply_transposed(dy, row, pairs, 0, right, first // 2, N, (count + 1) // 2, first > 0)
+        multiply_transposed(dy, row, pairs, 0, right, 0, N, (count + 1) // 2, first > 0)
 
     return bfloat16 if words.dtype == types.uint32 else plain
 
@@ -200,8 +217,7 @@ def _subtract_targets(words, sums, targets):
             if t >= 0:
                 column = n // R % 2 * R + n % R
                 bits[0] = np.uint32(left[n // R // 2, t, column]) << np.uint32(16)
-                bits.view(np.float32)[0] -= sums[n]
-                left[n // R // 2, t, column] = bf16(bits[0])
+                left[n // R // 2, t, column] = bf16(bits.view(np.float32)[0] - sums[n])
 
     return bfloat16 if words.dtype == types.uint32 else plain
 

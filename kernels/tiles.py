@@ -60,6 +60,21 @@ def multiply_tile_transposed(typingctx, kind, rows, panels, add, K, a, a_jump, b
 
 
 @intrinsic
+def round_to_bf16(typingctx, x):
+    """The bits (uint32) of a float32 rounded to bfloat16, to nearest even. One instruction where the processor has it."""
+
+    def generate(context, builder, signature, arguments):
+        if BF16:
+            half = builder.bitcast(builder.fptrunc(arguments[0], _BFloat()), ir.IntType(16))
+            return builder.zext(half, _I32)
+        bits = builder.bitcast(arguments[0], _I32)
+        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        return builder.lshr(builder.add(bits, builder.add(odd, _I32(0x7FFF))), _I32(16))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
 def transpose_block(typingctx, kind, source, target):
     """R rows of 64 bytes, R words of `kind` each, at `source` become the columns of R rows at `target`."""
 
@@ -71,6 +86,34 @@ def transpose_block(typingctx, kind, source, target):
         return context.get_dummy_value()
 
     return types.void(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def round_rows(typingctx, interleave, one, other, target):
+    """16 float32 at `one` and 16 at `other` become 64 bytes of bfloat16 at `target`: one behind the other, or where
+    `interleave` is True in turns. `other` = 0: zeros.
+    """
+
+    def generate(context, builder, signature, arguments):
+        interleave, one, other, target = arguments
+        floats, halves = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_BFloat(), 16)
+        convert = lambda address: builder.fptrunc(_load(builder, address, 0, floats), halves)
+        first = convert(one)
+        with builder.if_else(builder.icmp_signed("!=", other, _I64(0))) as (there, missing):
+            with there:
+                second, origin = convert(other), builder.block
+            with missing:
+                nothing, nowhere = ir.Constant(halves, None), builder.block
+        rest = builder.phi(halves)
+        rest.add_incoming(second, origin)
+        rest.add_incoming(nothing, nowhere)
+        orders = [*range(32)], [n // 2 + n % 2 * 16 for n in range(32)]
+        shuffled = [builder.shuffle_vector(first, rest, ir.Constant(ir.VectorType(_I32, 32), order)) for order in orders]
+        value = builder.select(interleave, shuffled[1], shuffled[0])
+        builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.boolean, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
