@@ -1,9 +1,9 @@
 """What this machine can do at best, with all ranks at it at once: the scale that steps are held against.
 
-    mpirun -n 2 python -m benchmarks.ceilings
+    OPENBLAS_NUM_THREADS=1 mpirun -n 2 python -m benchmarks.ceilings
 
 Rank 0 prints one JSON line, sums over ranks: {"fp32", "fp64", "bf16"} GFLOP/s of a large product, {"copy"} GB/s, read plus
-written. One thread a rank. fp32 and fp64 are BLAS's; bf16 is PyTorch's oneDNN where it is installed, else our own.
+written. fp32 and fp64 are BLAS's; bf16 is PyTorch's oneDNN where it is installed, else our own.
 """
 
 import importlib.util
@@ -11,7 +11,6 @@ import json
 import time
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from dllm.comm import runtime
 from dllm.kernels import gemm, tiles
@@ -53,11 +52,10 @@ def bf16():
 
 def main():
     comm, rates = runtime.world(), {}
-    with threadpool_limits(1):
-        for name, work in (("fp32", blas(np.float32)), ("fp64", blas(np.float64)), ("bf16", bf16())):
-            if work is not None:
-                work()
-                rates[name] = best_rate(comm, work, 2 * SIDE**3)
+    for name, work in (("fp32", blas(np.float32)), ("fp64", blas(np.float64)), ("bf16", bf16())):
+        if work is not None:
+            work()
+            rates[name] = best_rate(comm, work, 2 * SIDE**3)
     source, target = np.ones((2, 1 << 24), np.float32)
     rates["copy"] = best_rate(comm, lambda: np.copyto(target, source), 2 * source.nbytes)
     if comm.rank == 0:

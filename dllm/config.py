@@ -54,7 +54,7 @@ class TrainConfig:
     clip_by: str = "norm"  # norm: of the whole averaged gradient | value: each element
     loss_norm: str = "token"  # token: the loss is the mean over tokens | window: its sum over the window, mean over lanes
     precision: str = "fp32"  # fp32 | fp64 | bf16: products of bfloat16 added up in fp32, all else fp32
-    threads: int = 0  # BLAS threads a rank; 0: cores of the node / ranks of the node
+    threads: int = 0  # of a rank; 0: cores of the node / ranks of the node; the results are the same to the bit
     seed: int = 1
     eval_every: int = 0  # steps between evaluations on the validation split; 0: at each epoch's end
     eval_lanes: int = 0  # lanes of an evaluation; 0: as many as in training

@@ -36,15 +36,13 @@ def evaluate(argv, comm):
     runtime.check_same(comm, vars(options))
     place = runtime.node(comm)
 
-    import threadpoolctl
-
     from .corpus import open_corpus
     from .data.shards import tokenizer_hash
     from .inference import Evaluation
+    from .kernels.team import Team
     from .runs import Trained
     from .training import warm_up
 
-    threadpoolctl.threadpool_limits(place.threads)
     trained = runtime.agree(comm, Trained.open, options.run, options.checkpoint == "best")
     settings = trained.settings
     if options.lanes:
@@ -56,7 +54,7 @@ def evaluate(argv, comm):
         corpus.split(options.split)
     with runtime.leader_first(place):
         warm_up(settings)
-    evaluation = Evaluation(comm, corpus, options.split, settings, trained.dtype, "{rank}" in path)
+    evaluation = Evaluation(comm, corpus, options.split, settings, trained.dtype, "{rank}" in path, Team(place.threads))
     theta = runtime.agree(comm, trained.theta, evaluation.model.layout)
     result = evaluation.run(theta)
     if comm.rank == 0:

@@ -20,11 +20,13 @@ class Evaluation:
     split : str
     config : Config
     dtype : numpy dtype
+    team : kernels.team.Team, optional
+        Threads that share the work.
     private : bool
         Every rank has a corpus of its own; their lanes add up.
     """
 
-    def __init__(self, comm, corpus, split, config, dtype, private=False):
+    def __init__(self, comm, corpus, split, config, dtype, private=False, team=None):
         self.comm, self.split = comm, split
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
@@ -38,7 +40,8 @@ class Evaluation:
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
         width = len(self.lanes.starts)
-        self.model = LanguageModel(config.model, corpus.vocabulary, dtype, config.train.window, width, training=False)
+        shape = config.model, corpus.vocabulary, dtype, config.train.window, width
+        self.model = LanguageModel(*shape, training=False, team=team)
 
     def run(self, theta):
         """{"split", "tokens", "loss", "perplexity", "bits_per_token", "bits_per_byte"} of theta (P,); loss in nats a token."""

@@ -44,11 +44,15 @@ class LanguageModel:
         Products of bfloat16, with float32 for all else.
     gradient : (P,) array, optional
         Zeros, where the gradients are to lie.
+    team : kernels.team.Team, optional
+        Threads that share the work.
     """
 
-    def __init__(self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False, gradient=None):
+    def __init__(
+        self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False, gradient=None, team=None
+    ):
         self.config, self.vocabulary, self.dtype, self.training = config, vocabulary, np.dtype(dtype), training
-        self.layout, self.window, self.operands = Layout(config, vocabulary, dtype), window, Operands(dtype, bf16)
+        self.layout, self.window, self.operands = Layout(config, vocabulary, dtype), window, Operands(dtype, bf16, team)
         T, B, H, L, E, R = window, lanes, config.hidden, config.layers, config.embedding, self.layout.R
         rows = lambda M, N: zero_panels(M, N, dtype)
         copies = L if training else 1
@@ -210,4 +214,5 @@ class LanguageModel:
         """Dropout number `place`, of x from `row` on: 0 on the embeddings, l behind layer l."""
         if self._mask is not None:
             seed, step, lanes = self._mask
-            dropout(out, x, row, len(self._tokens), self.config.dropout, lanes, seed, step, place)
+            arguments = self.config.dropout, lanes, seed, step, place
+            self.operands.team.share(lambda first, last: dropout(out, x, row, first, last, *arguments), len(self._tokens))

@@ -8,6 +8,9 @@ import math
 import numpy as np
 
 from .kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
+from .kernels.team import Team
+
+BLOCK = 1 << 18  # elements that one thread sums or updates at a time
 
 
 class Optimizer:
@@ -16,6 +19,8 @@ class Optimizer:
     Parameters
     ----------
     config : TrainConfig
+    team : kernels.team.Team, optional
+        Threads that share the work.
     table : layout.Extent or None
         The embedding at the end of the flat vectors, whose gradient may be zero but for a few rows.
     """
@@ -23,8 +28,8 @@ class Optimizer:
     moments = 0  # vectors (P,) of optimiser state
     sparse = False  # True: a zero gradient changes nothing, so untouched embedding rows are passed over
 
-    def __init__(self, config, table):
-        self.config, self.table = config, table
+    def __init__(self, config, table, team=None):
+        self.config, self.table, self.team = config, table, team or Team()
 
     def step(self, state, gradient, rows, lr):
         """Move state.theta (P,) against gradient (P,) at learning rate lr. Returns the gradient's norm before clipping.
@@ -33,7 +38,7 @@ class Optimizer:
             Rows of the embedding whose gradient may differ from zero; None: all.
         """
         dense = slice(0, self.table.start if rows is not None else gradient.size)
-        squares = sum_of_squares(gradient[dense])
+        squares = self._squares(gradient[dense])
         if rows is not None:
             width = self.table.shape[1]
             of_rows = gradient[self.table.start :].reshape(-1, width)[rows].reshape(-1)
@@ -44,21 +49,41 @@ class Optimizer:
         limit = self.config.clip if self.config.clip and not by_norm else math.inf
         common = (state.step + 1, lr, factor, limit)
         if rows is None or not self.sparse:
-            self._update(state.theta, gradient, state.moments, *common)
+            self._share(state.theta, gradient, state.moments, common)
             return norm
-        self._update(state.theta[dense], gradient[dense], state.moments, *common)
+        self._share(state.theta[dense], gradient[dense], state.moments, common)
         table = state.theta[self.table.start :].reshape(-1, width)
         theta_of_rows = table[rows].reshape(-1)
         self._update(theta_of_rows, of_rows, [], *common)
         table[rows] = theta_of_rows.reshape(-1, width)
         return norm
 
+    def _squares(self, vector):
+        """The sum of squares, by blocks that do not depend on the number of threads."""
+        sums = np.zeros(-(-len(vector) // BLOCK))
+
+        def work(first, last):
+            for block in range(first, last):
+                sums[block] = sum_of_squares(vector[block * BLOCK : (block + 1) * BLOCK])
+
+        self.team.share(work, len(sums))
+        return float(sums.sum())
+
+    def _share(self, theta, gradient, moments, common):
+        """`_update` of a vector, each thread a part."""
+
+        def work(first, last):
+            part = slice(first, last)
+            self._update(theta[part], gradient[part], [moment[part] for moment in moments], *common)
+
+        self.team.share(work, len(theta), BLOCK)
+
 
 class SGD(Optimizer):
     """Stochastic gradient descent, with momentum or Nesterov's."""
 
-    def __init__(self, config, table):
-        super().__init__(config, table)
+    def __init__(self, config, table, team=None):
+        super().__init__(config, table, team)
         self.moments = int(config.momentum > 0)
         self.sparse = config.momentum == 0 and config.weight_decay == 0
 
@@ -88,9 +113,9 @@ class RMSprop(Optimizer):
         rmsprop_update(theta, gradient, *moments, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
 
 
-def make(config, table):
+def make(config, table, team=None):
     """The Optimizer that train.optimizer names."""
-    return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table)
+    return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table, team)
 
 
 def learning_rate(config, step, epoch, factor, total_steps):

@@ -67,15 +67,12 @@ def train(argv, comm):
     place = runtime.node(comm)
     place.threads = configuration.train.threads or place.threads
 
-    import threadpoolctl
-
     from . import checkpoint, report, runs
     from .corpus import open_corpus
     from .training import Trainer, code_hash, warm_up
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    threadpoolctl.threadpool_limits(place.threads)
     reporter = report.Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
         run = options.resume or (runs.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)

@@ -19,6 +19,7 @@ from .errors import UserError
 from .inference import Evaluation
 from .kernels.gemm import aligned
 from .kernels.reduce import fence, sum_ranks, sum_ranks_of_rows
+from .kernels.team import Team
 from .layout import Layout
 from .model import DTYPES, LanguageModel
 from .state import State
@@ -56,11 +57,12 @@ class Trainer:
         self.layout = Layout(config.model, corpus.vocabulary, self.dtype)
         memory = share(comm, place.comm, self.layout.size, self.dtype)
         with together(comm):
+            team = Team(place.threads)
             bf16 = train.precision == "bf16"
-            self.model = LanguageModel(
-                config.model, corpus.vocabulary, self.dtype, train.window, B, bf16=bf16, gradient=memory and memory.mine
-            )
-            self.optimizer = optim.make(train, self.layout.table)
+            gradient = None if memory is None else memory.mine
+            shape = config.model, corpus.vocabulary, self.dtype, train.window, B
+            self.model = LanguageModel(*shape, bf16=bf16, gradient=gradient, team=team)
+            self.optimizer = optim.make(train, self.layout.table, team)
             vector = lambda: aligned((self.layout.size,), self.dtype)
             moments = [vector() for _ in range(self.optimizer.moments)]
             states = zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64)
@@ -78,7 +80,7 @@ class Trainer:
         )  # fmt: skip
         self.evaluation = None
         if "valid" in corpus.manifest["splits"]:
-            self.evaluation = Evaluation(comm, corpus, "valid", config, self.dtype, self.private)
+            self.evaluation = Evaluation(comm, corpus, "valid", config, self.dtype, self.private, team)
         self.total_steps = train.epochs * self.schedule.windows
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)

@@ -28,8 +28,8 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @kernel
-def dropout(y, x, x_row, T, p, lanes, seed, step, layer):
-    """y = x * mask / (1 - p), for T B rows of y (H/R,:,R) from 0 on and of x (H/R,:,R) from x_row on.
+def dropout(y, x, x_row, begin, end, p, lanes, seed, step, layer):
+    """y = x * mask / (1 - p), time steps begin to end - 1: of B rows each of y (H/R,:,R), and of x (H/R,:,R) from x_row on.
 
     lanes (B,) int64 are global lane numbers; seed, step, layer are not negative. The gradient is the same call on dy.
     p is kept to 2^-32; p = 0 copies. R divides 16.
@@ -44,7 +44,7 @@ def dropout(y, x, x_row, T, p, lanes, seed, step, layer):
     c2 = np.uint64(step) & _LOW
     c3 = np.uint64(layer) | ((np.uint64(step) >> _HALF) << np.uint64(8))
     words = np.empty((4, 16), np.uint64)
-    for t in range(T):
+    for t in range(begin, end):
         for n in range(B):
             lane, row = np.uint64(lanes[n]), t * B + n
             for group in range(groups):

@@ -31,6 +31,7 @@ from numba import types
 from numba.extending import overload
 
 from .compile import OPTIONS, kernel
+from .team import Team
 from .tiles import (
     PANELS,
     ROW,
@@ -248,10 +249,13 @@ class Operands:
         Of the panels.
     bf16 : bool
         True: operands are made of float32 panels, under a name that keeps them apart; False: panels are operands.
+    team : Team, optional
+        The threads that share the work; none: the caller alone.
     """
 
-    def __init__(self, dtype, bf16=False):
-        self.dtype, self.bf16, self.R, self._memory = np.dtype(dtype), bf16, width(dtype), {}
+    def __init__(self, dtype, bf16=False, team=None):
+        self.dtype, self.bf16, self.team = np.dtype(dtype), bf16, team or Team()
+        self.R, self._memory = width(dtype), {}
 
     def depth(self, K):
         """Words along k for K elements."""
@@ -262,7 +266,7 @@ class Operands:
         if not self.bf16:
             return x, row
         out = self.empty(name, ((len(x) + 1) // 2, rows, self.R), np.uint32)
-        to_words(out, 0, x, row, rows)
+        self.team.share(lambda first, last: to_words(out, first, x, row + first, last - first), rows)
         return out, 0
 
     def pairs(self, name, x, row, rows):
@@ -270,7 +274,7 @@ class Operands:
         if not self.bf16:
             return x, row
         out = self.empty(name, (len(x), (rows + 1) // 2, self.R), np.uint32)
-        to_pairs(out, 0, x, row, rows)
+        self.team.share(lambda first, last: to_pairs(out, first // 2, x, row + first, last - first), rows, 2)
         return out, 0
 
     def transposed(self, name, x, row, rows):
@@ -278,11 +282,22 @@ class Operands:
         panels, N = -(-rows // self.R), len(x) * self.R
         if not self.bf16:
             out = self.empty(name, (panels, N, self.R), self.dtype)
-            transpose(out, x, row, rows)
+            by_rows = lambda first, last: transpose(out[first // self.R :], x, row + first, last - first)
         else:
             out = self.empty(name, (panels, (N // self.R + 1) // 2 * self.R, self.R), np.uint32)
-            transpose_to_pairs(out, x, row, rows)
+            by_rows = lambda first, last: transpose_to_pairs(out[first // self.R :], x, row + first, last - first)
+        self.team.share(by_rows, rows, self.R)
         return out
+
+    def multiply(self, c, c_row, a, a_row, b, M, K, add):
+        """`multiply` by the team."""
+        rows = lambda first, last: multiply(c, c_row + first, a, a_row + first, b, last - first, K, add)
+        self.team.share(rows, M, ROWS)
+
+    def multiply_transposed(self, c, c_row, a, a_row, b, b_row, M, K, add):
+        """`multiply_transposed` by the team."""
+        panels = lambda first, last: multiply_transposed(c[first:last], c_row, a, a_row, b[first:last], b_row, M, K, add)
+        self.team.share(panels, len(c), PANELS)
 
     def like(self, name, x):
         """A left factor with the rows of x (N/R,:,R), to be filled by `keep_left`."""

@@ -36,7 +36,10 @@ import numpy as np
 
 from .activations import sigmoid, tanh
 from .compile import kernel
-from .gemm import keep_left, multiply, multiply_transposed, width
+from .gemm import keep_left, multiply, width
+from .team import meet, new_barrier, share_in_pairs
+
+STRIDE = 4  # time steps that a team goes back before `between` is called
 
 
 def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
@@ -59,9 +62,11 @@ def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
     if x is not None:
         left, row = operands.words("x", x, x_row, T * B)
         right, _ = operands.pairs("W", Wx, 0, Wx.shape[1])
-        multiply(gates, 0, left, row, right, T * B, operands.depth(Wx.shape[1]), False)
+        operands.multiply(gates, 0, left, row, right, T * B, operands.depth(Wx.shape[1]), False)
     right, _ = operands.pairs("W", Wh, 0, Wh.shape[1])
-    forward_steps(h, c, gates, operands.like("h", h), right, operands.depth(Wh.shape[1]), b, T, B)
+    left, barrier, threads = operands.like("h", h), new_barrier(), operands.team.size
+    arguments = h, c, gates, left, right, operands.depth(Wh.shape[1]), b, T, B, barrier, threads
+    operands.team.run(lambda part: forward_steps(*arguments, part))
 
 
 def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, h, c, Wx, Wh, T, B, between=None):
@@ -82,35 +87,57 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
     x, x_row, h, c, Wx, Wh, T, B
         As in the forward.
     between : callable, optional
-        Called after each time step, so that the caller can keep communication moving.
+        Called after each time step (or some, where a team computes them), so that the caller can keep communication moving.
     """
     D, H, all_gates = 0 if x is None else Wx.shape[1], Wh.shape[1], operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
     right = operands.transposed("W", Wh, 0, H)
-    da = operands.like("da", gates)
-    for t in range(T - 1, -1, -1):
-        backward_step(dh_next, dc, db, gates, da, dh, c, right, all_gates, t, B)
+    da, team = operands.like("da", gates), operands.team
+    stride = 1 if team.size == 1 else STRIDE
+    for last in range(T, 0, -stride):
+        arguments = (
+            dh_next,
+            dc,
+            db,
+            gates,
+            da,
+            dh,
+            c,
+            right,
+            all_gates,
+            max(0, last - stride),
+            last,
+            B,
+            new_barrier(),
+            team.size,
+        )
+        team.run(lambda part: backward_steps(*arguments, part))
         if between is not None:
             between()
     da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
     if x is not None:
-        multiply(dx, 0, da, 0, operands.transposed("W", Wx, 0, D), T * B, all_gates, False)
+        operands.multiply(dx, 0, da, 0, operands.transposed("W", Wx, 0, D), T * B, all_gates, False)
         pairs, row = operands.pairs("x", x, x_row, T * B)
-        multiply_transposed(dWx, 0, pairs, row, da_pairs, da_row, D, operands.depth(T * B), False)
+        operands.multiply_transposed(dWx, 0, pairs, row, da_pairs, da_row, D, operands.depth(T * B), False)
     pairs, row = operands.pairs("x", h, 0, T * B)
-    multiply_transposed(dWh, 0, pairs, row, da_pairs, da_row, H, operands.depth(T * B), False)
+    operands.multiply_transposed(dWh, 0, pairs, row, da_pairs, da_row, H, operands.depth(T * B), False)
 
 
 @kernel
-def forward_steps(h, c, gates, left, Wh, K, b, T, B):
-    """The recurrence of `lstm_forward`: gates holds x @ Wx. left is h as a left factor, kept up with it."""
-    keep_left(left, h, 0, B)
+def forward_steps(h, c, gates, left, Wh, K, b, T, B, barrier, threads, part):
+    """The recurrence of `lstm_forward`, of one thread's share of the units: gates holds x @ Wx.
+
+    left is h as a left factor, kept up with it.
+    """
+    first, last = share_in_pairs(h.shape[0], threads, part)
+    keep_left(left[first // 2 : (last + 1) // 2], h[first:last], 0, B)
     for t in range(T):
-        for u in range(h.shape[0]):
+        meet(barrier, threads, t + 1)
+        for u in range(first, last):
             block = gates[4 * u : 4 * u + 4]
             multiply(block, t * B, left, t * B, Wh[4 * u : 4 * u + 4], B, K, True)
             cell_forward(h[u], c[u], block, b[4 * u : 4 * u + 4], t, B)
-        keep_left(left, h, (t + 1) * B, B)
+        keep_left(left[first // 2 : (last + 1) // 2], h[first:last], (t + 1) * B, B)
 
 
 @kernel
@@ -149,13 +176,19 @@ def step(x, row, B):
 
 
 @kernel
-def backward_step(dh_next, dc, db, gates, left, dh, c, WhT, K, t, B):
-    """Time step t of `lstm_backward`: slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1."""
-    for u in range(dc.shape[0]):
-        cell_backward(gates[4 * u : 4 * u + 4], db[4 * u : 4 * u + 4], dc[u], dh_next[u], dh[u], c[u], t, B)
-    keep_left(left, gates, t * B, B)
-    if t > 0:
-        multiply(dh_next, 0, left, t * B, WhT, B, K, False)
+def backward_steps(dh_next, dc, db, gates, left, dh, c, WhT, K, begin, end, B, barrier, threads, part):
+    """Time steps end - 1 down to begin of `lstm_backward`, of one thread's share of the units.
+
+    Slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1.
+    """
+    first, last = share_in_pairs(dc.shape[0], threads, part)
+    for t in range(end - 1, begin - 1, -1):
+        for u in range(first, last):
+            cell_backward(gates[4 * u : 4 * u + 4], db[4 * u : 4 * u + 4], dc[u], dh_next[u], dh[u], c[u], t, B)
+        keep_left(left[2 * first : 2 * last], gates[4 * first : 4 * last], t * B, B)
+        meet(barrier, threads, end - t)
+        if t > 0:
+            multiply(dh_next[first:last], 0, left, t * B, WhT[first:last], B, K, False)
 
 
 @kernel

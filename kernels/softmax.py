@@ -28,6 +28,7 @@ from numba.extending import overload
 from .activations import exp
 from .compile import OPTIONS, kernel
 from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
+from .team import share_in_pairs
 
 IGNORE = -1  # the target of a padded position
 GROUP = 224  # rows of p^T that are made, and turned into exp, at a time
@@ -50,8 +51,9 @@ class Chunk:
         if training and operands.bf16:
             self.words = aligned(((P + 1) // 2, V, operands.R), np.uint32)
             self.pairs = aligned((P, GROUP // 2, operands.R), np.uint32)
-            self.left = aligned((H // (2 * operands.R) + 1, GROUP, operands.R), np.uint32)
-            self.right = aligned((H // operands.R + 1, GROUP // 2, operands.R), np.uint32)
+            threads = operands.team.size
+            self.left = aligned((threads, H // (2 * operands.R) + 1, GROUP, operands.R), np.uint32)
+            self.right = aligned((threads, H // operands.R + 1, GROUP // 2, operands.R), np.uint32)
         self.fy = zero_panels(tokens, H + 1, dtype)
         self.b, self.none = np.zeros(V, dtype), zero_panels(0, 1, dtype)
         self.sums, self.shift, self.factor = (np.zeros(P * operands.R, dtype) for _ in range(3))
@@ -81,26 +83,47 @@ def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, betw
     s, operands, N, H = chunk, chunk.operands, len(targets), chunk.H
     V = W.shape[1]
     s.b[:] = W[H // operands.R, :, H % operands.R]
-    left, right = (s.left, s.right) if operands.bf16 else (W, W)
     for start in range(0, N, s.tokens):
         count = min(s.tokens, N - start)
         part, here = slice(start, start + count), targets[start : start + count]
         yT = operands.transposed("yT", y, y_row + start, count)
         P = len(yT)
-        z, words, pairs = s.z[:P], s.words[: -(-P // 2) if operands.bf16 else P], s.pairs[:P]
-        logits = W, left, right, s.b, yT, operands.depth(H)
-        out = loss[part], s.sums, z, words, pairs, s.none if dy is None else dy, start
         s.shift[:] = 0
-        if not exponentials(*out, *logits, here, s.shift):
-            largest_logits(s.shift, z, *logits)
-            exponentials(*out, *logits, here, s.shift)
+        out = loss[part], s.none if dy is None else dy, start
+        if not all(_by_team(s, exponentials, out, W, yT, here)):
+            _by_team(s, largest_logits, (), W, yT, here)
+            _by_team(s, exponentials, out, W, yT, here)
         if dy is None:
             continue
+        words = s.words[: -(-P // 2) if operands.bf16 else P]
         finish_chunk(s.fy, s.factor, dy, start, words, W, y, y_row + start, H, s.sums, here, scale)
         fy, _ = operands.pairs("fy", s.fy, 0, count)
-        multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0)
+        operands.multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0)
         if between is not None:
             between()
+
+
+def _by_team(s, function, out, W, yT, targets):
+    """`exponentials` or `largest_logits` of a chunk, each thread some of its tokens. Returns what each of them returned."""
+    operands, H, results = s.operands, s.H, [True] * s.operands.team.size
+
+    def work(part):
+        first, last = share_in_pairs(len(yT), operands.team.size, part)
+        tokens = slice(first * operands.R, last * operands.R)
+        if first == last:
+            return
+        left, right = (s.left[part], s.right[part]) if operands.bf16 else (W, W)
+        logits = s.z[first:last], s.shift[tokens], W, left, right, s.b, yT[first:last], operands.depth(H)
+        if function is largest_logits:
+            function(*logits)
+            return
+        loss, dy, row = out
+        words = s.words[first // 2 : (last + 1) // 2] if operands.bf16 else s.words[first:last]
+        own = loss[tokens], s.sums[tokens], words, s.pairs[first:last], dy, row + first * operands.R
+        results[part] = function(*own, targets[tokens], *logits)
+
+    operands.team.run(work)
+    return results
 
 
 def output_logits(y, row, B, W, chunk):
@@ -115,7 +138,7 @@ def output_logits(y, row, B, W, chunk):
 
 
 @kernel
-def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, left, right, b, yT, K, targets, shift):
+def exponentials(loss, sums, words, pairs, dy, dy_row, targets, z, shift, W, left, right, b, yT, K):
     """exp(z)^T of a chunk in words and pairs, its losses (N,), and dy = exp(z) @ W from row dy_row on, all at one go.
 
     Where z (N/R,:,R) has as many rows as W, exp(z)^T is left there; else z is scratch, and where dy has no rows nothing
@@ -150,7 +173,7 @@ def exponentials(loss, sums, z, words, pairs, dy, dy_row, W, left, right, b, yT,
 
 
 @kernel
-def largest_logits(shift, z, W, left, right, b, yT, K):
+def largest_logits(z, shift, W, left, right, b, yT, K):
     """shift (N,) = the largest logit of each token of a chunk."""
     R = width(z)
     shift[:] = -math.inf

@@ -1,5 +1,5 @@
 """The floors of the house: a file imports only from floors below its own, files of one folder among themselves; kernels
-import NumPy, Numba and SciPy only; MPI stays with `comm` and the commands; and nobody imports `kernels` a second time.
+import NumPy and Numba only; MPI stays with `comm` and the commands; and nobody imports `kernels` a second time.
 """
 
 import ast
@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MAY_IMPORT_MPI = {"comm", *FLOORS[-1]}
-KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", "scipy", *sys.stdlib_module_names}
+KERNELS_MAY_IMPORT = {"numpy", "numba", "llvmlite", *sys.stdlib_module_names}
 FILES = sorted([*ROOT.glob("dllm/*.py"), *ROOT.glob("dllm/*/*.py")])
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -144,7 +144,7 @@ def drop(x, p=0.4, lanes=None, seed=1, step=2, layer=3):
     T, B, H = x.shape
     y = nan_panels(T * B, H, x.dtype)
     lanes = np.arange(B) if lanes is None else np.asarray(lanes)
-    dropout.dropout(y, in_panels(x.reshape(T * B, H)), 0, T, p, lanes, seed, step, layer)
+    dropout.dropout(y, in_panels(x.reshape(T * B, H)), 0, 0, T, p, lanes, seed, step, layer)
     assert not padding(y, H).any()
     return out_of_panels(y, H).reshape(T, B, H)
 
@@ -172,7 +172,7 @@ def test_dropout_of_zero_copies_and_works_in_place():
     x = np.random.default_rng(13).standard_normal((3, 4, 5))
     np.testing.assert_array_equal(drop(x, 0.0), x)
     y = in_panels(x.reshape(12, 5))
-    dropout.dropout(y, y, 0, 3, 0.4, np.arange(4), 1, 2, 3)
+    dropout.dropout(y, y, 0, 0, 3, 0.4, np.arange(4), 1, 2, 3)
     np.testing.assert_array_equal(out_of_panels(y, 5).reshape(3, 4, 5), drop(x))
 
 
@@ -345,7 +345,7 @@ def python_cases(dtype):
     yield lstm.cell_backward, (abs(new(4, 6, R)), new(4, R), new(3, R), new(3, R), new(6, R), new(9, R), 1, 3)
     yield embedding.embedding_forward, (new(1, 3, R), tokens, new(6, 4))
     yield embedding.embedding_backward, (new(6, 4), tokens, new(1, 3, R))
-    yield dropout.dropout, (new(2, 6, R), new(2, 6, R), 0, 2, 0.4, lanes, 1, 2, 3)
+    yield dropout.dropout, (new(2, 6, R), new(2, 6, R), 0, 0, 2, 0.4, lanes, 1, 2, 3)
 
 
 @DTYPES

@@ -7,9 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from dllm.config import ModelConfig
+from dllm import optim
+from dllm.config import ModelConfig, TrainConfig
+from dllm.kernels import tiles
+from dllm.kernels.team import Team
 from dllm.layout import Layout
 from dllm.model import LanguageModel
+from dllm.state import State
 
 V, T, B = 11, 6, 3
 KINDS = {
@@ -262,6 +266,44 @@ def test_float32_model_follows_the_float64_one():
     assert losses32.dtype == gradient32.dtype == np.float32
     assert relative(losses32, losses) <= 1e-6
     assert relative(standard(narrow, gradient32), standard(wide, gradient)) <= 1e-5
+
+
+@pytest.mark.skipif(not tiles.BF16, reason="this processor has no bfloat16 instructions")
+@EVERY_KIND
+def test_bfloat16_model_follows_the_float32_one(kind):
+    changes = {"hidden": 40, "dropout": 0.3} | ({"embedding": 40} if KINDS[kind].get("tied") else {})
+    config = configured(kind, **changes)
+    lanes = 7
+    tokens, targets, _ = text(lanes=lanes)
+    h, c = states(config, lanes).astype(np.float32)
+    plain = build(config, dtype=np.float32, lanes=lanes)
+    short = LanguageModel(config, V, np.float32, T, lanes, plain.theta, bf16=True)
+    mask = (1, 2, np.arange(lanes))
+    losses, gradient = run(plain, tokens, targets, h, c, 0.1, mask)
+    rounded_losses, rounded = run(short, tokens, targets, h, c, 0.1, mask)
+    assert 1e-6 < relative(rounded_losses, losses) <= 1e-2
+    assert 1e-6 < relative(rounded, gradient) <= 2e-2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", *(["bf16"] if tiles.BF16 else [])])
+@pytest.mark.parametrize("kind", ["untied", "tied", "one-hot"])
+def test_any_number_of_threads_gives_the_same_bits(kind, precision):
+    config = configured(kind, **{"hidden": 70, "dropout": 0.3} | ({"embedding": 70} if kind == "tied" else {}))
+    dtype, results = np.float64 if precision == "fp64" else np.float32, []
+    tokens, targets, _ = text(lanes=9, width=9)
+    for threads in (1, 2, 3, 7):
+        layout = Layout(config, V, dtype)
+        theta = np.zeros(layout.size, dtype)
+        shape = config, V, dtype, 9, 9
+        model = LanguageModel(*shape, theta, bf16=precision == "bf16", team=Team(threads))
+        model.initialise(1)
+        h, c = states(config, 9).astype(dtype)
+        losses, gradient = run(model, tokens, targets, h, c, 0.1, (1, 2, np.arange(9)))
+        optimizer = optim.make(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
+        state = State(theta, [np.zeros_like(theta), np.zeros_like(theta)], h, c, np.zeros(9))
+        norm = optimizer.step(state, gradient, None, 0.1)
+        results.append((losses.tobytes(), gradient.tobytes(), theta.tobytes(), norm))
+    assert len(set(results)) == 1
 
 
 # padding, shorter windows, lanes

@@ -1,0 +1,94 @@
+"""Several threads for one rank. Kernels run without Python's lock, so plain threads do: each gets a part of the work.
+
+Work is always cut so that a number is computed by one thread in the order in which one thread alone would: results are the
+same to the bit for any number of threads.
+"""
+
+import queue
+import threading
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .compile import kernel
+
+
+class Team:
+    """`size` threads, the caller's among them. The others sleep between calls, and end with the process."""
+
+    def __init__(self, size=1):
+        self.size, self._done = size, queue.SimpleQueue()
+        self._tasks = [queue.SimpleQueue() for _ in range(size - 1)]
+        for tasks in self._tasks:
+            threading.Thread(target=self._work, args=(tasks,), daemon=True).start()
+
+    def _work(self, tasks):
+        while True:
+            function, part = tasks.get()
+            try:
+                function(part)
+                self._done.put(None)
+            except BaseException as error:
+                self._done.put(error)
+
+    def run(self, function):
+        """function(part) for every part in range(size), at the same time."""
+        for part, tasks in enumerate(self._tasks, 1):
+            tasks.put((function, part))
+        function(0)
+        problems = [self._done.get() for _ in self._tasks]
+        for problem in filter(None, problems):
+            raise problem
+
+    def share(self, function, count, step=1):
+        """function(first, last) for `size` nearly equal shares of range(count), cut at multiples of `step`."""
+        units = -(-count // step)
+        edge = lambda part: min(count, units * part // self.size * step)
+        if self.size == 1 or units == 1:
+            function(0, count)
+        else:
+            self.run(lambda part: edge(part) < edge(part + 1) and function(edge(part), edge(part + 1)))
+
+
+@kernel
+def share_in_pairs(panels, threads, part):
+    """The first panel of a thread's share and the one behind its last; even, since two panels make one of bfloat16."""
+    pairs = (panels + 1) // 2
+    return 2 * (pairs * part // threads), min(panels, 2 * (pairs * (part + 1) // threads))
+
+
+def new_barrier():
+    """A counter for `meet`, at zero."""
+    return np.zeros(1, np.int64)
+
+
+@kernel
+def meet(barrier, threads, times):
+    """Wait until each of `threads` threads has come here for the `times`-th time since the barrier was zero."""
+    if threads > 1:
+        _add_one(barrier.ctypes.data)
+        while _read(barrier.ctypes.data) < threads * times:
+            pass
+
+
+@intrinsic
+def _add_one(typingctx, address):
+    def generate(context, builder, signature, arguments):
+        i64 = ir.IntType(64)
+        builder.atomic_rmw("add", builder.inttoptr(arguments[0], i64.as_pointer()), i64(1), "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _read(typingctx, address):
+    def generate(context, builder, signature, arguments):
+        pause = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ()))
+        if "x86" in builder.module.triple:
+            builder.call(pause, ())
+        return builder.load_atomic(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), generate
