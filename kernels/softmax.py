@@ -129,12 +129,29 @@ def _by_team(s, function, out, W, yT, targets):
 def output_logits(y, row, B, W, chunk):
     """The logits (B,V) of B rows of y (H/R,:,R), from `row` on. W and chunk as in `softmax_cross_entropy`."""
     H, V, operands = chunk.H, W.shape[1], chunk.operands
-    yT = operands.transposed("yT", y, row, B)
-    z = zero_panels(V, B, operands.dtype)
-    multiply(z, 0, W, 0, yT, V, H, False)
     logits = np.empty((V, B), operands.dtype)
-    from_panels(logits, z, 0)
+    if B == 1:
+        operands.team.share(lambda first, last: dot_rows(logits[first:last, 0], W, first, y, row), V, GROUP)
+    else:
+        z = zero_panels(V, B, operands.dtype)
+        operands.multiply(z, 0, W, 0, operands.transposed("yT", y, row, B), V, H, False)
+        from_panels(logits, z, 0)
     return np.ascontiguousarray(logits.T) + W[H // operands.R, :, H % operands.R]
+
+
+@kernel
+def dot_rows(out, W, first, y, row):
+    """out (N,) = W @ y for N rows of W (:,V,R), from `first` on, and a row of y (H/R,:,R): as fast as W is read."""
+    R = width(W)
+    out[:] = 0
+    for panel in range(y.shape[0]):
+        y_row = y[panel, row]
+        for n in range(out.size):
+            W_row = W[panel, first + n]
+            total = W.dtype.type(0)
+            for j in range(R):
+                total += W_row[j] * y_row[j]
+            out[n] += total
 
 
 @kernel

@@ -385,11 +385,12 @@ def test_losses_do_not_depend_on_training(kind):
 
 
 @EVERY_KIND
-def test_logits_are_those_of_the_losses(kind):
+@pytest.mark.parametrize("B", [1, 3])
+def test_logits_are_those_of_the_losses(kind, B):
     config = configured(kind)
-    (tokens, targets, _), (h, c) = text(), states(config)
-    losses = build(config).forward(tokens, targets, h.copy(), c.copy())
-    model = build(config, training=False)
+    (tokens, targets, _), (h, c) = text(lanes=B), states(config, B)
+    losses = build(config, lanes=B).forward(tokens, targets, h.copy(), c.copy())
+    model = build(config, lanes=B, training=False)
     for width in range(1, T + 1):
         state = h.copy(), c.copy()
         logits = model.logits(tokens[:width], *state)
