@@ -32,6 +32,7 @@ class Reporter:
         live = progress == "live" or (progress == "auto" and _on_terminal())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
         self.bar = self.metrics = None
+        self.waiting = b""  # lines for metrics.jsonl
         self.failed = set()  # files that could not be written
 
     def say(self, text):
@@ -55,7 +56,7 @@ class Reporter:
         path = self.run / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= step] if step else []
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by end()
+        self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
         self.begun, self.first = time.monotonic(), step
         self.total = total
         if self.mode == "live":
@@ -72,7 +73,8 @@ class Reporter:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
         if not self.speaks:
             return
-        self._attempt("metrics.jsonl", self.metrics.write, json.dumps(line) + "\n")
+        self.waiting += json.dumps(line).encode() + b"\n"
+        self._attempt("metrics.jsonl", self._write_metrics)
         text = f"loss {line['loss']:.4f}  perplexity {perplexity(line['loss']):.2f}"
         if "split" in line:
             self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
@@ -85,12 +87,18 @@ class Reporter:
             left = seconds / max(1, line["step"] - self.first) * (self.total - line["step"])
             self.say(f"step {line['step']}/{self.total}  {text}  eta {_clock(left)}")
 
+    def _write_metrics(self):
+        """Write what waits; on a full disk it goes on waiting."""
+        while self.waiting:
+            self.waiting = self.waiting[self.metrics.write(self.waiting) :]
+
     def end(self):
         """Close the live line and the metrics."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
         if self.metrics is not None:
+            self._attempt("metrics.jsonl", self._write_metrics)
             self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
 
