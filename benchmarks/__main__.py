@@ -38,6 +38,9 @@ def main():
         command.add_argument("--ranks", type=int, default=2, help="ranks, and cores that peers get (default 2)")
         command.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
         command.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
+        command.add_argument(
+            "--peers", nargs="*", default=["torch", "tensorflow"], help="default: torch tensorflow, where installed"
+        )
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"), help="default: ./results")
         command.add_argument("--data", type=pathlib.Path, help="quality: folder with tinyshakespeare/ and wikitext-2/")
     options = parser.parse_args()

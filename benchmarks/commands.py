@@ -36,11 +36,11 @@ def step(options):
                 add(f"dllm {precision}", summary["gflops"])
                 add(f"exposed {precision}", summary["exposed_comm_fraction"])
                 add(f"memory {precision}", max(summary["peak_rss_bytes"]) / MIB)
-                if installed("torch"):
+                if "torch" in options.peers and installed("torch"):
                     peer = steps.torch(precision)
                     add(f"torch {precision}", total / peer["seconds"])
                     add(f"torch memory {precision}", peer["peak_rss_bytes"] / MIB)
-            if installed("tensorflow"):
+            if "tensorflow" in options.peers and installed("tensorflow"):
                 add("keras fp32", size.flops / 1e9 / steps.keras()["seconds"])
         data[name] = found
         for precision in precisions:
