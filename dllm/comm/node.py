@@ -21,6 +21,7 @@ from .runtime import NAP
 
 READY, SUMMED, COPIED = 0, 8, 16  # places of the counters: a line of the cache each
 PAGE = 4096
+LARGE = 100 * 2**20  # bytes
 
 
 class SharedMemory:
@@ -57,6 +58,20 @@ class SharedMemory:
         self.counters = np.frombuffer(memory, np.int64, node.size * 24).reshape(node.size, 24)
         self.vectors = np.frombuffer(memory, dtype, offset=head).reshape(node.size, -1)
         self.mine = self.vectors[node.rank, :size]
+        self._memory, self._starts = memory, [head + rank * rows for rank in range(node.size) if rank != node.rank]
+        self._large = rows > LARGE
+
+    def forget(self, start, stop):
+        """Drop this rank's view of the others' elements [start, stop), which count as memory of every rank that reads them.
+
+        Where vectors are small the view stays: to get it back costs some microseconds a page.
+        """
+        if self._large:
+            for row in self._starts:
+                first = -(-(row + start * self.mine.itemsize) // PAGE) * PAGE
+                last = (row + stop * self.mine.itemsize) // PAGE * PAGE
+                if first < last:
+                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def share(comm, node, size, dtype):
@@ -158,6 +173,7 @@ class NodeAllreduce(Allreduce):
                 if rank != self.node.rank:
                     shard = self._shard(self.copied, rank)
                     self.vector[shard] = self.memory.vectors[rank, shard]
+            self.memory.forget(self.buckets[self.copied].start, self.buckets[self.copied].stop)
             self.copied += 1
             return True
         return False
@@ -200,6 +216,7 @@ class NodeAllreduce(Allreduce):
             if rank != self.node.rank:
                 theirs = self.memory.vectors[rank, self.start : self.start + self.table.size]
                 self.table[rows] = theirs.reshape(self.table.shape)[rows]
+        self.memory.forget(self.start, len(self.vector))
 
     def _say(self, what, count):
         fence()
