@@ -59,8 +59,9 @@ def save(comm, run, state, layout, lanes, tokenizer, best):
     name, problem, entry = f"rank-{comm.rank:05d}.h5", None, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"theta": layout.export(state.theta, *part), "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
-        arrays |= {f"moment.{number}": layout.export(moment, *part) for number, moment in enumerate(state.moments)}
+        stream = lambda vector: storage.Stream(part[1] - part[0], vector.dtype, layout.parts(vector, *part))
+        arrays = {"theta": stream(state.theta), "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
+        arrays |= {f"moment.{number}": stream(moment) for number, moment in enumerate(state.moments)}
         digest = storage.write_arrays(folder / name, arrays)
         entry = {
             "name": name,

@@ -103,13 +103,15 @@ class Layout:
         for piece, place in self._pieces(vector, name):
             piece[...] = tensor[place]
 
-    def export(self, vector, start, stop):
-        """Elements [start, stop) of the standard vector, of the flat vector (size,)."""
-        part = np.empty(stop - start, vector.dtype)
+    def parts(self, vector, start, stop):
+        """Elements [start, stop) of the standard vector, of the flat vector (size,), in arrays one after the other."""
         for name, first, last in self._overlapping(start, stop):
             offset = self.tensors[name].start
-            part[first - start : last - start] = self.read(vector, name).reshape(-1)[first - offset : last - offset]
-        return part
+            yield self.read(vector, name).reshape(-1)[first - offset : last - offset]
+
+    def export(self, vector, start, stop):
+        """The same in one array."""
+        return np.concatenate([np.empty(0, vector.dtype), *self.parts(vector, start, stop)])
 
     def load(self, vector, start, part):
         """Put elements from `start` on of the standard vector into the flat vector (size,)."""

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+from dataclasses import dataclass
 
 import h5py
 import numpy as np
@@ -139,10 +140,27 @@ def write_hdf5(path):
             raise raw.failure
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A vector that comes in parts, since it need not be in memory as a whole."""
+
+    size: int
+    dtype: object
+    parts: object  # of arrays, one after the other
+
+
 def write_arrays(path, arrays):
-    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array. Returns its sha256."""
+    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array or Stream. Returns its sha256."""
     with write_hdf5(path) as file:
         for name, array in arrays.items():
+            if isinstance(array, Stream):
+                chunk = (min(array.size, (1 << 20) // np.dtype(array.dtype).itemsize),) if array.size else None
+                data = file.create_dataset(name, (array.size,), array.dtype, chunks=chunk, fletcher32=chunk is not None)
+                start = 0
+                for part in array.parts:
+                    data[start : start + len(part)] = part
+                    start += len(part)
+                continue
             chunk = None
             if array.size:
                 rows = max(1, (1 << 20) // max(1, array.nbytes // len(array)))
