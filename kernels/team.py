@@ -10,9 +10,12 @@ import threading
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import kernel
+
+PATIENCE = 2000  # looks at a barrier, some tens of nanoseconds each, before the core is given away
 
 
 class Team:
@@ -69,8 +72,21 @@ def meet(barrier, threads, times):
     """Wait until each of `threads` threads has come here for the `times`-th time since the barrier was zero."""
     if threads > 1:
         _add_one(barrier.ctypes.data)
+        looks = 0
         while _read(barrier.ctypes.data) < threads * times:
-            pass
+            looks += 1
+            if looks > PATIENCE:  # somebody has no core: let it have this one
+                _yield_core()
+
+
+@intrinsic
+def _yield_core(typingctx):
+    def generate(context, builder, signature, arguments):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), ()), "sched_yield")
+        builder.call(function, ())
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
