@@ -57,7 +57,7 @@ def step(options):
 
 
 def kernels(options):
-    """The matrix products of a step, one by one on one core, against BLAS on the same factors and against the roofline."""
+    """The matrix products of a step, one by one on one core, against BLAS on the same factors."""
     columns = [("product", 34), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("BLAS", 22), ("ratio", 9), ("bf16", 22)]
     table = Table("Matrix products of a training step, one core", columns)
     command = [sys.executable, "-m", "benchmarks.products", str(options.seconds), *options.sizes]

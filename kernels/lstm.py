@@ -95,22 +95,8 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
     da, team = operands.like("da", gates), operands.team
     stride = 1 if team.size == 1 else STRIDE
     for last in range(T, 0, -stride):
-        arguments = (
-            dh_next,
-            dc,
-            db,
-            gates,
-            da,
-            dh,
-            c,
-            right,
-            all_gates,
-            max(0, last - stride),
-            last,
-            B,
-            new_barrier(),
-            team.size,
-        )
+        steps = max(0, last - stride), last, B
+        arguments = dh_next, dc, db, gates, da, dh, c, right, all_gates, *steps, new_barrier(), team.size
         team.run(lambda part: backward_steps(*arguments, part))
         if between is not None:
             between()
