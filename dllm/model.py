@@ -22,7 +22,7 @@ from .kernels.softmax import Chunk, output_logits, softmax_cross_entropy
 from .layout import Layout
 
 DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
-CHUNK = 1 << 23  # at most so many logits in memory at a time, and at most half of a window's
+CHUNK = 1 << 22  # at most so many logits in memory at a time
 
 
 class LanguageModel:
@@ -63,9 +63,9 @@ class LanguageModel:
         self._x = rows(T * B, E)  # the embedded window, after dropout
         self._dropped = [rows(T * B, H) for _ in range(L if config.dropout and training else 0)]
         self._losses = np.zeros(T * B, dtype)
-        tokens, chunks = T * B, max(2, -(-T * B * vocabulary // CHUNK))
-        if training:
-            tokens = min(tokens, -(-tokens // (chunks * 2 * R)) * 2 * R)  # whole pairs of panels
+        tokens, chunks = T * B, -(-T * B * vocabulary // CHUNK)
+        if training and chunks > 1:
+            tokens = -(-tokens // (chunks * 2 * R)) * 2 * R  # whole pairs of panels
         self._chunk = Chunk(tokens, H, vocabulary, self.operands, training)
         if training:
             self.gradient = aligned((self.layout.size,), dtype) if gradient is None else gradient

@@ -32,17 +32,8 @@ from numba.extending import overload
 
 from .compile import OPTIONS, kernel
 from .team import Team
-from .tiles import (
-    PANELS,
-    ROW,
-    ROWS,
-    multiply_tile,
-    multiply_tile_transposed,
-    round_rows,
-    round_to_bf16,
-    transpose_block,
-    transpose_block_of_pairs,
-)
+from .tiles import PANELS, ROW, ROWS, multiply_tile, multiply_tile_transposed
+from .vectors import round_rows, round_to_bf16, transpose_block, transpose_block_of_pairs
 
 DEPTH, HEIGHT = 512, 224  # multiples of every R, and HEIGHT of every ROWS but 6 and 3
 TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel

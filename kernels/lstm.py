@@ -39,7 +39,7 @@ from .compile import kernel
 from .gemm import keep_left, multiply, width
 from .team import meet, new_barrier, share_in_pairs
 
-STRIDE = 4  # time steps that a team goes back before `between` is called
+STRIDE = 1 << 27  # operations that a thread does going back, about a millisecond's, before `between` is called
 
 
 def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
@@ -87,13 +87,13 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
     x, x_row, h, c, Wx, Wh, T, B
         As in the forward.
     between : callable, optional
-        Called after each time step (or some, where a team computes them), so that the caller can keep communication moving.
+        Called every millisecond or time step, whichever is longer, so that the caller can keep communication moving.
     """
     D, H, all_gates = 0 if x is None else Wx.shape[1], Wh.shape[1], operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
     right = operands.transposed("W", Wh, 0, H)
     da, team = operands.like("da", gates), operands.team
-    stride = 1 if team.size == 1 else STRIDE
+    stride = max(1, STRIDE * team.size // (8 * B * H * H))
     for last in range(T, 0, -stride):
         steps = max(0, last - stride), last, B
         arguments = dh_next, dc, db, gates, da, dh, c, right, all_gates, *steps, new_barrier(), team.size

@@ -25,10 +25,11 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .activations import exp
 from .compile import OPTIONS, kernel
 from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
 from .team import share_in_pairs
+from .tiles import ROW
+from .vectors import exp_rows, exp_rows_to_bf16
 
 IGNORE = -1  # the target of a padded position
 GROUP = 224  # rows of p^T that are made, and turned into exp, at a time
@@ -173,15 +174,9 @@ def exponentials(loss, sums, words, pairs, dy, dy_row, targets, z, shift, W, lef
             row = targets[n] - first
             if 0 <= row < count:
                 loss[n] = z[n // R, at + row, n % R] + b[first + row] - shift[n]
-        for panel in range(z.shape[0]):
-            total, off = sums[panel * R : panel * R + R], shift[panel * R : panel * R + R]
-            for v in range(count):
-                row, b_v = z[panel, at + v], b[first + v]
-                for j in range(R):
-                    row[j] = exp(row[j] + b_v - off[j])
-                    total[j] += row[j]
+        exponentiate(words, pairs, sums, z, at, shift, b, first, count)
         if dy.shape[1] > 0:
-            add_to_dy(dy, dy_row, words, pairs, z, right, first, count, targets.size)
+            add_to_dy(dy, dy_row, pairs, right, first, count, targets.size)
     safe = True
     for n in range(targets.size):
         safe &= SMALL < sums[n] < LARGE
@@ -219,21 +214,58 @@ def _factors(left, right, W, first, count):
     return bfloat16 if left.dtype == types.uint32 else lambda left, right, W, first, count: first
 
 
-def add_to_dy(dy, row, words, pairs, z, right, first, count, N):
-    """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on, which bfloat16 takes from z and keeps in words."""
+def exponentiate(words, pairs, sums, z, row, shift, b, first, count):
+    """exp(z + b - shift) of `count` logits of each token, from `first` on: in z at `row`; for bfloat16 in words and pairs."""
+
+
+@overload(exponentiate, jit_options=OPTIONS)
+def _exponentiate(words, pairs, sums, z, row, shift, b, first, count):
+    def float64(words, pairs, sums, z, row, shift, b, first, count):
+        R = width(z)
+        for panel in range(z.shape[0]):
+            total, off = sums[panel * R : panel * R + R], shift[panel * R : panel * R + R]
+            for v in range(count):
+                here, b_v = z[panel, row + v], b[first + v]
+                for j in range(R):
+                    here[j] = math.exp(here[j] + b_v - off[j])
+                    total[j] += here[j]
+
+    def float32(words, pairs, sums, z, row, shift, b, first, count):
+        for panel in range(z.shape[0]):
+            here = z.ctypes.data + panel * z.strides[0] + row * ROW
+            columns = shift.ctypes.data + panel * ROW, sums.ctypes.data + panel * ROW
+            for v in range(0, count, 2):
+                exp_rows(v + 1 < count, here + v * ROW, b.ctypes.data + 4 * (first + v), *columns)
+
+    def bfloat16(words, pairs, sums, z, row, shift, b, first, count):
+        for panel in range(0, z.shape[0], 2):
+            two = panel + 1 < z.shape[0]
+            here = z.ctypes.data + panel * z.strides[0]
+            left = words.ctypes.data + panel // 2 * words.strides[0] + first * ROW
+            right = pairs.ctypes.data + panel * pairs.strides[0]
+            columns = shift.ctypes.data + panel * ROW, sums.ctypes.data + panel * ROW
+            for v in range(0, count, 2):
+                exp_rows_to_bf16(
+                    v + 1 < count, here + v * ROW, here + v * ROW + z.strides[0] if two else 0, b.ctypes.data + 4 * (first + v),
+                    *columns, left + v * ROW, right + v // 2 * ROW, right + v // 2 * ROW + pairs.strides[0],
+                )  # fmt: skip
+
+    return float64 if z.dtype == types.float64 else bfloat16 if words.dtype == types.uint32 else float32
+
+
+def add_to_dy(dy, row, pairs, right, first, count, N):
+    """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on; for bfloat16 pairs and right hold these alone."""
 
 
 @overload(add_to_dy, jit_options=OPTIONS)
-def _add_to_dy(dy, row, words, pairs, z, right, first, count, N):
-    def plain(dy, row, words, pairs, z, right, first, count, N):
-        multiply_transposed(dy, row, z, first, right, first, N, count, first > 0)
+def _add_to_dy(dy, row, pairs, right, first, count, N):
+    def plain(dy, row, pairs, right, first, count, N):
+        multiply_transposed(dy, row, pairs, first, right, first, N, count, first > 0)
 
-    def bfloat16(dy, row, words, pairs, z, right, first, count, N):
-        to_words(words, first, z, 0, count)
-        to_pairs(pairs, 0, z, 0, count)
+    def bfloat16(dy, row, pairs, right, first, count, N):
         multiply_transposed(dy, row, pairs, 0, right, 0, N, (count + 1) // 2, first > 0)
 
-    return bfloat16 if words.dtype == types.uint32 else plain
+    return bfloat16 if pairs.dtype == types.uint32 else plain
 
 
 def subtract_targets(words, sums, targets):

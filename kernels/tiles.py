@@ -22,14 +22,14 @@ from numba.extending import intrinsic
 ROW = 64  # bytes of a row of a panel
 FEATURES = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
 FEATURES -= set(os.environ.get("DLLM_HIDE_FEATURES", "").split(","))  # so that tests can be another machine
-BF16 = "avx512bf16" in FEATURES
-VECTOR = 64 if "avx512f" in FEATURES else 32 if "avx2" in FEATURES else 16  # bytes
+BF16, AVX512 = "avx512bf16" in FEATURES, "avx512f" in FEATURES
+VECTOR = 64 if AVX512 else 32 if "avx2" in FEATURES else 16  # bytes
 PANELS = 2 if VECTOR == 64 else 1  # of a tile
 ROWS = {64: 14, 32: 6, 16: 3}[VECTOR]  # of a tile: with two vectors (four of 16 bytes) a row this fills the registers
 AHEAD = 24  # rows of B that are fetched ahead
 
 
-class _BFloat(ir.types._BaseFloatType):
+class BFloat(ir.types._BaseFloatType):
     """llvmlite knows no bfloat."""
 
     null = "0.0"
@@ -39,7 +39,7 @@ class _BFloat(ir.types._BaseFloatType):
         return "bfloat"
 
 
-_BFloat._create_instance()
+BFloat._create_instance()
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
@@ -57,101 +57,6 @@ def multiply_tile(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c
 def multiply_tile_transposed(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
     """The same with word (row,k) of a at a + size row + 64 k: the transpose of a panel. a_jump is not used."""
     return types.void(kind, *[types.int64] * 10), _generator(kind, True)
-
-
-@intrinsic
-def round_to_bf16(typingctx, x):
-    """The bits (uint32) of a float32 rounded to bfloat16, to nearest even. One instruction where the processor has it."""
-
-    def generate(context, builder, signature, arguments):
-        if BF16:
-            half = builder.bitcast(builder.fptrunc(arguments[0], _BFloat()), ir.IntType(16))
-            return builder.zext(half, _I32)
-        bits = builder.bitcast(arguments[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        return builder.lshr(builder.add(bits, builder.add(odd, _I32(0x7FFF))), _I32(16))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def transpose_block(typingctx, kind, source, target):
-    """R rows of 64 bytes, R words of `kind` each, at `source` become the columns of R rows at `target`."""
-
-    def generate(context, builder, signature, arguments):
-        size = 8 if kind == types.float64 else 4
-        vector = ir.VectorType(ir.DoubleType() if size == 8 else ir.FloatType(), ROW // size)
-        rows = [_load(builder, arguments[1], i, vector) for i in range(vector.count)]
-        _store_transpose(builder, rows, arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(kind, types.int64, types.int64), generate
-
-
-@intrinsic
-def round_rows(typingctx, interleave, one, other, target):
-    """16 float32 at `one` and 16 at `other` become 64 bytes of bfloat16 at `target`: one behind the other, or where
-    `interleave` is True in turns. `other` = 0: zeros.
-    """
-
-    def generate(context, builder, signature, arguments):
-        interleave, one, other, target = arguments
-        floats, halves = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_BFloat(), 16)
-        convert = lambda address: builder.fptrunc(_load(builder, address, 0, floats), halves)
-        first = convert(one)
-        with builder.if_else(builder.icmp_signed("!=", other, _I64(0))) as (there, missing):
-            with there:
-                second, origin = convert(other), builder.block
-            with missing:
-                nothing, nowhere = ir.Constant(halves, None), builder.block
-        rest = builder.phi(halves)
-        rest.add_incoming(second, origin)
-        rest.add_incoming(nothing, nowhere)
-        orders = [*range(32)], [n // 2 + n % 2 * 16 for n in range(32)]
-        shuffled = [builder.shuffle_vector(first, rest, ir.Constant(ir.VectorType(_I32, 32), order)) for order in orders]
-        value = builder.select(interleave, shuffled[1], shuffled[0])
-        builder.store(value, builder.inttoptr(target, value.type.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.boolean, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def transpose_block_of_pairs(typingctx, first, second, target):
-    """16 rows of 16 float32 at `first`, and 16 at `second`, become the columns of 16 rows of pairs of bfloat16 at `target`."""
-
-    def generate(context, builder, signature, arguments):
-        floats, halves = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_BFloat(), 16)
-        both = ir.Constant(ir.VectorType(_I32, 32), [*range(32)])
-        rows = []
-        for i in range(16):
-            one, other = (builder.fptrunc(_load(builder, address, i, floats), halves) for address in arguments[:2])
-            rows.append(builder.bitcast(builder.shuffle_vector(one, other, both), ir.VectorType(_I32, 16)))
-        _store_transpose(builder, rows, arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-def _load(builder, address, row, vector):
-    return builder.load(builder.inttoptr(builder.add(address, _I64(ROW * row)), vector.as_pointer()), align=4)
-
-
-def _store_transpose(builder, rows, target):
-    """n rows of n words: in log2 n rounds, halves of neighbours at distance 1, 2, 4, ... change places."""
-    n, distance = len(rows), 1
-    while distance < n:
-        for i in range(n):
-            if i & distance:
-                continue
-            one, other = rows[i], rows[i + distance]
-            low = [k if not k & distance else n + k - distance for k in range(n)]
-            high = [k + distance if not k & distance else n + k for k in range(n)]
-            for place, order in ((i, low), (i + distance, high)):
-                rows[place] = builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_I32, n), order))
-        distance *= 2
-    for i, row in enumerate(rows):
-        builder.store(row, builder.inttoptr(builder.add(target, _I64(ROW * i)), row.type.as_pointer()), align=4)
 
 
 def _generator(kind, transposed):
@@ -253,7 +158,7 @@ class _Tiles:
 
     def multiply_add(self, a, b, c):
         if self.pairs:
-            halves = ir.VectorType(_BFloat(), 2 * self.lanes)
+            halves = ir.VectorType(BFloat(), 2 * self.lanes)
             function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, self.vector, halves, halves)
             return self.builder.call(function, [c, self.builder.bitcast(a, halves), self.builder.bitcast(b, halves)])
         function = self.function(f"llvm.fma.v{self.lanes}f{8 * self.size}", *[self.vector] * 4)

@@ -1,12 +1,14 @@
-"""Small corpora for all tests; under mpirun, a test that fails on one rank ends all ranks."""
+"""Small corpora and a short run for all tests; under mpirun, a test that fails on one rank ends all ranks."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
-from launch import mpirun
+from launch import mpirun, train_arguments
 from paths import DATA
 
 
@@ -86,6 +88,21 @@ def tiny(prepare, shakespeare):
     """200 kB of Shakespeare by characters, with train, valid and test."""
     parts = {"train": shakespeare[:200_000], "valid": shakespeare[-40_000:-20_000], "test": shakespeare[-20_000:]}
     return prepare("char", **parts)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tiny):
+    """A folder with `tiny`, the same without valid and test, and a run of 20 steps that was made by 2 ranks."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("tiny", "train-only"):
+        shutil.copytree(tiny, world / name)
+    path = world / "train-only" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"] = {"train": manifest["splits"]["train"]}
+    path.write_text(json.dumps(manifest))
+    settings = "train.eval_every=8", "train.lr=0.02"
+    mpirun(2, *train_arguments("tiny", "run", *settings, extra=("--max-steps", 20)), cwd=world, check=True)
+    return world
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ OPENMPI = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+REFUSED = 2  # the exit code of a command that was given bad input
 LIMIT = 90  # seconds, where a test does not say otherwise; a launch takes 2 to 10
 
 

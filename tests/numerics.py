@@ -1,4 +1,6 @@
-"""What tests of kernels share: how close is close, derivatives by differences, matrices in panels, guarded memory."""
+"""What tests of kernels and models share: how close is close, derivatives by differences, matrices in panels, guarded
+memory, kinds of models.
+"""
 
 import ctypes
 import mmap
@@ -6,10 +8,24 @@ import mmap
 import numpy as np
 import pytest
 
+from dllm.config import ModelConfig
 from dllm.kernels import gemm
 
 CLOSE = {np.float32: 2e-5, np.float64: 1e-12}  # norm-wise, for sums of some hundred terms
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+KINDS = {
+    "untied": {},
+    "tied": {"embedding": 6, "tied": True},
+    "one-hot": {"embedding": 0},
+    "one layer": {"layers": 1},
+    "one layer, one-hot": {"layers": 1, "embedding": 0},
+    "one layer, tied": {"layers": 1, "embedding": 6, "tied": True},
+    "three layers": {"layers": 3},
+    "two biases": {"biases": 2},
+    "two biases, tied, three layers": {"biases": 2, "embedding": 6, "tied": True, "layers": 3},
+    "wide embedding": {"embedding": 9},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def relative(found, expected):
@@ -97,3 +113,8 @@ def guarded(array):
     copy = start[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
     copy[:] = array
     return copy
+
+
+def configured(kind="untied", **changes):
+    """A small model of a kind."""
+    return ModelConfig(**{"embedding": 4, "hidden": 6, "layers": 2, **KINDS[kind], **changes})

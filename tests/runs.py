@@ -1,4 +1,4 @@
-"""Reads what a run left behind."""
+"""Reads what a run left behind; damages files."""
 
 import json
 import pathlib
@@ -37,3 +37,16 @@ def arrays(run, step):
                 parts.setdefault(name, []).append(file[name][:])
     joined = {name: np.concatenate(pieces, axis=1 if name in "hc" else 0) for name, pieces in parts.items()}
     return joined, manifest["scalars"]
+
+
+def flip(path, place):
+    """Flip the lowest bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def place_of(path, name="tokens"):
+    """Where the first chunk of a dataset begins in its file."""
+    with h5py.File(path) as file:
+        return file[name].id.get_chunk_info(0).byte_offset

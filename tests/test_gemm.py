@@ -84,10 +84,17 @@ def test_transposes_of_any_shape(dtype, K, N, row):
 
 
 @pytest.mark.parametrize("hidden", ["avx512f,avx512bf16", "avx512f,avx512bf16,avx2"])
-def test_products_with_narrower_vectors(hidden):
+def test_products_and_exp_with_narrower_vectors(hidden):
     """What a processor without these features would run."""
-    program = "import numpy as np, test_gemm as t\nfor shape in t.SHAPES:\n for dtype in (np.float32, np.float64):\n"
-    program += "  t.check_products(shape, dtype, t.guarded)\nprint(t.tiles.VECTOR)"
+    program = """
+import numpy as np, test_gemm, test_softmax
+test_softmax.test_float32_exp_keeps_its_stated_bound()
+test_softmax.test_exp_beyond_its_range_is_what_the_softmax_notices()
+for shape in test_gemm.SHAPES:
+    for dtype in (np.float32, np.float64):
+        test_gemm.check_products(shape, dtype, test_gemm.guarded)
+print(test_gemm.tiles.VECTOR)
+"""
     environment = {**os.environ, "DLLM_HIDE_FEATURES": hidden, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -99,11 +99,22 @@ def test_lstm_kernel_by_central_differences(shape):
     check_by_differences(loss, arrays, gradients, rng)
 
 
-def test_lstm_takes_a_ready_input_product_and_calls_between_once_a_step():
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 100])
+def test_lstm_calls_between_after_so_many_steps(monkeypatch, steps):
     (T, B, D, H), calls = (4, 3, 11, 7), []
+    arrays, dh, _ = lstm_arrays((T, B, D, H), np.float64, 8)
+    whole = lstm_compiled(**arrays, dh=dh)[3]
+    monkeypatch.setattr(lstm, "STRIDE", steps * 8 * B * H * H)
+    part = lstm_compiled(**arrays, dh=dh, between=lambda: calls.append(1))[3]
+    assert len(calls) == -(-T // steps)
+    for name, gradient in whole.items():
+        np.testing.assert_array_equal(part[name], gradient)
+
+
+def test_lstm_takes_a_ready_input_product():
+    T, B, D, H = 4, 3, 11, 7
     arrays, dh, _ = lstm_arrays((T, B, D, H), np.float64, 7)
-    h, _, _, gradients = lstm_compiled(**arrays, dh=dh, between=lambda: calls.append(1))
-    assert len(calls) == T
+    h, _, _, gradients = lstm_compiled(**arrays, dh=dh)
     again, _, _, others = lstm_compiled(**arrays, dh=dh, ready=True)
     np.testing.assert_allclose(again, h, rtol=1e-13)
     assert relative(others["Wh"], gradients["Wh"]) <= 1e-12

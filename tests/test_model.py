@@ -1,38 +1,20 @@
-"""The language model as a whole: its layout, what `backward` announces, losses and gradients against PyTorch's nn.LSTM
-and against central differences, the Taylor test, padding, lanes that are split or carried on, and the initial values.
+"""The language model as a whole: what `backward` announces, losses and gradients against PyTorch's nn.LSTM and against
+central differences, the Taylor test, padding, and lanes that are split or carried on.
 """
-
-import itertools
 
 import numpy as np
 import pytest
+from numerics import EVERY_KIND, KINDS, configured
 
 from dllm import optim
-from dllm.config import ModelConfig, TrainConfig
-from dllm.kernels import tiles
+from dllm.config import TrainConfig
+from dllm.kernels import lstm, tiles
 from dllm.kernels.team import Team
 from dllm.layout import Layout
 from dllm.model import LanguageModel
 from dllm.state import State
 
 V, T, B = 11, 6, 3
-KINDS = {
-    "untied": {},
-    "tied": {"embedding": 6, "tied": True},
-    "one-hot": {"embedding": 0},
-    "one layer": {"layers": 1},
-    "one layer, one-hot": {"layers": 1, "embedding": 0},
-    "one layer, tied": {"layers": 1, "embedding": 6, "tied": True},
-    "three layers": {"layers": 3},
-    "two biases": {"biases": 2},
-    "two biases, tied, three layers": {"biases": 2, "embedding": 6, "tied": True, "layers": 3},
-    "wide embedding": {"embedding": 9},
-}
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-
-
-def configured(kind="untied", **changes):
-    return ModelConfig(**{"embedding": 4, "hidden": 6, "layers": 2, **KINDS[kind], **changes})
 
 
 def build(config, seed=1, lanes=B, window=T, dtype=np.float64, training=True):
@@ -76,48 +58,7 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-# layout and announcements
-
-
-@EVERY_KIND
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("hidden", [6, 16, 40])
-def test_layout_holds_each_element_of_each_tensor_once_and_pads_with_zeros(kind, dtype, hidden):
-    config = configured(kind, hidden=hidden)
-    if config.tied:
-        config = configured(kind, hidden=hidden, embedding=hidden)
-    layout = Layout(config, V, dtype)
-    for extents, size in ((layout.tensors, layout.parameters), (layout.blocks, layout.size)):
-        assert [extent.start for extent in extents.values()] == [0, *(extent.stop for extent in extents.values())][:-1]
-        assert list(extents.values())[-1].stop == size
-    assert list(layout.tensors)[-1] == "embedding.weight"
-    vector, values = np.zeros(layout.size, dtype), np.arange(1, layout.parameters + 1, dtype=dtype)
-    layout.load(vector, 0, values)
-    assert np.count_nonzero(vector) == layout.parameters
-    np.testing.assert_array_equal(np.sort(vector)[layout.size - layout.parameters :], values)
-    assert all(np.shares_memory(array, vector) for array in layout.arrays(vector).values())
-    for name, extent in layout.tensors.items():
-        np.testing.assert_array_equal(layout.read(vector, name).reshape(-1), values[extent.start : extent.stop])
-
-
-def test_parts_of_the_standard_vector_are_read_and_written_one_by_one():
-    layout = Layout(configured("two biases"), V, np.float64)
-    values, edges = np.random.default_rng(1).standard_normal(layout.parameters), [0, 1, 70, 71, 400, layout.parameters]
-    vector = np.zeros(layout.size)
-    for start, stop in itertools.pairwise(edges):
-        layout.load(vector, start, values[start:stop])
-    for start, stop in itertools.pairwise(edges):
-        np.testing.assert_array_equal(layout.export(vector, start, stop), values[start:stop])
-
-
-def test_number_of_parameters_is_that_of_the_published_models():
-    ptb = ModelConfig(embedding=650, hidden=650, layers=2, biases=2)
-    assert Layout(ptb, 10_000, np.float32).parameters == 2 * 10_000 * 650 + 10_000 + 2 * (2 * 650 * 2600 + 2 * 2600)
-    char = ModelConfig(embedding=0, hidden=128, layers=2)
-    assert Layout(char, 65, np.float32).parameters == 65 * 512 + 128 * 512 + 512 + 2 * 128 * 512 + 512 + 65 * 128 + 65
-    assert Layout(char, 65, np.float32).active() == 3 * 128 * 512 + 65 * 128
-    tied = ModelConfig(embedding=200, hidden=200, layers=2, tied=True)
-    assert Layout(tied, 33_278, np.float32).active() == 2 * 8 * 200**2 + 33_278 * 200
+# announcements
 
 
 @EVERY_KIND
@@ -136,8 +77,9 @@ def test_slices_are_announced_in_order_and_are_final_then(kind):
     assert np.isfinite(gradient).all()
 
 
-def test_between_is_called_in_every_time_step_of_the_backward():
+def test_between_is_called_in_every_layer_of_the_backward_and_time_step_where_these_are_long(monkeypatch):
     model, calls = build(configured("three layers")), []
+    monkeypatch.setattr(lstm, "STRIDE", 1)
     tokens, targets, _ = text()
     run(model, tokens, targets, *states(model.config), between=lambda: calls.append(1))
     assert len(calls) >= 3 * T
@@ -400,50 +342,3 @@ def test_logits_are_those_of_the_losses(kind, B):
         logits = model.logits(tokens[step : step + 1], h, c)
     expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(B), targets[-1]]
     np.testing.assert_allclose(losses[-1], expected, rtol=1e-12)
-
-
-# initial values
-
-
-def initialised(config, seed=1, dtype=np.float64):
-    model = LanguageModel(config, 200, dtype, 1, 1, np.full(Layout(config, 200, dtype).size, np.nan, dtype))
-    model.initialise(seed)
-    return tensors(model, model.theta)
-
-
-def fills(values, bound):
-    """Uniform on +-bound: within it, near its ends, and of its variance."""
-    return 0.9 * bound < abs(values).max() <= bound and abs(values.std() / bound - 3**-0.5) < 0.1
-
-
-@pytest.mark.parametrize("embedding", [16, 0])
-def test_initial_values_keep_to_their_ranges(embedding):
-    config = ModelConfig(embedding=embedding, hidden=25, layers=2, init_output=0.05, init_output_bias=0.3)
-    bounds = {"output.weight": 0.05, "output.bias": 0.3, **({"embedding.weight": 0.05} if embedding else {})}
-    for name, tensor in initialised(config).items():
-        assert fills(tensor, bounds.get(name, 1 / 5)), name
-    everywhere = initialised(ModelConfig(init=0.07, init_output=0.07))
-    assert all(fills(tensor, 0.07) for name, tensor in everywhere.items() if name != "output.bias")
-    assert not everywhere["output.bias"].any()
-
-
-@pytest.mark.parametrize("biases", [1, 2])
-def test_forget_bias_is_the_bias_of_the_forget_gate_alone(biases):
-    plain = initialised(ModelConfig(hidden=25, layers=2, biases=biases))
-    higher = initialised(ModelConfig(hidden=25, layers=2, biases=biases, forget_bias=1.5))
-    for name, tensor in higher.items():
-        if name.endswith("bias") and name.startswith("lstm"):
-            assert (tensor[0, 25:50] == 1.5).all()
-            tensor[0, 25:50] = plain[name][0, 25:50]
-        np.testing.assert_array_equal(tensor, plain[name], err_msg=name)
-
-
-def test_initial_values_follow_from_the_seed_alone():
-    config = ModelConfig(embedding=16, hidden=16, layers=2)
-    one, same, other = (initialised(config, seed) for seed in (1, 1, 2))
-    narrow = initialised(config, 1, np.float32)
-    for name in one.keys() - {"output.bias"}:
-        np.testing.assert_array_equal(one[name], same[name])
-        np.testing.assert_array_equal(one[name].astype(np.float32), narrow[name])
-        assert not np.isin(one[name], other[name]).any()
-    assert not np.isin(one["lstm.0.weight_h"], one["lstm.1.weight_h"]).any()

@@ -1,130 +1,20 @@
-"""From files to windows: text cut into pieces, shards written and read back, lanes and their schedule, and the one door
-through which HDF5 files are opened. What is damaged or foreign must be a UserError that names the file.
-"""
+"""Shards written and read back, lanes and their schedule; what is damaged or foreign is a UserError that names the file."""
 
 import itertools
 import json
 
-import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import flip, place_of
 
 from dllm import storage
-from dllm.data import lanes, shards, text
+from dllm.data import lanes, shards
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-
-
-def planned(paths, piece, shard=1 << 30, search=1 << 16):
-    """The plan of files for other sizes of pieces and shards."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PIECE", piece), ("SHARD", shard), ("_SEARCH", search)):
-            patch.setattr(text, name, value)
-        return text.plan(paths)
-
-
-def check_plan(plan, paths):
-    """Pieces cover the files in order, without gap or overlap. Returns the bytes of each piece."""
-    pieces = [piece for part in plan for piece in part]
-    expected = [str(path) for path in paths if path.stat().st_size]
-    assert [path for path, _ in itertools.groupby(pieces, lambda piece: piece.path)] == expected
-    for path in expected:
-        own = [piece for piece in pieces if piece.path == path]
-        assert [piece.start for piece in own] == [0, *(piece.stop for piece in own)][:-1]
-        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
-        with open(path, "rb") as file:
-            assert b"".join(piece.read() for piece in own) == file.read()
-    assert all(plan)
-    return [piece.read() for piece in pieces]
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A file to write to over and over."""
-    return tmp_path_factory.mktemp("text") / "text"
-
-
-# text in pieces
-
-
-@FEW
-@given(st.text("a宋ß🙂 \n", max_size=60), st.integers(1, 25))
-def test_pieces_end_behind_the_first_line_or_space_or_character_after_their_size(scratch, content, size):
-    data = content.encode()
-    scratch.write_bytes(data)
-    for piece in check_plan(planned([scratch], size), [scratch]):
-        piece.decode()  # no character is split
-    for piece in planned([scratch], size)[0] if data else ():
-        near, behind = piece.start + size, data[piece.start + size :]
-        mark = next((mark for mark in (b"\n", b" ") if mark in behind), None)
-        if mark:
-            assert piece.stop == near + behind.index(mark) + 1
-        else:
-            assert piece.stop - near < 4 or piece.last
-
-
-@FEW
-@given(st.binary(max_size=60), st.integers(1, 9), st.integers(1, 9))
-def test_any_bytes_at_all_are_covered(scratch, data, size, search):
-    scratch.write_bytes(data)
-    check_plan(planned([scratch], size, search=search), [scratch])
-
-
-@pytest.mark.parametrize("letter", ["x", "ß", "宋", "🙂"])
-def test_one_long_line_without_blanks_is_cut_between_characters(scratch, letter):
-    for count, size in itertools.product(range(1, 9), range(1, 17)):
-        scratch.write_text(letter * count, encoding="utf-8")
-        pieces = check_plan(planned([scratch], size), [scratch])
-        assert "".join(piece.decode() for piece in pieces) == letter * count
-        assert all(len(piece) >= size for piece in pieces[:-1])
-
-
-@pytest.mark.parametrize(("length", "pieces"), [(1, 1), (15, 1), (16, 1), (17, 2), (32, 1), (33, 2), (96, 3)])
-def test_sizes_around_that_of_a_piece(scratch, length, pieces):
-    scratch.write_bytes((b"fifteen letters\n" * 9)[:length])  # the search begins behind the sixteenth byte
-    assert len(check_plan(planned([scratch], 16), [scratch])) == pieces
-
-
-def test_many_small_files_share_shards_of_the_wanted_size(tmp_path):
-    rng, paths = np.random.default_rng(1), [tmp_path / f"{number:03d}" for number in range(100)]
-    for path in paths:
-        path.write_bytes(b"x" * int(rng.integers(0, 30)))
-    paths[7].write_bytes(b"a line\n" * 50)  # more than a shard
-    plan = planned(paths, piece=16, shard=64)
-    check_plan(plan, paths)
-    sizes = [sum(piece.stop - piece.start for piece in part) for part in plan]
-    assert len(sizes) > 10
-    assert all(size >= 64 for size in sizes[:-1])
-    assert all(size - (part[-1].stop - part[-1].start) < 64 for size, part in zip(sizes, plan, strict=True))
-
-
-def test_empty_files_have_no_pieces(tmp_path):
-    (tmp_path / "empty").touch()
-    assert text.plan([tmp_path / "empty"]) == text.plan([]) == []
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*/missing: No such file"):
-        text.plan([tmp_path / "missing"])
-    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
-        text.plan([tmp_path])
-
-
-def test_the_embedded_corpus_is_the_standard_library_with_one_file_in_twenty_held_out():
-    train, valid = text.embedded_corpus()
-    assert not set(train) & set(valid)
-    assert train == sorted(train)
-    assert 0.04 < len(valid) / len(train + valid) < 0.06
-    assert any(path.name == "argparse.py" for path in train + valid)
-    assert not any("test" in path.parts or "site-packages" in path.parts for path in train + valid)
-
-
-# shards
-
 TOKENS = np.random.default_rng(2).integers(0, 300, 41)
 CUTS = (0, 10, 11, 11, 30, 41)  # the third shard is empty
 
@@ -153,18 +43,6 @@ def make_corpus(folder, tokens=TOKENS, cuts=CUTS, vocabulary=300, split="train")
     }
     storage.write_json(folder / "manifest.json", manifest)
     return shards.Corpus(folder)
-
-
-def flip(path, place):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-def place_of(path, name="tokens"):
-    """Where the first chunk of a dataset begins in its file."""
-    with h5py.File(path) as file:
-        return file[name].id.get_chunk_info(0).byte_offset
 
 
 def test_every_range_of_tokens_is_read_back_over_any_number_of_shards(tmp_path):
@@ -430,166 +308,3 @@ def test_lanes_verify_the_shards_they_will_read_and_no_others(tmp_path):
     lanes.Lanes(corpus, "train", range(2), 4, 5)
     with pytest.raises(UserError, match=r"train-00004.h5 is damaged"):
         lanes.Lanes(corpus, "train", range(3, 4), 4, 5)
-
-
-# storage
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-
-    def write(text_to_write, problem=None):
-        with storage.atomic(path) as temporary:
-            assert temporary.parent == tmp_path  # where renaming is atomic
-            temporary.write_text(text_to_write)
-            if problem:
-                raise problem
-
-    with pytest.raises(error):
-        write("half", error)
-    assert list(tmp_path.iterdir()) == []
-    write("old")
-    with pytest.raises(error):
-        write("half of the new", error)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "old"
-    write("new")
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "new"
-
-
-def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    storage.write_text(path, "old")
-    with storage.atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-
-
-def test_json_survives_and_its_errors_name_the_file(tmp_path):
-    path = tmp_path / "value.json"
-    value = {"text": "宋\n", "number": 1.5, "none": None}
-    storage.write_json(path, value)
-    assert storage.read_json(path, ["text", "none"]) == value
-    with pytest.raises(UserError, match=r"value.json has no 'other'"):
-        storage.read_json(path, ["text", "other"])
-    path.write_text("{1}")
-    with pytest.raises(UserError, match=r"value.json is not valid JSON"):
-        storage.read_json(path, [])
-    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
-        storage.read_json(tmp_path, [])
-
-
-ARRAYS = {"a": np.arange(1000.0), "b": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "none": np.zeros((2, 0))}
-
-
-def test_arrays_survive_and_a_flipped_bit_in_any_is_found(tmp_path):
-    path = tmp_path / "arrays.h5"
-    assert storage.write_arrays(path, ARRAYS) == storage.sha256(path)
-
-    def read(names=ARRAYS):
-        with storage.open_arrays(path) as array:
-            return {name: array(name, ARRAYS[name].dtype, ARRAYS[name].shape)[:] for name in names}
-
-    for name, found in read().items():
-        np.testing.assert_array_equal(found, ARRAYS[name])
-    for name in ("a", "b"):
-        place = place_of(path, name)
-        flip(path, place)
-        with pytest.raises(UserError, match=r"cannot read .*arrays.h5"):
-            read([name])
-        flip(path, place)
-
-
-def test_large_arrays_have_a_checksum_for_each_mebibyte(tmp_path):
-    storage.write_arrays(tmp_path / "large.h5", {"large": np.zeros((100_000, 2))})
-    with h5py.File(tmp_path / "large.h5") as file:
-        assert file["large"].fletcher32
-        assert file["large"].chunks == (65536, 2)
-
-
-def test_damage_in_the_structure_of_a_file_is_a_user_error_or_harmless(tmp_path):
-    path = tmp_path / "arrays.h5"
-    storage.write_arrays(path, {"a": ARRAYS["a"]})
-    rng, problems = np.random.default_rng(3), []
-    for place in (0, *rng.integers(0, path.stat().st_size, 400)):
-        flip(path, place)
-        try:
-            with storage.open_arrays(path) as array:
-                array("a", np.float64, (1000,))[:]
-        except UserError as error:
-            problems.append(str(error))
-        flip(path, place)
-    assert len(problems) > 100
-    assert all(str(path) in problem and "\n" not in problem for problem in problems)
-
-
-def foreign_files(folder):
-    """A file for each way in which 'x' is not a plain dataset of eight float64 in this very file."""
-    outside = folder / "outside.h5"
-    data = np.arange(8.0)
-    with h5py.File(outside, "w") as file:
-        file["x"] = data
-    (folder / "raw").write_bytes(data.tobytes())
-
-    def virtual(file):
-        layout = h5py.VirtualLayout((8,), np.float64)
-        layout[:] = h5py.VirtualSource(outside, "x", (8,))
-        file.create_virtual_dataset("x", layout)
-
-    def soft(file):
-        file["other"] = data
-        file["x"] = h5py.SoftLink("/other")
-
-    def huge(file):
-        file.create_dataset("x", (1 << 42,), np.float64, chunks=(1 << 10,))
-
-    return {
-        "external link": lambda file: file.__setitem__("x", h5py.ExternalLink(str(outside), "x")),
-        "dangling external link": lambda file: file.__setitem__("x", h5py.ExternalLink("/dev/zero", "x")),
-        "soft link": soft,
-        "dangling soft link": lambda file: file.__setitem__("x", h5py.SoftLink("/nowhere")),
-        "virtual dataset": virtual,
-        "external storage": lambda file: file.create_dataset("x", (8,), np.float64, external=[(folder / "raw", 0, 64)]),
-        "group": lambda file: file.create_group("x"),
-        "named type": lambda file: file.__setitem__("x", np.dtype(np.float64)),
-        "missing": lambda file: None,
-        "float32": lambda file: file.__setitem__("x", data.astype(np.float32)),
-        "big-endian": lambda file: file.__setitem__("x", data.astype(">f8")),
-        "text": lambda file: file.__setitem__("x", "text"),
-        "other shape": lambda file: file.__setitem__("x", data.reshape(2, 4)),
-        "scalar": lambda file: file.__setitem__("x", 1.0),
-        "empty": lambda file: file.__setitem__("x", h5py.Empty(np.float64)),
-        "four terabytes": huge,
-        "foreign filter": lambda file: file.create_dataset("x", data=data, compression="lzf"),
-    }
-
-
-def test_whatever_is_not_a_plain_dataset_of_the_file_is_refused(tmp_path):
-    path = tmp_path / "file.h5"
-    for case, make in foreign_files(tmp_path).items():
-        with h5py.File(path, "w") as file:
-            make(file)
-        with storage.open_arrays(path) as array, pytest.raises(UserError) as error:
-            array("x", np.float64, (8,))
-        assert str(error.value).startswith(f"{path}: 'x' "), case
-        assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_hdf5_is_named(tmp_path):
-    path = tmp_path / "file.h5"
-    path.write_text("text")
-    for place in (path, tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"cannot read {place}"), storage.open_arrays(place):
-            pass
-
-
-def test_a_hash_that_does_not_hold_is_named(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    storage.check_file(path, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")  # FIPS 180-4
-    with pytest.raises(UserError, match=r"file is damaged"):
-        storage.check_file(path, "0" * 64)
-    with pytest.raises(UserError, match=r"cannot read .*missing"):
-        storage.check_file(tmp_path / "missing", "0" * 64)
