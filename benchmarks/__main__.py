@@ -4,7 +4,7 @@
 
 Runs alone: it starts mpirun itself. Each rank and each peer's process has one thread. What is compared is measured in turns
 in one go; a table shows medians (least - most). Written to FOLDER: COMMAND.json, and COMMAND.png where matplotlib is there.
-Peers: pip install '.[bench]', and tensorflow for Keras. Keep the machine quiet meanwhile.
+Peers: pip install '.[bench]', tensorflow for Keras, jax. Keep the machine quiet meanwhile.
 """
 
 import argparse
@@ -25,6 +25,7 @@ COMMANDS = {
     "generation": commands.generation,
     "quality": commands.quality,
 }
+PEERS = ["torch", "tensorflow", "jax"]
 
 
 def main():
@@ -39,7 +40,7 @@ def main():
         command.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
         command.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
         command.add_argument(
-            "--peers", nargs="*", default=["torch", "tensorflow"], help="default: torch tensorflow, where installed"
+            "--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}, where installed"
         )
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"), help="default: ./results")
         command.add_argument("--data", type=pathlib.Path, help="quality: folder with tinyshakespeare/ and wikitext-2/")
@@ -49,8 +50,8 @@ def main():
     print(hardware())
     with tempfile.TemporaryDirectory() as work:
         options.work = pathlib.Path(work)
-        table, *rest = COMMANDS[options.command](options)
-    for path in save(options.out, options.command, table, *rest):
+        table, data, draw = COMMANDS[options.command](options)
+    for path in save(options.out, options.command, table, data, draw):
         print(f"\nwritten to {path}", end="")
     print()
 

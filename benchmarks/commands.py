@@ -1,10 +1,11 @@
-"""The measurements: each takes the options of the command line and returns (Table, what was measured, bars to draw)."""
+"""The measurements: each takes the options of the command line and returns (Table, what was measured, how to draw it)."""
 
 import json
 import sys
 import time
+from functools import partial
 
-from .results import Table, middle, ratio, spread
+from .results import Table, bars, middle, ratio, roofline, spread
 from .runs import PEERS, Steps, installed, last_json, mpirun, run, train
 from .sizes import SIZES
 
@@ -17,11 +18,11 @@ def ceilings(ranks):
 
 
 def step(options):
-    """A training step against PyTorch's and Keras's, in fp32 and bf16, and against what the machine can do."""
-    columns = [("size", 18), ("dllm GFLOP/s", 24), ("of ceiling", 12), ("PyTorch DDP", 24), ("ratio", 9), ("Keras", 18)]
-    columns += [("ratio", 9), ("exposed comm", 14), ("MB a rank", 11), ("PyTorch", 9)]
+    """A training step against PyTorch's, Keras's and JAX's, in fp32 and bf16, and against what the machine can do."""
+    columns = [("size", 18), ("dllm GFLOP/s", 24), ("of ceiling", 12), ("PyTorch DDP", 18), ("Keras", 18), ("JAX", 18)]
+    columns += [("exposed comm", 14), ("MB a rank", 11), ("PyTorch", 9)]
     table = Table(f"A training step, {options.ranks} ranks", columns)
-    data, bars = {}, {}
+    data, groups = {}, {}
     for name in options.sizes:
         size = SIZES[name]
         steps, found = Steps(options.work, name, size, options.ranks, options.seconds), {}
@@ -40,20 +41,22 @@ def step(options):
                     peer = steps.torch(precision)
                     add(f"torch {precision}", total / peer["seconds"])
                     add(f"torch memory {precision}", peer["peak_rss_bytes"] / MIB)
-            if "tensorflow" in options.peers and installed("tensorflow"):
-                add("keras fp32", size.flops / 1e9 / steps.keras()["seconds"])
+            for package, peer in (("tensorflow", "keras"), ("jax", "jax")):
+                if package in options.peers and installed(package):
+                    add(f"{peer} fp32", size.flops / 1e9 / steps.one_process(peer)["seconds"])
         data[name] = found
         for precision in precisions:
             get = lambda key, precision=precision, found=found: found.get(f"{key} {precision}")
+            beaten = lambda peer, get=get: f"{middle(get(peer)):.1f}, {ratio(get('dllm'), get(peer))}" if get(peer) else "-"
             table.row(
                 f"{name} {precision}", spread(get("dllm")), f"{middle(get('dllm')) / middle(get('ceiling')):.1%}",
-                spread(get("torch")), ratio(get("dllm"), get("torch")), spread(get("keras")),
-                ratio(get("dllm"), get("keras")), f"{middle(get('exposed')):.1%}", f"{middle(get('memory')):.0f}",
-                f"{middle(get('torch memory')):.0f}" if get("torch memory") else "-",
+                beaten("torch"), beaten("keras"), beaten("jax"), f"{middle(get('exposed')):.1%}",
+                f"{middle(get('memory')):.0f}", f"{middle(get('torch memory')):.0f}" if get("torch memory") else "-",
             )  # fmt: skip
-            series = {"dllm": get("dllm"), "PyTorch DDP": get("torch"), "Keras": get("keras"), "ceiling": get("ceiling")}
-            bars[f"{name}\n{precision}"] = {key: middle(values) for key, values in series.items()}
-    return table, data, ("GFLOP/s", bars)
+            series = {"dllm": "dllm", "PyTorch DDP": "torch", "Keras": "keras", "JAX": "jax", "ceiling": "ceiling"}
+            series = {label: get(key) for label, key in series.items() if get(key)}
+            groups[f"{name}\n{precision}"] = {key: middle(values) for key, values in series.items()}
+    return table, data, partial(bars, "GFLOP/s", groups)
 
 
 def kernels(options):
@@ -61,21 +64,23 @@ def kernels(options):
     columns = [("product", 34), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("BLAS", 22), ("ratio", 9), ("bf16", 22)]
     table = Table("Matrix products of a training step, one core", columns)
     command = [sys.executable, "-m", "benchmarks.products", str(options.seconds), *options.sizes]
-    data, bars = last_json(run(command, {"OPENBLAS_NUM_THREADS": "1"})), {}
+    limits, points = ceilings(1), {"dllm fp32": [], "BLAS fp32": [], "dllm bf16": []}
+    data = last_json(run(command, {"OPENBLAS_NUM_THREADS": "1"}))
     for row in data:
         fp32, blas, bf16 = row["fp32"], row["blas"], row["bf16"]
         name = f"{row['size']} {row['product']}"
         shape = "{} x {} x {}".format(*row["shape"])
         table.row(name, shape, spread(fp32), spread(blas), ratio(fp32, blas), spread(bf16))
-        bars[name.replace(" ", "\n")] = {"fp32": middle(fp32), "BLAS fp32": middle(blas), "bf16": middle(bf16)}
-    return table, data, ("GFLOP/s", bars)
+        for label, rates, intensity in (("dllm fp32", fp32, 0), ("BLAS fp32", blas, 0), ("dllm bf16", bf16, 1)):
+            points[label] += [(row["intensity"][intensity], middle(rates))] if rates else []
+    return table, {"ceilings": limits, "products": data}, partial(roofline, limits, points)
 
 
 def scaling(options):
     """Weak scaling: tokens a second of one rank and of several, each with the same lanes."""
     columns = [("size", 18), ("1 rank GFLOP/s", 24), (f"{options.ranks} ranks", 24), ("efficiency", 12)]
     table = Table(f"Weak scaling from 1 rank to {options.ranks}", columns)
-    data, bars = {}, {}
+    data, groups = {}, {}
     for name in options.sizes:
         one, many = (Steps(options.work, name, SIZES[name], ranks, options.seconds) for ranks in (1, options.ranks))
         found = {"one": [], "many": []}
@@ -84,8 +89,8 @@ def scaling(options):
             found["many"].append(many.dllm()["gflops"])
         efficiency = middle(found["many"]) / middle(found["one"]) / options.ranks
         table.row(name, spread(found["one"]), spread(found["many"]), f"{efficiency:.3f}")
-        data[name], bars[name] = found, {"efficiency": efficiency}
-    return table, data, ("efficiency", bars)
+        data[name], groups[name] = found, {"efficiency": efficiency}
+    return table, data, partial(bars, "efficiency", groups)
 
 
 def overlap(options):
@@ -93,18 +98,18 @@ def overlap(options):
     table = Table(
         f"Exposed communication, {options.ranks} ranks", [("size", 14), ("bucket MB", 12), ("exposed", 22), ("GFLOP/s", 24)]
     )
-    data, bars = {}, {}
+    data, groups = {}, {}
     for name in options.sizes:
         steps = Steps(options.work, name, SIZES[name], options.ranks, options.seconds)
-        bars[name] = {}
+        groups[name] = {}
         for bucket in (1, 4, 16):
             runs = [steps.dllm(averaging__bucket_mb=bucket) for _ in range(options.rounds)]
             exposed = [100 * summary["exposed_comm_fraction"] for summary in runs]
             speed = [summary["gflops"] for summary in runs]
             table.row(name, bucket, f"{spread(exposed)} %", spread(speed))
             data[f"{name} {bucket}"] = {"exposed_percent": exposed, "gflops": speed}
-            bars[name][f"{bucket} MB"] = middle(exposed)
-    return table, data, ("% of the step that waits", bars)
+            groups[name][f"{bucket} MB"] = middle(exposed)
+    return table, data, partial(bars, "% of the step that waits", groups)
 
 
 def startup(options):
@@ -127,7 +132,7 @@ def startup(options):
     for ranks in (1, 8):
         measure(f"{ranks} ranks, warm cache", ranks, mpirun(ranks, *one_step))
     measure("1 rank, cold cache", 1, mpirun(1, *one_step), cold=True, warm_up=False)
-    return table, data, ("seconds", {name: {"seconds": middle(values)} for name, values in data.items()})
+    return table, data, partial(bars, "seconds", {name: {"seconds": middle(values)} for name, values in data.items()})
 
 
 def memory(options):
@@ -135,21 +140,21 @@ def memory(options):
     table = Table(
         f"Peak memory a rank, {options.ranks} ranks", [("size", 18), ("dllm MB", 14), ("PyTorch DDP MB", 18), ("ratio", 9)]
     )
-    data, bars = {}, {}
+    data, groups = {}, {}
     for name in options.sizes:
         steps = Steps(options.work, name, SIZES[name], options.ranks, 0)
         ours = [max(steps.dllm()["peak_rss_bytes"]) / MIB]
         theirs = [steps.torch()["peak_rss_bytes"] / MIB] if installed("torch") else []
         table.row(name, spread(ours, 0), spread(theirs, 0), ratio(ours, theirs))
         data[name] = {"dllm": ours, "torch": theirs}
-        bars[name] = {"dllm": middle(ours), "PyTorch DDP": middle(theirs)}
-    return table, data, ("MiB", bars)
+        groups[name] = {"dllm": middle(ours), "PyTorch DDP": middle(theirs)}
+    return table, data, partial(bars, "MiB", groups)
 
 
 def generation(options):
     """Tokens a second of one stream on one thread, against PyTorch's nn.LSTM token by token."""
     columns = [("size", 18), ("dllm tokens/s", 26), ("PyTorch", 26), ("ratio", 9)]
-    table, data, bars = Table("Generation of one stream, one thread", columns), {}, {}
+    table, data, groups = Table("Generation of one stream, one thread", columns), {}, {}
     count = 50 if options.quick else 400
     for name in options.sizes:
         found = {"dllm": [], "torch": []}
@@ -161,8 +166,8 @@ def generation(options):
                 found["torch"].append(last_json(run(theirs))["tokens_per_second"])
         table.row(name, spread(found["dllm"]), spread(found["torch"]), ratio(found["dllm"], found["torch"]))
         data[name] = found
-        bars[name] = {"dllm": middle(found["dllm"]), "PyTorch": middle(found["torch"])}
-    return table, data, ("tokens/s", bars)
+        groups[name] = {"dllm": middle(found["dllm"]), "PyTorch": middle(found["torch"])}
+    return table, data, partial(bars, "tokens/s", groups)
 
 
 def quality(options):
@@ -172,7 +177,7 @@ def quality(options):
     table = Table(
         f"bf16 against fp32, {options.ranks} ranks", [("run", 34), ("fp32 loss", 14), ("bf16 loss", 14), ("difference", 12)]
     )
-    data, bars = {}, {}
+    data, groups = {}, {}
     plans = {
         "tinyshakespeare": ("tinyshakespeare", "char", ["--preset", "default"]),
         "wlm-200, WikiText-2, one epoch": ("wikitext-2", "word", ["--preset", "wlm-200", "--set", "train.epochs=1"]),
@@ -196,5 +201,5 @@ def quality(options):
             found[precision] = [line["loss"] for line in lines if "split" in line][-1]
         difference = found["bf16"] / found["fp32"] - 1
         table.row(name, f"{found['fp32']:.4f}", f"{found['bf16']:.4f}", f"{difference:+.2%}")
-        data[name], bars[name] = found, found
-    return table, data, ("validation loss, nats a token", bars)
+        data[name], groups[name] = found, found
+    return table, data, partial(bars, "validation loss, nats a token", groups)

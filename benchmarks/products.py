@@ -2,7 +2,8 @@
 
     python -m benchmarks.products SECONDS SIZE...
 
-Prints one JSON line: [{"size", "product", "shape": [M, K, N], "fp32", "blas", "bf16": GFLOP/s of some runs}, ...].
+Prints one JSON line: [{"size", "product", "shape": [M, K, N], "intensity": operations a byte in fp32 and in bf16,
+"fp32", "blas", "bf16": GFLOP/s of some runs}, ...].
 """
 
 import json
@@ -12,6 +13,7 @@ import time
 import numpy as np
 
 from dllm.kernels import gemm, tiles
+from dllm.model import tokens_of_chunk
 
 from .sizes import SIZES
 
@@ -21,7 +23,7 @@ RUNS = 5
 def products(size):
     """name -> (M, K, N, how: multiply or multiply_transposed)."""
     V, H, B, T = size.vocabulary, size.hidden, size.lanes, size.window
-    tokens = min(T * B, -(-T * B // 64) * 32)  # of a chunk
+    tokens = tokens_of_chunk(T * B, V, 16)
     return {
         "x Wx": (T * B, H, 4 * H, "multiply"),
         "h Wh": (B, H, 4 * H, "multiply"),
@@ -79,6 +81,7 @@ def main():
     seconds = float(sys.argv[1]) / 8
     for name, product, M, K, N, how in cases:
         flops, row = 2 * M * K * N, {"size": name, "product": product, "shape": [M, K, N]}
+        row["intensity"] = [flops / (size * (M * K + K * N) + 4 * M * N) for size in (4, 2)]
         row["fp32"] = rates(flops, seconds, own(M, K, N, how, False))
         row["blas"] = rates(flops, seconds, blas(M, K, N, how))
         row["bf16"] = rates(flops, seconds, own(M, K, N, how, True)) if tiles.BF16 else []

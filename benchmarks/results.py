@@ -50,42 +50,61 @@ class Table:
         print("".join(f"{cell:>{width}}" if i else f"{cell:{width}}" for i, (cell, width) in pairs), flush=True)
 
 
-def save(folder, command, table, data, bars=None):
+def save(folder, command, table, data, draw):
     """Write `command`.json and, where matplotlib is there, `command`.png into a folder. Returns the paths.
 
     data : what was measured, as it was measured
-    bars : (label of the axis, name -> {series: value}), for the picture
+    draw : function of matplotlib's axes
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{command}.json"]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"title": table.title, "hardware": hardware(), "time": now, "table": table.rows, "measured": data}
     paths[0].write_text(json.dumps(content, indent=1) + "\n")
-    if bars and draw(folder / f"{command}.png", table.title, *bars):
-        paths.append(folder / f"{command}.png")
-    return paths
-
-
-def draw(path, title, label, groups):
-    """A picture of bars in groups. False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return paths
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    series = list(dict.fromkeys(name for values in groups.values() for name in values))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    draw(axes)
+    axes.set_title(f"{table.title}\n{hardware()}", fontsize=9)
+    axes.legend(fontsize=8)
+    paths.append(folder / f"{command}.png")
+    figure.savefig(paths[1], dpi=120)
+    pyplot.close(figure)
+    return paths
+
+
+def bars(label, groups, axes):
+    """Bars in groups: name -> {series: value}; label of the axis."""
+    series = list(dict.fromkeys(name for values in groups.values() for name in values))
     for i, name in enumerate(series):
         places = [n + (i - (len(series) - 1) / 2) * 0.8 / len(series) for n in range(len(groups))]
         heights = [values.get(name) or 0 for values in groups.values()]
-        bars = axes.bar(places, heights, 0.8 / len(series), label=name)
-        axes.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=7)
+        drawn = axes.bar(places, heights, 0.8 / len(series), label=name)
+        axes.bar_label(drawn, [f"{height:.3g}" if height else "" for height in heights], fontsize=7)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
-    axes.set_title(f"{title}\n{hardware()}", fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+
+
+def roofline(limits, points, axes):
+    """Speed over operations a byte of memory, below what the machine can do (Williams, Waterman and Patterson 2009).
+
+    limits : of ceilings.py; points : series -> [(operations a byte, GFLOP/s)]
+    """
+    intensities = [intensity for series in points.values() for intensity, _ in series]
+    edges = min(1.0, *intensities), max(intensities) * 2
+    for number, precision in enumerate(name for name in ("fp32", "bf16") if name in limits):
+        bend = limits[precision] / limits["copy"]
+        speeds = [min(limits[precision], limits["copy"] * x) for x in (edges[0], bend, edges[1])]
+        axes.plot((edges[0], bend, edges[1]), speeds, color="black", ls="-:"[number], label=f"ceiling {precision}")
+    for (label, series), marker in zip(points.items(), "ox^", strict=True):
+        if series:
+            axes.plot(*zip(*series, strict=True), marker, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte")
+    axes.set_ylabel("GFLOP/s")

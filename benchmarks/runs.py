@@ -91,6 +91,6 @@ class Steps:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", self.ranks]
         return last_json(run([*launcher, PEERS / "torch_step.py", self.name, self.count, precision]))
 
-    def keras(self):
-        """{"seconds"} of a step in one process with a thread for each rank, on as many tokens as one rank has."""
-        return last_json(run([sys.executable, PEERS / "keras_step.py", self.name, max(6, self.count // 2), self.ranks]))
+    def one_process(self, peer):
+        """{"seconds"} of a step of Keras or JAX: one process, a thread for each rank, as many tokens as one rank has."""
+        return last_json(run([sys.executable, PEERS / f"{peer}_step.py", self.name, max(6, self.count // 2), self.ranks]))

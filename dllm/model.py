@@ -25,6 +25,12 @@ DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
 CHUNK = 1 << 22  # at most so many logits in memory at a time
 
 
+def tokens_of_chunk(tokens, vocabulary, R):
+    """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R."""
+    chunks = -(-tokens * vocabulary // CHUNK)
+    return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R
+
+
 class LanguageModel:
     """One rank's model over windows of at most T steps and B lanes.
 
@@ -63,9 +69,7 @@ class LanguageModel:
         self._x = rows(T * B, E)  # the embedded window, after dropout
         self._dropped = [rows(T * B, H) for _ in range(L if config.dropout and training else 0)]
         self._losses = np.zeros(T * B, dtype)
-        tokens, chunks = T * B, -(-T * B * vocabulary // CHUNK)
-        if training and chunks > 1:
-            tokens = -(-tokens // (chunks * 2 * R)) * 2 * R  # whole pairs of panels
+        tokens = tokens_of_chunk(T * B, vocabulary, R) if training else T * B
         self._chunk = Chunk(tokens, H, vocabulary, self.operands, training)
         if training:
             self.gradient = aligned((self.layout.size,), dtype) if gradient is None else gradient

@@ -18,7 +18,7 @@ from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
 from .inference import Evaluation
 from .kernels.gemm import aligned
-from .kernels.reduce import fence, sum_ranks, sum_ranks_of_rows
+from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
 from .kernels.team import Team
 from .layout import Layout
 from .model import DTYPES, LanguageModel
@@ -168,7 +168,7 @@ class Trainer:
         losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
         model.backward(averaging.ready, averaging.progress)
         gradient, rows = averaging.gradient()
-        norm = self.optimizer.step(state, gradient, rows, lr)
+        norm = self.optimizer.step(state, gradient, rows, lr, averaging.squares)
         averaging.clear()
         averaging.mix(state.theta)
 
@@ -307,6 +307,8 @@ def warm_up(config):
     rows = None if model.layout.table is None else np.zeros(1, np.int64)
     optimizer.step(state, model.gradient, rows, 0.0)
     fence()
-    sum_ranks(np.zeros((1, 8), dtype), 0, 0, 8)
-    sum_ranks_of_rows(np.zeros((1, 2), dtype), np.zeros((1, 8), dtype), 0, np.zeros(1, np.int64))
+    vectors = np.zeros((1, 8), dtype)
+    sum_ranks(vectors, 0, 0, 8)
+    copy(vectors[0], vectors[0])
+    sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
     LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)

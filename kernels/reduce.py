@@ -11,15 +11,28 @@ BLOCK = 2048  # elements that are added up at a time, in the first-level cache
 
 @kernel
 def sum_ranks(vectors, rank, start, stop):
-    """vectors (n,P)[rank, start:stop] = the sum over ranks of that part."""
-    total = np.empty(BLOCK, vectors.dtype)
+    """vectors (n,P)[rank, start:stop] = the sum over ranks of that part. Returns the sum of its squares."""
+    squares, total = 0.0, np.empty(BLOCK, vectors.dtype)
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
         part = total[: last - first]
         add_ranks(part, vectors, first)
-        out = vectors[rank, first:last]  # slices from zero let the compiler vectorise these loops
+        squares += copy(vectors[rank, first:last], part)
+    return squares
+
+
+@kernel
+def copy(target, source):
+    """target (n,) = source. Returns the sum of its squares, like optim.sum_of_squares by blocks."""
+    squares = 0.0
+    for start in range(0, target.size, BLOCK):
+        stop = min(start + BLOCK, target.size)
+        out, part, total = target[start:stop], source[start:stop], source.dtype.type(0)  # slices let the compiler vectorise
         for k in range(part.size):
             out[k] = part[k]
+            total += part[k] * part[k]
+        squares += total
+    return squares
 
 
 @kernel

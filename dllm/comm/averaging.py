@@ -8,7 +8,8 @@ An averaging method is what the training step asks for:
     gradient()              the gradient that the optimiser gets, and which embedding rows of it may not be zero
     mix(theta)              what the parameters become after the optimiser's step
 
-plus counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
+plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None;
+and counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
 """
 
 import time
@@ -54,7 +55,7 @@ class Allreduce:
         self.everyones = np.full(tokens * comm.size, -1, np.int32)
         self.in_use = np.zeros(table.shape[0] if self.sparse else 0, bool)
         self.control = np.zeros((2, 4))
-        self.rows = None
+        self.rows = self.squares = None
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
 
     def begin(self, tokens, control):

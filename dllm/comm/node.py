@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from ..kernels.reduce import fence, sum_ranks, sum_ranks_of_rows
+from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
 from .averaging import Allreduce
 from .runtime import NAP
 
@@ -108,6 +108,7 @@ class NodeAllreduce(Allreduce):
         self.start = 0 if table is None else table.start
         self.stages = len(self.buckets) + self.sparse
         self.before = 0  # stages of earlier steps
+        self.parts = np.zeros((len(self.buckets), node.size))  # the sum of squares of each shard
         self.buffer = np.empty(-(-self.longest // node.size) if self.peers.size > 1 else 0, self.vector.dtype)
 
     def begin(self, tokens, control):
@@ -135,6 +136,7 @@ class NodeAllreduce(Allreduce):
         while self.copied < len(self.buckets):
             if not self._advance():
                 self._rest()
+        self.squares = self.parts.sum()
         if self.sparse:
             self._sum_rows()
         self.before += self.stages
@@ -157,28 +159,29 @@ class NodeAllreduce(Allreduce):
             if not self.request.Test():
                 return False
             shard, self.request = self._shard(self.summed, self.node.rank), None
-            self.vector[shard] = self.buffer[: shard.stop - shard.start]
-            self._shard_is_complete()
+            self._shard_is_complete(copy(self.vector[shard], self.buffer[: shard.stop - shard.start]))
             return True
         if self.summed < len(self.buckets) and self._all(READY, self.before + self.summed + 1):
             shard = self._shard(self.summed, self.node.rank)
-            sum_ranks(self.memory.vectors, self.node.rank, shard.start, shard.stop)
+            squares = sum_ranks(self.memory.vectors, self.node.rank, shard.start, shard.stop)
+            self.memory.forget(shard.start, shard.stop)
             if self.peers.size > 1:
                 self.request = self.peers.Iallreduce(self.vector[shard], self.buffer[: shard.stop - shard.start])
             else:
-                self._shard_is_complete()
+                self._shard_is_complete(squares)
             return True
         if self.copied < self.summed and self._all(SUMMED, self.before + self.copied + 1):
             for rank in range(self.node.size):
                 if rank != self.node.rank:
                     shard = self._shard(self.copied, rank)
-                    self.vector[shard] = self.memory.vectors[rank, shard]
+                    self.parts[self.copied, rank] = copy(self.vector[shard], self.memory.vectors[rank, shard])
             self.memory.forget(self.buckets[self.copied].start, self.buckets[self.copied].stop)
             self.copied += 1
             return True
         return False
 
-    def _shard_is_complete(self):
+    def _shard_is_complete(self, squares):
+        self.parts[self.summed, self.node.rank] = squares
         shard = self._shard(self.summed, self.node.rank)
         self.summed += 1
         self._count(shard.stop - shard.start)
