@@ -32,12 +32,17 @@ u R ... u R + R - 1. So the recurrence finishes R units at a time, from the prod
 first-level cache. Units beyond H have zero weights, and stay zero: tanh(0) = 0 is all that reaches their cell.
 """
 
-import numpy as np
+import math
 
-from .activations import sigmoid, tanh
-from .compile import kernel
+import numpy as np
+from numba import types
+from numba.extending import overload, register_jitable
+
+from .activations import cell_backward_row, cell_forward_row
+from .compile import OPTIONS, kernel
 from .gemm import keep_left, multiply, width
 from .team import meet, new_barrier, share_in_pairs
+from .tiles import ROW
 
 STRIDE = 1 << 27  # operations that a thread does going back, about a millisecond's, before `between` is called
 
@@ -126,39 +131,30 @@ def forward_steps(h, c, gates, left, Wh, K, b, T, B, barrier, threads, part):
         keep_left(left[first // 2 : (last + 1) // 2], h[first:last], (t + 1) * B, B)
 
 
-@kernel
 def cell_forward(h, c, gates, b, t, B):
-    """R units, one time step: gates (4,TB,R) + b (4,R) become i, f, g, o; slot t+1 of h and c ((T+1)B,R) is written.
-
-    Simple loops over a few kilobytes in the first-level cache, since the compiler vectorises those.
-    """
-    R, now = width(h), t * B
-    for q in range(4):
-        for n in range(now, now + B):
-            for k in range(R):
-                gates[q, n, k] += b[q, k]
-    i, f, g, o = step(gates[0], now, B), step(gates[1], now, B), step(gates[2], now, B), step(gates[3], now, B)
-    before, after, out = step(c, now, B), step(c, now + B, B), step(h, now + B, B)
-    for k in range(i.size):
-        i[k] = sigmoid(i[k])
-    for k in range(i.size):
-        f[k] = sigmoid(f[k])
-    for k in range(i.size):
-        g[k] = tanh(g[k])
-    for k in range(i.size):
-        o[k] = sigmoid(o[k])
-    for k in range(i.size):
-        after[k] = f[k] * before[k] + i[k] * g[k]
-    for k in range(i.size):
-        out[k] = tanh(after[k])
-    for k in range(i.size):
-        out[k] *= o[k]
+    """R units, one time step: gates (4,TB,R) + b (4,R) become i, f, g, o; slot t+1 of h and c ((T+1)B,R) is written."""
 
 
-@kernel
-def step(x, row, B):
-    """B rows of x (:,R) from `row` on, one after the other."""
-    return x[row : row + B].reshape(-1)
+@overload(cell_forward, jit_options=OPTIONS)
+def _cell_forward(h, c, gates, b, t, B):
+    def float32(h, c, gates, b, t, B):
+        for n in range(t * B, t * B + B):
+            here, after = n * ROW, (n + B) * ROW
+            cell_forward_row(
+                gates.ctypes.data + here, gates.strides[0], b.ctypes.data,
+                c.ctypes.data + here, c.ctypes.data + after, h.ctypes.data + after,
+            )  # fmt: skip
+
+    def float64(h, c, gates, b, t, B):
+        for n in range(t * B, t * B + B):
+            for k in range(width(h)):
+                i, f = sigmoid(gates[0, n, k] + b[0, k]), sigmoid(gates[1, n, k] + b[1, k])
+                g, o = math.tanh(gates[2, n, k] + b[2, k]), sigmoid(gates[3, n, k] + b[3, k])
+                gates[0, n, k], gates[1, n, k], gates[2, n, k], gates[3, n, k] = i, f, g, o
+                c[n + B, k] = f * c[n, k] + i * g
+                h[n + B, k] = o * math.tanh(c[n + B, k])
+
+    return float32 if c.dtype == types.float32 else float64
 
 
 @kernel
@@ -177,35 +173,43 @@ def backward_steps(dh_next, dc, db, gates, left, dh, c, WhT, K, begin, end, B, b
             multiply(dh_next[first:last], 0, left, t * B, WhT[first:last], B, K, False)
 
 
-@kernel
 def cell_backward(gates, db, dc, dh_next, dh, c, t, B):
-    """R units, one time step back: slot t of gates (4,TB,R) becomes da, which db (4,R) adds up; dc (B,R) becomes dc_{t-1}.
+    """R units, one time step back: slot t of gates (4,TB,R) becomes da, which db (4,R) adds up; dc (B,R) becomes dc_{t-1}."""
 
-    dh_next (B,R) is used up.
-    """
-    R, now = width(c), t * B
-    one = c.dtype.type(1)
-    i, f, g, o = step(gates[0], now, B), step(gates[1], now, B), step(gates[2], now, B), step(gates[3], now, B)
-    before, after, above = step(c, now, B), step(c, now + B, B), step(dh, now, B)
-    dc_t, dh_t = step(dc, 0, B), step(dh_next, 0, B)
-    for k in range(i.size):
-        dh_t[k] += above[k]
-    for k in range(i.size):
-        tanh_c = tanh(after[k])
-        do = dh_t[k] * o[k]
-        dc_t[k] += do * (one - tanh_c * tanh_c)
-        o[k] = do * tanh_c * (one - o[k])
-    for k in range(i.size):
-        i_k, f_k, g_k = i[k], f[k], g[k]
-        i[k] = dc_t[k] * g_k * i_k * (one - i_k)
-        g[k] = dc_t[k] * i_k * (one - g_k * g_k)
-        df = dc_t[k] * f_k
-        f[k] = df * before[k] * (one - f_k)
-        dc_t[k] = df
-    for q in range(4):
-        for n in range(now, now + B):
-            for k in range(R):
-                db[q, k] += gates[q, n, k]
+
+@overload(cell_backward, jit_options=OPTIONS)
+def _cell_backward(gates, db, dc, dh_next, dh, c, t, B):
+    def float32(gates, db, dc, dh_next, dh, c, t, B):
+        for n in range(B):
+            here, after, lane = (t * B + n) * ROW, (t * B + B + n) * ROW, n * ROW
+            cell_backward_row(
+                gates.ctypes.data + here, gates.strides[0], db.ctypes.data, c.ctypes.data + here, c.ctypes.data + after,
+                dc.ctypes.data + lane, dh_next.ctypes.data + lane, dh.ctypes.data + here,
+            )  # fmt: skip
+
+    def float64(gates, db, dc, dh_next, dh, c, t, B):
+        for n in range(t * B, t * B + B):
+            lane = n - t * B
+            for k in range(width(c)):
+                i, f, g, o = gates[0, n, k], gates[1, n, k], gates[2, n, k], gates[3, n, k]
+                tanh_c, dh_t = math.tanh(c[n + B, k]), dh_next[lane, k] + dh[n, k]
+                dc_t = dc[lane, k] + dh_t * o * (1 - tanh_c**2)
+                da_i, da_f = dc_t * g * i * (1 - i), dc_t * c[n, k] * f * (1 - f)
+                da_g, da_o = dc_t * i * (1 - g**2), dh_t * tanh_c * o * (1 - o)
+                gates[0, n, k], gates[1, n, k], gates[2, n, k], gates[3, n, k] = da_i, da_f, da_g, da_o
+                dc[lane, k] = dc_t * f
+                db[0, k] += da_i
+                db[1, k] += da_f
+                db[2, k] += da_g
+                db[3, k] += da_o
+
+    return float32 if c.dtype == types.float32 else float64
+
+
+@register_jitable
+def sigmoid(x):
+    """The logistic function of float64, or of an array of any dtype, complex too: tanh has no branch that a step could miss."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
 def lstm_forward_reference(x, h0, c0, Wx, Wh, b):

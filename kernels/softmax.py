@@ -25,11 +25,11 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .activations import exp_rows, exp_rows_to_bf16
 from .compile import OPTIONS, kernel
 from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
 from .team import share_in_pairs
 from .tiles import ROW
-from .vectors import exp_rows, exp_rows_to_bf16
 
 IGNORE = -1  # the target of a padded position
 GROUP = 224  # rows of p^T that are made, and turned into exp, at a time

@@ -1,4 +1,4 @@
-"""The small kernels: embedding, activations by their stated bounds, Philox by the known answers of Random123, dropout,
+"""The small kernels: embedding, Philox by the known answers of Random123, dropout,
 optimiser updates by PyTorch's, and compiled functions against their own Python. The others have files of their own.
 """
 
@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from numerics import CLOSE, DTYPES, gate_panels, in_panels, nan_panels, out_of_gate_panels, out_of_panels, padding, relative
 
-from dllm.kernels import dropout, embedding, gemm, lstm, optim
-from dllm.kernels.activations import sigmoid, tanh
-from dllm.kernels.compile import kernel
+from dllm.kernels import dropout, embedding, gemm, optim
 
 # embedding
 
@@ -42,69 +40,6 @@ def test_embedding_is_a_product_with_one_hot_rows_and_its_gradient_adds_up_repea
     reference = before.copy()
     embedding.embedding_backward_reference(reference, tokens, dx)
     np.testing.assert_array_equal(dtable, reference)  # both add in order
-
-
-# activations
-
-
-@kernel
-def map_tanh(y, x):
-    for i in range(x.size):
-        y[i] = tanh(x[i])
-
-
-@kernel
-def map_sigmoid(y, x):
-    for i in range(x.size):
-        y[i] = sigmoid(x[i])
-
-
-ACTIVATIONS = {
-    map_tanh: np.tanh,
-    map_sigmoid: lambda x: np.where(x < 0, np.exp(x), 1) / (1 + np.exp(-abs(x))),
-}
-
-
-def compiled(function, x, dtype):
-    x = np.asarray(x, dtype)
-    y = np.empty_like(x)
-    function(y, x)
-    return y
-
-
-def sweep(low, high):
-    """A million float32 between low and high, evenly, and a hundred thousand near zero, by size."""
-    near = np.float32(10) ** np.linspace(-30, 0, 50_000, dtype=np.float32)
-    return np.concatenate([np.linspace(low, high, 1_000_000, dtype=np.float32), near, -near])
-
-
-BOUNDS = [(map_tanh, -20, 20, 4e-7), (map_sigmoid, -40, 40, 2e-7)]
-
-
-@pytest.mark.parametrize(("function", "low", "high", "bound"), BOUNDS)
-def test_float32_activations_keep_their_stated_bounds(function, low, high, bound):
-    x = sweep(low, high)
-    exact = ACTIVATIONS[function](x.astype(np.float64))
-    assert abs(compiled(function, x, np.float32) - exact).max() <= bound
-
-
-def test_float32_activations_are_constant_beyond_their_range():
-    assert len(set(compiled(map_tanh, [7.91, 9, 1e30, np.inf], np.float32))) == 1
-    assert len(set(compiled(map_tanh, [-7.91, -9, -1e30, -np.inf], np.float32))) == 1
-
-
-@pytest.mark.parametrize("function", ACTIVATIONS)
-def test_float64_activations_are_the_librarys(function):
-    x = np.linspace(-50, 50, 20_001)
-    np.testing.assert_allclose(compiled(function, x, np.float64), ACTIVATIONS[function](x), rtol=4e-15, atol=2e-16)
-
-
-@DTYPES
-@pytest.mark.parametrize("function", ACTIVATIONS)
-def test_activations_let_nan_through(dtype, function):
-    x = np.zeros(67)
-    x[[0, 5, 31, 66]] = np.nan  # in vectorised lanes and in the remainder
-    np.testing.assert_array_equal(np.isnan(compiled(function, x, dtype)), np.isnan(x))
 
 
 # Philox and dropout
@@ -330,8 +265,6 @@ def python_cases(dtype):
     new = lambda *shape: rng.standard_normal(shape).astype(dtype)
     tokens, lanes = np.array([4, 0, 4]), np.arange(3)
     R = gemm.width(dtype)
-    yield lstm.cell_forward, (new(9, R), new(9, R), new(4, 6, R), new(4, R), 1, 3)
-    yield lstm.cell_backward, (abs(new(4, 6, R)), new(4, R), new(3, R), new(3, R), new(6, R), new(9, R), 1, 3)
     yield embedding.embedding_forward, (new(1, 3, R), tokens, new(6, 4))
     yield embedding.embedding_backward, (new(6, 4), tokens, new(1, 3, R))
     yield dropout.dropout, (new(2, 6, R), new(2, 6, R), 0, 0, 2, 0.4, lanes, 1, 2, 3)

@@ -13,9 +13,6 @@ from numerics import (
 )
 
 from dllm.kernels import gemm, softmax
-from dllm.kernels.compile import kernel
-from dllm.kernels.tiles import ROW
-from dllm.kernels.vectors import exp_rows
 
 
 def softmax_arrays(N, V, H, dtype, seed):
@@ -108,43 +105,3 @@ def test_a_logit_that_is_not_a_number_shows_in_the_loss(dtype):
         b[place] = np.nan
         zero = np.zeros((1, 1), dtype), np.zeros((3, 1), dtype)
         assert np.isnan(softmax_compiled(1, *zero, b, np.array([0])))
-
-
-@kernel
-def map_exp(x, b, shift, sums):
-    for v in range(0, len(x), 2):
-        exp_rows(v + 1 < len(x), x.ctypes.data + v * ROW, b.ctypes.data + 4 * v, shift.ctypes.data, sums.ctypes.data)
-
-
-def exponentials(x):
-    """e^x of (n,16) float32, and the sums over its rows."""
-    result, sums = x.copy(), np.zeros(16, np.float32)
-    map_exp(result, np.zeros(len(x), np.float32), np.zeros(16, np.float32), sums)
-    return result, sums
-
-
-def test_float32_exp_keeps_its_stated_bound():
-    near = np.float32(10) ** np.linspace(-30, 0, 50_000, dtype=np.float32)
-    x = np.concatenate([np.linspace(-87, 88, 1_000_000, dtype=np.float32), near, -near]).reshape(-1, 16)
-    exact = np.exp(x.astype(np.float64))
-    assert (abs(exponentials(x)[0] - exact) / exact).max() <= 2e-7
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_exp_adds_bias_and_shift_and_sums_up(rows):
-    rng = np.random.default_rng(rows)
-    x, b, shift = (rng.normal(size=size).astype(np.float32) for size in ((rows, 16), rows, 16))
-    result, sums = x.copy(), np.ones(16, np.float32)
-    map_exp(result, b, shift, sums)
-    exact = np.exp(x + b[:, None].astype(np.float64) - shift)
-    np.testing.assert_allclose(result, exact, rtol=1e-6)
-    np.testing.assert_allclose(sums, 1 + exact.sum(axis=0), rtol=1e-6)
-
-
-def test_exp_beyond_its_range_is_what_the_softmax_notices():
-    x = np.tile(np.float32([-1000, -np.inf, 1000, np.inf, np.nan, 0, 1, -1]), (2, 2))
-    result = exponentials(x)[0][0]
-    assert (result[:2] < 2e-38).all()
-    assert (result[2:4] > 1e38).all()
-    assert np.isnan(result[4])
-    np.testing.assert_allclose(result[5:8], np.exp([0, 1, -1]), rtol=2e-7)
