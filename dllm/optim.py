@@ -31,54 +31,64 @@ class Optimizer:
     def __init__(self, config, table, team=None):
         self.config, self.table, self.team = config, table, team or Team()
 
-    def step(self, state, gradient, rows, lr, squares=None):
-        """Move state.theta (P,) against gradient (P,) at learning rate lr. Returns the gradient's norm before clipping.
+    def step(self, state, parts, rows, lr, squares=None):
+        """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
+        parts : list of (first element, array)
+            The gradient (P,), one part behind the other. Where rows are given the last part is the embedding's.
         rows : (n,) int64 or None
             Rows of the embedding whose gradient may differ from zero; None: all.
         squares : float, optional
             The sum of squares of the gradient, without the embedding where `rows` are given; saves a pass.
         """
-        dense = slice(0, self.table.start if rows is not None else gradient.size)
-        squares = self._squares(gradient[dense]) if squares is None else squares
+        dense = _blocks(parts if rows is None else parts[:-1])
+        squares = self._squares(dense) if squares is None else squares
         if rows is not None:
             width = self.table.shape[1]
-            of_rows = gradient[self.table.start :].reshape(-1, width)[rows].reshape(-1)
+            of_rows = parts[-1][1].reshape(-1, width)[rows].reshape(-1)
             squares += sum_of_squares(of_rows)
         norm = math.sqrt(squares)
         by_norm = self.config.clip and self.config.clip_by == "norm"
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
         limit = self.config.clip if self.config.clip and not by_norm else math.inf
         common = (state.step + 1, lr, factor, limit)
-        if rows is None or not self.sparse:
-            self._share(state.theta, gradient, state.moments, common)
+        self._share(state, dense, common)
+        if rows is None:
             return norm
-        self._share(state.theta[dense], gradient[dense], state.moments, common)
+        if not self.sparse:
+            self._share(state, _blocks(parts[-1:]), common)
+            return norm
         table = state.theta[self.table.start :].reshape(-1, width)
         theta_of_rows = table[rows].reshape(-1)
         self._update(theta_of_rows, of_rows, [], *common)
         table[rows] = theta_of_rows.reshape(-1, width)
         return norm
 
-    def _squares(self, vector):
-        """The sum of squares, by blocks that do not depend on the number of threads."""
-        sums = np.zeros(-(-len(vector) // BLOCK))
+    def _squares(self, blocks):
+        """The sum of squares, block by block whatever the number of threads."""
+        sums = np.zeros(len(blocks))
 
         def work(first, last):
-            for block in range(first, last):
-                sums[block] = sum_of_squares(vector[block * BLOCK : (block + 1) * BLOCK])
+            for number in range(first, last):
+                sums[number] = sum_of_squares(blocks[number][1])
 
-        self.team.share(work, len(sums))
+        self.team.share(work, len(blocks))
         return float(sums.sum())
 
-    def _share(self, theta, gradient, moments, common):
-        """`_update` of a vector, each thread a part."""
+    def _share(self, state, blocks, common):
+        """`_update` of the elements of some blocks, each thread a share of them."""
 
         def work(first, last):
-            part = slice(first, last)
-            self._update(theta[part], gradient[part], [moment[part] for moment in moments], *common)
+            for start, gradient in blocks[first:last]:
+                here = slice(start, start + len(gradient))
+                self._update(state.theta[here], gradient, [moment[here] for moment in state.moments], *common)
 
-        self.team.share(work, len(theta), BLOCK)
+        self.team.share(work, len(blocks))
+
+
+def _blocks(parts):
+    """The same elements in parts of at most BLOCK."""
+    return [(first + at, part[at : at + BLOCK]) for first, part in parts for at in range(0, len(part), BLOCK)]
 
 
 class SGD(Optimizer):

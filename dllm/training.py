@@ -167,8 +167,8 @@ class Trainer:
         averaging.begin(inputs.reshape(-1), control)
         losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
         model.backward(averaging.ready, averaging.progress)
-        gradient, rows = averaging.gradient()
-        norm = self.optimizer.step(state, gradient, rows, lr, averaging.squares)
+        parts, rows = averaging.gradient()
+        norm = self.optimizer.step(state, parts, rows, lr, averaging.squares)
         averaging.clear()
         averaging.mix(state.theta)
 
@@ -305,7 +305,8 @@ def warm_up(config):
     model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
     model.backward()
     rows = None if model.layout.table is None else np.zeros(1, np.int64)
-    optimizer.step(state, model.gradient, rows, 0.0)
+    start = P if rows is None else model.layout.table.start
+    optimizer.step(state, [(0, model.gradient[:start]), (start, model.gradient[start:])], rows, 0.0)
     fence()
     vectors = np.zeros((1, 8), dtype)
     sum_ranks(vectors, 0, 0, 8)

@@ -103,7 +103,9 @@ class Case:
             for _ in range(own.integers(0, 3)):
                 averaging.progress()
             start = stop
-        return averaging.gradient()
+        parts, rows = averaging.gradient()
+        assert [first for first, _ in parts] == [0, *np.cumsum([len(part) for _, part in parts])[:-1]]
+        return np.concatenate([part for _, part in parts]), rows
 
     def plain_sum(self, mine):
         total = np.empty_like(mine)
@@ -127,9 +129,15 @@ class Case:
                 limit = 4 * self.comm.size * np.finfo(self.dtype).eps
                 assert np.abs(gradient - expected).max() <= limit * np.abs(mine).max() * self.comm.size
             assert len(set(self.comm.allgather(gradient.tobytes()))) == 1
+            squares = self.averaging.squares
+            if squares is not None:
+                assert squares == pytest.approx(
+                    (gradient[: self.dense if sparse else None].astype(np.float64) ** 2).sum(), rel=1e-5
+                )
+                assert len(set(self.comm.allgather(float(squares)))) == 1
             self.averaging.clear()
             if self.scattered:
-                assert not gradient[self.dense :].any()
+                assert not self.gradient[self.dense :].any()
 
 
 @EVERYWHERE

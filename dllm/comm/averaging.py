@@ -5,7 +5,8 @@ An averaging method is what the training step asks for:
     begin(rows, control)    a step begins: embedding rows in use, control values to combine
     ready(slice)            that slice of the gradient is final on this rank
     progress()              called often from inside the backward: neither MPI moves a message on its own
-    gradient()              the gradient that the optimiser gets, and which embedding rows of it may not be zero
+    gradient()              the gradient that the optimiser gets, in parts, and which embedding rows of it may not be zero
+    clear()                 the optimiser has read it
     mix(theta)              what the parameters become after the optimiser's step
 
 plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None;
@@ -48,6 +49,7 @@ class Allreduce:
         self.sparse = table is not None and tokens * comm.size < table.shape[0] // 2
         dense = table.start if self.sparse else gradient.size
         step = max(1, bucket_bytes // gradient.itemsize)
+        self.parts = [(0, gradient[:dense])] + [(dense, gradient[dense:])] * self.sparse
         self.buckets = [slice(at, min(at + step, dense)) for at in range(0, dense, step)] if comm.size > 1 else []
         self.longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
         self.free = []
@@ -93,7 +95,10 @@ class Allreduce:
         self.exposed_seconds += time.perf_counter() - begin
 
     def gradient(self):
-        """Wait for everything. Returns the summed gradient (P,) and the embedding rows in use, None for all of them."""
+        """Wait for everything. Returns the sum and the embedding rows in use, None for all of them.
+
+        The sum is a list of (first element, array), one behind the other; where rows are in use the table is the last.
+        """
         begin = time.perf_counter()
         while self.next < len(self.buckets) or self.flight:
             self._wait(self.flight[0][0])
@@ -105,10 +110,10 @@ class Allreduce:
         self.exposed_seconds += now - begin
         if self.departed is not None:
             self.flight_seconds += now - self.departed
-        return self.vector, self.rows
+        return self.parts, self.rows
 
     def clear(self):
-        """The step is over: embedding rows that are added to become zero again."""
+        """The gradient was read: embedding rows that are added to become zero again."""
         if self.table is not None:
             self.table[slice(None) if self.rows is None else self.rows] = 0
 

@@ -4,7 +4,7 @@ The gradients of a node's n ranks lie in one piece of memory, (n,P). Of each buc
 
     all ranks have the bucket ready        ->  each adds up its shard, in the order of the ranks
     (several nodes: the shards' owners add theirs up by nonblocking Allreduce, and each sends 1/n of the bucket)
-    a shard is complete                    ->  the others copy it
+    all shards are complete                ->  the optimiser reads each where it lies
 
 Three counters of each rank, in the same memory, say how far it is. Nobody waits for a bucket before the backward is over.
 """
@@ -19,7 +19,8 @@ from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
 from .averaging import Allreduce
 from .runtime import NAP
 
-READY, SUMMED, COPIED = 0, 8, 16  # places of the counters: a line of the cache each
+READY, SUMMED, READ = 0, 8, 16  # places of the counters: a line of the cache each
+SQUARES = SUMMED + 1  # place of a float64: the sum of squares of the rank's shards
 PAGE = 4096
 LARGE = 100 * 2**20  # bytes
 
@@ -56,6 +57,7 @@ class SharedMemory:
             raise OSError(problem)
         os.close(own)  # the mapping stays
         self.counters = np.frombuffer(memory, np.int64, node.size * 24).reshape(node.size, 24)
+        self.numbers = self.counters.view(np.float64)
         self.vectors = np.frombuffer(memory, dtype, offset=head).reshape(node.size, -1)
         self.mine = self.vectors[node.rank, :size]
         self._memory, self._starts = memory, [head + rank * rows for rank in range(node.size) if rank != node.rank]
@@ -108,13 +110,14 @@ class NodeAllreduce(Allreduce):
         self.start = 0 if table is None else table.start
         self.stages = len(self.buckets) + self.sparse
         self.before = 0  # stages of earlier steps
-        self.parts = np.zeros((len(self.buckets), node.size))  # the sum of squares of each shard
+        shards = [(rank, self._shard(bucket, rank)) for bucket in range(len(self.buckets)) for rank in range(node.size)]
+        table = self.parts[-1:] if self.sparse else []
+        self.parts = [(shard.start, memory.vectors[rank, shard]) for rank, shard in shards] + table
         self.buffer = np.empty(-(-self.longest // node.size) if self.peers.size > 1 else 0, self.vector.dtype)
 
     def begin(self, tokens, control):
         super().begin(tokens, control)
-        self.summed = self.copied = 0
-        self.request = None
+        self.summed, self.own_squares, self.request = 0, 0.0, None
 
     def ready(self, part):
         assert part.start == self.final
@@ -133,28 +136,29 @@ class NodeAllreduce(Allreduce):
 
     def gradient(self):
         begin = time.perf_counter()
-        while self.copied < len(self.buckets):
+        while not self._all(SUMMED, self.before + len(self.buckets)):
             if not self._advance():
                 self._rest()
-        self.squares = self.parts.sum()
+        self.squares = self.memory.numbers[:, SQUARES].sum()
         if self.sparse:
             self._sum_rows()
         self.before += self.stages
-        self._say(COPIED, self.before)
         now = time.perf_counter()
         self.exposed_seconds += now - begin
         self.flight_seconds += now - self.departed
-        return self.vector, self.rows
+        return self.parts, self.rows
 
     def clear(self):
         begin = time.perf_counter()
-        while not self._all(COPIED, self.before):  # others may still be reading
+        self._say(READ, self.before)
+        self.memory.forget(0, len(self.vector))
+        while not self._all(READ, self.before):
             self._rest()
         self.exposed_seconds += time.perf_counter() - begin
         super().clear()
 
     def _advance(self):
-        """Add up or copy what has become possible, at most a bucket. Returns whether anything was."""
+        """Add up what has become possible, at most a bucket. Returns whether anything was."""
         if self.request is not None:
             if not self.request.Test():
                 return False
@@ -170,19 +174,12 @@ class NodeAllreduce(Allreduce):
             else:
                 self._shard_is_complete(squares)
             return True
-        if self.copied < self.summed and self._all(SUMMED, self.before + self.copied + 1):
-            for rank in range(self.node.size):
-                if rank != self.node.rank:
-                    shard = self._shard(self.copied, rank)
-                    self.parts[self.copied, rank] = copy(self.vector[shard], self.memory.vectors[rank, shard])
-            self.memory.forget(self.buckets[self.copied].start, self.buckets[self.copied].stop)
-            self.copied += 1
-            return True
         return False
 
     def _shard_is_complete(self, squares):
-        self.parts[self.summed, self.node.rank] = squares
         shard = self._shard(self.summed, self.node.rank)
+        self.own_squares += squares
+        self.memory.numbers[self.node.rank, SQUARES] = self.own_squares
         self.summed += 1
         self._count(shard.stop - shard.start)
         self._say(SUMMED, self.before + self.summed)
@@ -219,7 +216,6 @@ class NodeAllreduce(Allreduce):
             if rank != self.node.rank:
                 theirs = self.memory.vectors[rank, self.start : self.start + self.table.size]
                 self.table[rows] = theirs.reshape(self.table.shape)[rows]
-        self.memory.forget(self.start, len(self.vector))
 
     def _say(self, what, count):
         fence()
