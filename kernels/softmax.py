@@ -1,4 +1,4 @@
-r"""Output projection, softmax and cross-entropy in one, a chunk of tokens at a time, so that T x B x V is never stored.
+r"""Output projection, softmax and cross-entropy in one, a chunk of tokens at a time, so that memory need not hold T x B x V.
 
     z = y @ W^T + b                               (N,V), N = T B tokens
     loss_n = log sum_v exp(z_nv) - z_n,target     nats
