@@ -31,7 +31,7 @@ class Optimizer:
     def __init__(self, config, table, team=None):
         self.config, self.table, self.team = config, table, team or Team()
 
-    def step(self, state, parts, rows, lr, squares=None):
+    def step(self, state, parts, rows, lr, squares=None, release=None):
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
         parts : list of (first element, array)
@@ -40,6 +40,8 @@ class Optimizer:
             Rows of the embedding whose gradient may differ from zero; None: all.
         squares : float, optional
             The sum of squares of the gradient, without the embedding where `rows` are given; saves a pass.
+        release : callable, optional
+            release(start, stop) is told which elements of the gradient have been read for good.
         """
         dense = _blocks(parts if rows is None else parts[:-1])
         squares = self._squares(dense) if squares is None else squares
@@ -52,7 +54,7 @@ class Optimizer:
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
         limit = self.config.clip if self.config.clip and not by_norm else math.inf
         common = (state.step + 1, lr, factor, limit)
-        self._share(state, dense, common)
+        self._share(state, dense, common, release)
         if rows is None:
             return norm
         if not self.sparse:
@@ -75,13 +77,15 @@ class Optimizer:
         self.team.share(work, len(blocks))
         return float(sums.sum())
 
-    def _share(self, state, blocks, common):
+    def _share(self, state, blocks, common, release=None):
         """`_update` of the elements of some blocks, each thread a share of them."""
 
         def work(first, last):
             for start, gradient in blocks[first:last]:
                 here = slice(start, start + len(gradient))
                 self._update(state.theta[here], gradient, [moment[here] for moment in state.moments], *common)
+                if release is not None:
+                    release(here.start, here.stop)
 
         self.team.share(work, len(blocks))
 

@@ -168,7 +168,7 @@ class Trainer:
         losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
         model.backward(averaging.ready, averaging.progress)
         parts, rows = averaging.gradient()
-        norm = self.optimizer.step(state, parts, rows, lr, averaging.squares)
+        norm = self.optimizer.step(state, parts, rows, lr, averaging.squares, averaging.release)
         averaging.clear()
         averaging.mix(state.theta)
 

@@ -6,7 +6,8 @@ An averaging method is what the training step asks for:
     ready(slice)            that slice of the gradient is final on this rank
     progress()              called often from inside the backward: neither MPI moves a message on its own
     gradient()              the gradient that the optimiser gets, in parts, and which embedding rows of it may not be zero
-    clear()                 the optimiser has read it
+    release(start, stop)    the optimiser has read these elements
+    clear()                 it has read all
     mix(theta)              what the parameters become after the optimiser's step
 
 plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None;
@@ -111,6 +112,9 @@ class Allreduce:
         if self.departed is not None:
             self.flight_seconds += now - self.departed
         return self.parts, self.rows
+
+    def release(self, start, stop):
+        """Nothing: they are this rank's own."""
 
     def clear(self):
         """The gradient was read: embedding rows that are added to become zero again."""

@@ -148,10 +148,13 @@ class NodeAllreduce(Allreduce):
         self.flight_seconds += now - self.departed
         return self.parts, self.rows
 
+    def release(self, start, stop):
+        self.memory.forget(start, stop)
+
     def clear(self):
         begin = time.perf_counter()
         self._say(READ, self.before)
-        self.memory.forget(0, len(self.vector))
+        self.memory.forget(0, len(self.vector))  # what was left between the parts, and the table
         while not self._all(READ, self.before):
             self._rest()
         self.exposed_seconds += time.perf_counter() - begin
