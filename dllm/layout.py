@@ -20,6 +20,8 @@ import numpy as np
 
 from .kernels.gemm import width
 
+PART = 1 << 20  # elements, or a row, that are converted at a time
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -91,11 +93,12 @@ class Layout:
         """name -> view of the flat vector (size,) as a block."""
         return {name: vector[block.start : block.stop].reshape(block.shape) for name, block in self.blocks.items()}
 
-    def read(self, vector, name):
-        """A copy of the tensor `name` of the flat vector (size,), in its usual shape."""
-        tensor = np.empty(self.tensors[name].shape, vector.dtype)
+    def read(self, vector, name, first=0, last=None):
+        """A copy of the tensor `name` of the flat vector (size,), or of some of its rows, in its usual shape."""
+        rows, *columns = self.tensors[name].shape
+        tensor = np.empty((len(range(rows)[first:last]), *columns), vector.dtype)
         for piece, place in self._pieces(vector, name):
-            tensor[place] = piece
+            tensor[place] = piece[first:last]
         return tensor
 
     def write(self, vector, name, tensor):
@@ -106,8 +109,13 @@ class Layout:
     def parts(self, vector, start, stop):
         """Elements [start, stop) of the standard vector, of the flat vector (size,), in arrays one after the other."""
         for name, first, last in self._overlapping(start, stop):
-            offset = self.tensors[name].start
-            yield self.read(vector, name).reshape(-1)[first - offset : last - offset]
+            rows, *columns = self.tensors[name].shape
+            width, offset = math.prod(columns), self.tensors[name].start
+            some = max(1, PART // width)
+            for row in range((first - offset) // width, rows, some):
+                at = offset + row * width  # where these rows begin in the standard vector
+                if at < last:
+                    yield self.read(vector, name, row, row + some).reshape(-1)[max(0, first - at) : last - at]
 
     def export(self, vector, start, stop):
         """The same in one array."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numerics import EVERY_KIND, configured
 
+from dllm import layout as layout_module
 from dllm.config import ModelConfig
 from dllm.layout import Layout
 
@@ -33,7 +34,9 @@ def test_layout_holds_each_element_of_each_tensor_once_and_pads_with_zeros(kind,
         np.testing.assert_array_equal(layout.read(vector, name).reshape(-1), values[extent.start : extent.stop])
 
 
-def test_parts_of_the_standard_vector_are_read_and_written_one_by_one():
+@pytest.mark.parametrize("part", [1, 7, 100, 1 << 20])
+def test_parts_of_the_standard_vector_are_read_and_written_one_by_one(monkeypatch, part):
+    monkeypatch.setattr(layout_module, "PART", part)
     layout = Layout(configured("two biases"), V, np.float64)
     values, edges = np.random.default_rng(1).standard_normal(layout.parameters), [0, 1, 70, 71, 400, layout.parameters]
     vector = np.zeros(layout.size)
