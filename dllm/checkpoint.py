@@ -175,8 +175,7 @@ def load(checkpoint, layout, state, lanes):
                 state.h[:, here] = array("h", state.h.dtype, shape)[:, there]
                 state.c[:, here] = array("c", state.c.dtype, shape)[:, there]
                 state.lane_loss[here] = array("lane_loss", np.float64, shape[1:2])[there]
-    for name, value in manifest["scalars"].items():
-        setattr(state, name, value)
+    state.set_scalars(manifest["scalars"])
 
 
 def _share(size, ranks, rank):

@@ -81,6 +81,8 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class ResilienceConfig:
     min_ranks: int = 1  # fewer survivors than this end the run
+    deadline: float = 60.0  # seconds of silence after which a rank is ended by others on its node; 0: never
+    lost_lanes: str = "reset"  # reset | stop: what follows where a lane's state died with its rank and with its copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ CHOICES = {
     "train.loss_norm": ("token", "window"),
     "train.precision": ("fp32", "fp64", "bf16"),
     "averaging.method": ("allreduce",),
+    "resilience.lost_lanes": ("reset", "stop"),
     "model.biases": (1, 2),
 }
 AT_LEAST_ONE = (

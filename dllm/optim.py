@@ -10,7 +10,7 @@ import numpy as np
 from .kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
 from .kernels.team import Team
 
-BLOCK = 1 << 18  # elements that one thread sums or updates at a time
+BLOCK = 1 << 17  # elements that one thread sums, or copies and updates, at a time: they stay in the second-level cache
 
 
 class Optimizer:
@@ -30,8 +30,9 @@ class Optimizer:
 
     def __init__(self, config, table, team=None):
         self.config, self.table, self.team = config, table, team or Team()
+        self._moved = slice(None)
 
-    def step(self, state, parts, rows, lr, squares=None, release=None):
+    def step(self, state, parts, rows, lr, squares=None, release=None, out=None):
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
         parts : list of (first element, array)
@@ -42,6 +43,8 @@ class Optimizer:
             The sum of squares of the gradient, without the embedding where `rows` are given; saves a pass.
         release : callable, optional
             release(start, stop) is told which elements of the gradient have been read for good.
+        out : State, optional
+            Where the new theta and moments go; `state` stays as it is. It must be what `out` was in the step before.
         """
         dense = _blocks(parts if rows is None else parts[:-1])
         squares = self._squares(dense) if squares is None else squares
@@ -54,16 +57,20 @@ class Optimizer:
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
         limit = self.config.clip if self.config.clip and not by_norm else math.inf
         common = (state.step + 1, lr, factor, limit)
-        self._share(state, dense, common, release)
+        out = out or state
+        self._share(state, out, dense, common, release)
         if rows is None:
             return norm
         if not self.sparse:
-            self._share(state, _blocks(parts[-1:]), common)
+            self._share(state, out, _blocks(parts[-1:]), common)
             return norm
-        table = state.theta[self.table.start :].reshape(-1, width)
-        theta_of_rows = table[rows].reshape(-1)
+        old, new = (version.theta[self.table.start :].reshape(-1, width) for version in (state, out))
+        if out is not state:  # where they differ: in the rows of the step before
+            new[self._moved] = old[self._moved]
+            self._moved = rows
+        theta_of_rows = old[rows].reshape(-1)
         self._update(theta_of_rows, of_rows, [], *common)
-        table[rows] = theta_of_rows.reshape(-1, width)
+        new[rows] = theta_of_rows.reshape(-1, width)
         return norm
 
     def _squares(self, blocks):
@@ -77,13 +84,18 @@ class Optimizer:
         self.team.share(work, len(blocks))
         return float(sums.sum())
 
-    def _share(self, state, blocks, common, release=None):
-        """`_update` of the elements of some blocks, each thread a share of them."""
+    def _share(self, state, out, blocks, common, release=None):
+        """`_update` of the elements of some blocks, from state to out, each thread a share of them."""
+        vectors = list(zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True))
 
         def work(first, last):
             for start, gradient in blocks[first:last]:
                 here = slice(start, start + len(gradient))
-                self._update(state.theta[here], gradient, [moment[here] for moment in state.moments], *common)
+                if out is not state:
+                    for old, new in vectors:
+                        new[here] = old[here]
+                theta, *moments = (new[here] for _, new in vectors)
+                self._update(theta, gradient, moments, *common)
                 if release is not None:
                     release(here.start, here.stop)
 

@@ -3,6 +3,7 @@
 One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -25,10 +26,13 @@ class Reporter:
         Whether this rank reports.
     progress : str
         One of PROGRESS. auto: live on a terminal, else plain.
+    before : Reporter, optional
+        This rank's, of the same run with more ranks: what it was to log may not have been written by the one that spoke.
     """
 
-    def __init__(self, speaks, progress="auto"):
+    def __init__(self, speaks, progress="auto", before=None):
         self.speaks = speaks
+        self.recent = before.recent if before else collections.deque(maxlen=4)  # the lines of the last two steps
         live = progress == "live" or (progress == "auto" and _on_terminal())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
         self.bar = self.metrics = None
@@ -45,8 +49,12 @@ class Reporter:
 
     def warn(self, text):
         if self.speaks:
-            sys.stderr.write(f"dllm: {text}\n")
-            sys.stderr.flush()
+            self.complain(text)
+
+    def complain(self, text):
+        """A line on standard error, whoever speaks."""
+        sys.stderr.write(f"dllm: {text}\n")
+        sys.stderr.flush()
 
     def begin(self, run, step, total):
         """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps."""
@@ -55,6 +63,8 @@ class Reporter:
         self.run = pathlib.Path(run)
         path = self.run / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        written = {(line["step"], line.get("split")) for line in kept}
+        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
         self.begun, self.first = time.monotonic(), step
@@ -71,6 +81,7 @@ class Reporter:
 
     def log(self, line):
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
+        self.recent.append(line)
         if not self.speaks:
             return
         self.waiting += json.dumps(line).encode() + b"\n"

@@ -32,6 +32,26 @@ def make(run, settings, tokenizer):
         raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
 
 
+def done(run, step):
+    """Mark a run as finished: the one thing that a supervisor believes, since mpirun's exit code may be anything."""
+    storage.write_text(pathlib.Path(run, "DONE"), f"{step}\n")
+
+
+def is_done(run):
+    return pathlib.Path(run, "DONE").exists()
+
+
+def not_done(run):
+    """Take the mark away: the run goes on."""
+    pathlib.Path(run, "DONE").unlink(missing_ok=True)
+
+
+def newest_step(run):
+    """The step of the newest checkpoint, None where there is none."""
+    found = checkpoint.available(run)
+    return found[0].step if found else None
+
+
 def read_settings(run, extra=None):
     """The Config of a run, overlaid by `extra`, nested dicts."""
     path = pathlib.Path(run, "config.toml")

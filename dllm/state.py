@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .kernels.gemm import aligned
+
 
 @dataclass
 class State:
@@ -24,8 +26,20 @@ class State:
 
     SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss")
 
+    def twin(self):
+        """Another of the same size, whose values are not set."""
+        return State(*(self._like(part) for part in (self.theta, self.moments, self.h, self.c, self.lane_loss)))
+
+    @staticmethod
+    def _like(part):
+        return [State._like(one) for one in part] if isinstance(part, list) else aligned(part.shape, part.dtype)
+
     def scalars(self):
         return {name: getattr(self, name) for name in self.SCALARS}
+
+    def set_scalars(self, values):
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def next_window(self, windows, carry):
         """Move every lane on by one window; behind the last one comes the next epoch, from zero states unless carried."""

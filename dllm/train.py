@@ -1,5 +1,6 @@
 """Train a language model over all ranks: mpirun -n N python -m dllm.train."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -67,6 +68,8 @@ def train(argv, comm):
     place = runtime.node(comm)
     place.threads = configuration.train.threads or place.threads
 
+    from mpi4py import MPI
+
     from . import checkpoint, report, runs
     from .corpus import open_corpus
     from .training import Trainer, code_hash, warm_up
@@ -93,17 +96,65 @@ def train(argv, comm):
             runs.make(run, configuration, corpus.tokenizer)
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
+    if comm.rank == 0:
+        runs.not_done(run)
     stopping = []
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
-    done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
+    while True:
+        try:
+            done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
+            summary = trainer.summary()
+            break
+        except MPI.Exception:
+            if not trainer.resilient:
+                raise
+            trainer = _go_on(trainer, options)
+    comm, reporter = trainer.comm, trainer.reporter
+    trainer.close()
     reporter.end()
-    summary = trainer.summary()
     reporter.summarise(summary)
     if reporter.mode != "none":
         _farewell(reporter, trainer, summary, done)
-    runtime.finish(comm)
-    return DONE if done else STOPPED_EARLY
+    code = DONE if done else STOPPED_EARLY
+    if comm.rank == 0 and done:
+        runs.done(run, summary["steps"])
+    runtime.finish(comm, code if trainer.deaths else None)
+    return code
+
+
+def _go_on(trainer, options):
+    """After a death: the survivors' Trainer, at the last step that all of them had finished. Collective over the survivors."""
+    from mpi4py import MPI
+
+    from .comm import recovery
+    from .report import Reporter
+    from .training import Trainer
+
+    begin, settings, run = time.monotonic(), trainer.config, trainer.run_folder
+    trainer.reporter.end()
+    try:
+        while True:
+            comm, survived, dead = trainer.survive()
+            if comm.size < settings.resilience.min_ranks:
+                raise recovery.GiveUp(f"{comm.size} ranks are left, fewer than resilience.min_ranks")
+            successor = None
+            with recovery.watchdog(), contextlib.suppress(MPI.Exception):
+                reporter, place = Reporter(comm.rank == 0, options.progress, trainer.reporter), runtime.node(comm)
+                place.threads = trainer.place.threads
+                successor = Trainer(comm, place, settings, trainer.corpus, run, reporter, survived=survived)
+            if recovery.all_agree(comm, successor is not None):
+                break
+            comm.Revoke()  # another death meanwhile: once more from where we were
+    except recovery.GiveUp as problem:
+        trainer.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
+        runtime.leave(recovery.GAVE_UP)
+    step = successor.state.step
+    reporter.begin(run, step, successor.total_steps)
+    ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"
+    reporter.warn(f"{ranks}; {comm.size} go on from step {step}, {time.monotonic() - begin:.2f} s later")
+    successor.deaths = trainer.deaths + len(dead)
+    return successor
 
 
 def check_bf16():

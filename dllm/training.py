@@ -11,8 +11,9 @@ import numpy as np
 import xxhash
 
 from . import checkpoint, optim
-from .comm.node import averaging, share
-from .comm.runtime import check_same, mpi_library, together
+from .comm import recovery
+from .comm.node import Pulse, averaging, share
+from .comm.runtime import check_same, mpi_library, survivable, together
 from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
@@ -23,9 +24,11 @@ from .kernels.team import Team
 from .layout import Layout
 from .model import DTYPES, LanguageModel
 from .state import State
+from .survival import Clock, LaneCopies, Survived, take_lanes
 
 STOP, OUT_OF_TIME, CHECKPOINT = range(3)  # places in the control values that ranks combine in each step
 SETTLED = 10  # steps before speed counts
+SLOW, PATIENCE = 1.5, 3  # a rank that takes so many times as long in so many lines of metrics is named
 
 
 class Trainer:
@@ -44,9 +47,11 @@ class Trainer:
     reporter : Reporter
     resume : Checkpoint, optional
         Where to go on from.
+    survived : Survived, optional
+        Of the run that goes on, on fewer ranks.
     """
 
-    def __init__(self, comm, place, config, corpus, run, reporter, resume=None):
+    def __init__(self, comm, place, config, corpus, run, reporter, resume=None, survived=None):
         self.comm, self.place, self.config, self.run_folder, self.reporter = comm, place, config, run, reporter
         self.corpus, self.private = corpus, "{rank}" in config.data.path
         train = config.train
@@ -55,6 +60,7 @@ class Trainer:
         B, L, H = len(self.mine), config.model.layers, config.model.hidden
         zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
         self.layout = Layout(config.model, corpus.vocabulary, self.dtype)
+        self.resilient = survivable(comm) and not self.private
         memory = share(comm, place.comm, self.layout.size, self.dtype)
         with together(comm):
             team = Team(place.threads)
@@ -66,18 +72,34 @@ class Trainer:
             vector = lambda: aligned((self.layout.size,), self.dtype)
             moments = [vector() for _ in range(self.optimizer.moments)]
             states = zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64)
-            self.state = State(vector(), moments, *states)
-            self.model.bind(self.state.theta)
-            if resume is None:
-                self.model.initialise(train.seed)
-            else:
+            if survived is None:
+                self.state = State(vector(), moments, *states)
+                self.model.bind(self.state.theta)
+            if resume is not None:
                 checkpoint.check_fits(resume, self.layout, self.dtype, len(self.state.moments), train.lanes)
                 checkpoint.load(resume, self.layout, self.state, self.mine)
+            elif survived is None:
+                self.model.initialise(train.seed)
+        if survived is not None:
+            self.state = State(survived.theta, survived.moments, *states, **survived.scalars)
+            self.model.bind(self.state.theta)
+            take_lanes(comm, survived.lanes, self.state, self.mine, config, reporter.warn)
+        # Where a death can be survived, the state before the newest step stays whole until all have taken the next one.
+        self.next = self.state.twin() if self.resilient else self.state
+        self.h, self.c = zeros(L, B, H), zeros(L, B, H)
+        self.copies = None
+        if self.resilient:
+            self.copies = LaneCopies(comm, config, self.dtype)
+            self.copies.send(self.state.step, self.state.h, self.state.c, self.state.lane_loss)
+            self.copies.complete()
         self._check_ranks_agree()
         self.averaging = averaging(
             comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
             int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores,
         )  # fmt: skip
+        self.pulse = None
+        if memory is not None:
+            self.pulse = Pulse(comm, place.comm, memory, config.resilience.deadline, reporter.complain)
         self.evaluation = None
         if "valid" in corpus.manifest["splits"]:
             self.evaluation = Evaluation(comm, corpus, "valid", config, self.dtype, self.private, team)
@@ -85,6 +107,9 @@ class Trainer:
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.saved_at, self.saved = (self.state.step, True) if resume else (-1, False)
+        self.deaths = 0  # of ranks, since the start
+        self.slow = None, 0  # the slowest rank, and in how many lines it was much slower
+        self.clock = survived.clock if survived else Clock(time.monotonic())
         self.best = math.inf
 
     def _deal_lanes(self):
@@ -121,28 +146,29 @@ class Trainer:
 
         Returns True where the run came to its end, or to a limit that was asked for; False where it was stopped.
         """
-        self.begun = self.saved_time = time.monotonic()
-        self.settled_seconds = self.exposed_seconds = self.logged_seconds = 0.0
-        self.settled_tokens, first = 0, self.state.step
+        clock, first = self.clock, self.state.step
+        if self.pulse is not None:
+            self.pulse.start()
         self.end = min(self.total_steps, max_steps or self.total_steps)
         self._reset_interval()
         flags = np.zeros(4)
         while self.state.step < self.end and not flags[STOP] and not flags[OUT_OF_TIME]:
-            now = time.monotonic()
+            self.finished, now = self.state, time.monotonic()
             minutes = self.config.checkpoint.every_minutes
             control = (
                 stop(),
-                0 < max_seconds <= now - self.begun,
-                0 < minutes <= (now - self.saved_time) / 60,
+                0 < max_seconds <= now - clock.begun,
+                0 < minutes <= (now - clock.saved) / 60,
             )
-            begin, state = time.perf_counter(), self.state
+            begin = time.perf_counter()
             norm, lr, tokens = self._step(control)
             flags = self.averaging.agreed()
             self.interval_seconds += time.perf_counter() - begin
             self.interval_tokens += tokens
+            state = self.state
             if state.step > first + SETTLED:
-                self.settled_seconds += time.perf_counter() - begin
-                self.settled_tokens += tokens
+                clock.settled_seconds += time.perf_counter() - begin
+                clock.settled_tokens += tokens
             if state.step % self.config.log.every == 0:
                 self._log(norm, lr)
             best = self._evaluate() if self._evaluation_due() else False
@@ -156,7 +182,7 @@ class Trainer:
 
     def _step(self, control):
         """One step of every rank. Returns the gradient's norm, the learning rate and the tokens of all ranks."""
-        state, model, averaging, train = self.state, self.model, self.averaging, self.config.train
+        state, new, model, averaging, train = self.state, self.next, self.model, self.averaging, self.config.train
         width, tokens = self.schedule.width(state.window), self.schedule.tokens(state.window)
         inputs, targets = self.lanes.window(state.window, width)
         scale = (width if train.loss_norm == "window" else 1) / tokens
@@ -165,22 +191,31 @@ class Trainer:
 
         sent = averaging.bytes_sent
         averaging.begin(inputs.reshape(-1), control)
-        losses = model.forward(inputs, targets, state.h, state.c, scale, mask, averaging.progress)
+        self.h[:], self.c[:] = state.h, state.c
+        losses = model.forward(inputs, targets, self.h, self.c, scale, mask, averaging.progress)
+        lane_loss = state.lane_loss + losses.sum(axis=0, dtype=np.float64)
+        if self.copies:
+            self.copies.send(state.step + 1, self.h, self.c, lane_loss)
         model.backward(averaging.ready, averaging.progress)
         parts, rows = averaging.gradient()
-        norm = self.optimizer.step(state, parts, rows, lr, averaging.squares, averaging.release)
-        averaging.clear()
-        averaging.mix(state.theta)
+        sent -= self.copies.complete() if self.copies else 0
 
-        state.lane_loss += losses.sum(axis=0, dtype=np.float64)
-        state.tokens += tokens
-        state.bytes_sent += averaging.bytes_sent - sent
-        state.next_window(self.schedule.windows, train.carry)
+        # All ranks have come so far: nobody will ask for what `new` held.
+        norm = self.optimizer.step(state, parts, rows, lr, averaging.squares, averaging.release, new)
+        averaging.clear()
+        averaging.mix(new.theta)
+        new.h[:], new.c[:], new.lane_loss[:] = self.h, self.c, lane_loss
+        new.set_scalars(state.scalars())
+        new.tokens += tokens
+        new.bytes_sent += averaging.bytes_sent - sent
+        new.next_window(self.schedule.windows, train.carry)
+        self.state, self.next = new, state
+        model.bind(new.theta)
         return norm, lr, tokens
 
     def _reset_interval(self):
         averaging = self.averaging
-        self.interval_seconds, self.interval_tokens = 0.0, 0
+        self.interval_seconds, self.interval_tokens, self.interval_begin = 0.0, 0, self.state.step
         averaging.exposed_seconds = averaging.flight_seconds = 0.0
 
     def _log(self, norm, lr):
@@ -190,9 +225,13 @@ class Trainer:
         losses[self.mine.start : self.mine.stop] = state.lane_loss
         losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
         times = (self.interval_seconds, averaging.exposed_seconds, averaging.flight_seconds)
+        steps = self.state.step - self.interval_begin
         everyone = self.comm.allgather((self._hash(), times))
         different = [rank for rank, (digest, _) in enumerate(everyone) if digest != everyone[0][0]]
         seconds, exposed, flight = np.mean([times for _, times in everyone], axis=0)
+        busy = [(one[0] - one[1]) / steps for _, one in everyone]
+        slowest = int(np.argmax(busy))
+        self._name_straggler(slowest, busy[slowest] / float(np.median(busy)))
         loss = float(losses.sum() / state.tokens)
         problem = None
         if different:
@@ -215,15 +254,23 @@ class Trainer:
                 "tokens_per_second": self.interval_tokens / seconds,
                 "exposed_comm_fraction": exposed / seconds,
                 "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
+                "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
+                "slowest_rank": slowest,
                 "bytes_sent": state.bytes_sent,
                 "parameters": everyone[0][0],
             }
         )
-        self.exposed_seconds += exposed
-        self.logged_seconds += seconds
+        self.clock.exposed_seconds += exposed
+        self.clock.logged_seconds += seconds
         state.lane_loss[:] = 0
         state.tokens = state.bytes_sent = 0
         self._reset_interval()
+
+    def _name_straggler(self, rank, times):
+        """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
+        self.slow = (rank, self.slow[1] + 1) if times >= SLOW and self.slow[0] == rank else (rank, int(times >= SLOW))
+        if self.slow[1] == PATIENCE:
+            self.reporter.warn(f"rank {rank} takes {times:.1f} times as long for a step as the others do")
 
     def _evaluation_due(self):
         every = self.config.train.eval_every
@@ -255,28 +302,48 @@ class Trainer:
             self.comm, self.run_folder, state, self.layout, (self.mine, self.config.train.lanes),
             self.corpus.tokenizer_hash, best,
         )  # fmt: skip
-        self.saved_time, self.saved_at, self.saved = time.monotonic(), state.step, not problem
+        self.clock.saved, self.saved_at, self.saved = time.monotonic(), state.step, not problem
         if problem:
             self.reporter.warn(f"no checkpoint at step {state.step}: {problem}; training goes on, older ones stay")
             return
         if self.comm.rank == 0:
             checkpoint.prune(self.run_folder, self.config.checkpoint.keep)
 
+    def close(self):
+        """Nothing is under way any more."""
+        self.averaging.end()
+        if self.pulse is not None:
+            self.pulse.end()
+
+    def survive(self):
+        """After a failure: the survivors' communicator and what they go on with. Collective over the survivors."""
+        comm, buddies = self.comm, self.copies.buddies
+        if self.pulse is not None:
+            self.pulse.end()
+        communicators, requests = self.averaging.under_way()
+        communicators += [self.place.comm, buddies.comm]
+        new, step, alive = recovery.shrink(comm, communicators, self.finished.step, [*requests, *buddies.requests])
+        state = next(version for version in (self.state, self.next) if version.step == step)
+        lanes = self.copies.pieces(state, self.mine.start, alive)
+        dead = sorted(set(range(comm.size)) - set(alive))
+        return new, Survived(state.theta, state.moments, state.scalars(), lanes, self.clock), dead
+
     def summary(self):
         """What summary.json holds. Collective."""
         peaks = self.comm.allgather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        speed = self.settled_tokens / self.settled_seconds if self.settled_seconds else None
+        clock = self.clock
+        speed = clock.settled_tokens / clock.settled_seconds if clock.settled_seconds else None
         return {
             "ranks": self.comm.size,
             "mpi_library": mpi_library(),
             "parameters": self.layout.parameters,
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,
-            "exposed_comm_fraction": self.exposed_seconds / self.logged_seconds if self.logged_seconds else None,
+            "exposed_comm_fraction": clock.exposed_seconds / clock.logged_seconds if clock.logged_seconds else None,
             "peak_rss_bytes": peaks,
             "best_valid_perplexity": math.exp(min(self.best, 700)) if math.isfinite(self.best) else None,
             "steps": self.state.step,
-            "wall_seconds": time.monotonic() - self.begun,
+            "wall_seconds": time.monotonic() - clock.begun,
             "threads": self.place.threads,
             "config": as_dict(self.config),
         }

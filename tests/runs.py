@@ -6,7 +6,7 @@ import pathlib
 import h5py
 import numpy as np
 
-TIMES = ("tokens_per_second", "exposed_comm_fraction", "hidden_comm_fraction")
+TIMES = ("tokens_per_second", "exposed_comm_fraction", "hidden_comm_fraction", "busy_seconds", "slowest_rank")
 
 
 def metrics(run, split=None):

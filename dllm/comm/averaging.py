@@ -58,6 +58,7 @@ class Allreduce:
         self.everyones = np.full(tokens * comm.size, -1, np.int32)
         self.in_use = np.zeros(table.shape[0] if self.sparse else 0, bool)
         self.control = np.zeros((2, 4))
+        self.flight = []
         self.rows = self.squares = None
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
 
@@ -123,6 +124,14 @@ class Allreduce:
 
     def mix(self, theta):
         """Nothing: every rank took the same step."""
+
+    def end(self):
+        """The run is over."""
+
+    def under_way(self):
+        """Communicators and requests in which this rank, or another, may still wait when a rank has died."""
+        begun = [getattr(self, name, None) for name in ("control_request", "rows_request")]
+        return [self.comm], [request for request in (*begun, *(entry[0] for entry in self.flight)) if request is not None]
 
     def _post(self):
         if not self.free and not self.flight:

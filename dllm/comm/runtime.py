@@ -23,8 +23,13 @@ def world():
     return MPI.COMM_WORLD
 
 
+def survivable(comm):
+    """Whether ranks may go on when one dies: Open MPI under `mpirun --with-ft ulfm`."""
+    return comm.size > 1 and os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112, its own name
+
+
 def _abort(kind, error, trace):
-    """Tell what happened in one write, then end every rank."""
+    """Tell what happened in one write, then end every rank; where others can go on without this one, this one alone."""
     from mpi4py import MPI
 
     rank = MPI.COMM_WORLD.Get_rank()
@@ -36,15 +41,34 @@ def _abort(kind, error, trace):
         text, code = f"dllm: rank {rank} failed\n" + "".join(traceback.format_exception(kind, error, trace)), 1
     sys.stderr.write(text)
     sys.stderr.flush()
+    if survivable(MPI.COMM_WORLD):
+        leave(code)
     time.sleep(0.2)  # MPICH's mpirun has been seen to drop what it had not passed on when the job ended
     MPI.COMM_WORLD.Abort(code)
 
 
-def finish(comm):
-    """Let all ranks arrive, and write out what they printed, before any leaves."""
+def finish(comm, code=None):
+    """Let all ranks arrive, and write out what they printed, before any leaves.
+
+    code : where ranks have died; leaves the process at once, since MPI's own end would wait for them.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    wait(comm.Ibarrier())
+    if code is None:
+        wait(comm.Ibarrier())
+        return
+    from mpi4py import MPI
+
+    with contextlib.suppress(MPI.Exception):
+        wait(comm.Ibarrier())
+    leave(code)
+
+
+def leave(code):
+    """End this process now, without MPI's finalisation."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

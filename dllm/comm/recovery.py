@@ -1,0 +1,161 @@
+"""What survives the death of ranks, and how those that are left find each other.
+
+Open MPI 5 tells survivors of a death by an exception (user-level failure mitigation, Bland et al. 2013), where mpirun was
+started with `--with-ft ulfm`. Completion is not uniform: some ranks may have finished the step that failed on others. But a
+step's Allreduce needs every rank, so survivors are at most one step apart: each keeps the two newest versions of its state,
+and all go back to the older one of those at which they stand.
+
+A lane's LSTM state is on one rank only, so in each step every rank sends its lanes' states to the next one, its buddy.
+"""
+
+import contextlib
+import os
+import threading
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from .runtime import survivable
+
+PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
+PATIENCE = 20.0  # seconds that survivors may take to find each other
+GAVE_UP = 76  # exit code: start anew from the last checkpoint
+WATCH, COPY = 101, 102  # tags
+
+
+class GiveUp(Exception):
+    """The survivors cannot go on in memory. The text says why."""
+
+
+class Watch:
+    """Learns of a death anywhere in a communicator without communicating: a receive that nobody answers.
+
+    Where deaths cannot be survived it does nothing.
+    """
+
+    def __init__(self, comm):
+        self.buffer = np.zeros(1, np.int8)
+        self.request = comm.Irecv(self.buffer, MPI.ANY_SOURCE, WATCH) if survivable(comm) else None
+
+    def look(self):
+        """Raises MPI.Exception where a rank is gone."""
+        if self.request is not None:
+            self.request.Test()
+
+    def end(self):
+        if self.request is not None:
+            self.request.Cancel()
+            self.request.Wait()
+            self.request = None
+
+
+class Buddies:
+    """Each rank's small state, kept by the next rank for the two newest steps while the third comes in.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Duplicated.
+    sizes : sequence of int
+        Bytes of each rank's state.
+    """
+
+    def __init__(self, comm, sizes):
+        self.comm = comm.Dup()
+        self.next, self.previous = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        self.outgoing = [np.zeros(sizes[comm.rank], np.uint8) for _ in range(3)]
+        self.incoming = [np.zeros(sizes[self.previous], np.uint8) for _ in range(3)]
+        self.steps, self.requests = [None] * 3, []
+
+    def send(self, step, state):
+        """Begin to send state (n,) uint8, which is that after `step` steps, and to take in the previous rank's."""
+        turn = step % 3
+        self.outgoing[turn][:] = state
+        self.steps[turn], self.coming = None, step
+        self.requests = [
+            self.comm.Isend(self.outgoing[turn], self.next, COPY),
+            self.comm.Irecv(self.incoming[turn], self.previous, COPY),
+        ]
+
+    def complete(self):
+        """Wait for both. Returns the bytes sent."""
+        MPI.Request.Waitall(self.requests)
+        self.steps[self.coming % 3], self.requests = self.coming, []
+        return self.outgoing[0].size
+
+    def kept(self, step):
+        """The previous rank's state (n,) uint8 after `step` steps, None where it is not here."""
+        return self.incoming[step % 3] if self.steps[step % 3] == step else None
+
+
+_retired = []  # requests that failed, and with them the memory that MPI may still write to
+
+
+def shrink(comm, others, step, requests):
+    """The survivors' communicator, the step that all of them have finished, and their ranks in `comm`.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        In which somebody died.
+    others : list of MPI.Comm
+        Derived ones, in which somebody may still wait.
+    step : int
+        That this rank has finished; it still has the state of the one before.
+    requests : list of MPI.Request
+        That are under way.
+
+    Raises GiveUp on all survivors where their steps do not fit.
+    """
+    _retired.extend(requests)
+    rank = comm.rank
+    with watchdog():
+        while True:
+            for one in (comm, *others):
+                with contextlib.suppress(MPI.Exception):
+                    one.Revoke()
+            _let_end(requests, PAUSE)
+            new = comm.Shrink()
+            everyone = None
+            with contextlib.suppress(MPI.Exception):
+                everyone = new.allgather((rank, step))
+            if all_agree(new, everyone is not None):
+                ranks, steps = zip(*everyone, strict=True)
+                if max(steps) - min(steps) > 1:
+                    raise GiveUp(f"the survivors are at steps {sorted(set(steps))}")
+                return new, min(steps), ranks
+            comm, others, requests = new, [], []
+
+
+@contextlib.contextmanager
+def watchdog():
+    """Ends this process where the block takes longer than PATIENCE: a supervisor can start anew, nobody can wait for ever."""
+    timer = threading.Timer(PATIENCE, os._exit, (GAVE_UP,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _let_end(requests, seconds):
+    """Give operations of revoked communicators the time to end, one way or the other."""
+    end, left = time.monotonic() + seconds, requests
+    while time.monotonic() < end:
+        still = []
+        for request in left:
+            with contextlib.suppress(MPI.Exception):
+                if not request.Test():
+                    still.append(request)
+        left = still
+        time.sleep(0.005)
+
+
+def all_agree(comm, flag):
+    """Whether all that are alive say yes. The operation may fail and its result hold all the same."""
+    value = np.array([flag], np.int32)
+    with contextlib.suppress(MPI.Exception):
+        comm.Iagree(value).Wait()
+    return bool(value[0])
