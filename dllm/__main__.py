@@ -10,6 +10,7 @@ from .errors import BAD_INPUT, DONE
 COMMANDS = {
     "prepare": "text to a corpus of tokens",
     "train": "train a model over all ranks (under mpirun)",
+    "launch": "the same, started under mpirun, watched and brought back until it is done",
     "evaluate": "loss and perplexity of a trained model",
     "generate": "continue a text with a trained model",
 }

@@ -1,0 +1,136 @@
+"""The launcher brings a run to its end whatever dies: ranks, all of them, mpirun; and ends when it is told to."""
+
+import json
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
+from runs import checkpoints, column, metrics
+
+STEPS = 60
+SETTINGS = (
+    "train.precision=fp64", "model.hidden=96", "model.embedding=96", "train.lanes=12", "train.window=32", "train.threads=1",
+    f"train.max_steps={STEPS}", "train.clip=1.0", "log.sample=0", "checkpoint.every_steps=10", "train.eval_every=25",
+)  # fmt: skip
+
+
+def launch(data, run, ranks=3, options=()):
+    """Arguments of Python."""
+    return ["-m", "dllm.launch", "-n", ranks, *options, "--", *train_arguments(data, run, *SETTINGS)[2:]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = mpirun(0, *launch(tiny, run), check=True)
+    assert complaint(done) == ""
+    return run
+
+
+def check(run, undisturbed):
+    assert pathlib.Path(run, "DONE").read_text() == f"{STEPS}\n"
+    for split in ("train", "valid"):
+        ours, theirs = metrics(run, split), metrics(undisturbed, split)
+        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
+        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
+
+
+def until_step(job, run, step):
+    log = pathlib.Path(run, "metrics.jsonl")
+    job.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
+
+
+@pytest.mark.parametrize("victims", ["all ranks", "all but one", "mpirun"])
+def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, victims):
+    run = tmp_path / "run"
+    with Job(0, *launch(tiny, run)) as job:
+        until_step(job, run, 25)
+        ranks = job.ranks()
+        if victims == "mpirun":
+            launcher = job.launcher()
+            mpi = [pid for pid in job.processes() if pid not in ranks.values() and _parent(pid) == launcher]
+            job.signal(signal.SIGKILL, mpi)
+        else:
+            job.signal(signal.SIGKILL, [pid for rank, pid in ranks.items() if rank or victims == "all ranks"])
+        done = job.wait()
+        assert done.returncode == 0, str(job)
+    if victims != "all but one" or flavour() == "mpich":
+        assert "starting it again from step" in done.stderr
+    check(run, undisturbed)
+    if victims == "all ranks":  # the same number of ranks from a checkpoint: the same to the bit
+        assert metrics(run, "train")[-1]["parameters"] == metrics(undisturbed, "train")[-1]["parameters"]
+
+
+def _parent(pid):
+    return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_killed_before_the_first_checkpoint_it_starts_from_the_beginning(tiny, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    with Job(0, *launch(tiny, run)) as job:
+        until_step(job, run, 2)
+        job.signal(signal.SIGKILL, job.ranks().values())
+        done = job.wait()
+        assert done.returncode == 0, str(job)
+    check(run, undisturbed)
+
+
+def test_interrupted_once_it_leaves_a_checkpoint_and_launched_again_it_goes_on(tiny, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    with Job(0, *launch(tiny, run)) as job:
+        until_step(job, run, 15)
+        job.signal(signal.SIGINT, [job.launcher()])
+        assert job.wait().returncode == 75, str(job)
+    assert checkpoints(run)[-1] >= 15
+    assert not (run / "DONE").exists()
+    mpirun(0, "-m", "dllm.launch", "-n", 2, "--resume", run, "--", "--progress", "none", check=True)
+    check(run, undisturbed)
+
+
+def test_interrupted_twice_it_ends_now(tiny, tmp_path):
+    run = tmp_path / "run"
+    with Job(0, *launch(tiny, run)) as job:
+        until_step(job, run, 5)
+        for _ in range(2):
+            job.signal(signal.SIGINT, [job.launcher()])
+        done = job.wait()
+        assert done.returncode in (1, 75), str(job)
+        assert done.seconds < 60
+
+
+def test_it_gives_up_on_a_job_that_gets_nowhere(tiny, tmp_path):
+    run = tmp_path / "run"
+    with Job(0, *launch(tiny, run, options=("--retries", 1))) as job:
+        for attempt in (1, 2):
+            job.until(lambda: len(job.ranks()) == 3, f"the ranks of attempt {attempt}")
+            job.signal(signal.SIGKILL, job.ranks().values())
+            job.until(lambda: not job.ranks(), "their end") if attempt == 1 else None
+        done = job.wait()
+        assert done.returncode == 1, str(job)
+    assert "giving up" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--", "--set", "train.lr=fast"], "train.lr"),
+        (["--", "--resume", "run"], "belongs before the --"),
+        (["--resume", "nowhere"], "is not the folder of a run"),
+        (["-n", "0"], "not a number of at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, arguments, message):
+    done = mpirun(0, "-m", "dllm.launch", *arguments, cwd=tmp_path)
+    assert done.returncode == REFUSED
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_that_only_the_job_can_see_is_said_once(tmp_path):
+    done = mpirun(0, "-m", "dllm.launch", "-n", 2, "--", "--data", tmp_path / "nothing", cwd=tmp_path)
+    assert done.returncode == REFUSED
+    assert complaint(done).count("dllm:") == 1, done.stderr
+    assert json.dumps(str(tmp_path / "nothing"))[1:-1] in done.stderr
