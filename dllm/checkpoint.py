@@ -14,6 +14,7 @@ from .data.lanes import deal
 from .errors import UserError
 
 FORMAT = 1
+MOMENTS = 8  # vectors of optimiser state that a manifest may name at most
 KEYS = (
     "format",
     "dtype",
@@ -151,10 +152,19 @@ def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
             raise UserError(f"{checkpoint.folder} has {name} = {manifest[name]}, this run has {value}")
 
 
+def _open(checkpoint, entry):
+    """storage.open_arrays of one rank's file, whose names the manifest gives. Raises UserError."""
+    moments = checkpoint.manifest["moments"]
+    if not (isinstance(moments, int) and 0 <= moments <= MOMENTS):
+        raise UserError(f"{checkpoint.folder}/manifest.json has moments = {moments!r:.40}; no optimiser has")
+    names = ["theta", "h", "c", "lane_loss", *(f"moment.{number}" for number in range(moments))]
+    return storage.open_arrays(checkpoint.folder / entry["name"], names)
+
+
 def load_theta(checkpoint, layout, theta):
     """Fill the flat vector theta from all files."""
     for entry in checkpoint.manifest["files"]:
-        with storage.open_arrays(checkpoint.folder / entry["name"]) as array:
+        with _open(checkpoint, entry) as array:
             layout.load(theta, entry["start"], array("theta", theta.dtype, (entry["stop"] - entry["start"],))[:])
 
 
@@ -167,7 +177,7 @@ def load(checkpoint, layout, state, lanes):
         shape = (manifest["layers"], last - first, manifest["hidden"])
         here = slice(max(first, lanes.start) - lanes.start, min(last, lanes.stop) - lanes.start)
         there = slice(here.start + lanes.start - first, here.stop + lanes.start - first)
-        with storage.open_arrays(checkpoint.folder / entry["name"]) as array:
+        with _open(checkpoint, entry) as array:
             for number, moment in enumerate(state.moments):
                 part = array(f"moment.{number}", moment.dtype, (entry["stop"] - entry["start"],))[:]
                 layout.load(moment, entry["start"], part)

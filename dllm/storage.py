@@ -1,22 +1,29 @@
 """Files that are whole or not there: atomic writes, hashes, and the one door through which HDF5 is opened for reading.
 
-HDF5 follows links, external files and declared sizes silently; a file from elsewhere is checked before a byte is read.
+HDF5 follows links, external files and declared sizes silently; a file from elsewhere is checked before a byte is read. Only
+what the writers here make is let in: plain numbers in this very file, in chunks that are all there, each with a fletcher32.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import pathlib
+import stat
 from dataclasses import dataclass
 
-import h5py
 import numpy as np
 
 from .errors import UserError
 
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+os.environ["HDF5_PLUGIN_PRELOAD"] = "::"  # no file makes HDF5 load a plugin; read when h5py is imported
+import h5py
+
+CHUNK = 1 << 20  # bytes of a chunk, about; a row that is longer is a chunk of its own
+LEAST = 1 << 12  # no dataset is cut into chunks of fewer bytes than this
 
 
 @contextlib.contextmanager
@@ -74,6 +81,7 @@ def read_json(path, keys):
 def check_file(path, digest):
     """Raise UserError where the file is missing or its sha256 is not `digest`."""
     try:
+        _check_regular(path)
         found = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -82,36 +90,123 @@ def check_file(path, digest):
 
 
 @contextlib.contextmanager
-def open_arrays(path):
-    """A function array(name, dtype, shape) over an HDF5 file; it returns a checked dataset. Raises UserError."""
+def open_arrays(path, names=None):
+    """A function array(name, dtype, shape) over an HDF5 file; it returns a dataset that was checked, nothing of it read.
+
+    names : iterable of str, optional
+        The file must hold these and nothing else.
+
+    Raises UserError, for what a dataset turns out to be when it is read too. HDF5 itself may crash on a file that was made
+    to harm it: for a file from elsewhere `check_file` comes first.
+    """
+    spans = {}
     try:
+        _check_regular(path)
         with h5py.File(path, "r") as file:
-            yield lambda name, dtype, shape: _dataset(path, file, name, dtype, shape)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py raises any of them on a damaged file
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            if names is not None:
+                _check_names(path, file, set(names))
+            yield lambda name, dtype, shape: _dataset(path, file, name, np.dtype(dtype), tuple(shape), spans)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises any of them on a damaged file
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "it is damaged")
         raise UserError(f"cannot read {path}: {reason}") from None
 
 
-def _dataset(path, file, name, dtype, shape):
-    """A plain dataset in the root group of just this dtype and shape, stored in this very file."""
-    problem = None
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+def _check_regular(path):
+    """Raise UserError where `path` is a pipe or a device: reading it might never end. Raises OSError where it is missing."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"cannot read {path}: it is not a file")
+
+
+def _check_names(path, file, names):
+    """Raise UserError where the root group does not hold just `names`."""
+    if len(file) > len(names):
+        raise UserError(f"{path}: it holds {len(file)} datasets where {len(names)} are expected")
+    missing = sorted(names - set(file))
+    if missing:
+        raise UserError(f"{path}: '{missing[0]}' is missing")
+
+
+def _dataset(path, file, name, dtype, shape, spans):
+    """The dataset `name` where it is plain and whole; raises UserError. spans: name -> bytes (start, stop) taken by others."""
+    dataset = _walk(file, name)
+    if dataset is None:
         problem = "is missing or a link"
-    elif file.get(name, getclass=True) is not h5py.Dataset:
+    elif not isinstance(dataset, h5py.Dataset):
         problem = "is not a dataset"
     else:
-        dataset = file[name]
-        plan = dataset.id.get_create_plist()
-        filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
-        if dataset.external is not None or dataset.is_virtual:
-            problem = "is stored in another file"
-        elif dataset.dtype != dtype or dataset.shape != tuple(shape):
-            problem = f"is {dataset.dtype}{list(dataset.shape or ())} where {np.dtype(dtype)}{list(shape)} is expected"
-        elif not filters <= FILTERS:
-            problem = "uses a foreign filter"
+        problem = _foreign(dataset, dtype, shape)
+        if problem is None and dataset.size:
+            problem = _misplaced(dataset, name, spans)
     if problem:
         raise UserError(f"{path}: '{name}' {problem}")
     return dataset
+
+
+def _walk(file, name):
+    """The object at `name`, or None where any component of its path is missing or not a hard link.
+
+    Asked for a whole path, h5py looks at the last link only and follows those before it, even into a pipe.
+    """
+    here = file
+    for component in name.split("/"):
+        if not (isinstance(here, h5py.Group) and isinstance(here.get(component, getlink=True), h5py.HardLink)):
+            return None
+        here = here[component]
+    return here
+
+
+def _foreign(dataset, dtype, shape):
+    """What a dataset is that it should not be, in words, or None: by its header alone."""
+    plan, kind = dataset.id.get_create_plist(), dataset.id.get_type()
+    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+    if dataset.external is not None or dataset.is_virtual:
+        return "is stored in another file"
+    if kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
+        return f"is not of numbers where {dtype} is expected"
+    if dataset.shape != shape or not kind.equal(h5py.h5t.py_create(dtype)):
+        return f"is {dataset.dtype}{list(dataset.shape or ())} where {dtype}{list(shape)} is expected"
+    if not set(filters) <= {h5py.h5z.FILTER_FLETCHER32}:
+        return "uses a foreign filter"
+    if dataset.size and not filters:
+        return "has no checksum"
+    return None
+
+
+def _misplaced(dataset, name, spans):
+    """How the chunks of a dataset are not those a writer makes, in words, or None. Enters their bytes in `spans`.
+
+    A chunk that is missing would read as zeros, one whose filter is masked without its checksum, one listed in another's
+    place as that one.
+    """
+    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if not 0 < size <= max(CHUNK, dataset.nbytes):
+        return f"has chunks of {size} bytes"
+    grid = [range(0, total, step) for total, step in zip(dataset.shape, dataset.chunks, strict=True)]
+    count, found = math.prod(map(len, grid)), []
+    if count > dataset.nbytes // LEAST + 1:
+        return f"is cut into {count} chunks"
+    dataset.id.chunk_iter(lambda chunk: found.append(chunk) or len(found) > count or None)
+    if any(chunk.filter_mask or chunk.size != size + 4 for chunk in found):  # 4 bytes of checksum
+        return "has a chunk without its checksum"
+    if sorted(chunk.chunk_offset for chunk in found) != list(itertools.product(*grid)):
+        return "lacks a chunk"
+    if not all(_reachable(dataset, chunk.chunk_offset) for chunk in found):
+        return "has a chunk that cannot be reached"
+    spans[name] = [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in found]
+    if any(first[1] > second[0] for first, second in itertools.pairwise(sorted(itertools.chain(*spans.values())))):
+        return "has a chunk that is another's too"
+    return None
+
+
+def _reachable(dataset, offset):
+    """Whether reading finds a chunk that is listed: damaged keys of its B-tree may lead elsewhere, and zeros be read."""
+    try:
+        dataset.id.read_direct_chunk(offset, out=bytearray(1))
+    except ValueError:  # found, and one byte is too few for it: nothing was read
+        return True
+    except RuntimeError:
+        return False
+    return False
 
 
 class _Patient(io.FileIO):
@@ -154,7 +249,7 @@ def write_arrays(path, arrays):
     with write_hdf5(path) as file:
         for name, array in arrays.items():
             if isinstance(array, Stream):
-                chunk = (min(array.size, (1 << 20) // np.dtype(array.dtype).itemsize),) if array.size else None
+                chunk = (min(array.size, CHUNK // np.dtype(array.dtype).itemsize),) if array.size else None
                 data = file.create_dataset(name, (array.size,), array.dtype, chunks=chunk, fletcher32=chunk is not None)
                 start = 0
                 for part in array.parts:
@@ -163,7 +258,7 @@ def write_arrays(path, arrays):
                 continue
             chunk = None
             if array.size:
-                rows = max(1, (1 << 20) // max(1, array.nbytes // len(array)))
+                rows = max(1, CHUNK // max(1, array.nbytes // len(array)))
                 chunk = (min(len(array), rows), *array.shape[1:])
             file.create_dataset(name, data=array, chunks=chunk, fletcher32=chunk is not None)
     return sha256(path)

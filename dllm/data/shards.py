@@ -120,7 +120,7 @@ class Corpus:
         for shard in self._shards(split, start, stop):
             length = shard["stop"] - shard["start"]
             inside = slice(max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"])
-            with storage.open_arrays(self.folder / shard["name"]) as array:
+            with storage.open_arrays(self.folder / shard["name"], ["tokens"]) as array:
                 parts.append(array("tokens", self.dtype, (length,))[inside])
         tokens = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
         if tokens.size and tokens.max() >= self.vocabulary:
