@@ -199,7 +199,7 @@ def _misplaced(dataset, name, spans):
 
 
 def _reachable(dataset, offset):
-    """Whether reading finds a chunk that is listed: damaged keys of its B-tree may lead elsewhere, and zeros be read."""
+    """Whether reading finds a chunk that is listed: in the older format a damaged key hides it, and it reads as zeros."""
     try:
         dataset.id.read_direct_chunk(offset, out=bytearray(1))
     except ValueError:  # found, and one byte is too few for it: nothing was read
@@ -226,9 +226,13 @@ class _Patient(io.FileIO):
 
 @contextlib.contextmanager
 def write_hdf5(path):
-    """An open h5py.File that becomes `path`, whole or not at all, at the end. Raises OSError where the disk is full."""
+    """An open h5py.File that becomes `path`, whole or not at all, at the end. Raises OSError where the disk is full.
+
+    HDF5 1.10's format, unlike h5py's default of 1.0, has checksums in what says where the data lie: in the old one a damaged
+    address that led to empty space read as zeros, whose fletcher32 is zero too.
+    """
     with atomic(path) as temporary, _Patient(temporary, "x+") as raw:
-        with h5py.File(raw, "w") as file:
+        with h5py.File(raw, "w", libver=("v110", "v110")) as file:
             yield file
         if raw.failure is not None:
             raw.failure.filename = str(path)

@@ -210,6 +210,21 @@ def test_a_number_type_of_other_bits_is_refused(tmp_path):
         array("x", np.float64, (8,))
 
 
+def test_files_of_the_older_format_are_read_and_a_hidden_chunk_is_refused(tmp_path):
+    path, data = tmp_path / "file.h5", np.arange(8.0)
+    with h5py.File(path, "w", libver="earliest") as file:
+        file.create_dataset("x", data=data, chunks=(8,), fletcher32=True)
+    with storage.open_arrays(path, ["x"]) as array:
+        np.testing.assert_array_equal(array("x", np.float64, (8,)), data)
+    whole = bytearray(path.read_bytes())
+    last = whole.rindex(b"TREE\x01") + 24 + 24 + 8  # the key behind the only chunk: its size, its filters, where it ends
+    assert whole[last + 8] == 8
+    whole[last + 8 : last + 24] = bytes(16)
+    path.write_bytes(whole)
+    with storage.open_arrays(path, ["x"]) as array, pytest.raises(UserError, match=r"'x' has a chunk that cannot be reached$"):
+        array("x", np.float64, (8,))
+
+
 def test_many_small_chunks_are_refused(tmp_path):
     path = tmp_path / "file.h5"
     with h5py.File(path, "w") as file:
@@ -342,5 +357,4 @@ def test_a_damaged_file_is_refused_or_read_right(tmp_path, kind, check):
     bad = {seed: end for seed, end in ends.items() if end not in ("right", "refused")}
     assert len(ends) == MUTATIONS
     assert not bad
-    counts = Counter(ends.values())
-    assert min(counts["right"], counts["refused"]) > MUTATIONS // 20, counts
+    assert Counter(ends.values())["refused"] > MUTATIONS // 2
