@@ -28,7 +28,7 @@ from .survival import Clock, LaneCopies, Survived, take_lanes
 
 STOP, OUT_OF_TIME, CHECKPOINT = range(3)  # places in the control values that ranks combine in each step
 SETTLED = 10  # steps before speed counts
-SLOW, PATIENCE = 1.5, 3  # a rank that takes so many times as long in so many lines of metrics is named
+SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
 
 class Trainer:
@@ -108,7 +108,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.saved_at, self.saved = (self.state.step, True) if resume else (-1, False)
         self.deaths = 0  # of ranks, since the start
-        self.slow = None, 0  # the slowest rank, and in how many lines it was much slower
+        self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
         self.clock = survived.clock if survived else Clock(time.monotonic())
         self.best = math.inf
 
@@ -268,9 +268,12 @@ class Trainer:
 
     def _name_straggler(self, rank, times):
         """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
-        self.slow = (rank, self.slow[1] + 1) if times >= SLOW and self.slow[0] == rank else (rank, int(times >= SLOW))
-        if self.slow[1] == PATIENCE:
+        now, crowded = time.monotonic(), self.place.ranks > self.place.cores
+        if times < SLOW or crowded or self.slow[0] != rank:
+            self.slow = rank, now
+        elif now - self.slow[1] > PATIENCE:
             self.reporter.warn(f"rank {rank} takes {times:.1f} times as long for a step as the others do")
+            self.slow = rank, math.inf  # once
 
     def _evaluation_due(self):
         every = self.config.train.eval_every
