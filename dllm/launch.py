@@ -123,7 +123,7 @@ class Job:
             words += ["--set", setting]
         if self.options.resume or runs.newest_step(self.run) is not None:
             return [*words, "--resume", self.run]
-        shutil.rmtree(self.run, ignore_errors=True)  # of an attempt that came to no checkpoint
+        runs.begin_anew(self.run)
         for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]

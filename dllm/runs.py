@@ -2,6 +2,7 @@
 
 import datetime
 import pathlib
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
 from .errors import UserError
 from .kernels.gemm import aligned
 from .model import LanguageModel
+
+FILES = {"config.toml", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "DONE"}
 
 
 def new_name(out, preset):
@@ -30,6 +33,17 @@ def make(run, settings, tokenizer):
         save_tokenizer(run, tokenizer)
     except OSError as error:
         raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
+
+
+def begin_anew(run):
+    """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays."""
+    folder = pathlib.Path(run)
+    if not folder.exists():
+        return
+    known = lambda name: name in FILES or (name.startswith(".") and name.endswith(".tmp"))
+    if not folder.is_dir() or not all(known(path.name) for path in folder.iterdir()) or newest_step(run) is not None:
+        raise UserError(f"{run} exists and is not the folder of a run: choose another name")
+    shutil.rmtree(folder)
 
 
 def done(run, step):

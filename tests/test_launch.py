@@ -129,6 +129,15 @@ def test_bad_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years")
+    done = mpirun(0, "-m", "dllm.launch", "-n", 1, "--run", tmp_path / "precious", cwd=tmp_path)
+    assert done.returncode == REFUSED
+    assert "is not the folder of a run" in done.stderr
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years"
+
+
 def test_bad_input_that_only_the_job_can_see_is_said_once(tmp_path):
     done = mpirun(0, "-m", "dllm.launch", "-n", 2, "--", "--data", tmp_path / "nothing", cwd=tmp_path)
     assert done.returncode == REFUSED
