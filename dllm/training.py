@@ -12,7 +12,8 @@ import xxhash
 
 from . import checkpoint, optim
 from .comm import recovery
-from .comm.node import Pulse, averaging, share
+from .comm.node import averaging, share
+from .comm.pulse import Pulse
 from .comm.runtime import check_same, mpi_library, survivable, together
 from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
@@ -109,6 +110,7 @@ class Trainer:
         self.saved_at, self.saved = (self.state.step, True) if resume else (-1, False)
         self.deaths = 0  # of ranks, since the start
         self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
+        self.finished = self.state  # what it goes back to if a rank dies: the state at the beginning of the step
         self.clock = survived.clock if survived else Clock(time.monotonic())
         self.best = math.inf
 

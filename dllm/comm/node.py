@@ -9,12 +9,8 @@ The gradients of a node's n ranks lie in one piece of memory, (n,P). Of each buc
 Three counters of each rank, in the same memory, say how far it is. Nobody waits for a bucket before the backward is over.
 """
 
-import contextlib
-import math
 import mmap
 import os
-import signal
-import threading
 import time
 
 import numpy as np
@@ -27,8 +23,6 @@ from .runtime import NAP
 READY, SUMMED, READ = 0, 8, 16  # places of the counters: a line of the cache each
 SQUARES = SUMMED + 1  # place of a float64: the sum of squares of the rank's shards
 PULSE = READ + 1  # place of a counter that grows as long as the rank lives
-BEAT = 0.25  # seconds
-LATE = 2.0  # seconds of silence that are worth a line
 PAGE = 4096
 LARGE = 100 * 2**20  # bytes
 
@@ -97,65 +91,6 @@ def share(comm, node, size, dtype):
             memory = None
     everyone = comm.allgather(node.size if memory is not None else 0)
     return memory if len(set(everyone)) == 1 else None
-
-
-class Pulse(threading.Thread):
-    """Watches the ranks of a node: one that was stopped for a while is named, one that stays silent is ended.
-
-    MPI notices a process that has ended, never one that stands still.
-
-    Parameters
-    ----------
-    comm, node : MPI.Comm
-        All ranks; those of this node. Collective over `node`.
-    memory : SharedMemory
-    deadline : float
-        Seconds of silence after which a rank is ended; 0: never.
-    say : callable
-        Takes a line for the user.
-    """
-
-    def __init__(self, comm, node, memory, deadline, say):
-        super().__init__(daemon=True)
-        self.memory, self.mine, self.deadline, self.say, self.over = memory, node.rank, deadline, say, threading.Event()
-        self.ranks, self.pids = zip(*node.allgather((comm.rank, os.getpid())), strict=True)
-
-    def run(self):
-        """Time is counted in beats of one's own, so that ranks that were all stopped together do not blame each other."""
-        silence, seen = [0.0] * len(self.ranks), self.memory.counters[:, PULSE].copy()
-        while not self.over.wait(BEAT):
-            self.memory.counters[self.mine, PULSE] += 1
-            now = self.memory.counters[:, PULSE].copy()
-            for place in set(range(len(self.ranks))) - {self.mine}:
-                if now[place] == seen[place]:
-                    silence[place] += BEAT
-                    self._end_if_silent(place, silence)
-                    continue
-                if silence[place] >= LATE:
-                    self._tell(place, f"was silent for {silence[place]:.0f} s")
-                silence[place] = 0.0
-            seen = now
-
-    def _end_if_silent(self, place, silence):
-        patience = self.deadline + (0 if self._speaks_of(place) else LATE)
-        if self.deadline > 0 and patience <= silence[place]:
-            self._tell(place, f"has been silent for {silence[place]:.0f} s and is ended")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pids[place], signal.SIGKILL)
-            silence[place] = -math.inf
-
-    def _speaks_of(self, place):
-        """Whether this is the one of the others that speaks and acts first."""
-        return self.mine == (0 if place else 1)
-
-    def _tell(self, place, what):
-        if self._speaks_of(place):
-            self.say(f"rank {self.ranks[place]} {what}")
-
-    def end(self):
-        self.over.set()
-        if self.is_alive():
-            self.join()
 
 
 class NodeAllreduce(Allreduce):
