@@ -68,6 +68,8 @@ def launch(argv):
         return DONE
     training.settings(wanted)  # what is wrong with them is said here, once
     run = options.run or options.resume or runs.new_name(wanted.out, wanted.preset or "default")
+    if options.resume:
+        runs.not_done(run)  # an older end is not this job's
     job = Job(options, wanted, cores, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: job.stop())
