@@ -1,5 +1,5 @@
 """What tests of kernels and models share: how close is close, derivatives by differences, matrices in panels, guarded
-memory, kinds of models.
+memory, kinds of models, and small models with something to read.
 """
 
 import ctypes
@@ -10,6 +10,8 @@ import pytest
 
 from dllm.config import ModelConfig
 from dllm.kernels import gemm
+from dllm.layout import Layout
+from dllm.model import LanguageModel
 
 CLOSE = {np.float32: 2e-5, np.float64: 1e-12}  # norm-wise, for sums of some hundred terms
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -26,6 +28,7 @@ KINDS = {
     "wide embedding": {"embedding": 9},
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+V, T, B = 11, 6, 3  # vocabulary, window and lanes of a small model
 
 
 def relative(found, expected):
@@ -118,3 +121,36 @@ def guarded(array):
 def configured(kind="untied", **changes):
     """A small model of a kind."""
     return ModelConfig(**{"embedding": 4, "hidden": 6, "layers": 2, **KINDS[kind], **changes})
+
+
+def build(config, seed=1, lanes=B, window=T, dtype=np.float64, training=True):
+    """A model of a configuration, with random parameters."""
+    layout = Layout(config, V, dtype)
+    theta = np.zeros(layout.size, dtype)
+    layout.load(theta, 0, np.random.default_rng(seed).uniform(-0.6, 0.6, layout.parameters).astype(dtype))
+    return LanguageModel(config, V, dtype, window, lanes, theta, training)
+
+
+def tensors(model, vector):
+    """name -> tensor of a flat vector."""
+    return {name: model.layout.read(vector, name) for name in model.layout.tensors}
+
+
+def text(seed=2, width=T, lanes=B):
+    """Tokens and targets (T,B), and the generator that made them."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, V, (width, lanes)), rng.integers(0, V, (width, lanes)), rng
+
+
+def states(config, lanes=B, seed=3):
+    return 0.5 * np.random.default_rng(seed).standard_normal((2, config.layers, lanes, config.hidden))
+
+
+def run(model, tokens, targets, h, c, scale=1.0, mask=None, **callbacks):
+    """Losses and gradient as the training step gets them; h and c stay as they are."""
+    model.gradient[:] = np.nan  # whatever is there must be overwritten ...
+    if model.layout.table is not None:
+        model.gradient[model.layout.table.start :] = 0  # ... but for rows of the embedding, which the caller zeroes
+    losses = model.forward(tokens, targets, h.copy(), c.copy(), scale, mask).copy()
+    model.backward(**callbacks)
+    return losses, model.gradient.copy()
