@@ -1,8 +1,10 @@
-"""Checkpoints: one HDF5 file a rank, each with its slice of the standard vectors (layout.py) and the states of its lanes,
-and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N ranks load what any M
-ranks wrote.
+"""Checkpoints on disk: a folder with one HDF5 file a rank, each with its slice of the standard vectors (layout.py) and the
+states of its lanes, and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N
+ranks load what any M ranks wrote. How they are written stands in saving.py.
 """
 
+import hashlib
+import json
 import pathlib
 import shutil
 from dataclasses import dataclass
@@ -12,23 +14,26 @@ import numpy as np
 from . import storage
 from .data.lanes import deal
 from .errors import UserError
+from .state import State
 
-FORMAT = 1
-MOMENTS = 8  # vectors of optimiser state that a manifest may name at most
-KEYS = (
-    "format",
-    "dtype",
-    "parameters",
-    "layout",
-    "moments",
-    "lanes",
-    "layers",
-    "hidden",
-    "scalars",
-    "files",
-    "tokenizer",
-    "best",
-)
+FORMAT = 2
+MANIFEST = "manifest.json"
+LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
+KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "sha256", "seal", *LIMITS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of `ranks` ranks has of a checkpoint."""
+
+    name: str  # of its file
+    slice: slice  # of the standard vectors
+    lanes: range
+
+    @classmethod
+    def of(cls, rank, ranks, parameters, lanes):
+        share = deal(parameters, ranks, rank)
+        return cls(f"rank-{rank:05d}-of-{ranks:05d}.h5", slice(share.start, share.stop), deal(lanes, ranks, rank))
 
 
 @dataclass(frozen=True)
@@ -38,64 +43,68 @@ class Checkpoint:
     folder: pathlib.Path
     manifest: dict
 
+    @classmethod
+    def open(cls, folder):
+        """Raises UserError where the manifest is missing or damaged."""
+        manifest = storage.read_json(folder / MANIFEST, KEYS)
+        flaw = _flaw(manifest)
+        if flaw:
+            raise UserError(f"{folder / MANIFEST} {flaw}")
+        return cls(folder, manifest)
+
     @property
     def step(self):
         return self.manifest["scalars"]["step"]
 
+    def parts(self):
+        """(Part, path of its file) of every rank that wrote it."""
+        ranks, parameters, lanes = (self.manifest[name] for name in ("ranks", "parameters", "lanes"))
+        parts = (Part.of(rank, ranks, parameters, lanes) for rank in range(ranks))
+        return [(part, self.folder / part.name) for part in parts]
 
-def save(comm, run, state, layout, lanes, tokenizer, best):
-    """Write state of all ranks as checkpoints/step-XXXXXXXX of the folder `run`. Collective.
+    def verify(self):
+        """Raise UserError where the sha256 of a file does not hold."""
+        for (_, path), digest in zip(self.parts(), self.manifest["sha256"], strict=True):
+            storage.check_file(path, digest)
 
-    lanes : (of this rank: range, of all ranks: int)
-    tokenizer : str
-        The hash that names the vocabulary.
-    best : bool
-        True: the validation loss is the best so far.
+    def arrays(self, path):
+        """storage.open_arrays of one rank's file. Raises UserError."""
+        moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
+        return storage.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments])
 
-    Returns None, or on all ranks what went wrong; then nothing is left of the attempt and older checkpoints stay.
-    """
-    folder = pathlib.Path(run, "checkpoints", f"step-{state.step:08d}")
-    part = _share(layout.parameters, comm.size, comm.rank)
-    mine, total = lanes
-    name, problem, entry = f"rank-{comm.rank:05d}.h5", None, None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = lambda vector: storage.Stream(part[1] - part[0], vector.dtype, layout.parts(vector, *part))
-        arrays = {"theta": stream(state.theta), "h": state.h, "c": state.c, "lane_loss": state.lane_loss}
-        arrays |= {f"moment.{number}": stream(moment) for number, moment in enumerate(state.moments)}
-        digest = storage.write_arrays(folder / name, arrays)
-        entry = {
-            "name": name,
-            "start": part[0],
-            "stop": part[1],
-            "lanes": [mine.start, mine.stop],
-            "sha256": digest,
-        }
-    except OSError as error:
-        problem = error.strerror or str(error)
-    gathered = comm.allgather((problem, entry))
-    problem = next((text for text, _ in gathered if text), None)
-    if problem is None and comm.rank == 0:
-        manifest = {
-            "format": FORMAT, "dtype": state.theta.dtype.name, "parameters": layout.parameters,
-            "layout": {name: list(tensor.shape) for name, tensor in layout.tensors.items()}, "moments": len(state.moments),
-            "lanes": total, "layers": state.h.shape[0], "hidden": state.h.shape[2], "scalars": state.scalars(),
-            "tokenizer": tokenizer, "best": best, "files": [entry for _, entry in gathered],
-        }  # fmt: skip
-        try:
-            storage.write_json(folder / "manifest.json", manifest)
-        except OSError as error:
-            problem = error.strerror
-    problem = comm.bcast(problem)
-    if problem is not None and comm.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    comm.barrier()
-    return problem
+
+def folder_of(run, step):
+    return pathlib.Path(run, "checkpoints", f"step-{step:08d}")
+
+
+def seal(manifest):
+    """The sha256 of everything else in a manifest."""
+    rest = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _flaw(manifest):
+    """What is wrong with a manifest, or None."""
+    if manifest["format"] != FORMAT:
+        return f"is of format {manifest['format']!r:.20}, this version of dllm reads {FORMAT}"
+    if seal(manifest) != manifest["seal"]:
+        return "is damaged: its checksum does not hold"
+    for name, limit in LIMITS.items():
+        if not (type(manifest[name]) is int and 0 <= manifest[name] <= limit):
+            return f"has {name} = {manifest[name]!r:.40}; no checkpoint has"
+    digests, scalars = manifest["sha256"], manifest["scalars"]
+    if not (isinstance(digests, list) and len(digests) == manifest["ranks"] > 0):
+        return "does not have a sha256 for each rank"
+    if not (isinstance(scalars, dict) and set(scalars) == set(State.SCALARS)):
+        return "does not have the scalars of a state"
+    if not all(type(value) in (int, float) for value in scalars.values()) or not isinstance(manifest["layout"], dict):
+        return "has scalars that are no numbers"
+    return None
 
 
 def prune(run, keep):
     """Remove what is neither among the newest `keep` checkpoints nor the newest best one; unfinished ones too."""
-    found = available(run)
+    found, _ = available(run)
     best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
     stay = {checkpoint.folder for checkpoint in [*found[:keep], *best]}
     for folder in pathlib.Path(run, "checkpoints").glob("step-*"):
@@ -104,16 +113,15 @@ def prune(run, keep):
 
 
 def available(run):
-    """Checkpoints whose manifest is whole, newest first."""
-    found = []
+    """Checkpoints whose manifest is whole, newest first; and what is wrong with other manifests, a line each."""
+    found, wrong = [], []
     for folder in sorted(pathlib.Path(run, "checkpoints").glob("step-*"), reverse=True):
         try:
-            manifest = storage.read_json(folder / "manifest.json", KEYS)
-        except UserError:
-            continue
-        if manifest["format"] == FORMAT:
-            found.append(Checkpoint(folder, manifest))
-    return found
+            if (folder / MANIFEST).exists():
+                found.append(Checkpoint.open(folder))
+        except UserError as error:
+            wrong.append(str(error))
+    return found, wrong
 
 
 def intact(run, best=False):
@@ -121,25 +129,24 @@ def intact(run, best=False):
 
     Raises UserError where there is none.
     """
-    warnings, found = [], available(run)
+    found, wrong = available(run)
     found = sorted(found, key=lambda checkpoint: not checkpoint.manifest["best"]) if best else found
     for checkpoint in found:
         try:
-            for entry in checkpoint.manifest["files"]:
-                storage.check_file(checkpoint.folder / entry["name"], entry["sha256"])
+            checkpoint.verify()
         except UserError as error:
-            warnings.append(f"{error}; trying the one before")
+            wrong.append(str(error))
         else:
-            return checkpoint, warnings
-    if warnings:
-        raise UserError(f"no checkpoint of {run} is whole: {warnings[0].split(';')[0]}")
+            return checkpoint, [f"{text}; trying the one before" for text in wrong]
+    if wrong:
+        raise UserError(f"no checkpoint of {run} is whole: {wrong[0]}")
     raise UserError(f"{run} has no checkpoint to start from")
 
 
 def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
     """Raise UserError where a checkpoint was made by another model, optimiser, precision or number of lanes."""
     manifest = checkpoint.manifest
-    expected = {"dtype": np.dtype(dtype).name, "moments": moments, "lanes": lanes}
+    expected = {"dtype": np.dtype(dtype).name, "parameters": layout.parameters, "moments": moments, "lanes": lanes}
     shapes = {name: list(tensor.shape) for name, tensor in layout.tensors.items()}
     for name in dict.fromkeys([*shapes, *manifest["layout"]]):
         if shapes.get(name) != manifest["layout"].get(name):
@@ -152,42 +159,31 @@ def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
             raise UserError(f"{checkpoint.folder} has {name} = {manifest[name]}, this run has {value}")
 
 
-def _open(checkpoint, entry):
-    """storage.open_arrays of one rank's file, whose names the manifest gives. Raises UserError."""
-    moments = checkpoint.manifest["moments"]
-    if not (isinstance(moments, int) and 0 <= moments <= MOMENTS):
-        raise UserError(f"{checkpoint.folder}/manifest.json has moments = {moments!r:.40}; no optimiser has")
-    names = ["theta", "h", "c", "lane_loss", *(f"moment.{number}" for number in range(moments))]
-    return storage.open_arrays(checkpoint.folder / entry["name"], names)
-
-
 def load_theta(checkpoint, layout, theta):
     """Fill the flat vector theta from all files."""
-    for entry in checkpoint.manifest["files"]:
-        with _open(checkpoint, entry) as array:
-            layout.load(theta, entry["start"], array("theta", theta.dtype, (entry["stop"] - entry["start"],))[:])
+    for part, path in checkpoint.parts():
+        with checkpoint.arrays(path) as array:
+            _load(layout, theta, part, array, "theta")
 
 
 def load(checkpoint, layout, state, lanes):
     """Fill `state` of a rank that now computes `lanes`, a range, from all files of a checkpoint of any number of ranks."""
-    manifest = checkpoint.manifest
+    layers, hidden = checkpoint.manifest["layers"], checkpoint.manifest["hidden"]
     load_theta(checkpoint, layout, state.theta)
-    for entry in manifest["files"]:
-        first, last = entry["lanes"]
-        shape = (manifest["layers"], last - first, manifest["hidden"])
-        here = slice(max(first, lanes.start) - lanes.start, min(last, lanes.stop) - lanes.start)
-        there = slice(here.start + lanes.start - first, here.stop + lanes.start - first)
-        with _open(checkpoint, entry) as array:
+    for part, path in checkpoint.parts():
+        shape = layers, len(part.lanes), hidden
+        both = range(max(part.lanes.start, lanes.start), min(part.lanes.stop, lanes.stop))
+        with checkpoint.arrays(path) as array:
             for number, moment in enumerate(state.moments):
-                part = array(f"moment.{number}", moment.dtype, (entry["stop"] - entry["start"],))[:]
-                layout.load(moment, entry["start"], part)
-            if here.start < here.stop:
+                _load(layout, moment, part, array, f"moment.{number}")
+            if both:
+                here, there = (slice(both.start - one.start, both.stop - one.start) for one in (lanes, part.lanes))
                 state.h[:, here] = array("h", state.h.dtype, shape)[:, there]
                 state.c[:, here] = array("c", state.c.dtype, shape)[:, there]
                 state.lane_loss[here] = array("lane_loss", np.float64, shape[1:2])[there]
-    state.set_scalars(manifest["scalars"])
+    state.set_scalars(checkpoint.manifest["scalars"])
 
 
-def _share(size, ranks, rank):
-    part = deal(size, ranks, rank)
-    return part.start, part.stop
+def _load(layout, vector, part, array, name):
+    start, stop = part.slice.start, part.slice.stop
+    layout.load(vector, start, array(name, vector.dtype, (stop - start,))[:])

@@ -74,7 +74,8 @@ class AveragingConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 0  # 0: not by steps
-    every_minutes: float = 10.0  # 0: not by time
+    every_minutes: float = -1.0  # 0: not by time; -1: as often as pays, by what one costs and by mtbf_hours
+    mtbf_hours: float = 1000.0  # mean time between failures of one rank: shorter, more checkpoints
     keep: int = 3  # newest checkpoints that stay, besides the best one
 
 
@@ -82,6 +83,7 @@ class CheckpointConfig:
 class ResilienceConfig:
     min_ranks: int = 1  # fewer survivors than this end the run
     deadline: float = 60.0  # seconds of silence after which a rank is ended by others on its node; 0: never
+    max_skipped: int = 5  # so many steps in a row whose gradient is not finite end the run; fewer are left out
     lost_lanes: str = "reset"  # reset | stop: what follows where a lane's state died with its rank and with its copy
 
 
@@ -117,11 +119,12 @@ CHOICES = {
 }
 AT_LEAST_ONE = (
     "model.hidden", "model.layers", "train.lanes", "train.window", "train.epochs", "checkpoint.keep",
-    "resilience.min_ranks", "log.every",
+    "resilience.min_ranks", "resilience.max_skipped", "log.every",
 )  # fmt: skip
-POSITIVE = ("train.lr", "train.decay", "train.epsilon", "averaging.bucket_mb")
+POSITIVE = ("checkpoint.mtbf_hours", "train.lr", "train.decay", "train.epsilon", "averaging.bucket_mb")
 BELOW_ONE = ("model.dropout", "train.momentum", "train.beta1", "train.beta2", "train.alpha")
 MAY_BE_NEGATIVE = ("model.forget_bias",)
+ALSO = {"checkpoint.every_minutes": -1}  # a value that has a meaning of its own
 LARGEST = 2**31 - 1
 
 
@@ -242,7 +245,7 @@ def _check_value(name, value):
         raise UserError(f"{name} = {value}: it must be at least 1")
     if name in POSITIVE and value <= 0:
         raise UserError(f"{name} = {value}: it must be above 0")
-    if value < 0 and name not in MAY_BE_NEGATIVE:
+    if value < 0 and name not in MAY_BE_NEGATIVE and value != ALSO.get(name):
         raise UserError(f"{name} = {value}: it must not be negative")
     if name in BELOW_ONE and value >= 1:
         raise UserError(f"{name} = {value}: it must be below 1")

@@ -9,3 +9,10 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, without a traceback, by one rank; exit code 2."""
 
     shared = False  # True: every rank raises the same error, so the job can leave together
+
+    @classmethod
+    def of_all(cls, text):
+        """One that every rank raises."""
+        error = cls(text)
+        error.shared = True
+        return error

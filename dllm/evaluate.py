@@ -41,7 +41,7 @@ def evaluate(argv, comm):
     from .inference import Evaluation
     from .kernels.team import Team
     from .runs import Trained
-    from .training import warm_up
+    from .warmup import warm_up
 
     trained = runtime.agree(comm, Trained.open, options.run, options.checkpoint == "best")
     settings = trained.settings

@@ -20,7 +20,7 @@ import numpy as np
 
 from .kernels.gemm import width
 
-PART = 1 << 20  # elements, or a row, that are converted at a time
+PART = 1 << 18  # elements, or a row, that are converted at a time
 
 
 @dataclass(frozen=True)
@@ -93,33 +93,42 @@ class Layout:
         """name -> view of the flat vector (size,) as a block."""
         return {name: vector[block.start : block.stop].reshape(block.shape) for name, block in self.blocks.items()}
 
-    def read(self, vector, name, first=0, last=None):
-        """A copy of the tensor `name` of the flat vector (size,), or of some of its rows, in its usual shape."""
-        rows, *columns = self.tensors[name].shape
-        tensor = np.empty((len(range(rows)[first:last]), *columns), vector.dtype)
-        for piece, place in self._pieces(vector, name):
-            tensor[place] = piece[first:last]
-        return tensor
+    def read(self, vector, name):
+        """A copy of the tensor `name` of the flat vector (size,), in its usual shape."""
+        return self._read(self._block(vector, name), name)
 
     def write(self, vector, name, tensor):
         """Put a tensor of the usual shape into the flat vector (size,)."""
-        for piece, place in self._pieces(vector, name):
+        for piece, place in self._pieces(self._block(vector, name), name):
             piece[...] = tensor[place]
 
-    def parts(self, vector, start, stop):
-        """Elements [start, stop) of the standard vector, of the flat vector (size,), in arrays one after the other."""
+    def cut(self, vector, start, stop):
+        """What of the flat vector (size,) holds elements [start, stop) of the standard vector.
+
+        A list of (name, first row, view of the block with the tensor's rows from there on); a copy of the views is all it
+        takes to read those elements later.
+        """
+        cuts = []
         for name, first, last in self._overlapping(start, stop):
-            rows, *columns = self.tensors[name].shape
-            width, offset = math.prod(columns), self.tensors[name].start
+            offset, width = self.tensors[name].start, math.prod(self.tensors[name].shape[1:])
+            rows = slice((first - offset) // width, -(-(last - offset) // width))
+            block = self._block(vector, name)
+            cuts.append((name, rows.start, block[rows] if block.ndim == 2 else block[:, rows]))
+        return cuts
+
+    def parts(self, cuts, start, stop):
+        """Elements [start, stop) of the standard vector, of what `cut` gave for them, in arrays one after the other."""
+        for name, row, block in cuts:
+            width, offset, rows = math.prod(self.tensors[name].shape[1:]), self.tensors[name].start, block.shape[-2]
             some = max(1, PART // width)
-            for row in range((first - offset) // width, rows, some):
-                at = offset + row * width  # where these rows begin in the standard vector
-                if at < last:
-                    yield self.read(vector, name, row, row + some).reshape(-1)[max(0, first - at) : last - at]
+            for first in range(0, rows, some):
+                at = offset + (row + first) * width  # where these rows begin in the standard vector
+                here = np.s_[..., first : first + some, :]
+                yield self._read(block[here], name).reshape(-1)[max(0, start - at) : stop - at]
 
     def export(self, vector, start, stop):
-        """The same in one array."""
-        return np.concatenate([np.empty(0, vector.dtype), *self.parts(vector, start, stop)])
+        """The same of the flat vector (size,), in one array."""
+        return np.concatenate([np.empty(0, vector.dtype), *self.parts(self.cut(vector, start, stop), start, stop)])
 
     def load(self, vector, start, part):
         """Put elements from `start` on of the standard vector into the flat vector (size,)."""
@@ -134,22 +143,31 @@ class Layout:
             if first < last:
                 yield name, first, last
 
-    def _pieces(self, vector, name):
-        """(view of the flat vector, its place in the tensor) for all that the tensor consists of."""
-        H, R, (block, kind) = self.config.hidden, self.R, self._where[name]
-        extent = self.blocks[block]
-        array = vector[extent.start : extent.stop].reshape(extent.shape)
+    def _block(self, vector, name):
+        extent = self.blocks[self._where[name][0]]
+        return vector[extent.start : extent.stop].reshape(extent.shape)
+
+    def _read(self, block, name):
+        """Rows of the tensor `name` from as many rows of its block."""
+        tensor = np.empty((block.shape[-2], *self.tensors[name].shape[1:]), block.dtype)
+        for piece, place in self._pieces(block, name):
+            tensor[place] = piece
+        return tensor
+
+    def _pieces(self, block, name):
+        """(view of a block, or of some of its rows, its place in the tensor) for all that the tensor consists of."""
+        H, R, kind = self.config.hidden, self.R, self._where[name][1]
         if kind == "whole":
-            yield array, np.s_[:]
+            yield block, np.s_[:]
         elif kind == "last column":
-            yield array[H // R, :, H % R], np.s_[:]
+            yield block[H // R, :, H % R], np.s_[:]
         else:
             gates = 4 if kind == "gates" else 1
             for first in range(0, H, R):
                 columns = min(R, H - first)
                 for gate in range(gates):
                     place = gate * H + first
-                    yield array[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
+                    yield block[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
 
     def active(self):
         """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""

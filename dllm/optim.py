@@ -35,6 +35,8 @@ class Optimizer:
     def step(self, state, parts, rows, lr, squares=None, release=None, out=None):
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
+        Where the norm is not finite nothing moves.
+
         parts : list of (first element, array)
             The gradient (P,), one part behind the other. Where rows are given the last part is the embedding's.
         rows : (n,) int64 or None
@@ -52,12 +54,15 @@ class Optimizer:
             width = self.table.shape[1]
             of_rows = parts[-1][1].reshape(-1, width)[rows].reshape(-1)
             squares += sum_of_squares(of_rows)
-        norm = math.sqrt(squares)
+        norm = math.sqrt(squares)  # NaN stays NaN
         by_norm = self.config.clip and self.config.clip_by == "norm"
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
         limit = self.config.clip if self.config.clip and not by_norm else math.inf
         common = (state.step + 1, lr, factor, limit)
         out = out or state
+        if not math.isfinite(norm):
+            self._stay(state, out)
+            return norm
         self._share(state, out, dense, common, release)
         if rows is None:
             return norm
@@ -72,6 +77,12 @@ class Optimizer:
         self._update(theta_of_rows, of_rows, [], *common)
         new[rows] = theta_of_rows.reshape(-1, width)
         return norm
+
+    def _stay(self, state, out):
+        if out is not state:
+            for old, new in zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True):
+                new[:] = old
+            self._moved = np.zeros(0, np.int64)
 
     def _squares(self, blocks):
         """The sum of squares, block by block whatever the number of threads."""

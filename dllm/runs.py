@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import tomli_w
 
-from . import checkpoint, config, storage
+from . import checkpoint, claim, config, storage
 from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
 from .errors import UserError
 from .kernels.gemm import aligned
 from .model import LanguageModel
 
-FILES = {"config.toml", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "DONE"}
+FILES = {"config.toml", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "DONE", claim.FILE}
 
 
 def new_name(out, preset):
@@ -62,7 +62,7 @@ def not_done(run):
 
 def newest_step(run):
     """The step of the newest checkpoint, None where there is none."""
-    found = checkpoint.available(run)
+    found, _ = checkpoint.available(run)
     return found[0].step if found else None
 
 

@@ -23,8 +23,10 @@ class State:
     bytes_sent: int = 0  # by each rank, since the last line of metrics
     lr_factor: float = 1.0  # what the plateau schedule has made of lr
     best_loss: float = float("inf")  # validation, nats a token
+    skipped: int = 0  # steps that changed nothing, because the gradient was not finite
+    skipped_in_a_row: int = 0  # the newest ones of these
 
-    SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss")
+    SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss", "skipped", "skipped_in_a_row")
 
     def twin(self):
         """Another of the same size, whose values are not set."""

@@ -16,6 +16,7 @@ import stat
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from .errors import UserError
 
@@ -55,9 +56,14 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def sha256(path):
+def sha256(path, rest=lambda: None):
+    """Of a file, in hexadecimal; rest() is called after each MiB."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(CHUNK):
+            digest.update(block)
+            rest()
+    return digest.hexdigest()
 
 
 def write_json(path, value):
@@ -247,22 +253,71 @@ class Stream:
     dtype: object
     parts: object  # of arrays, one after the other
 
+    @property
+    def shape(self):
+        return (self.size,)
 
-def write_arrays(path, arrays):
-    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array or Stream. Returns its sha256."""
+
+def write_arrays(path, arrays, rest=lambda: None):
+    """An HDF5 file with checksums (fletcher32, a chunk each MiB) from name -> array or Stream. Returns its sha256.
+
+    What is on the disk then is read once and compared. rest() is called after each MiB or so of work.
+
+    Raises OSError where the disk is full, or gives back something else.
+    """
+    written, shapes = {}, {}
     with write_hdf5(path) as file:
         for name, array in arrays.items():
-            if isinstance(array, Stream):
-                chunk = (min(array.size, CHUNK // np.dtype(array.dtype).itemsize),) if array.size else None
-                data = file.create_dataset(name, (array.size,), array.dtype, chunks=chunk, fletcher32=chunk is not None)
-                start = 0
-                for part in array.parts:
-                    data[start : start + len(part)] = part
-                    start += len(part)
-                continue
-            chunk = None
-            if array.size:
-                rows = max(1, CHUNK // max(1, array.nbytes // len(array)))
-                chunk = (min(len(array), rows), *array.shape[1:])
-            file.create_dataset(name, data=array, chunks=chunk, fletcher32=chunk is not None)
-    return sha256(path)
+            shapes[name], digest = (np.dtype(array.dtype), array.shape), xxhash.xxh3_64()
+            data = file.create_dataset(name, array.shape, array.dtype, **_chunks(array))
+            start = 0
+            for part in array.parts if isinstance(array, Stream) else _pieces(array):
+                data[start : start + len(part)] = part
+                start += len(part)
+                digest.update(np.ascontiguousarray(part))
+                rest()
+            written[name] = digest.digest()
+    _forget(path)
+    try:
+        if _digests(path, shapes, rest) != written:
+            raise OSError(f"{path} is not what was written")
+    except UserError as error:
+        raise OSError(str(error)) from None
+    return sha256(path, rest)
+
+
+def _chunks(array):
+    """How a dataset lies in its file."""
+    if not math.prod(array.shape):
+        return {}
+    row = math.prod(array.shape[1:]) * np.dtype(array.dtype).itemsize
+    return {"chunks": (min(array.shape[0], max(1, CHUNK // row)), *array.shape[1:]), "fletcher32": True}
+
+
+def _pieces(array):
+    """An array or dataset in parts of about CHUNK bytes, one after the other along the first axis."""
+    rows = max(1, CHUNK * len(array) // max(1, array.nbytes)) if len(array) else 1
+    return (array[start : start + rows] for start in range(0, len(array), rows))
+
+
+def _digests(path, shapes, rest):
+    """name -> xxh3 of the bytes of each dataset; shapes: name -> (dtype, shape)."""
+    found = {}
+    with open_arrays(path, shapes) as array:
+        for name, (dtype, shape) in shapes.items():
+            digest = xxhash.xxh3_64()
+            for part in _pieces(array(name, dtype, shape)):
+                digest.update(np.ascontiguousarray(part))
+                rest()
+            found[name] = digest.digest()
+    return found
+
+
+def _forget(path):
+    """Drop a file from the system's memory: what is read next comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

@@ -16,14 +16,10 @@ class Clock:
     """What a run has spent, over all the Trainers that it may take."""
 
     begun: float
-    saved: float = 0.0
     settled_seconds: float = 0.0
     settled_tokens: int = 0
     exposed_seconds: float = 0.0
     logged_seconds: float = 0.0
-
-    def __post_init__(self):
-        self.saved = self.begun
 
 
 @dataclass
@@ -35,6 +31,7 @@ class Survived:
     scalars: dict
     lanes: list  # of (first lane, h (L,B,H), c, lane_loss): its own, and the previous rank's where that has died
     clock: Clock
+    saver: object  # of the run before
 
 
 class LaneCopies:

@@ -8,7 +8,7 @@ import time
 
 from . import __version__, cli, config
 from .comm import runtime
-from .errors import DONE, STOPPED_EARLY, UserError
+from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
 
 EPILOG = """
 examples
@@ -71,8 +71,10 @@ def train(argv, comm):
     from mpi4py import MPI
 
     from . import checkpoint, report, runs
+    from .claim import Claim
     from .corpus import open_corpus
-    from .training import Trainer, code_hash, warm_up
+    from .training import Trainer
+    from .warmup import code_hash, warm_up
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
@@ -80,7 +82,8 @@ def train(argv, comm):
     with runtime.together(comm):
         run = options.resume or (runs.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
         resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
-    run = comm.bcast(run)
+    claim = comm.bcast(Claim.of_this_job(run) if comm.rank == 0 else None)
+    run = claim.run
     for warning in warnings:
         reporter.warn(warning)
     corpus = open_corpus(comm, place, configuration.data.path, reporter.say)
@@ -90,10 +93,11 @@ def train(argv, comm):
     with runtime.leader_first(place):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
-    trainer = Trainer(comm, place, configuration, corpus, run, reporter, resume)
+    trainer = Trainer(comm, place, configuration, corpus, claim, reporter, resume)
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if comm.rank == 0:
             runs.make(run, configuration, corpus.tokenizer)
+            claim.take()
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
     if comm.rank == 0:
@@ -110,6 +114,11 @@ def train(argv, comm):
             if not trainer.resilient:
                 raise
             trainer = _go_on(trainer, options)
+        except UserError as error:
+            if not trainer.deaths or not error.shared:
+                raise
+            trainer.reporter.warn(str(error))
+            runtime.finish(trainer.comm, BAD_INPUT)
     comm, reporter = trainer.comm, trainer.reporter
     trainer.close()
     reporter.end()
@@ -131,7 +140,7 @@ def _go_on(trainer, options):
     from .report import Reporter
     from .training import Trainer
 
-    begin, settings, run = time.monotonic(), trainer.config, trainer.run_folder
+    begin, settings, run = time.monotonic(), trainer.config, trainer.claim.run
     trainer.reporter.end()
     try:
         while True:
@@ -142,7 +151,7 @@ def _go_on(trainer, options):
             with recovery.watchdog(), contextlib.suppress(MPI.Exception):
                 reporter, place = Reporter(comm.rank == 0, options.progress, trainer.reporter), runtime.node(comm)
                 place.threads = trainer.place.threads
-                successor = Trainer(comm, place, settings, trainer.corpus, run, reporter, survived=survived)
+                successor = Trainer(comm, place, settings, trainer.corpus, trainer.claim, reporter, survived=survived)
             if recovery.all_agree(comm, successor is not None):
                 break
             comm.Revoke()  # another death meanwhile: once more from where we were
@@ -187,8 +196,8 @@ def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
 
 def _farewell(reporter, trainer, summary, done):
     """The end: what came out, a sample, the plot, and what to type next."""
-    run, ranks = trainer.run_folder, summary["ranks"]
-    if not done and not trainer.saved:
+    run, ranks = trainer.claim.run, summary["ranks"]
+    if not done and not trainer.saver.whole:
         reporter.say(f"stopped at step {summary['steps']} without a checkpoint of it; older ones, if any, are in {run}")
         return
     if not done:

@@ -1,9 +1,6 @@
 """The training run: what one rank does from the first step to the last, the same on every rank."""
 
-import dataclasses
-import hashlib
 import math
-import pathlib
 import resource
 import time
 
@@ -20,16 +17,16 @@ from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
 from .inference import Evaluation
 from .kernels.gemm import aligned
-from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
 from .kernels.team import Team
 from .layout import Layout
 from .model import DTYPES, LanguageModel
+from .monitor import Monitor
+from .saving import Saver
 from .state import State
 from .survival import Clock, LaneCopies, Survived, take_lanes
 
-STOP, OUT_OF_TIME, CHECKPOINT = range(3)  # places in the control values that ranks combine in each step
+STOP, OUT_OF_TIME, CHECKPOINT, WRITING = range(4)  # places in the control values that ranks combine in each step
 SETTLED = 10  # steps before speed counts
-SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
 
 class Trainer:
@@ -43,8 +40,8 @@ class Trainer:
     config : Config
     corpus : Corpus
         This rank's own where config.data.path has {rank}.
-    run : path
-        The run's folder.
+    claim : Claim
+        On the run's folder, before it is taken.
     reporter : Reporter
     resume : Checkpoint, optional
         Where to go on from.
@@ -52,8 +49,8 @@ class Trainer:
         Of the run that goes on, on fewer ranks.
     """
 
-    def __init__(self, comm, place, config, corpus, run, reporter, resume=None, survived=None):
-        self.comm, self.place, self.config, self.run_folder, self.reporter = comm, place, config, run, reporter
+    def __init__(self, comm, place, config, corpus, claim, reporter, resume=None, survived=None):
+        self.comm, self.place, self.config, self.claim, self.reporter = comm, place, config, claim, reporter
         self.corpus, self.private = corpus, "{rank}" in config.data.path
         train = config.train
         self._deal_lanes()
@@ -107,23 +104,25 @@ class Trainer:
         self.total_steps = train.epochs * self.schedule.windows
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
-        self.saved_at, self.saved = (self.state.step, True) if resume else (-1, False)
         self.deaths = 0  # of ranks, since the start
-        self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
         self.finished = self.state  # what it goes back to if a rank dies: the state at the beginning of the step
         self.clock = survived.clock if survived else Clock(time.monotonic())
+        before = survived and survived.saver
+        self.saver = Saver(
+            comm, claim, self.layout, train.lanes, corpus.tokenizer_hash, config.checkpoint, reporter.warn, before
+        )  # fmt: skip
+        self.saver.step = self.state.step if resume else -1
+        self.monitor = Monitor(comm, place.ranks > place.cores, self.averaging, self.clock, reporter, claim)
         self.best = math.inf
 
     def _deal_lanes(self):
         """This rank's lanes, and what every rank knows of all of them."""
         comm, train = self.comm, self.config.train
         if comm.size > train.lanes:
-            error = UserError(
+            raise UserError.of_all(
                 f"{comm.size} ranks share train.lanes = {train.lanes}: start at most {train.lanes} ranks, "
                 f"or --set train.lanes={comm.size} or more"
             )
-            error.shared = True
-            raise error
         self.mine = deal(train.lanes, comm.size, comm.rank)
         B = len(self.mine)
         with together(comm):
@@ -148,38 +147,42 @@ class Trainer:
 
         Returns True where the run came to its end, or to a limit that was asked for; False where it was stopped.
         """
-        clock, first = self.clock, self.state.step
+        clock, first, saver = self.clock, self.state.step, self.saver
         if self.pulse is not None:
             self.pulse.start()
         self.end = min(self.total_steps, max_steps or self.total_steps)
-        self._reset_interval()
-        flags = np.zeros(4)
+        self.monitor.begin()
+        flags, every = np.zeros(4), self.config.checkpoint.every_steps
         while self.state.step < self.end and not flags[STOP] and not flags[OUT_OF_TIME]:
             self.finished, now = self.state, time.monotonic()
-            minutes = self.config.checkpoint.every_minutes
             control = (
                 stop(),
                 0 < max_seconds <= now - clock.begun,
-                0 < minutes <= (now - clock.saved) / 60,
+                0 < saver.interval() <= now - saver.begun,
+                saver.writing,
             )
             begin = time.perf_counter()
             norm, lr, tokens = self._step(control)
             flags = self.averaging.agreed()
-            self.interval_seconds += time.perf_counter() - begin
-            self.interval_tokens += tokens
+            seconds = time.perf_counter() - begin
+            self.monitor.count(seconds, tokens)
             state = self.state
             if state.step > first + SETTLED:
-                clock.settled_seconds += time.perf_counter() - begin
+                clock.settled_seconds += seconds
                 clock.settled_tokens += tokens
             if state.step % self.config.log.every == 0:
-                self._log(norm, lr)
+                lanes = self.mine, self.config.train.lanes
+                self.monitor.log(state, self._hash(), lanes, self.schedule.windows, norm, lr)
+            if saver.under_way and not flags[WRITING]:
+                saver.settle()
             best = self._evaluate() if self._evaluation_due() else False
-            every = self.config.checkpoint.every_steps
-            if best or flags[CHECKPOINT] or (every and state.step % every == 0):
-                self._save(best)
+            if best or (every and state.step % every == 0) or (flags[CHECKPOINT] and not saver.under_way):
+                saver.begin(state, best)
         stopped = bool(flags[STOP]) and self.state.step < self.end
         best = False if stopped else self._evaluate(final=True)
-        self._save(best)
+        if saver.step != self.state.step:
+            saver.save(self.state, best)
+        saver.complete()
         return not stopped
 
     def _step(self, control):
@@ -206,76 +209,39 @@ class Trainer:
         norm = self.optimizer.step(state, parts, rows, lr, averaging.squares, averaging.release, new)
         averaging.clear()
         averaging.mix(new.theta)
-        new.h[:], new.c[:], new.lane_loss[:] = self.h, self.c, lane_loss
+        sound = math.isfinite(norm)
+        if sound:
+            new.h[:], new.c[:], new.lane_loss[:] = self.h, self.c, lane_loss
+        elif new is not state:
+            new.h[:], new.c[:], new.lane_loss[:] = state.h, state.c, state.lane_loss
         new.set_scalars(state.scalars())
-        new.tokens += tokens
+        new.tokens += tokens if sound else 0
         new.bytes_sent += averaging.bytes_sent - sent
+        new.skipped_in_a_row = 0
+        if not sound:
+            self._skip(state, new, np.isfinite(losses).all() and not averaging.unsound)
         new.next_window(self.schedule.windows, train.carry)
         self.state, self.next = new, state
         model.bind(new.theta)
         return norm, lr, tokens
 
-    def _reset_interval(self):
-        averaging = self.averaging
-        self.interval_seconds, self.interval_tokens, self.interval_begin = 0.0, 0, self.state.step
-        averaging.exposed_seconds = averaging.flight_seconds = 0.0
+    def _skip(self, state, new, sound):
+        """A step whose gradient is not finite changes nothing, on all ranks; its text is passed over. Collective.
 
-    def _log(self, norm, lr):
-        """A line of metrics; every rank checks that it still has the same parameters as the others."""
-        state, averaging = self.state, self.averaging
-        losses = np.zeros(self.config.train.lanes)
-        losses[self.mine.start : self.mine.stop] = state.lane_loss
-        losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
-        times = (self.interval_seconds, averaging.exposed_seconds, averaging.flight_seconds)
-        steps = self.state.step - self.interval_begin
-        everyone = self.comm.allgather((self._hash(), times))
-        different = [rank for rank, (digest, _) in enumerate(everyone) if digest != everyone[0][0]]
-        seconds, exposed, flight = np.mean([times for _, times in everyone], axis=0)
-        busy = [(one[0] - one[1]) / steps for _, one in everyone]
-        slowest = int(np.argmax(busy))
-        self._name_straggler(slowest, busy[slowest] / float(np.median(busy)))
-        loss = float(losses.sum() / state.tokens)
-        problem = None
-        if different:
-            problem = (
-                f"at step {state.step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+        sound : whether this rank's own share of the gradient was finite.
+        """
+        new.skipped, new.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        guilty = [rank for rank, well in enumerate(self.comm.allgather(bool(sound))) if not well]
+        ranks = f"rank{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}" if guilty else "all ranks together"
+        if new.skipped_in_a_row >= self.config.resilience.max_skipped:
+            raise UserError.of_all(
+                f"the gradient is not finite at step {state.step + 1}, {new.skipped_in_a_row} times in a row, "
+                f"that of {ranks}: try a lower train.lr, or train.clip"
             )
-        elif not math.isfinite(loss) or not math.isfinite(norm):
-            problem = f"the loss is not finite at step {state.step}: try a lower train.lr, or train.clip"
-        if problem:
-            error = UserError(problem)
-            error.shared = True
-            raise error
-        self.reporter.log(
-            {
-                "step": state.step,
-                "epoch": state.epoch + state.window / self.schedule.windows,
-                "loss": loss,
-                "grad_norm": norm,
-                "lr": lr,
-                "tokens_per_second": self.interval_tokens / seconds,
-                "exposed_comm_fraction": exposed / seconds,
-                "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
-                "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
-                "slowest_rank": slowest,
-                "bytes_sent": state.bytes_sent,
-                "parameters": everyone[0][0],
-            }
-        )
-        self.clock.exposed_seconds += exposed
-        self.clock.logged_seconds += seconds
-        state.lane_loss[:] = 0
-        state.tokens = state.bytes_sent = 0
-        self._reset_interval()
-
-    def _name_straggler(self, rank, times):
-        """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
-        now, crowded = time.monotonic(), self.place.ranks > self.place.cores
-        if times < SLOW or crowded or self.slow[0] != rank:
-            self.slow = rank, now
-        elif now - self.slow[1] > PATIENCE:
-            self.reporter.warn(f"rank {rank} takes {times:.1f} times as long for a step as the others do")
-            self.slow = rank, math.inf  # once
+        self.reporter.warn(f"step {state.step + 1} is left out: the gradient of {ranks} is not finite")
+        if self.copies:  # what was sent before is what the step would have made of them
+            self.copies.send(state.step + 1, new.h, new.c, new.lane_loss)
+            self.copies.complete()
 
     def _evaluation_due(self):
         every = self.config.train.eval_every
@@ -298,22 +264,6 @@ class Trainer:
             state.best_loss = min(state.best_loss, result["loss"])
         return best
 
-    def _save(self, best):
-        """A checkpoint, once a step. Where it cannot be written, training goes on with a warning."""
-        state = self.state
-        if self.saved_at == state.step:
-            return
-        problem = checkpoint.save(
-            self.comm, self.run_folder, state, self.layout, (self.mine, self.config.train.lanes),
-            self.corpus.tokenizer_hash, best,
-        )  # fmt: skip
-        self.clock.saved, self.saved_at, self.saved = time.monotonic(), state.step, not problem
-        if problem:
-            self.reporter.warn(f"no checkpoint at step {state.step}: {problem}; training goes on, older ones stay")
-            return
-        if self.comm.rank == 0:
-            checkpoint.prune(self.run_folder, self.config.checkpoint.keep)
-
     def close(self):
         """Nothing is under way any more."""
         self.averaging.end()
@@ -323,6 +273,7 @@ class Trainer:
     def survive(self):
         """After a failure: the survivors' communicator and what they go on with. Collective over the survivors."""
         comm, buddies = self.comm, self.copies.buddies
+        self.saver.abandon()
         if self.pulse is not None:
             self.pulse.end()
         communicators, requests = self.averaging.under_way()
@@ -331,7 +282,7 @@ class Trainer:
         state = next(version for version in (self.state, self.next) if version.step == step)
         lanes = self.copies.pieces(state, self.mine.start, alive)
         dead = sorted(set(range(comm.size)) - set(alive))
-        return new, Survived(state.theta, state.moments, state.scalars(), lanes, self.clock), dead
+        return new, Survived(state.theta, state.moments, state.scalars(), lanes, self.clock, self.saver), dead
 
     def summary(self):
         """What summary.json holds. Collective."""
@@ -345,6 +296,7 @@ class Trainer:
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,
             "exposed_comm_fraction": clock.exposed_seconds / clock.logged_seconds if clock.logged_seconds else None,
+            "checkpoint_seconds": self.saver.stalled,
             "peak_rss_bytes": peaks,
             "best_valid_perplexity": math.exp(min(self.best, 700)) if math.isfinite(self.best) else None,
             "steps": self.state.step,
@@ -352,36 +304,3 @@ class Trainer:
             "threads": self.place.threads,
             "config": as_dict(self.config),
         }
-
-
-def code_hash():
-    """Names the version of the code by its text."""
-    root = pathlib.Path(__file__).parent
-    files = sorted({*root.rglob("*.py"), *(root / "kernels").glob("*.py")})
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
-def warm_up(config):
-    """Run every kernel of a configuration once on a tiny model, so that all are compiled or loaded from the cache."""
-    small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
-    small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
-    dtype = DTYPES[config.train.precision]
-    model = LanguageModel(small, 5, dtype, 2, 1, bf16=config.train.precision == "bf16")
-    optimizer = optim.make(config.train, model.layout.table)
-    P = model.layout.size
-    h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
-    moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]
-    state = State(np.zeros(P, dtype), moments, h, c, np.zeros(1))
-    model.bind(state.theta)
-    tokens = np.zeros((2, 1), np.int64)
-    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
-    model.backward()
-    rows = None if model.layout.table is None else np.zeros(1, np.int64)
-    start = P if rows is None else model.layout.table.start
-    optimizer.step(state, [(0, model.gradient[:start]), (start, model.gradient[start:])], rows, 0.0)
-    fence()
-    vectors = np.zeros((1, 8), dtype)
-    sum_ranks(vectors, 0, 0, 8)
-    copy(vectors[0], vectors[0])
-    sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
-    LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)

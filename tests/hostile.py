@@ -15,11 +15,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from dllm import checkpoint, storage
-from dllm.config import ModelConfig
+from dllm.claim import Claim
+from dllm.config import CheckpointConfig, ModelConfig
 from dllm.data import shards
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
 from dllm.layout import Layout
+from dllm.saving import Saver
 from dllm.state import State
 
 VOCABULARY, LANES, SECONDS, MEMORY = 256, range(3), 20, 1 << 30
@@ -33,7 +35,6 @@ class Alone:
     rank, size = 0, 1
     allgather = staticmethod(lambda value: [value])
     bcast = staticmethod(lambda value: value)
-    barrier = staticmethod(lambda: None)
 
 
 class Shard:
@@ -74,7 +75,7 @@ class Rank:
     def __init__(self, folder):
         rng = np.random.default_rng(2)
         self.run = pathlib.Path(folder)
-        self.path = self.run / "checkpoints/step-00000000/rank-00000.h5"
+        self.path = self.run / "checkpoints/step-00000000/rank-00000-of-00001.h5"
         values = [rng.standard_normal(LAYOUT.parameters).astype(np.float32) for _ in range(3)]
         self.state = self._zeros()
         for vector, value in zip((self.state.theta, *self.state.moments), values, strict=True):
@@ -95,11 +96,16 @@ class Rank:
         return theta, moments
 
     def write(self):
-        assert checkpoint.save(Alone, self.run, self.state, LAYOUT, (LANES, len(LANES)), "tokenizer", False) is None
+        claim = Claim.of_this_job(self.run)
+        self.run.mkdir(exist_ok=True)
+        claim.take()
+        saver = Saver(Alone, claim, LAYOUT, len(LANES), "tokenizer", CheckpointConfig(), print)
+        saver.save(self.state, False)
+        assert saver.whole
 
     def read(self, check):
         """Everything of the file, as dllm reads it. check: with the sha256. Raises UserError."""
-        found = checkpoint.intact(self.run)[0] if check else checkpoint.available(self.run)[0]
+        found = checkpoint.intact(self.run)[0] if check else checkpoint.available(self.run)[0][0]
         checkpoint.check_fits(found, LAYOUT, np.float32, 2, len(LANES))
         state = self._zeros()
         checkpoint.load(found, LAYOUT, state, LANES)

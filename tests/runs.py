@@ -31,8 +31,8 @@ def arrays(run, step):
     folder = pathlib.Path(run, "checkpoints", f"step-{step:08d}")
     manifest = json.loads((folder / "manifest.json").read_text())
     parts = {}
-    for entry in manifest["files"]:
-        with h5py.File(folder / entry["name"]) as file:
+    for path in sorted(folder.glob("rank-*.h5")):
+        with h5py.File(path) as file:
             for name in file:
                 parts.setdefault(name, []).append(file[name][:])
     joined = {name: np.concatenate(pieces, axis=1 if name in "hc" else 0) for name, pieces in parts.items()}

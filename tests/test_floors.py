@@ -13,9 +13,10 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "presets"),
     ("config", "storage", "kernels"),
     ("layout",),
-    ("model", "optim", "state", "cli", "data", "comm"),
+    ("model", "optim", "state", "cli", "data", "comm", "claim"),
     ("checkpoint", "report", "corpus", "inference", "survival"),
-    ("training", "runs"),
+    ("saving", "monitor", "warmup", "runs"),
+    ("training",),
     ("prepare", "train", "evaluate", "generate", "__main__"),
     ("launch",),
 ]

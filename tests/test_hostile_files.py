@@ -8,7 +8,7 @@ import hostile
 import numpy as np
 import pytest
 
-from dllm import storage
+from dllm import checkpoint, storage
 from dllm.errors import UserError
 
 
@@ -149,6 +149,7 @@ def test_whatever_stands_in_a_datasets_place_is_refused_before_it_is_read(tmp_pa
 def test_a_file_with_other_datasets_than_its_own_is_refused(tmp_path, reads, kind):
     file = hostile.KINDS[kind](tmp_path)
     file.write()
+    reads.clear()  # of the writer, which looks at what it wrote
     count = len(file.arrays)
     name = list(file.arrays)[-1]
     with h5py.File(file.path, "r+") as target:
@@ -177,7 +178,8 @@ def test_two_names_do_not_share_their_bytes(tmp_path):
 def test_a_link_anywhere_in_a_path_is_refused(tmp_path, outside, link):
     data = np.arange(8.0)
     for name in ("file.h5", "other.h5"):
-        storage.write_arrays(outside / name, {"real/a/b": data})
+        with storage.write_hdf5(outside / name) as target:
+            target.create_dataset("real/a/b", data=data, chunks=data.shape, fletcher32=True)
     with h5py.File(outside / "file.h5", "r+") as target:
         target["link"] = link
         target["real/link"] = link
@@ -224,14 +226,31 @@ def test_many_small_chunks_are_refused(tmp_path):
         array("x", np.uint8, (1 << 20,))
 
 
-@pytest.mark.parametrize("moments", [-1, 1.0, "2", None, 10**12])
-def test_a_manifest_with_impossible_moments_is_refused(tmp_path, moments):
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        *(("moments", value, "has moments = ") for value in (-1, 1.0, "2", None, 10**12)),
+        ("ranks", 10**30, "has ranks = "),
+        ("ranks", 2, "sha256 for each rank"),
+        ("sha256", {}, "sha256 for each rank"),
+        ("scalars", {"step": 1}, "scalars of a state"),
+        ("scalars", dict.fromkeys(hostile.State.SCALARS, "x"), "no numbers"),
+        ("format", "/etc/passwd" * 1000, "is of format"),
+    ],
+)
+def test_a_manifest_that_no_run_writes_is_refused(tmp_path, name, value, complaint):
     file = hostile.Rank(tmp_path)
     file.write()
     path = file.path.parent / "manifest.json"
-    storage.write_json(path, storage.read_json(path, []) | {"moments": moments})
-    with pytest.raises(UserError, match=r"moments = "):
-        file.read(check=False)
+    manifest = storage.read_json(path, []) | {name: value}
+    storage.write_json(path, manifest)
+    damaged = "is of format" if name == "format" else "its checksum does not hold"
+    with pytest.raises(UserError, match=damaged):
+        checkpoint.Checkpoint.open(path.parent)
+    storage.write_json(path, manifest | {"seal": checkpoint.seal(manifest)})
+    with pytest.raises(UserError, match=complaint) as refusal:
+        checkpoint.Checkpoint.open(path.parent)
+    assert len(str(refusal.value)) < 300
 
 
 def test_a_pipe_or_device_is_not_waited_for(outside):

@@ -73,7 +73,7 @@ def test_every_reader_names_all_that_a_file_may_hold():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) == "open_arrays"
     ]
-    assert sorted(calls) == [("checkpoint.py", 2), ("data/shards.py", 2)]
+    assert sorted(calls) == [("checkpoint.py", 2), ("data/shards.py", 2), ("storage.py", 2)]
 
 
 def test_nothing_is_unpickled():

@@ -74,10 +74,10 @@ def test_killed_with_sigkill_and_resumed_is_bit_for_bit_the_run_without_a_break(
     with Job(2, slow(tmp_path, after=37), *arguments) as job:
         log = run / "metrics.jsonl"
         job.until(lambda: log.exists() and '"step": 35,' in log.read_text(), "step 35")
+        job.until(lambda: checkpoints(run)[-1] == 30, "the checkpoint of step 30")
         assert set(job.ranks()) == {0, 1}
         job.signal(signal.SIGKILL, job.processes())
         assert job.wait().returncode != 0
-    assert checkpoints(run)[-1] == 30
     assert not (run / "summary.json").exists()
     done = mpirun(2, *resume(run, "--max-steps", 60), check=True)
     assert complaint(done) == ""
@@ -166,23 +166,24 @@ def cut(path):
 
 def test_a_damaged_checkpoint_is_passed_over_with_one_warning_each(three, straight):
     newest = three / "checkpoints" / "step-00000060"
-    flip(newest / "rank-00001.h5")
+    flip(newest / "rank-00001-of-00002.h5")
     done = mpirun(2, *resume(three, "--max-steps", 50), check=True)
     warning = complaint(done)
     assert warning.count("\n") == 1
-    assert re.fullmatch(r"dllm: .*step-00000060/rank-00001.h5 is damaged.*trying the one before\n", warning)
+    assert re.fullmatch(r"dllm: .*step-00000060/rank-00001-of-00002.h5 is damaged.*trying the one before\n", warning)
     assert checkpoints(three)[-2:] == [50, 60]
 
-    cut(three / "checkpoints" / "step-00000050" / "rank-00000.h5")
-    (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:-20])  # no checkpoint any more
+    cut(three / "checkpoints" / "step-00000050" / "rank-00000-of-00002.h5")
+    manifest = newest / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 60', '"step": 61'))
     done = mpirun(2, *resume(three, "--max-steps", 60), check=True)
-    warning = complaint(done)
-    assert re.fullmatch(r"dllm: .*step-00000050/rank-00000.h5 is damaged.*trying the one before\n", warning)
+    lines = r"dllm: .*step-00000060/manifest.json is damaged.*\ndllm: .*step-00000050/rank-00000-of-00002.h5 is damaged.*\n"
+    assert re.fullmatch(lines, complaint(done))
     same(three, straight, 60)
 
 
 def test_where_every_checkpoint_is_damaged_the_command_is_refused(three):
-    for path in three.glob("checkpoints/*/rank-00000.h5"):
+    for path in three.glob("checkpoints/*/rank-00000-of-00002.h5"):
         cut(path)
     done = mpirun(0, *resume(three))
     assert done.returncode == 2

@@ -10,7 +10,8 @@ An averaging method is what the training step asks for:
     clear()                 it has read all
     mix(theta)              what the parameters become after the optimiser's step
 
-plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None;
+plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None; `unsound`, whether
+this rank's own share of the gradient is known not to be finite;
 and counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
 """
 
@@ -19,6 +20,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
+from ..kernels.optim import sum_of_squares
 from .runtime import wait
 
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the model
@@ -65,7 +67,8 @@ class Allreduce:
     def begin(self, tokens, control):
         """Start a step. tokens: (n,) embedding rows this rank uses; control: up to 4 numbers, combined by maximum."""
         self.final, self.next, self.flight, self.departed = 0, 0, [], None
-        self.rows = None
+        self.rows, self.unsound = None, False
+        self.squares = 0.0 if self.buckets else None
         self.control[0, : len(control)] = control
         self.control_request = self.comm.Iallreduce(self.control[0], self.control[1], MPI.MAX)
         sent = self.control[0].nbytes
@@ -146,8 +149,17 @@ class Allreduce:
 
     def _arrived(self):
         _, bucket, buffer = self.flight.pop(0)
-        self.vector[bucket] = buffer[: bucket.stop - bucket.start]
+        total = buffer[: bucket.stop - bucket.start]
+        squares = sum_of_squares(total)
+        self._suspect(squares, self.vector[bucket])
+        self.squares += squares
+        self.vector[bucket] = total
         self.free.append(buffer)
+
+    def _suspect(self, total, own):
+        """Where a sum, or its sum of squares, is not finite: is this rank's own part of it to blame?"""
+        if not np.isfinite(total).all():
+            self.unsound = self.unsound or not np.isfinite(own).all()
 
     def _list_rows(self):
         """The rows that any rank's tokens use, the same list on all ranks."""
@@ -163,6 +175,7 @@ class Allreduce:
             send = self.table[self.rows]  # zero where only other ranks use the row
             receive = np.empty_like(send)
             self._wait(self.comm.Iallreduce(send, receive))
+            self._suspect(receive, send)
             self.table[self.rows] = receive
             self.bytes_sent += send.nbytes
 

@@ -9,6 +9,7 @@ The gradients of a node's n ranks lie in one piece of memory, (n,P). Of each buc
 Three counters of each rank, in the same memory, say how far it is. Nobody waits for a bucket before the backward is over.
 """
 
+import math
 import mmap
 import os
 import time
@@ -143,6 +144,10 @@ class NodeAllreduce(Allreduce):
             if not self._advance():
                 self._rest()
         self.squares = self.memory.numbers[:, SQUARES].sum()
+        if not math.isfinite(self.squares):
+            others = [rank for rank in range(self.node.size) if rank != self.node.rank]
+            for shard in (self._shard(bucket, rank) for bucket in range(len(self.buckets)) for rank in others):
+                self._suspect(self.squares, self.vector[shard])
         if self.sparse:
             self._sum_rows()
         self.before += self.stages
@@ -174,6 +179,9 @@ class NodeAllreduce(Allreduce):
         if self.summed < len(self.buckets) and self._all(READY, self.before + self.summed + 1):
             shard = self._shard(self.summed, self.node.rank)
             squares = sum_ranks(self.memory.vectors, self.node.rank, shard.start, shard.stop)
+            if not math.isfinite(squares):  # this rank's own part is overwritten, the others' are not
+                others = (row[shard] for rank, row in enumerate(self.memory.vectors) if rank != self.node.rank)
+                self.unsound = self.unsound or all(np.isfinite(other).all() for other in others)
             self.memory.forget(shard.start, shard.stop)
             if self.peers.size > 1:
                 self.request = self.peers.Iallreduce(self.vector[shard], self.buffer[: shard.stop - shard.start])
@@ -213,6 +221,7 @@ class NodeAllreduce(Allreduce):
         if self.peers.size > 1:
             part, total = total, np.empty_like(total)
             self._wait(self.peers.Iallreduce(part, total))
+        self._suspect(total, self.table[mine])
         self.table[mine] = total
         self._count(total.size)
         self._say(SUMMED, self.before + self.stages)
@@ -220,8 +229,9 @@ class NodeAllreduce(Allreduce):
             self._rest()
         for rank, rows in enumerate(shards):
             if rank != self.node.rank:
-                theirs = self.memory.vectors[rank, self.start : self.start + self.table.size]
-                self.table[rows] = theirs.reshape(self.table.shape)[rows]
+                theirs = self.memory.vectors[rank, self.start : self.start + self.table.size].reshape(self.table.shape)[rows]
+                self._suspect(theirs, self.table[rows])
+                self.table[rows] = theirs
 
     def _say(self, what, count):
         fence()

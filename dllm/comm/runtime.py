@@ -85,9 +85,7 @@ def together(comm):
     rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
     if rank is not None:
         others = "" if all(text is not None for text in problems) or len(problems) == 1 else f" (rank {rank})"
-        error = UserError(problems[rank] + others)
-        error.shared = True
-        raise error from None
+        raise UserError.of_all(problems[rank] + others) from None
 
 
 def agree(comm, function, *arguments):
@@ -103,12 +101,10 @@ def check_same(comm, facts):
         values = [other.get(name) for other in everyone]
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
-            error = UserError(
+            raise UserError.of_all(
                 f"the ranks do not agree on the {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
                 "start all of them with the same command, code and data"
             )
-            error.shared = True
-            raise error
 
 
 def node(comm):

@@ -1,0 +1,111 @@
+"""What all ranks together find out about a run while it goes: its metrics, whether they still agree, which of them is slow."""
+
+import math
+import time
+
+import numpy as np
+
+from .errors import UserError
+
+SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
+
+
+class Monitor:
+    """Adds up the steps of an interval, for a line of metrics. Collective: every rank has one.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    crowded : bool
+        Ranks share cores: then one that is slow says nothing.
+    averaging
+        With the counters that stand at the top of comm/averaging.py.
+    clock : Clock
+    reporter : Reporter
+    claim : Claim
+    """
+
+    def __init__(self, comm, crowded, averaging, clock, reporter, claim):
+        self.comm, self.crowded, self.averaging, self.clock = comm, crowded, averaging, clock
+        self.reporter, self.claim = reporter, claim
+        self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
+
+    def begin(self):
+        """An interval begins."""
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
+
+    def count(self, seconds, tokens):
+        """A step was taken."""
+        self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + tokens, self.steps + 1
+
+    def log(self, state, digest, lanes, windows, norm, lr):
+        """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.
+
+        digest : str
+            The hash of this rank's parameters.
+        lanes : (range, int)
+            This rank's, and how many there are.
+        windows : int
+            Of an epoch.
+
+        Raises UserError on all ranks.
+        """
+        mine, total = lanes
+        losses = np.zeros(total)
+        losses[mine.start : mine.stop] = state.lane_loss
+        losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
+        exposed, flight = self.averaging.exposed_seconds, self.averaging.flight_seconds
+        held = self.comm.rank > 0 or self.claim.holds()
+        everyone = self.comm.allgather((digest, held, (self.seconds, exposed, flight)))
+        digests, all_held, times = zip(*everyone, strict=True)
+        loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
+        self._check(state.step, digests, all(all_held), loss)
+        seconds, exposed, flight = np.mean(times, axis=0)
+        busy = [(one[0] - one[1]) / self.steps for one in times]
+        slowest = int(np.argmax(busy))
+        self._name_straggler(slowest, busy[slowest] / float(np.median(busy)))
+        if state.tokens:  # not where every step was left out
+            self.reporter.log(
+                {
+                    "step": state.step,
+                    "epoch": state.epoch + state.window / windows,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "skipped": state.skipped,
+                    "tokens_per_second": self.tokens / seconds,
+                    "exposed_comm_fraction": exposed / seconds,
+                    "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
+                    "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
+                    "slowest_rank": slowest,
+                    "bytes_sent": state.bytes_sent,
+                    "parameters": digest,
+                }
+            )
+        self.clock.exposed_seconds += exposed
+        self.clock.logged_seconds += seconds
+        state.lane_loss[:] = 0
+        state.tokens = state.bytes_sent = 0
+        self.begin()
+
+    def _check(self, step, digests, held, loss):
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            problem = f"at step {step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+        elif not held:
+            problem = f"another job has taken over {self.claim.run}: this one ends at step {step}"
+        elif not math.isfinite(loss):
+            problem = f"the loss is not finite at step {step}: try a lower train.lr, or train.clip"
+        else:
+            return
+        raise UserError.of_all(problem)
+
+    def _name_straggler(self, rank, times):
+        """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
+        now = time.monotonic()
+        if times < SLOW or self.crowded or self.slow[0] != rank:
+            self.slow = rank, now
+        elif now - self.slow[1] > PATIENCE:
+            self.reporter.warn(f"rank {rank} takes {times:.1f} times as long for a step as the others do")
+            self.slow = rank, math.inf  # once
