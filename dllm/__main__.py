@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "text to a corpus of tokens",
     "train": "train a model over all ranks (under mpirun)",
     "launch": "the same, started under mpirun, watched and brought back until it is done",
+    "resize": "another number of ranks for a run that launch watches",
     "evaluate": "loss and perplexity of a trained model",
     "generate": "continue a text with a trained model",
 }

@@ -1,5 +1,6 @@
 """One job writes to a run's folder: the last that took it. One that was cut off and thought dead learns of it here."""
 
+import contextlib
 import os
 import pathlib
 import uuid
@@ -30,6 +31,19 @@ class Claim:
     def holds(self):
         """Whether nobody else has taken it since."""
         return owner(self.run) == self.token
+
+    def beat(self):
+        """Shows that the job is alive."""
+        with contextlib.suppress(OSError):
+            os.utime(pathlib.Path(self.run, FILE))
+
+
+def beaten(run):
+    """When the job that owns the folder was last alive, by time.time(); 0 where none does."""
+    try:
+        return pathlib.Path(run, FILE).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def owner(run):

@@ -43,8 +43,11 @@ class Evaluation:
         shape = config.model, corpus.vocabulary, dtype, config.train.window, width
         self.model = LanguageModel(*shape, training=False, team=team)
 
-    def run(self, theta):
-        """{"split", "tokens", "loss", "perplexity", "bits_per_token", "bits_per_byte"} of theta (P,); loss in nats a token."""
+    def run(self, theta, beat=lambda: None):
+        """{"split", "tokens", "loss", "perplexity", "bits_per_token", "bits_per_byte"} of theta (P,); loss in nats a token.
+
+        beat() is called after each window.
+        """
         B, config = len(self.lanes.starts), self.model.config
         self.model.bind(theta)
         h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
@@ -54,6 +57,7 @@ class Evaluation:
             for number in range(self.schedule.windows if B else 0):
                 tokens, targets = self.lanes.window(number, self.schedule.width(number))
                 total += self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                beat()
         tokens = self.schedule.per_epoch
         loss = sum(self.comm.allgather(float(total))) / tokens
         return {

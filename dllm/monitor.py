@@ -7,6 +7,7 @@ import numpy as np
 
 from .errors import UserError
 
+BEAT = 5.0  # seconds between signs of life in the run's folder
 SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
 
@@ -29,6 +30,7 @@ class Monitor:
         self.comm, self.crowded, self.averaging, self.clock = comm, crowded, averaging, clock
         self.reporter, self.claim = reporter, claim
         self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
+        self.beaten = 0.0
 
     def begin(self):
         """An interval begins."""
@@ -38,6 +40,14 @@ class Monitor:
     def count(self, seconds, tokens):
         """A step was taken."""
         self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + tokens, self.steps + 1
+        self.beat()
+
+    def beat(self):
+        """Shows the launcher that the run goes on."""
+        now = time.monotonic()
+        if self.comm.rank == 0 and now - self.beaten > BEAT:
+            self.claim.beat()
+            self.beaten = now
 
     def log(self, state, digest, lanes, windows, norm, lr):
         """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.

@@ -14,7 +14,17 @@ from .errors import UserError
 from .kernels.gemm import aligned
 from .model import LanguageModel
 
-FILES = {"config.toml", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", "DONE", claim.FILE}
+FILES = {
+    "config.toml",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "checkpoints",
+    "DONE",
+    "resize",
+    claim.FILE,
+}
 
 
 def new_name(out, preset):
@@ -58,6 +68,24 @@ def is_done(run):
 def not_done(run):
     """Take the mark away: the run goes on."""
     pathlib.Path(run, "DONE").unlink(missing_ok=True)
+
+
+def wish(run, ranks):
+    """Ask the launcher of a run to go on with another number of ranks. Returns the file, which is gone once it was taken in."""
+    path = pathlib.Path(run, "resize")
+    storage.write_text(path, f"{ranks}\n")
+    return path
+
+
+def take_wish(run):
+    """The number of ranks that somebody wants, once; None where nobody does."""
+    path = pathlib.Path(run, "resize")
+    try:
+        text = path.read_text(encoding="utf-8")
+        path.unlink()
+        return int(text)
+    except (OSError, ValueError):
+        return None
 
 
 def newest_step(run):

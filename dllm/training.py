@@ -97,7 +97,7 @@ class Trainer:
         )  # fmt: skip
         self.pulse = None
         if memory is not None:
-            self.pulse = Pulse(comm, place.comm, memory, config.resilience.deadline, reporter.complain)
+            self.pulse = Pulse(place, memory, config.resilience.deadline, reporter.complain)
         self.evaluation = None
         if "valid" in corpus.manifest["splits"]:
             self.evaluation = Evaluation(comm, corpus, "valid", config, self.dtype, self.private, team)
@@ -255,7 +255,7 @@ class Trainer:
         if self.evaluation is None or (final and self._evaluation_due()):
             return False
         state = self.state
-        result = self.evaluation.run(state.theta)
+        result = self.evaluation.run(state.theta, self.monitor.beat)
         self.reporter.log({"step": state.step, **result})
         best = result["loss"] < state.best_loss
         self.best = min(self.best, state.best_loss, result["loss"])
@@ -278,7 +278,9 @@ class Trainer:
             self.pulse.end()
         communicators, requests = self.averaging.under_way()
         communicators += [self.place.comm, buddies.comm]
-        new, step, alive = recovery.shrink(comm, communicators, self.finished.step, [*requests, *buddies.requests])
+        new, step, alive = recovery.shrink(
+            comm, communicators, self.finished.step, [*requests, *buddies.requests], self.place.mates
+        )  # fmt: skip
         state = next(version for version in (self.state, self.next) if version.step == step)
         lanes = self.copies.pieces(state, self.mine.start, alive)
         dead = sorted(set(range(comm.size)) - set(alive))

@@ -60,12 +60,13 @@ class Job:
 
     ranks : 0 starts Python alone, without mpirun
     arguments : of Python
+    before : words that start it elsewhere
     """
 
-    def __init__(self, ranks, *arguments, timeout=LIMIT, env=None, cwd=None):
+    def __init__(self, ranks, *arguments, timeout=LIMIT, env=None, cwd=None, before=()):
         self.mark, self.limit, self.begun = f"DLLM_TEST_JOB={uuid.uuid4().hex}", timeout, time.monotonic()
         launcher = [mpirun_path(), "-n", str(ranks)] if ranks else []
-        self.command = [*launcher, sys.executable, *map(str, arguments)]
+        self.command = [*before, *launcher, sys.executable, *map(str, arguments)]
         self._folder = tempfile.TemporaryDirectory(prefix="dllm-job-")
         self._outputs = [pathlib.Path(self._folder.name, name) for name in ("out", "err")]
         name, _, value = self.mark.partition("=")

@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("checkpoint", "report", "corpus", "inference", "survival"),
     ("saving", "monitor", "warmup", "runs"),
     ("training",),
-    ("prepare", "train", "evaluate", "generate", "__main__"),
+    ("prepare", "train", "evaluate", "generate", "resize", "mpirun", "__main__"),
     ("launch",),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

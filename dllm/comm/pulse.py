@@ -19,8 +19,8 @@ class Pulse(threading.Thread):
 
     Parameters
     ----------
-    comm, node : MPI.Comm
-        All ranks; those of this node. Collective over `node`.
+    place : namespace
+        Of comm.runtime.node.
     memory : SharedMemory
     deadline : float
         Seconds of silence after which a rank is ended; 0: never.
@@ -28,10 +28,10 @@ class Pulse(threading.Thread):
         Takes a line for the user.
     """
 
-    def __init__(self, comm, node, memory, deadline, say):
+    def __init__(self, place, memory, deadline, say):
         super().__init__(daemon=True)
-        self.memory, self.mine, self.deadline, self.say, self.over = memory, node.rank, deadline, say, threading.Event()
-        self.ranks, self.pids = zip(*node.allgather((comm.rank, os.getpid())), strict=True)
+        self.memory, self.mine, self.deadline, self.say, self.over = memory, place.rank, deadline, say, threading.Event()
+        self.ranks, self.pids = zip(*place.mates.items(), strict=True)
 
     def run(self):
         """Time is counted in beats of one's own, so that ranks that were all stopped together do not blame each other."""

@@ -10,6 +10,7 @@ A lane's LSTM state is on one rank only, so in each step every rank sends its la
 
 import contextlib
 import os
+import signal
 import threading
 import time
 
@@ -92,7 +93,7 @@ class Buddies:
 _retired = []  # requests that failed, and with them the memory that MPI may still write to
 
 
-def shrink(comm, others, step, requests):
+def shrink(comm, others, step, requests, mates):
     """The survivors' communicator, the step that all of them have finished, and their ranks in `comm`.
 
     Parameters
@@ -105,8 +106,10 @@ def shrink(comm, others, step, requests):
         That this rank has finished; it still has the state of the one before.
     requests : list of MPI.Request
         That are under way.
+    mates : dict
+        rank -> process, of this machine.
 
-    Raises GiveUp on all survivors where their steps do not fit.
+    Raises GiveUp on all survivors where their steps do not fit, or where others may go on without them.
     """
     _retired.extend(requests)
     rank = comm.rank
@@ -119,13 +122,34 @@ def shrink(comm, others, step, requests):
             new = comm.Shrink()
             everyone = None
             with contextlib.suppress(MPI.Exception):
-                everyone = new.allgather((rank, step))
+                everyone = new.allgather((rank, step, set(mates)))
             if all_agree(new, everyone is not None):
-                ranks, steps = zip(*everyone, strict=True)
+                ranks, steps, known = zip(*everyone, strict=True)
+                _fence(pid for mate, pid in mates.items() if mate not in ranks)
+                if not quorum(comm.size, ranks, set().union(*known)):
+                    raise GiveUp(f"rank {', '.join(map(str, ranks))} of {comm.size} lost sight of the others, who may go on")
                 if max(steps) - min(steps) > 1:
                     raise GiveUp(f"the survivors are at steps {sorted(set(steps))}")
                 return new, min(steps), ranks
             comm, others, requests = new, [], []
+
+
+def quorum(size, alive, known):
+    """Whether the ranks `alive` of `size` may go on: no others can, behind a cut link say.
+
+    known : set of int
+        Ranks on machines where somebody is alive: of these the others are dead for certain. From elsewhere half of the rest
+        may be alive and think the same of us, so it takes more than half, or half with the lowest.
+    """
+    voters = set(range(size)) - (known - set(alive))
+    return 2 * len(alive) > len(voters) or (2 * len(alive) == len(voters) and min(voters) in alive)
+
+
+def _fence(pids):
+    """End processes of this machine that were thought dead and may only have been silent."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -108,14 +108,18 @@ def check_same(comm, facts):
 
 
 def node(comm):
-    """This rank's place on its machine: comm (ranks that share memory), rank, ranks, cores, threads for each rank."""
+    """This rank's place on its machine: comm (ranks that share memory), rank, ranks, cores, threads for each rank.
+
+    And mates: rank in `comm` -> process, of all ranks of this machine, in the order of the smaller communicator.
+    """
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     cores = _cores(local)
     return types.SimpleNamespace(
-        comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size)
-    )
+        comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size),
+        mates=dict(local.allgather((comm.rank, os.getpid()))),
+    )  # fmt: skip
 
 
 def _cores(local):

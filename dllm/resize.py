@@ -1,0 +1,49 @@
+"""Go on with another number of ranks: dllm resize RUN -n M, while `dllm launch` watches RUN."""
+
+import sys
+import time
+
+from . import cli, runs
+from .errors import DONE, UserError
+
+PATIENCE = 10.0  # seconds that the launcher gets to notice
+
+EPILOG = """
+The job writes a checkpoint and comes back with M ranks, under the same launcher. Nothing is lost; each step is taken once.
+"""
+
+
+def arguments(argv):
+    parser = cli.Parser("resize", __doc__, EPILOG)
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("-n", "--ranks", type=cli.at_least(1), required=True, metavar="M", help="how many from now on")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    return cli.run(resize, argv)
+
+
+def resize(argv):
+    options = arguments(argv)
+    lanes = runs.read_settings(options.run).train.lanes
+    if options.ranks > lanes:
+        raise UserError(f"{options.run} has train.lanes = {lanes}: at most so many ranks can share them")
+    if runs.is_done(options.run):
+        raise UserError(f"{options.run} is done")
+    try:
+        path = runs.wish(options.run, options.ranks)
+    except OSError as error:
+        raise UserError(f"cannot write to {options.run}: {error.strerror}") from None
+    end = time.monotonic() + PATIENCE
+    while path.exists():
+        if time.monotonic() > end:
+            path.unlink(missing_ok=True)
+            raise UserError(f"no launcher watches {options.run}: dllm launch -n {options.ranks} --resume {options.run}")
+        time.sleep(0.1)
+    print(f"{options.run} comes back with {options.ranks} ranks")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Four hosts on this machine: network namespaces on one switch, each with a name, an address and a link that can be cut."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+
+COUNT = 4
+AGENT = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+host=$1; shift
+exec ip netns exec "$host" unshare -u /bin/bash -c "hostname $host; $*"
+"""
+
+
+def missing():
+    """Why there can be no hosts here; None where there can."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "ip and unshare are not installed: apt-get install iproute2 util-linux"
+    if os.geteuid():
+        return "network namespaces need root"
+    name = f"dllm-try-{os.getpid()}"
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode == 0:
+        _ip("netns", "del", name)
+    return done.stderr.strip() or None
+
+
+class Hosts:
+    """Up from its making to the end of its `with`."""
+
+    def __init__(self, folder):
+        self.folder, tag = pathlib.Path(folder), f"{os.getpid():x}"
+        self.names = [f"h{number}-{tag}" for number in range(1, COUNT + 1)]
+        self.switch, self.agent, self.file = f"switch-{tag}", self.folder / "agent", self.folder / "hosts"
+        self.file.write_text("".join(f"{name} slots=1\n" for name in self.names))
+        self.agent.write_text(AGENT)
+        self.agent.chmod(0o755)
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self._add(self.switch)
+        _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+        _ip("-n", self.switch, "link", "set", "br0", "up")
+        addresses = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(self.names, 1))
+        for number, name in enumerate(self.names, 1):
+            self._add(name)
+            known = pathlib.Path("/etc/netns", name)  # what a namespace sees as /etc
+            known.mkdir(parents=True)
+            self.stack.callback(shutil.rmtree, known)
+            (known / "hosts").write_text("127.0.0.1 localhost\n" + addresses)
+            _ip("link", "add", "e0", "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", self.switch)
+            _ip("-n", self.switch, "link", "set", f"p{number}", "master", "br0", "up")
+            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "e0")
+            _ip("-n", name, "link", "set", "e0", "up")
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def _add(self, name):
+        _ip("netns", "add", name)
+        self.stack.callback(_ip, "netns", "del", name)
+        _ip("-n", name, "link", "set", "lo", "up")
+
+    def cut(self, number):
+        """Cut the link of host `number`, from 1."""
+        _ip("-n", self.switch, "link", "set", f"p{number}", "down")
+
+    def heal(self, number):
+        _ip("-n", self.switch, "link", "set", f"p{number}", "up")
+
+    def on(self, number):
+        """The words before a command that runs it on host `number`."""
+        name = self.names[number - 1]
+        return ["ip", "netns", "exec", name, "unshare", "-u", "/bin/bash", "-c", 'hostname "$0"; exec "$@"', name]
+
+    def environment(self):
+        """Variables that make both MPIs use these hosts' network."""
+        return {
+            "PRTE_MCA_plm_ssh_agent": self.agent, "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1",
+            "OMPI_MCA_btl": "self,tcp", "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24", "HYDRA_LAUNCHER": "ssh",
+            "HYDRA_LAUNCHER_EXEC": self.agent, "HYDRA_IFACE": "e0", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "e0",
+        }  # fmt: skip
+
+
+def _ip(*words):
+    subprocess.run(["ip", *words], check=True, timeout=20)

@@ -1,0 +1,79 @@
+"""A run over four hosts with a network between them; the link of one is cut in mid-run."""
+
+import pathlib
+import re
+import time
+
+import hosts as network
+import numpy as np
+import pytest
+from launch import Job, flavour, mpirun, train_arguments
+from runs import column, metrics
+
+STEPS = 150
+pytestmark = pytest.mark.skipif(bool(network.missing()), reason=str(network.missing()))
+SETTINGS = (
+    "train.precision=fp64", "model.hidden=96", "model.embedding=96", "train.lanes=16", "train.window=32", "train.threads=1",
+    f"train.max_steps={STEPS}", "train.clip=1.0", "log.sample=0", "checkpoint.every_steps=25", "train.eval_every=50",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with network.Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    mpirun(2, *train_arguments(tiny, run, *SETTINGS), check=True)
+    return run
+
+
+def job(hosts, data, run):
+    train = train_arguments(data, run, *SETTINGS)[2:]
+    launch = ["-m", "dllm.launch", "--hostfile", hosts.file, "--", *train]
+    return Job(0, *launch, timeout=150, env=hosts.environment(), before=hosts.on(1))
+
+
+def until_step(job, run, step):
+    log = pathlib.Path(run, "metrics.jsonl")
+    job.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
+
+
+def check(run, undisturbed):
+    assert pathlib.Path(run, "DONE").read_text() == f"{STEPS}\n"
+    for split in ("train", "valid"):
+        ours, theirs = metrics(run, split), metrics(undisturbed, split)
+        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
+        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
+
+
+def test_a_run_over_four_hosts_comes_to_its_end(hosts, tiny, undisturbed, tmp_path):
+    with job(hosts, tiny, tmp_path / "run") as started:
+        done = started.wait()
+        assert done.returncode == 0, str(started)
+    check(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("victim", [3, 1], ids=["another host", "the launcher's host"])
+def test_the_link_of_a_host_is_cut(hosts, tiny, undisturbed, tmp_path, victim):
+    run = tmp_path / "run"
+    with job(hosts, tiny, run) as started:
+        until_step(started, run, 40)
+        alone = started.ranks()[victim - 1]
+        hosts.cut(victim)
+        begin, last = time.monotonic(), len(metrics(run, "train"))
+        try:
+            if flavour() == "openmpi":
+                started.until(lambda: len(metrics(run, "train")) > last + 3, "a step of the survivors")
+                assert time.monotonic() - begin < 5
+            started.until(lambda: not pathlib.Path(f"/proc/{alone}").exists(), "the end of the rank that was cut off")
+            done = started.wait()
+        finally:
+            hosts.heal(victim)
+        assert done.returncode == 0, str(started)
+    if flavour() == "openmpi" and victim > 1:
+        assert re.search(rf"rank {victim - 1} of 4 died; 3 go on from step \d+", done.stderr), done.stderr
+    check(run, undisturbed)
