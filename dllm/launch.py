@@ -100,7 +100,7 @@ class Job:
                 return DONE
             if self.stops:
                 return STOPPED_EARLY if step is not None else 1
-            if claim.owner(self.run) != owner and not self._is_ours():
+            if claim.owner(self.run) not in (None, owner) and not self._is_ours():
                 say(f"another job has taken over {self.run}: this one ends")
                 return BAD_INPUT
             whence = "from the beginning" if step is None else f"from step {step}"

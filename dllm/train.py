@@ -126,8 +126,11 @@ def train(argv, comm):
     if reporter.mode != "none":
         _farewell(reporter, trainer, summary, done)
     code = DONE if done else STOPPED_EARLY
-    if comm.rank == 0 and done:
-        runs.done(run, summary["steps"])
+    if comm.rank == 0 and done and claim.holds():
+        try:
+            runs.done(run, summary["steps"])
+        except OSError as error:
+            reporter.warn(f"cannot write {run}/DONE: {error.strerror}; a launcher will not know that the run is done")
     runtime.finish(comm, code if trainer.deaths else None)
     return code
 
@@ -158,6 +161,10 @@ def _go_on(trainer, options):
     except recovery.GiveUp as problem:
         trainer.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
         runtime.leave(recovery.GAVE_UP)
+    except UserError as problem:  # such as text that only the dead rank had
+        if comm.rank == 0:
+            trainer.reporter.complain(str(problem))
+        runtime.leave(BAD_INPUT)
     step = successor.state.step
     reporter.begin(run, step, successor.total_steps)
     ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"

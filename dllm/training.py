@@ -217,8 +217,9 @@ class Trainer:
         new.set_scalars(state.scalars())
         new.tokens += tokens if sound else 0
         new.bytes_sent += averaging.bytes_sent - sent
-        new.skipped_in_a_row = 0
-        if not sound:
+        if sound:
+            new.skipped_in_a_row = 0
+        else:
             self._skip(state, new, np.isfinite(losses).all() and not averaging.unsound)
         new.next_window(self.schedule.windows, train.carry)
         self.state, self.next = new, state
@@ -230,7 +231,8 @@ class Trainer:
 
         sound : whether this rank's own share of the gradient was finite.
         """
-        new.skipped, new.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        new.skipped += 1
+        new.skipped_in_a_row += 1
         guilty = [rank for rank, well in enumerate(self.comm.allgather(bool(sound))) if not well]
         ranks = f"rank{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}" if guilty else "all ranks together"
         if new.skipped_in_a_row >= self.config.resilience.max_skipped:

@@ -10,6 +10,9 @@ COUNT = 4
 AGENT = """#!/bin/bash
 while [[ $1 == -* ]]; do shift; done
 host=$1; shift
+for name in "$host" "$(hostname)"; do
+    ip -n {switch} link show "p${name:1:1}" | grep -q "state UP" || exit 255
+done
 exec ip netns exec "$host" unshare -u /bin/bash -c "hostname $host; $*"
 """
 
@@ -35,7 +38,7 @@ class Hosts:
         self.names = [f"h{number}-{tag}" for number in range(1, COUNT + 1)]
         self.switch, self.agent, self.file = f"switch-{tag}", self.folder / "agent", self.folder / "hosts"
         self.file.write_text("".join(f"{name} slots=1\n" for name in self.names))
-        self.agent.write_text(AGENT)
+        self.agent.write_text(AGENT.replace("{switch}", self.switch))
         self.agent.chmod(0o755)
 
     def __enter__(self):

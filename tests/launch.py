@@ -50,9 +50,10 @@ def flavour():
 def environment(extra=None):
     """The variables of a job: those of this process, what Open MPI needs, and `extra`."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, [str(SOURCE), ours.get("PYTHONPATH")]))
+    extra = {name: str(value) for name, value in (extra or {}).items()}
+    path = os.pathsep.join(filter(None, [extra.pop("PYTHONPATH", None), str(SOURCE), ours.get("PYTHONPATH")]))
     ours |= {"PATH": f"{BIN}{os.pathsep}{ours['PATH']}", "PYTHONPATH": path}
-    return ours | OPENMPI | {name: str(value) for name, value in (extra or {}).items()}
+    return ours | OPENMPI | extra
 
 
 class Job:

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import re
 import signal
 
 import numpy as np
 import pytest
+from faults import fault
 from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
 from runs import checkpoints, column, metrics
 
@@ -42,29 +44,49 @@ def until_step(job, run, step):
     job.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
 
 
-@pytest.mark.parametrize("victims", ["all ranks", "all but one", "mpirun"])
+SLOW_DISK = """
+def write(self, arrays, before=module.Saver._write):
+    time.sleep(1 if self.step == 20 else 0)
+    return before(self, arrays)
+module.Saver._write = write
+"""
+
+
+@pytest.mark.parametrize("victims", ["all ranks", "all but one", "mpirun", "mpirun while a checkpoint is written", "segfault"])
 def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, victims):
-    run = tmp_path / "run"
-    with Job(0, *launch(tiny, run)) as job:
-        until_step(job, run, 25)
+    run, env = tmp_path / "run", {}
+    if "checkpoint" in victims:
+        env = fault(tmp_path, "dllm.saving", SLOW_DISK)
+    with Job(0, *launch(tiny, run), env=env) as job:
+        until_step(job, run, 22 if "checkpoint" in victims else 25)
         ranks = job.ranks()
-        if victims == "mpirun":
+        if "mpirun" in victims:
             launcher = job.launcher()
             mpi = [pid for pid in job.processes() if pid not in ranks.values() and _parent(pid) == launcher]
             job.signal(signal.SIGKILL, mpi)
         else:
-            job.signal(signal.SIGKILL, [pid for rank, pid in ranks.items() if rank or victims == "all ranks"])
+            number = signal.SIGSEGV if victims == "segfault" else signal.SIGKILL
+            job.signal(number, [pid for rank, pid in ranks.items() if rank or victims != "all but one"])
         done = job.wait()
         assert done.returncode == 0, str(job)
     if victims != "all but one" or flavour() == "mpich":
-        assert "starting it again from step" in done.stderr
+        whence = "10" if "checkpoint" in victims else "[12]0"
+        assert re.search(f"starting it again from step {whence}", done.stderr), done.stderr
     check(run, undisturbed)
-    if victims == "all ranks":  # the same number of ranks from a checkpoint: the same to the bit
+    if victims != "all but one":  # the same number of ranks from a checkpoint: the same to the bit
         assert metrics(run, "train")[-1]["parameters"] == metrics(undisturbed, "train")[-1]["parameters"]
 
 
 def _parent(pid):
     return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+SLOW_STEPS = """
+def step(self, control, before=module.Trainer._step):
+    time.sleep(0.1)
+    return before(self, control)
+module.Trainer._step = step
+"""
 
 
 def test_killed_before_the_first_checkpoint_it_starts_from_the_beginning(tiny, undisturbed, tmp_path):
@@ -86,6 +108,43 @@ def test_interrupted_once_it_leaves_a_checkpoint_and_launched_again_it_goes_on(t
     assert checkpoints(run)[-1] >= 15
     assert not (run / "DONE").exists()
     mpirun(0, "-m", "dllm.launch", "-n", 2, "--resume", run, "--", "--progress", "none", check=True)
+    check(run, undisturbed)
+
+
+def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    resize = lambda ranks: mpirun(0, "-m", "dllm.resize", run, "-n", ranks)
+    with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training", SLOW_STEPS)) as job:
+        for step, ranks in ((15, 4), (30, 2)):
+            until_step(job, run, step)
+            done = resize(ranks)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == f"{run} comes back with {ranks} ranks\n"
+            job.until(lambda ranks=ranks: len(job.ranks()) == ranks, f"{ranks} ranks")
+        done = job.wait()
+        assert done.returncode == 0, str(job)
+    assert [int(ranks) for ranks in re.findall(r"going on with (\d) ranks from step \d+", done.stderr)] == [4, 2]
+    check(run, undisturbed)
+    for ranks, message in ((13, "at most so many"), (2, "is done")):
+        done = resize(ranks)
+        assert done.returncode == REFUSED
+        assert message in done.stderr
+    (run / "DONE").unlink()
+    done = resize(3)
+    assert done.returncode == REFUSED
+    assert done.stderr == f"dllm: no launcher watches {run}: dllm launch -n 3 --resume {run}\n"
+    assert not (run / "resize").exists()
+
+
+def test_ranks_that_cannot_start_after_a_resize_are_given_up_for_the_former(tiny, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    cannot = SLOW_STEPS + "if os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('PMI_SIZE')) == '5': os._exit(3)\n"
+    with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training", cannot)) as job:
+        until_step(job, run, 15)
+        mpirun(0, "-m", "dllm.resize", run, "-n", 5, check=True)
+        done = job.wait()
+        assert done.returncode == 0, str(job)
+    assert "5 ranks get nowhere; going back to 3" in done.stderr
     check(run, undisturbed)
 
 

@@ -35,6 +35,8 @@ def _abort(kind, error, trace):
     rank = MPI.COMM_WORLD.Get_rank()
     if isinstance(error, UserError):
         text, code = f"dllm: {error} (rank {rank})\n", BAD_INPUT
+    elif isinstance(error, MemoryError):
+        text, code = f"dllm: out of memory (rank {rank}): {error}; try more ranks, or fewer train.lanes\n", BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
         text, code = "dllm: interrupted\n", 130
     else:
