@@ -160,7 +160,7 @@ def _go_on(trainer, options):
             comm.Revoke()  # another death meanwhile: once more from where we were
     except recovery.GiveUp as problem:
         trainer.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
-        runtime.leave(recovery.GAVE_UP)
+        runtime.die()
     except UserError as problem:  # such as text that only the dead rank had
         if comm.rank == 0:
             trainer.reporter.complain(str(problem))

@@ -17,11 +17,10 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from .runtime import survivable
+from .runtime import die, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
-GAVE_UP = 76  # exit code: start anew from the last checkpoint
 WATCH, COPY = 101, 102  # tags
 
 
@@ -155,7 +154,7 @@ def _fence(pids):
 @contextlib.contextmanager
 def watchdog():
     """Ends this process where the block takes longer than PATIENCE: a supervisor can start anew, nobody can wait for ever."""
-    timer = threading.Timer(PATIENCE, os._exit, (GAVE_UP,))
+    timer = threading.Timer(PATIENCE, die)
     timer.daemon = True
     timer.start()
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -44,7 +45,7 @@ def _abort(kind, error, trace):
     sys.stderr.write(text)
     sys.stderr.flush()
     if survivable(MPI.COMM_WORLD):
-        leave(code)
+        die()
     time.sleep(0.2)  # MPICH's mpirun has been seen to drop what it had not passed on when the job ended
     MPI.COMM_WORLD.Abort(code)
 
@@ -67,10 +68,17 @@ def finish(comm, code=None):
 
 
 def leave(code):
-    """End this process now, without MPI's finalisation."""
+    """End this process now, without MPI's finalisation, as all others do."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def die():
+    """End this process so that the others notice: of one that merely exits Open MPI tells them nothing."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
