@@ -15,6 +15,7 @@ STEPS = 60
 SETTINGS = (
     "train.precision=fp64", "model.hidden=96", "model.embedding=96", "train.lanes=12", "train.window=32", "train.threads=1",
     f"train.max_steps={STEPS}", "train.clip=1.0", "log.sample=0", "checkpoint.every_steps=10", "train.eval_every=25",
+    "resilience.deadline=3",
 )  # fmt: skip
 
 
@@ -52,7 +53,9 @@ module.Saver._write = write
 """
 
 
-@pytest.mark.parametrize("victims", ["all ranks", "all but one", "mpirun", "mpirun while a checkpoint is written", "segfault"])
+@pytest.mark.parametrize(
+    "victims", ["all ranks", "all but one", "mpirun", "mpirun while a checkpoint is written", "segfault", "stopped"]
+)
 def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, victims):
     run, env = tmp_path / "run", {}
     if "checkpoint" in victims:
@@ -65,15 +68,18 @@ def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, v
             mpi = [pid for pid in job.processes() if pid not in ranks.values() and _parent(pid) == launcher]
             job.signal(signal.SIGKILL, mpi)
         else:
-            number = signal.SIGSEGV if victims == "segfault" else signal.SIGKILL
-            job.signal(number, [pid for rank, pid in ranks.items() if rank or victims != "all but one"])
+            number = {"segfault": signal.SIGSEGV, "stopped": signal.SIGSTOP}.get(victims, signal.SIGKILL)
+            spared = {"all but one": [0], "stopped": [0, 1]}.get(victims, [])
+            job.signal(number, [pid for rank, pid in ranks.items() if rank not in spared])
         done = job.wait()
         assert done.returncode == 0, str(job)
-    if victims != "all but one" or flavour() == "mpich":
+    if victims == "stopped":
+        assert "rank 2 has been silent for 3 s and is ended" in done.stderr
+    if victims not in ("all but one", "stopped") or flavour() == "mpich":
         whence = "10" if "checkpoint" in victims else "[12]0"
         assert re.search(f"starting it again from step {whence}", done.stderr), done.stderr
     check(run, undisturbed)
-    if victims != "all but one":  # the same number of ranks from a checkpoint: the same to the bit
+    if victims not in ("all but one", "stopped"):  # the same number of ranks from a checkpoint: the same to the bit
         assert metrics(run, "train")[-1]["parameters"] == metrics(undisturbed, "train")[-1]["parameters"]
 
 

@@ -12,8 +12,11 @@ import time
 
 import numpy as np
 import pytest
+from faults import fault
 from launch import Job, complaint, flavour, mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
+
+from dllm.data.shards import Corpus
 
 STOPPED_EARLY = 75
 SETTINGS = (
@@ -101,6 +104,37 @@ def test_stopped_by_steps_and_resumed_on_other_numbers_of_ranks_follows_the_run_
     assert column(moved, "epoch").tolist() == column(alone, "epoch").tolist()  # lanes stand where they would have stood
     assert moved[-1]["epoch"] > 1
     assert moved[:20] == alone[:20]
+
+
+def test_on_four_three_and_six_ranks_every_token_of_the_epochs_is_seen_once(corpus, tmp_path):
+    """Each rank writes down which window of which lane it reads, and what stands there."""
+    log = """
+def window(self, number, width, before=module.Lanes.window):
+    tokens, targets = before(self, number, width)
+    if self.split == "train":
+        with open({folder!r} + f"/{{os.getpid()}}.txt", "a") as file:
+            for lane, text in zip(self.numbers, tokens.T):
+                file.write(f"{{lane}} {{number}} {{' '.join(map(str, text))}}\\n")
+    return tokens, targets
+module.Lanes.window = window
+"""
+    (tmp_path / "seen").mkdir()
+    env = fault(tmp_path, "dllm.data.lanes", log.format(folder=str(tmp_path / "seen")))
+    run = tmp_path / "run"
+    settings = [*SETTINGS, "train.eval_every=1000"]
+    mpirun(4, *train_arguments(corpus, run, *settings, extra=("--max-steps", 20)), env=env, check=True)
+    mpirun(3, *resume(run, "--max-steps", 50), env=env, check=True)
+    mpirun(6, *resume(run, "--max-steps", 92), env=env, check=True)
+    seen = sorted(line for path in (tmp_path / "seen").iterdir() for line in path.read_text().splitlines())
+    tokens = Corpus(corpus).read("train", 0, Corpus(corpus).split("train")["tokens"])
+    length = len(tokens) // 6
+    expected = []
+    for lane in range(6):
+        text = tokens[lane * length : (lane + 1) * length - 1]
+        pieces = [text[at : at + 8] for at in range(0, len(text), 8)]
+        assert len(pieces) == 46  # windows of an epoch; 92 steps are two epochs
+        expected += [f"{lane} {number} {' '.join(map(str, piece))}" for number, piece in enumerate(pieces)] * 2
+    assert seen == sorted(expected)
 
 
 def test_a_signal_stops_with_a_checkpoint_and_exit_code_75_and_the_run_goes_on(corpus, tmp_path):
