@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import storage
+from . import hdf5, storage
 from .data.lanes import deal
 from .errors import UserError
 from .state import State
@@ -68,9 +68,9 @@ class Checkpoint:
             storage.check_file(path, digest)
 
     def arrays(self, path):
-        """storage.open_arrays of one rank's file. Raises UserError."""
+        """hdf5.open_arrays of one rank's file. Raises UserError."""
         moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
-        return storage.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments])
+        return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments])
 
 
 def folder_of(run, step):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from . import checkpoint, storage
+from . import checkpoint, hdf5, storage
 
 BUSY = 0.05  # the part of its rank's time that a thread takes at most
 SWITCH = 0.0005  # seconds in which Python's threads take turns while one writes; the default is ten times that
@@ -142,7 +142,7 @@ class Saver:
     def _start(self, state, best, cuts, lanes):
         start, stop = self.part.slice.start, self.part.slice.stop
         names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
-        stream = lambda some: storage.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
+        stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
         arrays = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
         self.manifest = self.facts | {
@@ -183,7 +183,7 @@ class Saver:
         """This rank's file. Returns its sha256 and the seconds it took."""
         begin = time.thread_time()
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = storage.write_arrays(self.folder / self.part.name, arrays, self._rest)
+        digest = hdf5.write_arrays(self.folder / self.part.name, arrays, self._rest)
         return digest, time.thread_time() - begin
 
     def _all_have_written(self):

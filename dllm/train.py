@@ -115,6 +115,7 @@ def train(argv, comm):
                 raise
             trainer = _go_on(trainer, options)
         except UserError as error:
+            trainer.saver.abandon()
             if not trainer.deaths or not error.shared:
                 raise
             trainer.reporter.warn(str(error))

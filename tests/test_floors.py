@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "presets"),
     ("config", "storage", "kernels"),
-    ("layout",),
+    ("layout", "hdf5"),
     ("model", "optim", "state", "cli", "data", "comm", "claim"),
     ("checkpoint", "report", "corpus", "inference", "survival"),
     ("saving", "monitor", "warmup", "runs"),

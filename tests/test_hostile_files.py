@@ -8,7 +8,7 @@ import hostile
 import numpy as np
 import pytest
 
-from dllm import checkpoint, storage
+from dllm import checkpoint, hdf5, storage
 from dllm.errors import UserError
 
 
@@ -178,12 +178,12 @@ def test_two_names_do_not_share_their_bytes(tmp_path):
 def test_a_link_anywhere_in_a_path_is_refused(tmp_path, outside, link):
     data = np.arange(8.0)
     for name in ("file.h5", "other.h5"):
-        with storage.write_hdf5(outside / name) as target:
+        with hdf5.write_hdf5(outside / name) as target:
             target.create_dataset("real/a/b", data=data, chunks=data.shape, fletcher32=True)
     with h5py.File(outside / "file.h5", "r+") as target:
         target["link"] = link
         target["real/link"] = link
-    with storage.open_arrays(outside / "file.h5") as array:
+    with hdf5.open_arrays(outside / "file.h5") as array:
         np.testing.assert_array_equal(array("real/a/b", np.float64, (8,)), data)
         for name in ("link", "link/a", "link/a/b", "real/link/a/b", "real/a/b/c", "real//a", "/real", ""):
             with pytest.raises(UserError, match=rf"^{outside}/file.h5: '{name}' is missing or a link$"):
@@ -199,7 +199,7 @@ def test_a_number_type_of_other_bits_is_refused(tmp_path):
         plan.set_chunk((8,))
         plan.set_fletcher32()
         h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple((8,)), plan)
-    with storage.open_arrays(path) as array, pytest.raises(UserError, match=r"'x' is .*where float64\[8\] is expected"):
+    with hdf5.open_arrays(path) as array, pytest.raises(UserError, match=r"'x' is .*where float64\[8\] is expected"):
         array("x", np.float64, (8,))
 
 
@@ -207,14 +207,14 @@ def test_files_of_the_older_format_are_read_and_a_hidden_chunk_is_refused(tmp_pa
     path, data = tmp_path / "file.h5", np.arange(8.0)
     with h5py.File(path, "w", libver="earliest") as file:
         file.create_dataset("x", data=data, chunks=(8,), fletcher32=True)
-    with storage.open_arrays(path, ["x"]) as array:
+    with hdf5.open_arrays(path, ["x"]) as array:
         np.testing.assert_array_equal(array("x", np.float64, (8,)), data)
     whole = bytearray(path.read_bytes())
     last = whole.rindex(b"TREE\x01") + 24 + 24 + 8  # the key behind the only chunk: its size, its filters, where it ends
     assert whole[last + 8] == 8
     whole[last + 8 : last + 24] = bytes(16)
     path.write_bytes(whole)
-    with storage.open_arrays(path, ["x"]) as array, pytest.raises(UserError, match=r"'x' has a chunk that cannot be reached$"):
+    with hdf5.open_arrays(path, ["x"]) as array, pytest.raises(UserError, match=r"'x' has a chunk that cannot be reached$"):
         array("x", np.float64, (8,))
 
 
@@ -222,7 +222,7 @@ def test_many_small_chunks_are_refused(tmp_path):
     path = tmp_path / "file.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("x", (1 << 20,), np.uint8, chunks=(16,), fletcher32=True)
-    with storage.open_arrays(path) as array, pytest.raises(UserError, match=r"'x' is cut into 65536 chunks$"):
+    with hdf5.open_arrays(path) as array, pytest.raises(UserError, match=r"'x' is cut into 65536 chunks$"):
         array("x", np.uint8, (1 << 20,))
 
 
@@ -257,7 +257,7 @@ def test_a_pipe_or_device_is_not_waited_for(outside):
     (outside / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
         message = f"^cannot read {outside}/{name}: it is not a file$"
-        with pytest.raises(UserError, match=message), storage.open_arrays(outside / name):
+        with pytest.raises(UserError, match=message), hdf5.open_arrays(outside / name):
             pass
         with pytest.raises(UserError, match=message):
             storage.check_file(outside / name, "0" * 64)

@@ -30,7 +30,7 @@ def test_no_plugin_is_loaded(tmp_path):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "plugins/libplugin.so", "plugin.c"], cwd=tmp_path, check=True)
     environment = os.environ | {"HDF5_PLUGIN_PATH": str(tmp_path / "plugins"), "PYTHONPATH": str(PACKAGE.parent)}
     environment.pop("HDF5_PLUGIN_PRELOAD", None)
-    for first, loaded in (("", True), ("import dllm.storage\n", False)):
+    for first, loaded in (("", True), ("import dllm.hdf5\n", False)):
         command = [sys.executable, "-c", first + ASKS]
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert ("LOADED" in run.stdout) == loaded
@@ -54,11 +54,11 @@ def imported(tree):
 
 def test_only_storage_opens_hdf5():
     trees = dict(modules())
-    assert {"storage.py", "checkpoint.py", "data/shards.py", "kernels/gemm.py"} <= trees.keys()
-    assert [name for name, tree in trees.items() if {"h5py", "tables", "netCDF4"} & {*imported(tree)}] == ["storage.py"]
+    assert {"hdf5.py", "checkpoint.py", "data/shards.py", "kernels/gemm.py"} <= trees.keys()
+    assert [name for name, tree in trees.items() if {"h5py", "tables", "netCDF4"} & {*imported(tree)}] == ["hdf5.py"]
     opened = [
         function.name
-        for function in ast.walk(trees["storage.py"])
+        for function in ast.walk(trees["hdf5.py"])
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr == "File"
@@ -73,7 +73,7 @@ def test_every_reader_names_all_that_a_file_may_hold():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) == "open_arrays"
     ]
-    assert sorted(calls) == [("checkpoint.py", 2), ("data/shards.py", 2), ("storage.py", 2)]
+    assert sorted(calls) == [("checkpoint.py", 2), ("data/shards.py", 2), ("hdf5.py", 2)]
 
 
 def test_nothing_is_unpickled():

@@ -114,13 +114,13 @@ module.flush = flush
 
 def test_what_the_disk_gives_back_is_compared(tiny, undisturbed, tmp_path):
     bad = """
-def forget(path, before=module._forget):
+def forget(path, before=module.forget):
     if rank == 1 and "step-00000020" in str(path):
         with open(path, "r+b") as file:
             file.seek(-5000, 2)
             file.write(b"rotten")
     before(path)
-module._forget = forget
+module.forget = forget
 """
     run = tmp_path / "run"
     done = mpirun(3, *train_arguments(tiny, run, *SETTINGS), env=fault(tmp_path, "dllm.storage", bad), check=True)

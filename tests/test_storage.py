@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from runs import flip, place_of
 
-from dllm import storage
+from dllm import hdf5, storage
 from dllm.errors import UserError
 
 
@@ -60,10 +60,10 @@ ARRAYS = {"a": np.arange(1000.0), "b": np.arange(24, dtype=np.float32).reshape(2
 
 def test_arrays_survive_and_a_flipped_bit_in_any_is_found(tmp_path):
     path = tmp_path / "arrays.h5"
-    assert storage.write_arrays(path, ARRAYS) == storage.sha256(path)
+    assert hdf5.write_arrays(path, ARRAYS) == storage.sha256(path)
 
     def read(names=ARRAYS):
-        with storage.open_arrays(path) as array:
+        with hdf5.open_arrays(path) as array:
             return {name: array(name, ARRAYS[name].dtype, ARRAYS[name].shape)[:] for name in names}
 
     for name, found in read().items():
@@ -77,7 +77,7 @@ def test_arrays_survive_and_a_flipped_bit_in_any_is_found(tmp_path):
 
 
 def test_large_arrays_have_a_checksum_for_each_mebibyte(tmp_path):
-    storage.write_arrays(tmp_path / "large.h5", {"large": np.zeros((100_000, 2))})
+    hdf5.write_arrays(tmp_path / "large.h5", {"large": np.zeros((100_000, 2))})
     with h5py.File(tmp_path / "large.h5") as file:
         assert file["large"].fletcher32
         assert file["large"].chunks == (65536, 2)
@@ -85,12 +85,12 @@ def test_large_arrays_have_a_checksum_for_each_mebibyte(tmp_path):
 
 def test_damage_in_the_structure_of_a_file_is_a_user_error_or_harmless(tmp_path):
     path = tmp_path / "arrays.h5"
-    storage.write_arrays(path, {"a": ARRAYS["a"]})
+    hdf5.write_arrays(path, {"a": ARRAYS["a"]})
     rng, problems = np.random.default_rng(3), []
     for place in (0, *rng.integers(0, path.stat().st_size, 400)):
         flip(path, place)
         try:
-            with storage.open_arrays(path) as array:
+            with hdf5.open_arrays(path) as array:
                 array("a", np.float64, (1000,))[:]
         except UserError as error:
             problems.append(str(error))
@@ -145,7 +145,7 @@ def test_whatever_is_not_a_plain_dataset_of_the_file_is_refused(tmp_path):
     for case, make in foreign_files(tmp_path).items():
         with h5py.File(path, "w") as file:
             make(file)
-        with storage.open_arrays(path) as array, pytest.raises(UserError) as error:
+        with hdf5.open_arrays(path) as array, pytest.raises(UserError) as error:
             array("x", np.float64, (8,))
         assert str(error.value).startswith(f"{path}: 'x' "), case
         assert "\n" not in str(error.value)
@@ -155,7 +155,7 @@ def test_a_file_that_is_not_hdf5_is_named(tmp_path):
     path = tmp_path / "file.h5"
     path.write_text("text")
     for place in (path, tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"cannot read {place}"), storage.open_arrays(place):
+        with pytest.raises(UserError, match=f"cannot read {place}"), hdf5.open_arrays(place):
             pass
 
 

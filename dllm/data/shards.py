@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from .. import storage
+from .. import hdf5, storage
 from ..errors import UserError
 from . import tokenizers
 
@@ -25,7 +25,7 @@ class ShardWriter:
         self.path, self.dtype, self.tokens = path, np.dtype(dtype), 0
 
     def __enter__(self):
-        self._whole = storage.write_hdf5(self.path)
+        self._whole = hdf5.write_hdf5(self.path)
         options = {"chunks": (1 << 16,), "maxshape": (None,), "fletcher32": True}
         self._data = self._whole.__enter__().create_dataset("tokens", (0,), self.dtype, **options)
         return self
@@ -120,7 +120,7 @@ class Corpus:
         for shard in self._shards(split, start, stop):
             length = shard["stop"] - shard["start"]
             inside = slice(max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"])
-            with storage.open_arrays(self.folder / shard["name"], ["tokens"]) as array:
+            with hdf5.open_arrays(self.folder / shard["name"], ["tokens"]) as array:
                 parts.append(array("tokens", self.dtype, (length,))[inside])
         tokens = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
         if tokens.size and tokens.max() >= self.vocabulary:
