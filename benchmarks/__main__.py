@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands
+from . import commands, resilience
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -24,6 +24,8 @@ COMMANDS = {
     "memory": commands.memory,
     "generation": commands.generation,
     "quality": commands.quality,
+    "resilience": resilience.resilience,
+    "recovery": resilience.recovery,
 }
 PEERS = ["torch", "tensorflow", "jax"]
 

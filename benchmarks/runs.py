@@ -34,8 +34,9 @@ def last_json(text):
     return json.loads(text.strip().splitlines()[-1])
 
 
-def mpirun(ranks, *arguments):
-    return ["mpirun", "-n", ranks, sys.executable, "-m", *arguments]
+def mpirun(ranks, *arguments, survive=False):
+    """The words that start Python on some ranks; survive: so that ranks may die, under Open MPI."""
+    return ["mpirun", *(["--with-ft", "ulfm"] if survive else []), "-n", ranks, sys.executable, "-m", *arguments]
 
 
 def random_corpus(folder, vocabulary, tokens):
@@ -58,10 +59,10 @@ def random_corpus(folder, vocabulary, tokens):
     storage.write_json(folder / "manifest.json", manifest)
 
 
-def train(ranks, out, *arguments, settings=()):
+def train(ranks, out, *arguments, settings=(), survive=False):
     """summary.json of a run of the train command."""
     options = [word for key, value in dict(settings).items() for word in ("--set", f"{key}={value}")]
-    run([*mpirun(ranks, "dllm.train", "--out", out, "--progress", "none"), *arguments, *options])
+    run([*mpirun(ranks, "dllm.train", "--out", out, "--progress", "none", survive=survive), *arguments, *options])
     return json.loads((out / "summary.json").read_text())
 
 
@@ -74,17 +75,19 @@ class Steps:
         self.work, self.corpus, self.turn = work, work / f"{name}-{ranks}", 0
         random_corpus(self.corpus, size.vocabulary, (self.count + 1) * size.window * size.lanes * ranks)
 
-    def dllm(self, precision="fp32", **settings):
-        """summary.json of a run."""
+    def dllm(self, precision="fp32", survive=False, **settings):
+        """summary.json of a run. settings: section__key=value"""
         size, self.turn = self.size, self.turn + 1
         settings = {
             "model.embedding": size.hidden, "model.hidden": size.hidden, "model.layers": size.layers,
             "train.lanes": size.lanes * self.ranks, "train.window": size.window,
             "train.optimizer": "sgd", "train.lr": 1.0, "train.schedule": "constant", "train.warmup": 0, "train.clip": 5.0,
             "train.threads": 1, "train.precision": precision, "train.max_steps": self.count,
-            "log.every": 10, "log.sample": 0, **{key.replace("__", "."): value for key, value in settings.items()},
+            "log.every": 10, "log.sample": 0, "checkpoint.every_minutes": 0.0,
+            **{key.replace("__", "."): value for key, value in settings.items()},
         }  # fmt: skip
-        return train(self.ranks, self.work / f"{self.corpus.name}-run-{self.turn}", "--data", self.corpus, settings=settings)
+        out = self.work / f"{self.corpus.name}-run-{self.turn}"
+        return train(self.ranks, out, "--data", self.corpus, settings=settings, survive=survive)
 
     def torch(self, precision="fp32"):
         """{"seconds", "peak_rss_bytes"} of a step of DistributedDataParallel."""

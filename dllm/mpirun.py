@@ -24,7 +24,7 @@ DETECTOR = {  # of hosts that are silent, by a thread of each rank: ranks that c
 }
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
 ANSWER = 10.0  # seconds that a host has to answer
-HOST = re.compile(r"([\w.-]+)(?:\s+slots\s*=\s*|:)?(\d*)")
+HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
 
 
 def flavour():
@@ -71,7 +71,7 @@ def read_hosts(path):
         text = line.partition("#")[0].strip()
         if text:
             match = HOST.fullmatch(text)
-            if match is None or match[2] == "0":
+            if match is None or int(match[2] or 1) == 0:
                 raise UserError(f"{path}, line {number}: {text!r:.60} is no host; write  name  or  name slots=N")
             hosts[match[1]] = hosts.get(match[1], 0) + int(match[2] or 1)
     if not hosts:

@@ -50,8 +50,8 @@ class Saver:
         Of the newest one, which becomes whole in the end unless something goes wrong; -1, True: there was none.
     begun : float
         When that was, by time.monotonic; at first when this was made.
-    stalled : float
-        Seconds that training stood still for all of them.
+    count, stalled : int, float
+        How many were begun while training went on, and the seconds that it stood still for them.
     cost : float or None
         Seconds of computing that the last one took the slowest rank.
     """
@@ -73,7 +73,7 @@ class Saver:
         )
         if before is not None:
             self.begun = -math.inf if before.under_way else before.begun
-            self.stalled, self.cost = before.stalled, before.cost
+            self.count, self.stalled, self.cost = before.count, before.stalled, before.cost
         self.thread = self.copies = None
         self.hurry, self.abandoned = threading.Event(), False
 
@@ -95,9 +95,9 @@ class Saver:
 
     def begin(self, state, best):
         """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns."""
+        begin = time.perf_counter()
         if self.under_way:
             self.complete()
-        begin = time.perf_counter()
         cuts = self._cuts(state)
         if self.copies is None:
             self.copies = [[(name, row, block.copy()) for name, row, block in some] for some in cuts]
@@ -105,6 +105,7 @@ class Saver:
             for (_, _, copy), (_, _, block) in zip(itertools.chain(*self.copies), itertools.chain(*cuts), strict=True):
                 copy[...] = block
         self._start(state, best, self.copies, (state.h.copy(), state.c.copy(), state.lane_loss.copy()))
+        self.count += 1
         self.stalled += time.perf_counter() - begin
 
     def save(self, state, best):
@@ -116,13 +117,11 @@ class Saver:
 
     def complete(self):
         """Wait until what is under way is whole, or cannot be."""
-        begin = time.perf_counter()
         self.hurry.set()
         while self.under_way:
             if self.thread is not None:
                 self.thread.join()
             self.settle()
-        self.stalled += time.perf_counter() - begin
 
     def settle(self):
         """What all ranks do once none of them is writing any more."""

@@ -300,6 +300,7 @@ class Trainer:
             "tokens_per_second": speed,
             "gflops": speed and 6 * self.layout.active() * speed / 1e9,
             "exposed_comm_fraction": clock.exposed_seconds / clock.logged_seconds if clock.logged_seconds else None,
+            "checkpoints": self.saver.count,
             "checkpoint_seconds": self.saver.stalled,
             "peak_rss_bytes": peaks,
             "best_valid_perplexity": math.exp(min(self.best, 700)) if math.isfinite(self.best) else None,

@@ -11,6 +11,9 @@ from faults import fault
 from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
 from runs import checkpoints, column, metrics
 
+from dllm.errors import UserError
+from dllm.mpirun import read_hosts
+
 STEPS = 60
 SETTINGS = (
     "train.precision=fp64", "model.hidden=96", "model.embedding=96", "train.lanes=12", "train.window=32", "train.threads=1",
@@ -184,6 +187,8 @@ def test_it_gives_up_on_a_job_that_gets_nowhere(tiny, tmp_path):
         (["--", "--resume", "run"], "belongs before the --"),
         (["--resume", "nowhere"], "is not the folder of a run"),
         (["-n", "0"], "not a number of at least 1"),
+        (["--hostfile", "nowhere"], "cannot read the hosts in nowhere: No such file or directory"),
+        (["--hostfile", "/dev/null"], "/dev/null names no host"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, arguments, message):
@@ -192,6 +197,16 @@ def test_bad_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, 
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hostfile_is_read_as_both_mpis_write_it(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# ours\nnode1 slots=8\n\nnode-2.cluster:4  # the small one\nnode3\nnode1:2\n")
+    assert read_hosts(path) == {"node1": 10, "node-2.cluster": 4, "node3": 1}
+    for line in ("node1 max_slots=3", "-x", "node1 slots=0", "a;rm -rf b", "node 1"):
+        path.write_text(f"node1\n{line}\n")
+        with pytest.raises(UserError, match=r"line 2: .* is no host; write"):
+            read_hosts(path)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
