@@ -63,14 +63,8 @@ class Saver:
             "format": checkpoint.FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes,
             "layout": {name: list(tensor.shape) for name, tensor in layout.tensors.items()}, "ranks": comm.size,
         }  # fmt: skip
-        self.step, self.whole, self.under_way, self.begun, self.stalled, self.cost = (
-            -1,
-            True,
-            False,
-            time.monotonic(),
-            0.0,
-            None,
-        )
+        self.step, self.whole, self.under_way = -1, True, False
+        self.begun, self.count, self.stalled, self.cost = time.monotonic(), 0, 0.0, None
         if before is not None:
             self.begun = -math.inf if before.under_way else before.begun
             self.count, self.stalled, self.cost = before.count, before.stalled, before.cost

@@ -83,7 +83,8 @@ class Hosts:
         """Variables that make both MPIs use these hosts' network."""
         return {
             "PRTE_MCA_plm_ssh_agent": self.agent, "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1",
-            "OMPI_MCA_btl": "self,tcp", "OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24", "HYDRA_LAUNCHER": "ssh",
+            "OMPI_MCA_btl": "self,tcp", "OMPI_MCA_mpi_yield_when_idle": "1",
+            "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24", "HYDRA_LAUNCHER": "ssh",
             "HYDRA_LAUNCHER_EXEC": self.agent, "HYDRA_IFACE": "e0", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "e0",
         }  # fmt: skip
 
