@@ -1,5 +1,6 @@
 """A real Slurm of four nodes on this machine: munge, a controller, four node daemons, in a folder of their own."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -8,8 +9,10 @@ import socket
 import subprocess
 import time
 
-NODES, CPUS, PORT = 4, 2, 26900
+NODES, CPUS = 4, 2
+PORTS = range(26900, 28900, NODES + 2)  # where blocks begin: a port that says "taken", the controller's, the nodes'
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+# A requeued job waits for cred_expire and for the scheduler. debug2 tells of looks at time limits. Tier 2 preempts tier 1.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -21,6 +24,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool-%n
 StateSaveLocation={folder}/state
+SlurmctldDebug=debug2
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 TmpFS={folder}/tmp-%n
@@ -29,10 +33,14 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
-KillWait=3
+KillWait=10
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=2000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1
+PartitionName=urgent Nodes=ALL PriorityTier=2
 """
 
 
@@ -45,7 +53,7 @@ def missing():
 
 
 class Cluster:
-    """Up from its making to the end of its `with`."""
+    """Up from the beginning to the end of its `with`."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -57,46 +65,63 @@ class Cluster:
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        values = {"host": socket.gethostname().partition(".")[0], "folder": self.folder, "port": PORT, "nodes": NODES}
-        values |= {"cpus": CPUS, "first": PORT + 1, "last": PORT + NODES}
+        self.taken, port = _free_ports()
+        values = {"host": socket.gethostname().partition(".")[0], "folder": self.folder, "port": port, "nodes": NODES}
+        values |= {"cpus": CPUS, "first": port + 1, "last": port + NODES}
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.environment["PATH"] += ":/usr/sbin"
 
     def __enter__(self):
         munge = self.folder / "munge"
-        self.run("munged", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key", f"--log-file={munge}/log",
-                 f"--pid-file={munge}/pid", f"--seed-file={munge}/seed")  # fmt: skip
-        self.run("slurmctld", "-c")
-        for n in range(NODES):
-            self.run("slurmd", "-N", f"n{n + 1}")
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(NODES), "all nodes idle", 30)
+        with contextlib.ExitStack() as where_it_fails:
+            where_it_fails.callback(self._end_daemons)
+            self.run("munged", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key", f"--log-file={munge}/log",
+                     f"--pid-file={munge}/pid", f"--seed-file={munge}/seed")  # fmt: skip
+            self.run("slurmctld", "-c")
+            for n in range(NODES):
+                self.run("slurmd", "-N", f"n{n + 1}")
+            self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(NODES), "all nodes idle", 30)
+            where_it_fails.pop_all()
         return self
 
     def __exit__(self, *error):
-        self.run("scancel", "-u", "root", check=False)
-        time.sleep(0.5)
-        for path in (*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid", self.folder / "munge" / "pid"):
-            if path.exists():
-                with_pid = int(path.read_text())
-                try:
-                    os.kill(with_pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    continue
-                self.until(lambda pid=with_pid: not _alive(pid), "end of a daemon", 20)
+        try:
+            self.run("scancel", "-u", "root", check=False)
+            self.until(lambda: not self.run("squeue", "-h"), "end of the jobs", 30)
+        finally:
+            self._end_daemons()
 
-    def run(self, *command, check=True):
+    def _end_daemons(self):
+        files = (*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid", self.folder / "munge" / "pid")
+        daemons = [int(file.read_text()) for file in files if file.exists()]
+        for pid in daemons:
+            _signal(pid, signal.SIGTERM)
+        self.until(lambda: not any(_signal(pid, 0) for pid in daemons), "end of the daemons", 30)
+        self.taken.close()
+
+    def run(self, *command, check=True, env=None):
         """Standard output of a command."""
         done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=60, check=False, env=self.environment
-        )
+            list(map(str, command)), capture_output=True, text=True, timeout=60, check=False,
+            env=self.environment | (env or {}),
+        )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def state(self, job):
-        """Such as PENDING, RUNNING, COMPLETED."""
-        words = self.run("scontrol", "show", "job", job).split()
-        return next(word.partition("=")[2] for word in words if word.startswith("JobState="))
+    def job(self, number):
+        """What Slurm says of a job: its JobState, such as PENDING, RUNNING, COMPLETED; its Restarts."""
+        return dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", number).split() if "=" in word)
+
+    def end(self, number, limit):
+        """Wait for the end of a job. Returns its last state, such as COMPLETED."""
+        under_way = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+        self.until(lambda: self.job(number)["JobState"] not in under_way, f"end of job {number}", limit)
+        return self.job(number)["JobState"]
+
+    def looks_at_limits(self):
+        """How often Slurm has looked for jobs near their time limit."""
+        return (self.folder / "slurmctld.log").read_text().count("Testing job time limits")
 
     def until(self, condition, what, limit):
         end = time.monotonic() + limit
@@ -105,9 +130,24 @@ class Cluster:
             time.sleep(0.2)
 
 
-def _alive(pid):
+def _free_ports():
+    """A bound socket, by which other suites on this machine see that a block of ports is taken; the next of its ports."""
+    for first in PORTS:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            sockets = [stack.enter_context(socket.socket()) for _ in range(PORTS.step)]
+            for port, one in enumerate(sockets, first):
+                one.bind(("", port))
+            stack.pop_all()
+            for one in sockets[1:]:
+                one.close()
+            return sockets[0], first + 1
+    raise AssertionError(f"no free ports from {PORTS.start} to {PORTS.stop}")
+
+
+def _signal(pid, number):
+    """Whether the process is there."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
