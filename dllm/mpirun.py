@@ -15,11 +15,13 @@ OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMPI_MCA_coll": "^han,adapt",  # both hide failures from the ranks
 }
-DETECTOR = {  # of hosts that are silent, by a thread of each rank: ranks that compute for long are not taken for dead
+# Of hosts that are silent, by a thread of each rank: ranks that compute for long are not taken for dead. Not under Slurm, which
+# watches nodes itself: a rank that is slow to start may be taken for dead, and crash.
+DETECTOR = {
     "OMPI_MCA_mpi_ft_detector": "1",
     "OMPI_MCA_mpi_ft_detector_thread": "1",
     "OMPI_MCA_mpi_ft_detector_period": "0.5",
-    "OMPI_MCA_mpi_ft_detector_timeout": "2",
+    "OMPI_MCA_mpi_ft_detector_timeout": "2.5",
     "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
 }
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
@@ -56,8 +58,7 @@ def command(ranks, cores, hosts, pass_on):
 
 def environment(hosts):
     """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise."""
-    several = len(hosts) > 1 or int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1
-    return {**OPENMPI, **(DETECTOR if several else {}), **os.environ}
+    return {**OPENMPI, **(DETECTOR if len(hosts) > 1 else {}), **os.environ}
 
 
 def read_hosts(path):

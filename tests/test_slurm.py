@@ -5,6 +5,7 @@ import re
 import cluster as slurm
 import numpy as np
 import pytest
+from faults import fault
 from launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
 from runs import column, metrics
 
@@ -17,22 +18,13 @@ SETTINGS = (
     "train.precision=fp64", "train.lanes=16", "train.threads=1", f"train.max_steps={STEPS}", "train.eval_every=25",
     "log.sample=0", "checkpoint.every_steps=10", "resilience.deadline=0",
 )  # fmt: skip
-# As sitecustomize.py: what a job starts first, task 0 of an array excepted, takes more than a minute on any machine.
+# What a job starts first, task 0 of an array excepted, takes more than a minute on any machine.
 SLOW = f"""
-import os, sys, time
-
-first = "SLURM_RESTART_COUNT" not in os.environ and os.environ.get("SLURM_ARRAY_TASK_ID") != "0"
-if first and "dllm.train" in sys.orig_argv:
-    from dllm.training import Trainer
-
-    step = Trainer._step
-
-    def slow_step(trainer, control):
-        if trainer.state.step >= {SLOW_FROM}:
-            time.sleep({66 / (STEPS - SLOW_FROM)})
-        return step(trainer, control)
-
-    Trainer._step = slow_step
+def step(self, control, before=module.Trainer._step):
+    time.sleep({66 / (STEPS - SLOW_FROM)} if self.state.step >= {SLOW_FROM} else 0)
+    return before(self, control)
+if "SLURM_RESTART_COUNT" not in os.environ and os.environ.get("SLURM_ARRAY_TASK_ID") != "0":
+    module.Trainer._step = step
 """
 
 
@@ -58,13 +50,11 @@ def submit(cluster, tiny, tmp_path):
     slow : its first start does not reach the end in a minute
     """
     numbers = []
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
 
     def submit(*options, slow=True, seed=1):
-        env = environment({"RUN": tmp_path / "run", "NUMBA_CACHE_DIR": CACHE.parents[1]})
+        slowly = fault(tmp_path, "dllm.training", SLOW) if slow else {}
+        env = environment({"RUN": tmp_path / "run", "NUMBA_CACHE_DIR": CACHE.parents[1], **slowly})
         env = {name: value for name, value in env.items() if name not in OPENMPI}  # users do without
-        if slow:
-            env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
         arguments = train_arguments(tiny, "", *SETTINGS, f"train.seed={seed}")
         arguments = ["--data", tiny, *arguments[arguments.index("--set") :]]
         shape = ("--nodes=4", "--ntasks-per-node=2", "--time=5", f"--output={tmp_path}/out", f"--chdir={tmp_path}")
