@@ -54,11 +54,13 @@ def settings(options):
 
 
 def main(argv=None):
+    stopping = []
+    signal.signal(signal.SIGUSR1, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
     comm = runtime.world()
-    return cli.run(lambda argv: train(argv, comm), argv, comm)
+    return cli.run(lambda argv: train(argv, comm, stopping), argv, comm)
 
 
-def train(argv, comm):
+def train(argv, comm, stopping):
     begin = time.monotonic()
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
@@ -102,8 +104,7 @@ def train(argv, comm):
     reporter.begin(run, trainer.state.step, trainer.total_steps)
     if comm.rank == 0:
         runs.not_done(run)
-    stopping = []
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
     while True:
         try:

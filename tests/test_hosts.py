@@ -11,7 +11,7 @@ from launch import Job, flavour, mpirun, train_arguments
 from runs import column, metrics
 
 STEPS = 150
-SILENCE = 15  # seconds; MPICH notices a cut link after many minutes only
+SILENCE = 10  # seconds; MPICH notices a cut link after many minutes only
 pytestmark = pytest.mark.skipif(bool(network.missing()), reason=str(network.missing()))
 SETTINGS = (
     "train.precision=fp64", "model.hidden=96", "model.embedding=96", "train.lanes=16", "train.window=32", "train.threads=1",

@@ -14,7 +14,7 @@ import pytest
 from launch import Job, flavour, train_arguments
 from runs import column, metrics
 
-RUNS = int(os.environ.get("DLLM_CHAOS", 6))
+RUNS = int(os.environ.get("DLLM_CHAOS", 4))
 STEPS = 60
 pytestmark = pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies; test_launch.py has that")
 SETTINGS = (
