@@ -25,8 +25,8 @@ def resilience(options):
     """Throughput where ranks may die (Open MPI), and while checkpoints are written all the time, against neither."""
     table = Table(
         f"The cost of resilience, {options.ranks} ranks",
-        [("size", 14), ("plain GFLOP/s", 24), ("survivable", 24), ("cost", 9), ("saving", 24), ("cost", 9),
-         ("stall a checkpoint", 20), ("of a step", 11)],
+        [("size", 14), ("plain GFLOP/s", 24), ("ranks may die", 24), ("costs", 8), ("always saving", 24), ("that costs", 12),
+         ("a checkpoint's stall", 24), ("of a step", 11)],
     )  # fmt: skip
     modes = {"plain": {}, "saving": {"checkpoint__every_minutes": ALWAYS, "checkpoint__keep": 1}}
     if flavour() == "openmpi":

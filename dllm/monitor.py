@@ -66,11 +66,11 @@ class Monitor:
         losses[mine.start : mine.stop] = state.lane_loss
         losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
         exposed, flight = self.averaging.exposed_seconds, self.averaging.flight_seconds
-        held = self.comm.rank > 0 or self.claim.holds()
-        everyone = self.comm.allgather((digest, held, (self.seconds, exposed, flight)))
-        digests, all_held, times = zip(*everyone, strict=True)
+        everyone = self.comm.allgather((digest, (self.seconds, exposed, flight)))
+        digests, times = zip(*everyone, strict=True)
         loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
-        self._check(state.step, digests, all(all_held), loss)
+        self._check(state.step, digests, loss)
+        self.check_claim(state.step)
         seconds, exposed, flight = np.mean(times, axis=0)
         busy = [(one[0] - one[1]) / self.steps for one in times]
         slowest = int(np.argmax(busy))
@@ -99,12 +99,15 @@ class Monitor:
         state.tokens = state.bytes_sent = 0
         self.begin()
 
-    def _check(self, step, digests, held, loss):
+    def check_claim(self, step):
+        """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
+        if not self.comm.bcast(self.claim.holds() if self.comm.rank == 0 else None):
+            raise UserError.of_all(f"another job has taken over {self.claim.run}: this one ends at step {step}")
+
+    def _check(self, step, digests, loss):
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             problem = f"at step {step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
-        elif not held:
-            problem = f"another job has taken over {self.claim.run}: this one ends at step {step}"
         elif not math.isfinite(loss):
             problem = f"the loss is not finite at step {step}: try a lower train.lr, or train.clip"
         else:

@@ -70,8 +70,6 @@ def train(argv, comm, stopping):
     place = runtime.node(comm)
     place.threads = configuration.train.threads or place.threads
 
-    from mpi4py import MPI
-
     from . import checkpoint, report, runs
     from .claim import Claim
     from .corpus import open_corpus
@@ -106,11 +104,18 @@ def train(argv, comm, stopping):
         runs.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
+    trainer, done, summary = _run(trainer, options, stopping)
+    return _finish(trainer, done, summary)
+
+
+def _run(trainer, options, stopping):
+    """Train through all deaths that can be survived. Returns the last Trainer, whether it came to its end, its summary."""
+    from mpi4py import MPI
+
     while True:
         try:
             done = trainer.run(options.max_steps, options.max_seconds, lambda: bool(stopping))
-            summary = trainer.summary()
-            break
+            return trainer, done, trainer.summary()
         except MPI.Exception:
             if not trainer.resilient:
                 raise
@@ -121,14 +126,20 @@ def train(argv, comm, stopping):
                 raise
             trainer.reporter.warn(str(error))
             runtime.finish(trainer.comm, BAD_INPUT)
-    comm, reporter = trainer.comm, trainer.reporter
+
+
+def _finish(trainer, done, summary):
+    """What is left to write and to say. Returns the exit code."""
+    from . import runs
+
+    comm, reporter, run = trainer.comm, trainer.reporter, trainer.claim.run
     trainer.close()
     reporter.end()
     reporter.summarise(summary)
     if reporter.mode != "none":
         _farewell(reporter, trainer, summary, done)
     code = DONE if done else STOPPED_EARLY
-    if comm.rank == 0 and done and claim.holds():
+    if comm.rank == 0 and done and trainer.claim.holds():
         try:
             runs.done(run, summary["steps"])
         except OSError as error:

@@ -178,6 +178,7 @@ class Trainer:
             best = self._evaluate() if self._evaluation_due() else False
             if best or (every and state.step % every == 0) or (flags[CHECKPOINT] and not saver.under_way):
                 saver.begin(state, best)
+        self.monitor.check_claim(self.state.step)
         stopped = bool(flags[STOP]) and self.state.step < self.end
         best = False if stopped else self._evaluate(final=True)
         if saver.step != self.state.step:
