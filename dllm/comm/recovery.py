@@ -111,7 +111,7 @@ def shrink(comm, others, step, requests, mates):
     Raises GiveUp on all survivors where their steps do not fit, or where others may go on without them.
     """
     _retired.extend(requests)
-    rank = comm.rank
+    rank, size = comm.rank, comm.size
     with watchdog():
         while True:
             for one in (comm, *others):
@@ -125,8 +125,8 @@ def shrink(comm, others, step, requests, mates):
             if all_agree(new, everyone is not None):
                 ranks, steps, known = zip(*everyone, strict=True)
                 _fence(pid for mate, pid in mates.items() if mate not in ranks)
-                if not quorum(comm.size, ranks, set().union(*known)):
-                    raise GiveUp(f"rank {', '.join(map(str, ranks))} of {comm.size} lost sight of the others, who may go on")
+                if not quorum(size, ranks, set().union(*known)):
+                    raise GiveUp(f"rank {', '.join(map(str, ranks))} of {size} lost sight of the others, who may go on")
                 if max(steps) - min(steps) > 1:
                     raise GiveUp(f"the survivors are at steps {sorted(set(steps))}")
                 return new, min(steps), ranks
