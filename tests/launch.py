@@ -140,6 +140,11 @@ class Job:
             assert time.monotonic() < end, f"no {what} after {limit} s\n{self}"
             time.sleep(0.01)
 
+    def until_step(self, run, step):
+        """Wait until the metrics of `run` have a step."""
+        log = pathlib.Path(run, "metrics.jsonl")
+        self.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
+
     def wait(self):
         """The CompletedProcess, with its `seconds`. Fails where the limit is passed or mpirun leaves a rank behind."""
         try:

@@ -21,6 +21,14 @@ def column(lines, name):
     return np.array([line[name] for line in lines])
 
 
+def same_losses(run, other):
+    """Every step once, and the losses of both splits those of another run up to rounding in float64."""
+    for split in ("train", "valid"):
+        ours, theirs = metrics(run, split), metrics(other, split)
+        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
+        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
+
+
 def checkpoints(run):
     """Steps of the checkpoints that are there, oldest first."""
     return sorted(int(path.parent.name[5:]) for path in pathlib.Path(run).glob("checkpoints/step-*/manifest.json"))

@@ -5,10 +5,9 @@ import re
 import time
 
 import hosts as network
-import numpy as np
 import pytest
 from launch import Job, flavour, mpirun, train_arguments
-from runs import column, metrics
+from runs import metrics, same_losses
 
 STEPS = 150
 SILENCE = 10  # seconds; MPICH notices a cut link after many minutes only
@@ -38,17 +37,9 @@ def job(hosts, data, run):
     return Job(0, *launch, timeout=150, env=hosts.environment(), before=hosts.on(1))
 
 
-def until_step(job, run, step):
-    log = pathlib.Path(run, "metrics.jsonl")
-    job.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
-
-
 def check(run, undisturbed):
     assert pathlib.Path(run, "DONE").read_text() == f"{STEPS}\n"
-    for split in ("train", "valid"):
-        ours, theirs = metrics(run, split), metrics(undisturbed, split)
-        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
-        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
+    same_losses(run, undisturbed)
 
 
 def test_a_run_over_four_hosts_comes_to_its_end(hosts, tiny, undisturbed, tmp_path):
@@ -62,7 +53,7 @@ def test_a_run_over_four_hosts_comes_to_its_end(hosts, tiny, undisturbed, tmp_pa
 def test_the_link_of_a_host_is_cut(hosts, tiny, undisturbed, tmp_path, victim):
     run = tmp_path / "run"
     with job(hosts, tiny, run) as started:
-        until_step(started, run, 40)
+        started.until_step(run, 40)
         alone = started.ranks()[victim - 1]
         hosts.cut(victim)
         begin, last = time.monotonic(), len(metrics(run, "train"))

@@ -5,11 +5,10 @@ import pathlib
 import re
 import signal
 
-import numpy as np
 import pytest
 from faults import fault
 from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
-from runs import checkpoints, column, metrics
+from runs import checkpoints, metrics, same_losses
 
 from dllm.errors import UserError
 from dllm.mpirun import read_hosts
@@ -37,15 +36,7 @@ def undisturbed(tiny, tmp_path_factory):
 
 def check(run, undisturbed):
     assert pathlib.Path(run, "DONE").read_text() == f"{STEPS}\n"
-    for split in ("train", "valid"):
-        ours, theirs = metrics(run, split), metrics(undisturbed, split)
-        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
-        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
-
-
-def until_step(job, run, step):
-    log = pathlib.Path(run, "metrics.jsonl")
-    job.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), f"step {step}")
+    same_losses(run, undisturbed)
 
 
 SLOW_DISK = """
@@ -64,7 +55,7 @@ def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, v
     if "checkpoint" in victims:
         env = fault(tmp_path, "dllm.saving", SLOW_DISK)
     with Job(0, *launch(tiny, run), env=env) as job:
-        until_step(job, run, 22 if "checkpoint" in victims else 25)
+        job.until_step(run, 22 if "checkpoint" in victims else 25)
         ranks = job.ranks()
         if "mpirun" in victims:
             launcher = job.launcher()
@@ -101,7 +92,7 @@ module.Trainer._step = step
 def test_killed_before_the_first_checkpoint_it_starts_from_the_beginning(tiny, undisturbed, tmp_path):
     run = tmp_path / "run"
     with Job(0, *launch(tiny, run)) as job:
-        until_step(job, run, 2)
+        job.until_step(run, 2)
         job.signal(signal.SIGKILL, job.ranks().values())
         done = job.wait()
         assert done.returncode == 0, str(job)
@@ -111,7 +102,7 @@ def test_killed_before_the_first_checkpoint_it_starts_from_the_beginning(tiny, u
 def test_interrupted_once_it_leaves_a_checkpoint_and_launched_again_it_goes_on(tiny, undisturbed, tmp_path):
     run = tmp_path / "run"
     with Job(0, *launch(tiny, run)) as job:
-        until_step(job, run, 15)
+        job.until_step(run, 15)
         job.signal(signal.SIGINT, [job.launcher()])
         assert job.wait().returncode == 75, str(job)
     assert checkpoints(run)[-1] >= 15
@@ -125,7 +116,7 @@ def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tm
     resize = lambda ranks: mpirun(0, "-m", "dllm.resize", run, "-n", ranks)
     with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training", SLOW_STEPS)) as job:
         for step, ranks in ((15, 4), (30, 2)):
-            until_step(job, run, step)
+            job.until_step(run, step)
             done = resize(ranks)
             assert done.returncode == 0, done.stderr
             assert done.stdout == f"{run} comes back with {ranks} ranks\n"
@@ -149,7 +140,7 @@ def test_ranks_that_cannot_start_after_a_resize_are_given_up_for_the_former(tiny
     run = tmp_path / "run"
     cannot = SLOW_STEPS + "if os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('PMI_SIZE')) == '5': os._exit(3)\n"
     with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training", cannot)) as job:
-        until_step(job, run, 15)
+        job.until_step(run, 15)
         mpirun(0, "-m", "dllm.resize", run, "-n", 5, check=True)
         done = job.wait()
         assert done.returncode == 0, str(job)
@@ -160,7 +151,7 @@ def test_ranks_that_cannot_start_after_a_resize_are_given_up_for_the_former(tiny
 def test_interrupted_twice_it_ends_now(tiny, tmp_path):
     run = tmp_path / "run"
     with Job(0, *launch(tiny, run)) as job:
-        until_step(job, run, 5)
+        job.until_step(run, 5)
         for _ in range(2):
             job.signal(signal.SIGINT, [job.launcher()])
         done = job.wait()

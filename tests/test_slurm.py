@@ -3,11 +3,10 @@
 import re
 
 import cluster as slurm
-import numpy as np
 import pytest
 from faults import fault
 from launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
-from runs import column, metrics
+from runs import same_losses
 
 from dllm.kernels.compile import CACHE
 
@@ -78,10 +77,7 @@ def restarts(cluster, number, run, undisturbed):
     """How often a job was restarted until it completed. Its run has every step once and the undisturbed losses."""
     assert cluster.end(number, LIMIT) == "COMPLETED"
     assert (run / "DONE").read_text() == f"{STEPS}\n"
-    for split in ("train", "valid"):
-        ours, theirs = metrics(run, split), metrics(undisturbed, split)
-        assert column(ours, "step").tolist() == column(theirs, "step").tolist()
-        np.testing.assert_allclose(column(ours, "loss"), column(theirs, "loss"), rtol=1e-12)
+    same_losses(run, undisturbed)
     return int(cluster.job(number)["Restarts"])
 
 
