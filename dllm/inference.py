@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .comm.runtime import together
+from .comm.runtime import allgather, together
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
 from .model import LanguageModel
@@ -59,7 +59,7 @@ class Evaluation:
                 total += self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 beat()
         tokens = self.schedule.per_epoch
-        loss = sum(self.comm.allgather(float(total))) / tokens
+        loss = sum(allgather(self.comm, float(total))) / tokens
         return {
             "split": self.split, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700)),
             "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,

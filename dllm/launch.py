@@ -150,7 +150,7 @@ class Job:
                 over = time.monotonic()
             self._take_wish()
             silence = min(time.monotonic() - begin, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
-            if silence > self.options.silence:
+            if silence > self.options.silence and over == math.inf:
                 say(f"nothing was heard of the job for {silence:.0f} s: ending it")
                 break
         self._sweep()

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from .comm.runtime import allgather
 from .errors import UserError
 
 BEAT = 5.0  # seconds between signs of life in the run's folder
@@ -49,28 +50,23 @@ class Monitor:
             self.claim.beat()
             self.beaten = now
 
-    def log(self, state, digest, lanes, windows, norm, lr):
+    def log(self, state, digest, windows, norm, lr):
         """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.
 
         digest : str
             The hash of this rank's parameters.
-        lanes : (range, int)
-            This rank's, and how many there are.
         windows : int
             Of an epoch.
 
         Raises UserError on all ranks.
         """
-        mine, total = lanes
-        losses = np.zeros(total)
-        losses[mine.start : mine.stop] = state.lane_loss
-        losses = self.comm.allreduce(losses)  # by lane, so that the sum does not depend on who computed which
-        exposed, flight = self.averaging.exposed_seconds, self.averaging.flight_seconds
-        everyone = self.comm.allgather((digest, (self.seconds, exposed, flight)))
-        digests, times = zip(*everyone, strict=True)
+        times = self.seconds, self.averaging.exposed_seconds, self.averaging.flight_seconds
+        everyone = allgather(self.comm, (digest, times, state.lane_loss, self._holds()))
+        digests, times, losses, holds = zip(*everyone, strict=True)
+        losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
         loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
-        self.check_claim(state.step)
+        self._check_claim(state.step, holds)
         seconds, exposed, flight = np.mean(times, axis=0)
         busy = [(one[0] - one[1]) / self.steps for one in times]
         slowest = int(np.argmax(busy))
@@ -101,7 +97,14 @@ class Monitor:
 
     def check_claim(self, step):
         """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
-        if not self.comm.bcast(self.claim.holds() if self.comm.rank == 0 else None):
+        self._check_claim(step, allgather(self.comm, self._holds()))
+
+    def _holds(self):
+        """What the first rank says: whether the run's folder is still this job's."""
+        return self.claim.holds() if self.comm.rank == 0 else None
+
+    def _check_claim(self, step, everyone):
+        if not everyone[0]:
             raise UserError.of_all(f"another job has taken over {self.claim.run}: this one ends at step {step}")
 
     def _check(self, step, digests, loss):

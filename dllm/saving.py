@@ -16,6 +16,7 @@ import threading
 import time
 
 from . import checkpoint, hdf5, storage
+from .comm.runtime import allgather
 
 BUSY = 0.05  # the part of its rank's time that a thread takes at most
 SWITCH = 0.0005  # seconds in which Python's threads take turns while one writes; the default is ten times that
@@ -180,7 +181,7 @@ class Saver:
         return digest, time.thread_time() - begin
 
     def _all_have_written(self):
-        everyone = self.comm.allgather((self.problem, self.result))
+        everyone = allgather(self.comm, (self.problem, self.result))
         self.problem = next((problem for problem, _ in everyone if problem), None)
         if self.problem:
             self._end()
@@ -200,7 +201,7 @@ class Saver:
         checkpoint.prune(self.claim.run, self.config.keep)
 
     def _manifest_is_there(self):
-        self.problem = self.comm.bcast(self.problem)
+        self.problem = allgather(self.comm, self.problem)[0]
         self._end()
 
     def _end(self):

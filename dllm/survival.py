@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .comm import recovery
+from .comm.runtime import allgather
 from .data.lanes import deal
 
 
@@ -83,7 +84,7 @@ def take_lanes(comm, pieces, state, mine, config, warn):
     Lanes that nobody has begin from zero, or where config.resilience.lost_lanes says so GiveUp is raised on all ranks.
     """
     found = np.zeros(config.train.lanes, bool)
-    for first, h, c, lane_loss in (piece for part in comm.allgather(pieces) for piece in part):
+    for first, h, c, lane_loss in (piece for part in allgather(comm, pieces) for piece in part):
         lanes = range(first, first + len(lane_loss))
         found[lanes.start : lanes.stop] = True
         for lane in set(lanes) & set(mine):

@@ -11,7 +11,7 @@ from . import checkpoint, optim
 from .comm import recovery
 from .comm.node import averaging, share
 from .comm.pulse import Pulse
-from .comm.runtime import check_same, mpi_library, survivable, together
+from .comm.runtime import allgather, check_same, mpi_library, survivable, together
 from .config import as_dict
 from .data.lanes import Lanes, Schedule, deal
 from .errors import UserError
@@ -171,8 +171,7 @@ class Trainer:
                 clock.settled_seconds += seconds
                 clock.settled_tokens += tokens
             if state.step % self.config.log.every == 0:
-                lanes = self.mine, self.config.train.lanes
-                self.monitor.log(state, self._hash(), lanes, self.schedule.windows, norm, lr)
+                self.monitor.log(state, self._hash(), self.schedule.windows, norm, lr)
             if saver.under_way and not flags[WRITING]:
                 saver.settle()
             best = self._evaluate() if self._evaluation_due() else False
@@ -234,7 +233,7 @@ class Trainer:
         """
         new.skipped += 1
         new.skipped_in_a_row += 1
-        guilty = [rank for rank, well in enumerate(self.comm.allgather(bool(sound))) if not well]
+        guilty = [rank for rank, well in enumerate(allgather(self.comm, bool(sound))) if not well]
         ranks = f"rank{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}" if guilty else "all ranks together"
         if new.skipped_in_a_row >= self.config.resilience.max_skipped:
             raise UserError.of_all(
@@ -291,7 +290,7 @@ class Trainer:
 
     def summary(self):
         """What summary.json holds. Collective."""
-        peaks = self.comm.allgather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peaks = allgather(self.comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         clock = self.clock
         speed = clock.settled_tokens / clock.settled_seconds if clock.settled_seconds else None
         return {

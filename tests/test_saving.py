@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import time
 import types
 
 import numpy as np
@@ -143,7 +144,9 @@ def bind():
             if done.returncode:
                 pytest.skip(f"cannot make a folder read-only: {done.stderr.strip()}")
             bound.append(folder)
-        done = run("-o", f"remount,bind,{how}", folder)
+        end = time.monotonic() + 20
+        while (done := run("-o", f"remount,bind,{how}", folder)).returncode and time.monotonic() < end:
+            time.sleep(0.001)  # somebody has a file open for writing
         assert done.returncode == 0, done.stderr
 
     yield change

@@ -17,7 +17,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from .runtime import die, survivable
+from .runtime import allgather, die, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
@@ -121,7 +121,7 @@ def shrink(comm, others, step, requests, mates):
             new = comm.Shrink()
             everyone = None
             with contextlib.suppress(MPI.Exception):
-                everyone = new.allgather((rank, step, set(mates)))
+                everyone = allgather(new, (rank, step, set(mates)))
             if all_agree(new, everyone is not None):
                 ranks, steps, known = zip(*everyone, strict=True)
                 _fence(pid for mate, pid in mates.items() if mate not in ranks)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ import traceback
 import types
 
 import mpi4py
+import numpy as np
 
 from ..errors import BAD_INPUT, UserError
 
@@ -81,6 +83,20 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def allgather(comm, value):
+    """The values of all ranks, a list. Collective.
+
+    For whatever is said between steps, where a rank may die: mpi4py's allgather has been seen to return garbage then, and its
+    allreduce waits for ever, in a communicator of its own that nobody can revoke.
+    """
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = np.empty(comm.size, np.int64)
+    comm.Iallgather(np.array([mine.size]), lengths).Wait()
+    everyones = np.empty(lengths.sum(), np.uint8)
+    comm.Iallgatherv(mine, [everyones, lengths]).Wait()
+    return [pickle.loads(part) for part in np.split(everyones, np.cumsum(lengths)[:-1])]
+
+
 @contextlib.contextmanager
 def together(comm):
     """A block that may fail on any rank, without communication inside: the lowest rank's UserError is raised on all."""
@@ -91,7 +107,7 @@ def together(comm):
         problem = str(error)
     except (OSError, MemoryError) as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = comm.allgather(problem)
+    problems = allgather(comm, problem)
     rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
     if rank is not None:
         others = "" if all(text is not None for text in problems) or len(problems) == 1 else f" (rank {rank})"
@@ -106,7 +122,7 @@ def agree(comm, function, *arguments):
 
 def check_same(comm, facts):
     """Raise UserError on all ranks where `facts`, name -> value, differ between ranks; it names the fact and a rank."""
-    everyone = comm.allgather(facts)
+    everyone = allgather(comm, facts)
     for name in everyone[0]:
         values = [other.get(name) for other in everyone]
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
