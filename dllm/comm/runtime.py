@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import signal
 import sys
 import time
@@ -84,19 +83,21 @@ def die():
 
 
 def allgather(comm, value):
-    """The values of all ranks, a list. Collective.
+    """The values of all ranks, a list, in mpi4py's own form. Collective.
 
     For whatever is said between steps, where a rank may die: mpi4py's allgather has been seen to return garbage then, and its
     allreduce waits for ever, in a communicator of its own that nobody can revoke.
     """
     if comm.size == 1:
         return [value]
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    from mpi4py import MPI
+
+    mine = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
     lengths = np.empty(comm.size, np.int64)
     comm.Iallgather(np.array([mine.size]), lengths).Wait()
     everyones = np.empty(lengths.sum(), np.uint8)
     comm.Iallgatherv(mine, [everyones, lengths]).Wait()
-    return [pickle.loads(part) for part in np.split(everyones, np.cumsum(lengths)[:-1])]
+    return [MPI.pickle.loads(part) for part in np.split(everyones, np.cumsum(lengths)[:-1])]
 
 
 @contextlib.contextmanager
