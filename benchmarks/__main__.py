@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, resilience
+from . import commands, decentralised, resilience
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "quality": commands.quality,
     "resilience": resilience.resilience,
     "recovery": resilience.recovery,
+    "decentralised": decentralised.decentralised,
 }
 PEERS = ["torch", "tensorflow", "jax"]
 
@@ -45,7 +46,9 @@ def main():
             "--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}, where installed"
         )
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"), help="default: ./results")
-        command.add_argument("--data", type=pathlib.Path, help="quality: folder with tinyshakespeare/ and wikitext-2/")
+        command.add_argument(
+            "--data", type=pathlib.Path, help="quality, decentralised: folder with tinyshakespeare/ and wikitext-2/"
+        )
     options = parser.parse_args()
     options.seconds = 1 if options.quick else 8
     options.rounds = 1 if options.quick else options.rounds

@@ -16,10 +16,11 @@ from .data.lanes import deal
 from .errors import UserError
 from .state import State
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
+OWN = "own."  # before the names of what only one rank has, such as its model where models differ
 LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
-KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "sha256", "seal", *LIMITS)
+KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Checkpoint:
     def arrays(self, path):
         """hdf5.open_arrays of one rank's file. Raises UserError."""
         moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
-        return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments])
+        own = (f"{OWN}{name}" for name in self.manifest["own"])
+        return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments, *own])
 
 
 def folder_of(run, step):
@@ -99,6 +101,9 @@ def _flaw(manifest):
         return "does not have the scalars of a state"
     if not all(type(value) in (int, float) for value in scalars.values()) or not isinstance(manifest["layout"], dict):
         return "has scalars that are no numbers"
+    own = manifest["own"]
+    if not (isinstance(own, list) and all(isinstance(name, str) for name in own)):
+        return "does not name what each rank has of its own"
     return None
 
 
@@ -182,6 +187,17 @@ def load(checkpoint, layout, state, lanes):
                 state.c[:, here] = array("c", state.c.dtype, shape)[:, there]
                 state.lane_loss[here] = array("lane_loss", np.float64, shape[1:2])[there]
     state.set_scalars(checkpoint.manifest["scalars"])
+
+
+def load_own(checkpoint, rank, ranks, own):
+    """Fill the vectors of `own`, name -> vector, from this rank's file. Returns whether as many ranks wrote them."""
+    if checkpoint.manifest["ranks"] != ranks or checkpoint.manifest["own"] != sorted(own):
+        return False
+    _, path = checkpoint.parts()[rank]
+    with checkpoint.arrays(path) as array:
+        for name, vector in own.items():
+            vector[:] = array(f"{OWN}{name}", vector.dtype, vector.shape)[:]
+    return True
 
 
 def _load(layout, vector, part, array, name):

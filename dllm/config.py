@@ -51,7 +51,9 @@ class TrainConfig:
     decay: float = 1.0  # epochs: lr is divided by this after each epoch beyond decay_after; plateau: when validation stalls
     decay_after: int = 0  # epochs
     clip: float = 0.0  # 0: none
-    clip_by: str = "norm"  # norm: of the whole averaged gradient | value: each element
+    clip_by: str = (
+        "norm"  # norm: of the gradient the optimiser gets | value: each element | own: norm of a rank's, before it is sent
+    )
     loss_norm: str = "token"  # token: the loss is the mean over tokens | window: its sum over the window, mean over lanes
     precision: str = "fp32"  # fp32 | fp64 | bf16: products of bfloat16 added up in fp32, all else fp32
     threads: int = 0  # of a rank; 0: cores of the node / ranks of the node; the results are the same to the bit
@@ -67,7 +69,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
-    method: str = "allreduce"
+    method: str = "allreduce"  # how ranks come to one model; README has a table of when to use which
+    topology: str = (
+        ""  # who is whose neighbour: ring, torus, hypercube, exponential, ... or a file of edges; "": the method's own
+    )
+    weights: str = ""  # metropolis | uniform: of what comes from neighbours; "": what suits the topology
+    degree: int = 3  # neighbours of a rank in random topologies
+    compression: str = "none"  # of what travels: powersgd, sign, signum, top-k, random-k, qsgd, bf16
+    rank: int = 4  # powersgd. Lower: smaller messages, coarser gradients
+    fraction: float = 0.01  # top-k, random-k: the part of the values that travels
+    period: int = 1  # local-sgd, diloco, async-gossip: steps between meetings of all ranks
+    momentum: float = 0.9  # of diloco's outer optimiser, of qg-momentum, of signum
+    outer_lr: float = 0.7  # diloco
+    consensus: float = 0.5  # choco: the step towards the neighbours. 1 without compression, smaller the coarser that is
     bucket_mb: float = 4.0  # smaller: communication starts earlier; larger: fewer messages
 
 
@@ -110,19 +124,43 @@ CHOICES = {
     "train.carry": ("epoch", "run"),
     "train.optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "train.schedule": ("constant", "cosine", "epochs", "plateau"),
-    "train.clip_by": ("norm", "value"),
+    "train.clip_by": ("norm", "value", "own"),
     "train.loss_norm": ("token", "window"),
     "train.precision": ("fp32", "fp64", "bf16"),
-    "averaging.method": ("allreduce",),
+    "averaging.method": (
+        "allreduce",
+        "dpsgd",
+        "dpsgd-atc",
+        "sgp",
+        "gradient-tracking",
+        "exact-diffusion",
+        "qg-momentum",
+        "relaysum",
+        "local-sgd",
+        "diloco",
+        "choco",
+        "async-gossip",
+    ),
+    "averaging.weights": ("", "metropolis", "uniform"),
+    "averaging.compression": ("none", "powersgd", "sign", "signum", "top-k", "random-k", "qsgd", "bf16"),
     "resilience.lost_lanes": ("reset", "stop"),
     "model.biases": (1, 2),
 }
 AT_LEAST_ONE = (
     "model.hidden", "model.layers", "train.lanes", "train.window", "train.epochs", "checkpoint.keep",
-    "resilience.min_ranks", "resilience.max_skipped", "log.every",
+    "resilience.min_ranks", "resilience.max_skipped", "log.every", "averaging.degree", "averaging.rank", "averaging.period",
 )  # fmt: skip
-POSITIVE = ("checkpoint.mtbf_hours", "train.lr", "train.decay", "train.epsilon", "averaging.bucket_mb")
-BELOW_ONE = ("model.dropout", "train.momentum", "train.beta1", "train.beta2", "train.alpha")
+POSITIVE = (
+    "checkpoint.mtbf_hours", "train.lr", "train.decay", "train.epsilon", "averaging.bucket_mb", "averaging.fraction",
+    "averaging.outer_lr", "averaging.consensus",
+)  # fmt: skip
+BELOW_ONE = ("model.dropout", "train.momentum", "train.beta1", "train.beta2", "train.alpha", "averaging.momentum")
+AT_MOST_ONE = ("averaging.fraction", "averaging.consensus")
+PERIODIC = ("local-sgd", "diloco", "async-gossip")  # methods whose ranks are alone between meetings
+COMPRESSED = {
+    "allreduce": ("powersgd", "sign", "signum", "top-k", "random-k", "qsgd", "bf16"),
+    "choco": ("sign", "top-k", "random-k", "qsgd", "bf16"),
+}
 MAY_BE_NEGATIVE = ("model.forget_bias",)
 ALSO = {"checkpoint.every_minutes": -1}  # a value that has a meaning of its own
 LARGEST = 2**31 - 1
@@ -230,8 +268,21 @@ def _check(config):
         raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
     if train.nesterov and train.momentum == 0:
         raise UserError("train.nesterov needs train.momentum above 0")
+    _check_averaging(config.averaging)
     if train.schedule == "plateau" and train.decay <= 1:
         raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
+
+
+def _check_averaging(averaging):
+    method, compression = averaging.method, averaging.compression
+    if compression not in ("none", *COMPRESSED.get(method, ())):
+        able = COMPRESSED.get(method)
+        instead = f"it takes {', '.join(able)}" if able else "allreduce and choco compress"
+        raise UserError(f"averaging.compression = {compression} does not go with averaging.method = {method}: {instead}")
+    if averaging.topology and method in ("allreduce", "local-sgd", "diloco"):
+        raise UserError(f"averaging.method = {method} has no neighbours: leave out averaging.topology")
+    if averaging.period > 1 and method not in PERIODIC:
+        raise UserError(f"averaging.period goes with {', '.join(PERIODIC)}, not with averaging.method = {method}")
 
 
 def _check_value(name, value):
@@ -247,5 +298,7 @@ def _check_value(name, value):
         raise UserError(f"{name} = {value}: it must be above 0")
     if value < 0 and name not in MAY_BE_NEGATIVE and value != ALSO.get(name):
         raise UserError(f"{name} = {value}: it must not be negative")
+    if name in AT_MOST_ONE and value > 1:
+        raise UserError(f"{name} = {value}: it must be at most 1")
     if name in BELOW_ONE and value >= 1:
         raise UserError(f"{name} = {value}: it must be below 1")

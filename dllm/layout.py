@@ -137,6 +137,24 @@ class Layout:
             tensor.reshape(-1)[first - offset : last - offset] = part[first - start : last - start]
             self.write(vector, name, tensor)
 
+    @property
+    def shapes(self):
+        """Of the tensors that lie one after the other in the standard vector, as compression sees them: biases one by one."""
+        shapes = []
+        for name, tensor in self.tensors.items():
+            shapes += (
+                [tensor.shape[1:]] * tensor.shape[0] if name.endswith(".bias") and len(tensor.shape) > 1 else [tensor.shape]
+            )
+        return shapes
+
+    def pack(self, vector):
+        """The standard vector (parameters,) of the flat vector (size,)."""
+        return self.export(vector, 0, self.parameters)
+
+    def unpack(self, standard, vector):
+        """Put all of the standard vector into the flat vector (size,)."""
+        self.load(vector, 0, standard)
+
     def _overlapping(self, start, stop):
         for name, tensor in self.tensors.items():
             first, last = max(start, tensor.start), min(stop, tensor.stop)

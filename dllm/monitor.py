@@ -109,7 +109,7 @@ class Monitor:
 
     def _check(self, step, digests, loss):
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if different:
+        if different and self.averaging.identical:
             problem = f"at step {step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
         elif not math.isfinite(loss):
             problem = f"the loss is not finite at step {step}: try a lower train.lr, or train.clip"

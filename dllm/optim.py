@@ -57,7 +57,7 @@ class Optimizer:
         norm = math.sqrt(squares)  # NaN stays NaN
         by_norm = self.config.clip and self.config.clip_by == "norm"
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
-        limit = self.config.clip if self.config.clip and not by_norm else math.inf
+        limit = self.config.clip if self.config.clip and self.config.clip_by == "value" else math.inf
         common = (state.step + 1, lr, factor, limit)
         out = out or state
         if not math.isfinite(norm):

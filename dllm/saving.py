@@ -88,8 +88,12 @@ class Saver:
         best = math.sqrt(2 * cost * self.config.mtbf_hours * 3600 / self.comm.size)
         return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)
 
-    def begin(self, state, best):
-        """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns."""
+    def begin(self, state, best, own):
+        """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns.
+
+        own : dict
+            name -> vector that only this rank has; the same names on all ranks.
+        """
         begin = time.perf_counter()
         if self.under_way:
             self.complete()
@@ -99,15 +103,16 @@ class Saver:
         else:
             for (_, _, copy), (_, _, block) in zip(itertools.chain(*self.copies), itertools.chain(*cuts), strict=True):
                 copy[...] = block
-        self._start(state, best, self.copies, (state.h.copy(), state.c.copy(), state.lane_loss.copy()))
+        own = {name: vector.copy() for name, vector in own.items()}
+        self._start(state, best, self.copies, (state.h.copy(), state.c.copy(), state.lane_loss.copy()), own)
         self.count += 1
         self.stalled += time.perf_counter() - begin
 
-    def save(self, state, best):
+    def save(self, state, best, own):
         """Save `state` before anything else happens. Nothing is copied."""
         if self.under_way:
             self.complete()
-        self._start(state, best, self._cuts(state), (state.h, state.c, state.lane_loss))
+        self._start(state, best, self._cuts(state), (state.h, state.c, state.lane_loss), own)
         self.complete()
 
     def complete(self):
@@ -133,15 +138,16 @@ class Saver:
         start, stop = self.part.slice.start, self.part.slice.stop
         return [self.layout.cut(vector, start, stop) for vector in (state.theta, *state.moments)]
 
-    def _start(self, state, best, cuts, lanes):
+    def _start(self, state, best, cuts, lanes, own):
         start, stop = self.part.slice.start, self.part.slice.stop
         names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
         stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
         arrays = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
+        arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {
             "dtype": state.theta.dtype.name, "moments": len(state.moments), "best": bool(best), "layers": state.h.shape[0],
-            "hidden": state.h.shape[2], "scalars": state.scalars(),
+            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": sorted(own),
         }  # fmt: skip
         self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
         self.folder = checkpoint.folder_of(self.claim.run, state.step)

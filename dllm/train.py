@@ -196,7 +196,7 @@ def check_bf16():
 
 def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
     """Ten lines that say what is about to happen."""
-    settings, model, train = trainer.config, trainer.config.model, trainer.config.train
+    model, train = trainer.config.model, trainer.config.train
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     parameters = trainer.layout.parameters
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
@@ -207,7 +207,7 @@ def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
         "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
-        "averaging": f"{settings.averaging.method} in {len(trainer.averaging.buckets)} buckets while backward runs",
+        "averaging": trainer.averaging.describe(),
         "run": f"{run}  {f'going on from step {trainer.state.step}' if resume else 'config.toml, metrics.jsonl, checkpoints/'}",
         "start": f"{starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels",
     }

@@ -1,5 +1,6 @@
 """The training run: what one rank does from the first step to the last, the same on every rank."""
 
+import dataclasses
 import math
 import resource
 import time
@@ -8,7 +9,7 @@ import numpy as np
 import xxhash
 
 from . import checkpoint, optim
-from .comm import recovery
+from .comm import methods, recovery
 from .comm.node import averaging, share
 from .comm.pulse import Pulse
 from .comm.runtime import allgather, check_same, mpi_library, survivable, together
@@ -25,7 +26,8 @@ from .saving import Saver
 from .state import State
 from .survival import Clock, LaneCopies, Survived, take_lanes
 
-STOP, OUT_OF_TIME, CHECKPOINT, WRITING = range(4)  # places in the control values that ranks combine in each step
+STOP, OUT_OF_TIME, CHECKPOINT, WRITING, UNSOUND = range(5)  # places in the control values that ranks combine in each step
+NOT_ASKED = np.array([0, 0, 0, 1, 0.0])  # what they are where ranks do not meet
 SETTLED = 10  # steps before speed counts
 
 
@@ -58,8 +60,9 @@ class Trainer:
         B, L, H = len(self.mine), config.model.layers, config.model.hidden
         zeros = lambda *shape, dtype=self.dtype: np.zeros(shape, dtype)
         self.layout = Layout(config.model, corpus.vocabulary, self.dtype)
-        self.resilient = survivable(comm) and not self.private
-        memory = share(comm, place.comm, self.layout.size, self.dtype)
+        plain = methods.is_plain(config)
+        self.resilient = survivable(comm) and not self.private and plain
+        memory = share(comm, place.comm, self.layout.size, self.dtype) if plain else None
         with together(comm):
             team = Team(place.threads)
             bf16 = train.precision == "bf16"
@@ -91,10 +94,21 @@ class Trainer:
             self.copies.send(self.state.step, self.state.h, self.state.c, self.state.lane_loss)
             self.copies.complete()
         self._check_ranks_agree()
-        self.averaging = averaging(
-            comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
-            int(config.averaging.bucket_mb * 2**20), place.ranks > place.cores,
-        )  # fmt: skip
+        crowded = place.ranks > place.cores
+        if plain:
+            self.averaging = averaging(
+                comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
+                int(config.averaging.bucket_mb * 2**20), crowded,
+            )  # fmt: skip
+        else:
+            self.averaging = methods.method(config.averaging.method)(
+                comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train, crowded, self.layout
+            )
+            self.averaging.step = self.state.step
+        self.mean = self.state.theta if self.averaging.identical else vector()  # the model that all ranks make up
+        self.unsound = 0  # this rank + 1, where its gradient was not finite and the others do not know yet
+        if resume is not None:
+            self._take_own(resume)
         self.pulse = None
         if memory is not None:
             self.pulse = Pulse(place, memory, config.resilience.deadline, reporter.complain)
@@ -133,6 +147,21 @@ class Trainer:
         predicted = np.concatenate(comm.allgather([self.lanes.predicted] * B))
         self.schedule = Schedule(predicted, train.window, train.last_window)
 
+    def _own(self):
+        """name -> vector: what only this rank has, and a checkpoint must hold."""
+        if self.averaging.identical:
+            return self.averaging.arrays
+        moments = {f"moment.{number}": moment for number, moment in enumerate(self.state.moments)}
+        return {"theta": self.state.theta, **moments, **self.averaging.arrays}
+
+    def _take_own(self, resume):
+        """Go on from this rank's own model and memories, where it wrote them; else from the average. Collective."""
+        own, name = self._own(), self.config.averaging.method
+        if own and not checkpoint.load_own(resume, self.comm.rank, self.comm.size, own):
+            self.reporter.warn(
+                f"{resume.folder} has no {name} state for {self.comm.size} ranks: all go on from the average model"
+            )
+
     def _check_ranks_agree(self):
         corpus = {"vocabulary": self.corpus.tokenizer_hash, "splits": " ".join(self.corpus.manifest["splits"])}
         if not self.private:
@@ -160,10 +189,11 @@ class Trainer:
                 0 < max_seconds <= now - clock.begun,
                 0 < saver.interval() <= now - saver.begun,
                 saver.writing,
+                self.unsound,
             )
             begin = time.perf_counter()
             norm, lr, tokens = self._step(control)
-            flags = self.averaging.agreed()
+            flags = self._agreed()
             seconds = time.perf_counter() - begin
             self.monitor.count(seconds, tokens)
             state = self.state
@@ -176,21 +206,38 @@ class Trainer:
                 saver.settle()
             best = self._evaluate() if self._evaluation_due() else False
             if best or (every and state.step % every == 0) or (flags[CHECKPOINT] and not saver.under_way):
-                saver.begin(state, best)
+                saver.begin(self._to_save(), best, self._own())
         self.monitor.check_claim(self.state.step)
         stopped = bool(flags[STOP]) and self.state.step < self.end
         best = False if stopped else self._evaluate(final=True)
         if saver.step != self.state.step:
-            saver.save(self.state, best)
+            saver.save(self._to_save(), best, self._own())
         saver.complete()
         return not stopped
+
+    def _agreed(self):
+        """The control values of this step. Raises UserError on all ranks where gradients are not finite for too long."""
+        flags = self.averaging.agreed()
+        if flags is None:
+            return NOT_ASKED
+        if not self.averaging.identical:
+            state, self.unsound = self.state, 0 if flags[UNSOUND] else self.unsound
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if flags[UNSOUND] else 0
+            if flags[UNSOUND]:
+                self._note_skipped(state, f"rank {int(flags[UNSOUND]) - 1}", state.step)
+        return flags
+
+    def _to_save(self):
+        """The State with the model that all ranks make up. Collective."""
+        self.averaging.average(self.mean)
+        return dataclasses.replace(self.state, theta=self.mean)
 
     def _step(self, control):
         """One step of every rank. Returns the gradient's norm, the learning rate and the tokens of all ranks."""
         state, new, model, averaging, train = self.state, self.next, self.model, self.averaging, self.config.train
         width, tokens = self.schedule.width(state.window), self.schedule.tokens(state.window)
         inputs, targets = self.lanes.window(state.window, width)
-        scale = (width if train.loss_norm == "window" else 1) / tokens
+        scale = averaging.scale * (width if train.loss_norm == "window" else 1) / tokens
         mask = (train.seed, state.step, self.lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
 
@@ -208,16 +255,18 @@ class Trainer:
         # All ranks have come so far: nobody will ask for what `new` held.
         norm = self.optimizer.step(state, parts, rows, lr, averaging.squares, averaging.release, new)
         averaging.clear()
-        averaging.mix(new.theta)
+        averaging.mix(new.theta, lr)
         sound = math.isfinite(norm)
         if sound:
             new.h[:], new.c[:], new.lane_loss[:] = self.h, self.c, lane_loss
         elif new is not state:
             new.h[:], new.c[:], new.lane_loss[:] = state.h, state.c, state.lane_loss
         new.set_scalars(state.scalars())
-        new.tokens += tokens if sound else 0
+        new.tokens += tokens if sound or not averaging.identical else 0
         new.bytes_sent += averaging.bytes_sent - sent
-        if sound:
+        if not averaging.identical:  # the others learn of it with the next step
+            self.unsound = self.unsound if sound else self.comm.rank + 1
+        elif sound:
             new.skipped_in_a_row = 0
         else:
             self._skip(state, new, np.isfinite(losses).all() and not averaging.unsound)
@@ -231,19 +280,23 @@ class Trainer:
 
         sound : whether this rank's own share of the gradient was finite.
         """
-        new.skipped += 1
         new.skipped_in_a_row += 1
         guilty = [rank for rank, well in enumerate(allgather(self.comm, bool(sound))) if not well]
         ranks = f"rank{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}" if guilty else "all ranks together"
-        if new.skipped_in_a_row >= self.config.resilience.max_skipped:
-            raise UserError.of_all(
-                f"the gradient is not finite at step {state.step + 1}, {new.skipped_in_a_row} times in a row, "
-                f"that of {ranks}: try a lower train.lr, or train.clip"
-            )
-        self.reporter.warn(f"step {state.step + 1} is left out: the gradient of {ranks} is not finite")
+        self._note_skipped(new, ranks, state.step + 1)
         if self.copies:  # what was sent before is what the step would have made of them
             self.copies.send(state.step + 1, new.h, new.c, new.lane_loss)
             self.copies.complete()
+
+    def _note_skipped(self, state, ranks, step):
+        """Count a step that the gradient of `ranks` spoilt. Raises UserError on all ranks where it was one too many."""
+        state.skipped += 1
+        if state.skipped_in_a_row >= self.config.resilience.max_skipped:
+            raise UserError.of_all(
+                f"the gradient is not finite at step {step}, {state.skipped_in_a_row} times in a row, "
+                f"that of {ranks}: try a lower train.lr, or train.clip"
+            )
+        self.reporter.warn(f"step {step} is left out: the gradient of {ranks} is not finite")
 
     def _evaluation_due(self):
         every = self.config.train.eval_every
@@ -257,7 +310,13 @@ class Trainer:
         if self.evaluation is None or (final and self._evaluation_due()):
             return False
         state = self.state
-        result = self.evaluation.run(state.theta, self.monitor.beat)
+        self.averaging.average(self.mean)
+        result = self.evaluation.run(self.mean, self.monitor.beat)
+        if not self.averaging.identical:
+            result |= {
+                "own_loss": self.evaluation.run(state.theta, self.monitor.beat)["loss"],
+                "consensus_distance": self._apart(),
+            }
         self.reporter.log({"step": state.step, **result})
         best = result["loss"] < state.best_loss
         self.best = min(self.best, state.best_loss, result["loss"])
@@ -266,8 +325,15 @@ class Trainer:
             state.best_loss = min(state.best_loss, result["loss"])
         return best
 
+    def _apart(self):
+        """How far ranks are from their mean: the root of the mean over ranks of |x_i - mean|^2, over |mean|. Collective."""
+        squares = allgather(self.comm, float(np.square(self.state.theta - self.mean, dtype=np.float64).sum()))
+        return math.sqrt(np.mean(squares) / np.square(self.mean, dtype=np.float64).sum())
+
     def close(self):
-        """Nothing is under way any more."""
+        """Nothing is under way any more, and all ranks have the model that they make up."""
+        self.averaging.average(self.mean)
+        self.state.theta[:] = self.mean
         self.averaging.end()
         if self.pulse is not None:
             self.pulse.end()

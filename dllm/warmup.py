@@ -7,7 +7,9 @@ import pathlib
 import numpy as np
 
 from . import optim
-from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
+from .comm import compression
+from .kernels.compress import add_signs, pack_signs
+from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows, weighted_sum
 from .model import DTYPES, LanguageModel
 from .state import State
 
@@ -42,4 +44,19 @@ def warm_up(config):
     sum_ranks(vectors, 0, 0, 8)
     copy(vectors[0], vectors[0])
     sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
+    weighted_sum(vectors[0], 1.0, vectors[0], np.zeros(1), vectors)
+    _warm_up_compression(config.averaging, vectors[0])
     LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)
+
+
+def _warm_up_compression(config, vector):
+    if config.compression == "signum":
+        bits = np.zeros(1, np.uint8)
+        pack_signs(bits, vector)
+        add_signs(vector, bits, 1.0)
+    elif config.compression in compression.NAMES:
+        Q = compression.make(config.compression, [vector.shape], vector.dtype, 1.0, feedback=True)
+        payload = np.zeros(Q.size, np.uint8)
+        compression.ErrorFeedback(Q).encode(vector, payload, 0, 0)
+        Q.decode(payload, vector)
+        Q.add(payload, vector)

@@ -60,6 +60,20 @@ def sum_ranks_of_rows(total, vectors, start, rows):
         add_ranks(total[n], vectors, start + rows[n] * E)
 
 
+@kernel
+def weighted_sum(out, own, x, weights, others):
+    """out (k,) = own x (k,) + sum_j weights_j others_j (d,k). out may be x."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        part, source, factor = out[start:stop], x[start:stop], x.dtype.type(own)
+        for k in range(part.size):
+            part[k] = factor * source[k]
+        for j in range(weights.size):
+            row, weight = others[j, start:stop], x.dtype.type(weights[j])
+            for k in range(part.size):
+                part[k] += weight * row[k]
+
+
 @intrinsic
 def _fence(typingctx):
     def generate(context, builder, signature, arguments):

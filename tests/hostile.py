@@ -98,7 +98,7 @@ class Rank:
         self.run.mkdir(exist_ok=True)
         claim.take()
         saver = Saver(Alone, claim, LAYOUT, len(LANES), "tokenizer", CheckpointConfig(), print)
-        saver.save(self.state, False)
+        saver.save(self.state, False, {})
         assert saver.whole
 
     def read(self, check):

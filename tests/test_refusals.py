@@ -24,6 +24,31 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "train: negative size": (TRAIN + " --set model.hidden=-4", r"model\.hidden = -4: it must be at least 1"),
     "train: negative steps": (TRAIN + " --max-steps -1", "argument --max-steps: -1 is not a number of at least 1"),
     "train: precision": (TRAIN + " --set train.precision=fp8", r"train\.precision = fp8: it is one of fp32"),
+    "averaging: compressed gossip": (
+        TRAIN + " --set averaging.method=dpsgd --set averaging.compression=sign",
+        r"averaging\.compression = sign does not go with averaging\.method = dpsgd: allreduce and choco compress",
+    ),
+    "averaging: PowerSGD of differences": (
+        TRAIN + " --set averaging.method=choco --set averaging.compression=powersgd",
+        "choco: it takes sign, top-k",
+    ),
+    "averaging: neighbours of all": (TRAIN + " --set averaging.topology=ring", "allreduce has no neighbours: leave out"),
+    "averaging: a period": (
+        TRAIN + " --set averaging.period=5",
+        "averaging.period goes with local-sgd, diloco, async-gossip, not",
+    ),
+    "averaging: unknown graph": (
+        TRAIN + " --set averaging.method=dpsgd --set averaging.topology=rign",
+        "did you mean 'ring'|ring, torus",
+    ),
+    "averaging: Adam where it is not exact": (
+        TRAIN + " --set averaging.method=gradient-tracking",
+        "gradient-tracking needs train.optimizer = sgd",
+    ),
+    "averaging: momentum twice": (
+        TRAIN + " --set averaging.method=qg-momentum --set train.optimizer=sgd --set train.momentum=0.5",
+        r"needs train\.optimizer = sgd and train\.momentum = 0: it has a momentum of its own",
+    ),
     "train: unknown preset": (TRAIN + " --preset nothing", "--preset nothing: there is none of that name"),
     "train: no configuration": (TRAIN + " --config nothing.toml", "cannot read the configuration nothing.toml: No"),
     "train: configuration not TOML": (TRAIN + " --config text.txt", "cannot read the configuration text.txt: "),
@@ -66,6 +91,22 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "evaluate: no argument": ("dllm.evaluate", "the following arguments are required: RUN"),
 }
 ON_FOUR = {
+    "averaging: not a tree": (
+        TRAIN + " --set averaging.method=relaysum --set averaging.topology=ring",
+        "relaysum needs a tree, which ring is not",
+    ),
+    "averaging: a directed graph": (
+        TRAIN + " --set averaging.method=exact-diffusion --set averaging.topology=exponential --set train.optimizer=sgd",
+        r"exact-diffusion needs neighbours that hear each other in every step; .* is directed or changes: take ring",
+    ),
+    "averaging: weights that lose something": (
+        TRAIN + " --set averaging.method=dpsgd --set averaging.topology=star --set averaging.weights=uniform",
+        "dpsgd needs weights whose rows and columns add up to 1, which star does not have",
+    ),
+    "averaging: a graph for other numbers of ranks": (
+        TRAIN + " --set averaging.method=dpsgd --set averaging.topology=text.txt",
+        "text.txt",
+    ),
     "train: more ranks than lanes": (TRAIN + " --set train.lanes=3", r"4 ranks share train\.lanes = 3: start at most"),
     "train: one rank's text damaged": (TRAIN + " --data site{rank}", r"site2/train-00000.h5 is damaged.* \(rank 2\)"),
     "train: one rank's vocabulary differs": (TRAIN + " --data odd{rank}", "do not agree on the vocabulary: rank 0 has"),

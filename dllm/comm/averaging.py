@@ -8,10 +8,12 @@ An averaging method is what the training step asks for:
     gradient()              the gradient that the optimiser gets, in parts, and which embedding rows of it may not be zero
     release(start, stop)    the optimiser has read these elements
     clear()                 it has read all
-    mix(theta)              what the parameters become after the optimiser's step
+    mix(theta, lr)          what the parameters become after the optimiser's step
+    average(out)            the model that all ranks make up
 
 plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None; `unsound`, whether
-this rank's own share of the gradient is known not to be finite;
+this rank's own share of the gradient is known not to be finite; `identical`, whether all ranks keep the same parameters;
+`scale`, by which each rank multiplies its loss; `arrays`, name -> vector that a checkpoint must hold for this rank;
 and counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
 """
 
@@ -45,7 +47,10 @@ class Allreduce:
         True where ranks outnumber cores: sleep while waiting.
     """
 
+    identical, scale = True, 1
+
     def __init__(self, comm, gradient, table, tokens, bucket_bytes, polite=False):
+        self.arrays = {}
         self.comm, self.vector, self.polite = comm.Dup(), gradient, polite
         self.table = None if table is None else gradient[table.start :].reshape(table.shape)
         # Sending rows costs an extra message and two copies: it pays where few of the rows can be in use.
@@ -59,13 +64,13 @@ class Allreduce:
         self.mine = np.full(tokens, -1, np.int32)
         self.everyones = np.full(tokens * comm.size, -1, np.int32)
         self.in_use = np.zeros(table.shape[0] if self.sparse else 0, bool)
-        self.control = np.zeros((2, 4))
+        self.control = np.zeros((2, 5))
         self.flight = []
         self.rows = self.squares = None
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
 
     def begin(self, tokens, control):
-        """Start a step. tokens: (n,) embedding rows this rank uses; control: up to 4 numbers, combined by maximum."""
+        """Start a step. tokens: (n,) embedding rows this rank uses; control: up to 5 numbers, combined by maximum."""
         self.final, self.next, self.flight, self.departed = 0, 0, [], None
         self.rows, self.unsound = None, False
         self.squares = 0.0 if self.buckets else None
@@ -125,8 +130,15 @@ class Allreduce:
         if self.table is not None:
             self.table[slice(None) if self.rows is None else self.rows] = 0
 
-    def mix(self, theta):
+    def mix(self, theta, lr):
         """Nothing: every rank took the same step."""
+
+    def average(self, out):
+        """Nothing to do: every rank has it."""
+
+    def describe(self):
+        """A few words for the header of a run."""
+        return f"allreduce in {len(self.buckets)} buckets while backward runs"
 
     def end(self):
         """The run is over."""

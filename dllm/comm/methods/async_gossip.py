@@ -1,0 +1,75 @@
+"""Asynchronous gossip: nobody waits for a neighbour, half of what one has is put into its memory."""
+
+import numpy as np
+from mpi4py import MPI
+
+from .own_steps import OwnSteps
+
+
+class AsyncGossip(OwnSteps):
+    """Push-sum by one-sided messages (Kempe et al. 2003; asynchronous: Assran, Rabbat 2020, "Asynchronous gradient-push").
+
+        x_i <- x_i - lr g_i(z_i)
+        half of (x_i, w_i) is added to the inbox of one neighbour, the next in turn
+        (x_i, w_i) <- the other half + what has come into the own inbox until now, which is empty then
+        z_i  = x_i / w_i
+
+    The sums of x and of w over all ranks and inboxes change by gradients only: nothing is lost, however uneven ranks are.
+    They meet every averaging.period steps, to agree on when to stop; until then each goes at its own speed.
+    """
+
+    meets = True
+
+    def prepare(self):
+        neighbours = self.graph("column")
+        self.receivers = [rank for phase in neighbours.receivers for rank in phase]
+        self.w, self.before = self.array("push_sum_weight", 1), self.x.copy()
+        self.w[:] = 1
+        self.outgoing = np.empty(self.x.size + 1, self.x.dtype)  # x, and w behind it
+        self.window = MPI.Win.Allocate(self.outgoing.nbytes, self.x.itemsize, comm=self.comm)
+        self.inbox = np.frombuffer(self.window.tomemory(), self.x.dtype)
+        self.inbox[:] = 0
+        self.kind = MPI._typedict[self.x.dtype.char]
+        self.comm.Barrier()
+
+    def direction(self, g):
+        self.before[:] = self.x
+        return g
+
+    def arrive(self, lr):
+        z, w = self.x, self.w
+        z += (w - 1) * self.before  # w z - lr g, of the z before
+        if self.receivers:
+            z /= 2
+            w /= 2
+            self.outgoing[:-1], self.outgoing[-1] = z, w[0]
+            self._push(self.receivers[self.step % len(self.receivers)])
+            self._take()
+        z /= w
+
+    def progress(self):
+        self.comm.Iprobe()  # others may be waiting for this rank's memory
+
+    def average(self, out):
+        self.comm.Barrier()  # all that was pushed is there
+        z, w = self.x, self.w
+        z *= w
+        self._take()
+        self.mean(z, out)
+        z /= w
+
+    def end(self):
+        self.window.Free()
+
+    def _push(self, rank):
+        self.window.Lock(rank, MPI.LOCK_SHARED)
+        self.window.Accumulate([self.outgoing, self.kind], rank, op=MPI.SUM)
+        self.window.Unlock(rank)
+        self.bytes_sent += self.outgoing.nbytes
+
+    def _take(self):
+        self.window.Lock(self.comm.rank, MPI.LOCK_EXCLUSIVE)
+        self.x += self.inbox[:-1]
+        self.w += self.inbox[-1]
+        self.inbox[:] = 0
+        self.window.Unlock(self.comm.rank)

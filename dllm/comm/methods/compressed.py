@@ -1,0 +1,90 @@
+"""Allreduce of compressed gradients: all ranks keep the same parameters, each remembers what its messages left out."""
+
+import numpy as np
+
+from ...kernels.compress import add_signs, pack_signs
+from .. import compression
+from ..powersgd import PowerSGD
+from .own_steps import OwnSteps
+
+
+class CompressedAllreduce(OwnSteps):
+    """The mean of compressed gradients.
+
+        p_i = g_i + e_i;   message Q(p_i);   e_i <- p_i - Q(p_i)    error feedback (Stich et al. 2018, Karimireddy et al. 2019)
+        x  <- x - lr mean of all Q(p_j)
+
+    averaging.compression : powersgd (Vogels et al. 2019: the factors are averaged), signum (Bernstein et al. 2019: a majority
+    vote on the signs of momenta, with no memory of errors), or what compression.NAMES has
+    """
+
+    identical = True
+
+    def prepare(self):
+        config, dtype = self.config, self.x.dtype
+        self.P = sum(int(np.prod(shape)) for shape in self.tensors.shapes)
+        kind = config.compression
+        if kind == "powersgd":
+            self.average_of = PowerSGD(self.comm, self.tensors.shapes, dtype, config.rank, self.seed, self.polite)
+            self.arrays |= self.average_of.arrays
+        elif kind == "signum":
+            self.momentum = self.array("momentum", self.P)
+            self.payloads(-(-self.P // 8) + 1)  # the last byte: this rank's gradient is not finite
+        elif kind != "none":
+            self.Q = compression.make(kind, self.tensors.shapes, dtype, config.fraction, self.seed, feedback=True)
+            self.feedback = compression.ErrorFeedback(self.Q)
+            self.arrays["error"] = self.feedback.memory
+            self.payloads(self.Q.size)
+        self.combine = {"powersgd": self._powersgd, "signum": self._signum, "none": self._dense}.get(kind, self._gathered)
+
+    def payloads(self, size):
+        self.payload, self.everyones = np.zeros(size, np.uint8), np.zeros((self.comm.size, size), np.uint8)
+
+    def direction(self, g):
+        standard = self.tensors.pack(g)
+        self.combine(standard)
+        self.tensors.unpack(standard, g)
+        self.used = slice(None)  # other ranks' rows are in it now
+        return g
+
+    def average(self, out):
+        out[:] = self.x
+
+    def _dense(self, g):
+        self.mean(g, g)
+
+    def _powersgd(self, g):
+        with self.exposed():
+            self.average_of.average(g)
+        self.unsound = self.average_of.unsound
+        self.bytes_sent += self.average_of.size if self.comm.size > 1 else 0
+
+    def _gathered(self, g):
+        self.feedback.encode(g, self.payload, self.step, self.comm.rank)
+        self.unsound = not np.isfinite(g).all()
+        self._gather()
+        g[:] = 0
+        for payload in self.everyones:
+            self.Q.add(payload, g, 1 / self.comm.size)
+        if not (self.unsound or np.isfinite(g).all()):  # all leave this step out: what was sent is still to be sent
+            self.Q.add(self.payload, self.feedback.memory)
+
+    def _signum(self, g):
+        m, mu = self.momentum, self.config.momentum
+        self.unsound = not np.isfinite(g).all()
+        if not self.unsound:
+            m *= mu
+            m += (1 - mu) * g
+        pack_signs(self.payload[:-1], m)
+        self.payload[-1] = self.unsound
+        self._gather()
+        g[:] = 0
+        for payload in self.everyones:
+            add_signs(g, payload[:-1], 1.0)
+        np.sign(g, out=g)
+        if self.everyones[:, -1].any():
+            g[:] = np.nan
+
+    def _gather(self):
+        self.wait(self.comm.Iallgather(self.payload, self.everyones))
+        self.bytes_sent += self.payload.nbytes if self.comm.size > 1 else 0

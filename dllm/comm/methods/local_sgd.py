@@ -1,0 +1,47 @@
+"""Local updates: ranks meet every H steps only."""
+
+import numpy as np
+
+from .own_steps import OwnSteps
+
+
+class LocalSGD(OwnSteps):
+    """Local SGD (Stich 2019, "Local SGD converges fast and communicates little").
+
+    Every rank takes H = averaging.period steps alone; then x_i <- mean of all x_j. The optimiser's moments stay at home.
+    """
+
+    meets = True
+
+    def arrive(self, lr):
+        if self.meeting():
+            self.mean(self.x, self.x)
+
+
+class DiLoCo(OwnSteps):
+    """DiLoCo (Douillard et al. 2023, "DiLoCo: distributed low-communication training of language models").
+
+    Every H = averaging.period steps the way that the ranks went on average is a gradient to an outer optimiser, SGD with
+    Nesterov's momentum mu = averaging.momentum and the rate averaging.outer_lr:
+
+        delta <- outer x - mean of all x_j
+        v     <- mu v + delta
+        outer x <- outer x - outer_lr (delta + mu v),     and all x_i become that
+    """
+
+    meets = True
+
+    def prepare(self):
+        self.outer, self.v = self.array("outer"), self.array("outer_momentum")
+        self.outer[:] = self.x
+        self.delta = np.empty_like(self.x)
+
+    def arrive(self, lr):
+        if self.meeting():
+            mu = self.config.momentum
+            self.mean(self.x, self.delta)
+            np.subtract(self.outer, self.delta, out=self.delta)
+            self.v *= mu
+            self.v += self.delta
+            self.outer -= self.config.outer_lr * (self.delta + mu * self.v)
+            self.x[:] = self.outer

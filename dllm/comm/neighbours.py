@@ -1,0 +1,138 @@
+"""Exchange with the neighbours in a topology by MPI's neighbourhood collectives, none of which blocks."""
+
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from ..kernels.reduce import weighted_sum
+from .runtime import wait
+
+IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
+
+
+class Neighbours:
+    """This rank's place in a Topology: a communicator for each of its phases, with the weights of what comes in.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    topology : Topology
+    matrices : list of (n,n) float64
+        W of each phase; W[i,j] is the weight that rank i gives to what comes from rank j.
+
+    Attributes
+    ----------
+    phases : list of (communicator, own weight, weights of the senders (d,))
+    senders, receivers : list of tuple of int
+        Of each phase.
+    """
+
+    def __init__(self, comm, topology, matrices):
+        self.topology, rank = topology, comm.rank
+        numbers = range(len(topology.phases))
+        self.senders = [topology.senders(number, rank) for number in numbers]
+        self.receivers = [topology.receivers(number, rank) for number in numbers]
+        self.phases = []
+        for senders, receivers, W in zip(self.senders, self.receivers, matrices, strict=True):
+            graph = comm.Create_dist_graph_adjacent(list(senders), list(receivers))
+            self.phases.append((graph, W[rank, rank], W[rank, list(senders)]))
+
+    def at(self, step):
+        """(communicator, own weight, weights of the senders) of a step."""
+        return self.phases[self.topology.phase(step)]
+
+    def degree(self, step):
+        """How many ranks this one sends to in a step."""
+        return len(self.receivers[self.topology.phase(step)])
+
+    def duplicate(self):
+        """The same neighbours, with communicators of their own: messages of two exchanges must not be taken for each other."""
+        other = object.__new__(Neighbours)
+        other.__dict__.update(self.__dict__)
+        other.phases = [(graph.Dup(), own, others) for graph, own, others in self.phases]
+        return other
+
+    def communicators(self):
+        return [graph for graph, _, _ in self.phases]
+
+
+class Mixing:
+    """out_i = sum_j W_ij x_j over this rank and its neighbours, bucket by bucket while something else is computed.
+
+    Parameters
+    ----------
+    neighbours : Neighbours
+        Its communicators are duplicated.
+    length : int
+        Of the vectors.
+    dtype : numpy dtype
+    bucket_bytes : int
+    counters : object with bytes_sent, exposed_seconds, flight_seconds
+        Are added to: what MPI is given to send, once for each neighbour that it goes to; seconds in which this rank waits; and
+        in which something is under way.
+    polite : bool
+        True where ranks outnumber cores: sleep while waiting.
+    """
+
+    def __init__(self, neighbours, length, dtype, bucket_bytes, counters, polite=False):
+        self.neighbours, self.counters, self.polite = neighbours.duplicate(), counters, polite
+        step = max(1, bucket_bytes // np.dtype(dtype).itemsize)
+        self.buckets = [slice(at, min(at + step, length)) for at in range(0, length, step)]
+        degree = max(len(senders) for senders in neighbours.senders)
+        self.free = [np.empty((degree, min(step, length)), dtype) for _ in range(min(IN_FLIGHT, len(self.buckets)))]
+        self.flight, self.next = [], len(self.buckets)
+
+    def start(self, x, out, step):
+        """Begin. x, out: (length,); both are left alone until `finish` returns. They may be the same array."""
+        assert not self.flight
+        self.x, self.out, self.next, self.begun = x, out, 0, time.perf_counter()
+        self.graph, self.own, self.others = self.neighbours.at(step)
+        self.degree = self.neighbours.degree(step)
+        self._post()
+
+    def progress(self):
+        """Take in what has arrived."""
+        while self.flight and self.flight[0][0].Test():
+            self._arrived()
+
+    def finish(self):
+        """Wait until `out` is complete."""
+        begin = time.perf_counter()
+        while self.flight:
+            if self.polite:
+                wait(self.flight[0][0])
+            else:
+                self.flight[0][0].Wait()
+            self._arrived()
+        now = time.perf_counter()
+        self.counters.exposed_seconds += now - begin
+        self.counters.flight_seconds += now - self.begun
+
+    def under_way(self):
+        return self.neighbours.communicators(), [request for request, *_ in self.flight]
+
+    def _post(self):
+        while self.next < len(self.buckets) and self.free:
+            bucket, buffer = self.buckets[self.next], self.free.pop()
+            send = self.x[bucket]
+            receive = buffer.reshape(-1)[: len(self.others) * len(send)].reshape(len(self.others), len(send))
+            self.flight.append((self.graph.Ineighbor_allgather(send, receive), bucket, receive, buffer))
+            self.counters.bytes_sent += send.nbytes * self.degree
+            self.next += 1
+
+    def _arrived(self):
+        _, bucket, received, buffer = self.flight.pop(0)
+        weighted_sum(self.out[bucket], self.own, self.x[bucket], self.others, received)
+        self.free.append(buffer)
+        self._post()
+
+
+def mean(comm, x, out, bucket_bytes=1 << 22):
+    """out (P,) = the mean over ranks of x (P,), the same bits on all of them. Collective. Returns the bytes handed to MPI."""
+    step = max(1, bucket_bytes // x.itemsize)
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        comm.Iallreduce(x[part].copy(), out[part], MPI.SUM).Wait()
+        out[part] /= comm.size
+    return x.nbytes if comm.size > 1 else 0

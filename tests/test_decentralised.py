@@ -1,0 +1,91 @@
+"""Whole runs of every averaging method: near Allreduce's loss, resumed to the bit, by other numbers of ranks from the mean."""
+
+import json
+import pathlib
+import re
+
+import h5py
+import numpy as np
+import pytest
+from launch import complaint, mpirun, train_arguments
+from runs import checkpoints, column, metrics
+
+STEPS, RANKS = 40, 3
+COMMON = (
+    "train.precision=fp64", "train.optimizer=sgd", "train.lr=0.5",
+    "train.momentum=0.0", f"train.max_steps={STEPS}", "train.eval_every=20",
+    "checkpoint.every_steps=20", "log.sample=0", "model.dropout=0.2", "train.threads=1", "averaging.bucket_mb=0.004",
+)  # fmt: skip
+METHODS = {
+    "allreduce": (),
+    "dpsgd": (), "dpsgd-atc": ("averaging.topology=ring", "train.momentum=0.5"), "sgp": ("averaging.topology=star",),
+    "gradient-tracking": (), "exact-diffusion": (), "qg-momentum": ("averaging.momentum=0.5",), "relaysum": (),
+    "local-sgd 1": (), "dpsgd-atc complete": ("averaging.topology=complete",),
+    "local-sgd": ("averaging.period=5",), "diloco": ("averaging.period=8", "averaging.outer_lr=1.0", "averaging.momentum=0.1"),
+    "choco": ("averaging.compression=sign",), "choco top-k": ("averaging.compression=top-k", "averaging.fraction=0.2"),
+    **{f"allreduce {kind}": (f"averaging.compression={kind}", "averaging.fraction=0.2") for kind in
+       ("powersgd", "sign", "top-k", "random-k", "qsgd", "bf16")},
+    "allreduce signum": ("averaging.compression=signum", "train.lr=0.003"),
+    "allreduce own": ("train.clip_by=own", "train.clip=1e9"),
+}  # fmt: skip
+MOVING = ("async-gossip", "averaging.period=10")  # its runs are never the same twice
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """Each run twice: whole as NAME, and as NAME-2 with a break in the middle. All in one start of the ranks."""
+    folder, commands = tmp_path_factory.mktemp("methods"), []
+    for name, settings in (*METHODS.items(), (MOVING[0], MOVING[1:])):
+        settings = (*COMMON, f"averaging.method={name.split()[0]}", *settings)
+        whole, broken = (train_arguments(tiny, folder / f"{name}{end}", *settings)[2:] for end in ("", "-2"))
+        resume = ["--resume", folder / f"{name}-2", "--progress", "none"]
+        commands += [whole, [*broken, "--max-steps", "20"], resume]
+    (folder / "commands.json").write_text(json.dumps(commands, default=str))
+    several = pathlib.Path(__file__).with_name("several.py")
+    done = mpirun(RANKS, several, folder / "commands.json", timeout=200, check=True)
+    assert complaint(done) == ""
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_with_a_break_is_the_run_without_to_the_bit(folder, name):
+    whole, broken = folder / name, folder / f"{name}-2"
+    assert checkpoints(whole) == checkpoints(broken) == [20, STEPS]
+    for step in (20, STEPS):
+        for rank in range(RANKS):
+            part = f"checkpoints/step-{step:08d}/rank-{rank:05d}-of-{RANKS:05d}.h5"
+            with h5py.File(whole / part) as one, h5py.File(broken / part) as other:
+                assert set(one) == set(other)
+                assert ("own.theta" in one) == (not name.startswith("allreduce"))
+                assert not [array for array in one if not np.array_equal(one[array], other[array])]
+    assert metrics(whole) == metrics(broken)
+
+
+@pytest.mark.parametrize("name", ["allreduce own", "local-sgd 1", "dpsgd-atc complete"])
+def test_what_is_allreduce_in_theory_is_so_in_a_run(folder, name):
+    for split in ("train", "valid"):
+        ours, theirs = (column(metrics(folder / run, split), "loss") for run in (name, "allreduce"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", [*METHODS, MOVING[0]])
+def test_every_method_comes_near_the_loss_of_allreduce(folder, name):
+    first, last = metrics(folder / name, "valid")
+    assert last["loss"] < first["loss"]
+    limit = 1.25 if "signum" in name else 1.1
+    assert last["loss"] < limit * metrics(folder / "allreduce", "valid")[-1]["loss"]
+    if name.startswith("allreduce"):
+        assert "own_loss" not in last
+        assert len(set(column(metrics(folder / name, "train"), "parameters"))) == STEPS
+    else:
+        assert last["own_loss"] == pytest.approx(last["loss"], rel=0.1)
+        assert 0 <= last["consensus_distance"] < 0.5
+    assert (np.array(column(metrics(folder / name, "train"), "bytes_sent")) > 0).all() or "period" in str(METHODS.get(name))
+
+
+def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):
+    run = folder / "gradient-tracking-2"
+    done = mpirun(2, "-m", "dllm.train", "--resume", run, "--progress", "none", "--set", "train.max_steps=50", check=True)
+    assert re.fullmatch(r"dllm: .*step-00000040 has no gradient-tracking state of 2 ranks: .*\n", complaint(done))
+    assert metrics(run, "train")[-1]["step"] == 50
+    assert metrics(run, "valid")[-1]["loss"] < metrics(run, "valid")[0]["loss"]
