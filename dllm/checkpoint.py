@@ -71,7 +71,7 @@ class Checkpoint:
     def arrays(self, path):
         """hdf5.open_arrays of one rank's file. Raises UserError."""
         moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
-        own = (f"{OWN}{name}" for name in self.manifest["own"])
+        own = (f"{OWN}{name}" for name in self.manifest["own"][1:])
         return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments, *own])
 
 
@@ -102,7 +102,7 @@ def _flaw(manifest):
     if not all(type(value) in (int, float) for value in scalars.values()) or not isinstance(manifest["layout"], dict):
         return "has scalars that are no numbers"
     own = manifest["own"]
-    if not (isinstance(own, list) and all(isinstance(name, str) for name in own)):
+    if not (isinstance(own, list) and own and all(isinstance(name, str) for name in own)):
         return "does not name what each rank has of its own"
     return None
 
@@ -189,9 +189,9 @@ def load(checkpoint, layout, state, lanes):
     state.set_scalars(checkpoint.manifest["scalars"])
 
 
-def load_own(checkpoint, rank, ranks, own):
+def load_own(checkpoint, rank, ranks, own, made_by):
     """Fill the vectors of `own`, name -> vector, from this rank's file. Returns whether as many ranks wrote them."""
-    if checkpoint.manifest["ranks"] != ranks or checkpoint.manifest["own"] != sorted(own):
+    if checkpoint.manifest["ranks"] != ranks or checkpoint.manifest["own"] != [made_by, *sorted(own)]:
         return False
     _, path = checkpoint.parts()[rank]
     with checkpoint.arrays(path) as array:

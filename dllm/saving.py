@@ -42,6 +42,8 @@ class Saver:
         Takes a line for the user.
     before : Saver, optional
         Of the same run with more ranks, which was abandoned.
+    made_by : str
+        What else must be the same for what ranks have of their own to be of use.
 
     Attributes
     ----------
@@ -57,8 +59,9 @@ class Saver:
         Seconds of computing that the last one took the slowest rank.
     """
 
-    def __init__(self, comm, claim, layout, lanes, tokenizer, config, warn, before=None):
+    def __init__(self, comm, claim, layout, lanes, tokenizer, config, warn, before=None, made_by=""):
         self.comm, self.claim, self.layout, self.config, self.warn = comm, claim, layout, config, warn
+        self.made_by = made_by
         self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, lanes)
         self.facts = {
             "format": checkpoint.FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes,
@@ -147,7 +150,7 @@ class Saver:
         arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {
             "dtype": state.theta.dtype.name, "moments": len(state.moments), "best": bool(best), "layers": state.h.shape[0],
-            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": sorted(own),
+            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [self.made_by, *sorted(own)],
         }  # fmt: skip
         self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
         self.folder = checkpoint.folder_of(self.claim.run, state.step)

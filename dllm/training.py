@@ -105,7 +105,9 @@ class Trainer:
                 comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train, crowded, self.layout
             )
             self.averaging.step = self.state.step
-        self.mean = self.state.theta if self.averaging.identical else vector()  # the model that all ranks make up
+        self.means = None  # theta and moments of the model that all ranks make up, where each has its own
+        if not self.averaging.identical:
+            self.means = [vector() for _ in range(1 + len(self.state.moments))]
         self.unsound = 0  # this rank + 1, where its gradient was not finite and the others do not know yet
         if resume is not None:
             self._take_own(resume)
@@ -123,7 +125,8 @@ class Trainer:
         self.clock = survived.clock if survived else Clock(time.monotonic())
         before = survived and survived.saver
         self.saver = Saver(
-            comm, claim, self.layout, train.lanes, corpus.tokenizer_hash, config.checkpoint, reporter.warn, before
+            comm, claim, self.layout, train.lanes, corpus.tokenizer_hash, config.checkpoint, reporter.warn, before,
+            self._made_by(),
         )  # fmt: skip
         self.saver.step = self.state.step if resume else -1
         self.monitor = Monitor(comm, place.ranks > place.cores, self.averaging, self.clock, reporter, claim)
@@ -154,10 +157,18 @@ class Trainer:
         moments = {f"moment.{number}": moment for number, moment in enumerate(self.state.moments)}
         return {"theta": self.state.theta, **moments, **self.averaging.arrays}
 
+    def _made_by(self):
+        """What must be the same for `_own` to be of use."""
+        averaging = self.config.averaging
+        return " ".join(
+            f"{name}={getattr(averaging, name)}"
+            for name in ("method", "topology", "weights", "degree", "compression", "rank", "fraction")
+        )
+
     def _take_own(self, resume):
         """Go on from this rank's own model and memories, where it wrote them; else from the average. Collective."""
         own, name = self._own(), self.config.averaging.method
-        if own and not checkpoint.load_own(resume, self.comm.rank, self.comm.size, own):
+        if own and not checkpoint.load_own(resume, self.comm.rank, self.comm.size, own, self._made_by()):
             self.reporter.warn(
                 f"{resume.folder} has no {name} state for {self.comm.size} ranks: all go on from the average model"
             )
@@ -221,16 +232,26 @@ class Trainer:
         if flags is None:
             return NOT_ASKED
         if not self.averaging.identical:
-            state, self.unsound = self.state, 0 if flags[UNSOUND] else self.unsound
+            state = self.state
             state.skipped_in_a_row = state.skipped_in_a_row + 1 if flags[UNSOUND] else 0
             if flags[UNSOUND]:
-                self._note_skipped(state, f"rank {int(flags[UNSOUND]) - 1}", state.step)
+                self._note_skipped(state, f"rank {int(flags[UNSOUND]) - 1}", state.step - 1)
         return flags
+
+    def _model(self):
+        """Parameters of the model that all ranks make up. Collective."""
+        if self.averaging.identical:
+            return self.state.theta
+        self.averaging.average(self.means[0])
+        return self.means[0]
 
     def _to_save(self):
         """The State with the model that all ranks make up. Collective."""
-        self.averaging.average(self.mean)
-        return dataclasses.replace(self.state, theta=self.mean)
+        if self.averaging.identical:
+            return self.state
+        for moment, mean in zip(self.state.moments, self.means[1:], strict=True):
+            self.averaging.mean(moment, mean)
+        return dataclasses.replace(self.state, theta=self._model(), moments=self.means[1:])
 
     def _step(self, control):
         """One step of every rank. Returns the gradient's norm, the learning rate and the tokens of all ranks."""
@@ -265,7 +286,8 @@ class Trainer:
         new.tokens += tokens if sound or not averaging.identical else 0
         new.bytes_sent += averaging.bytes_sent - sent
         if not averaging.identical:  # the others learn of it with the next step
-            self.unsound = self.unsound if sound else self.comm.rank + 1
+            told = averaging.control_request is not None
+            self.unsound = self.comm.rank + 1 if not sound else 0 if told else self.unsound
         elif sound:
             new.skipped_in_a_row = 0
         else:
@@ -310,12 +332,12 @@ class Trainer:
         if self.evaluation is None or (final and self._evaluation_due()):
             return False
         state = self.state
-        self.averaging.average(self.mean)
-        result = self.evaluation.run(self.mean, self.monitor.beat)
+        theta = self._model()
+        result = self.evaluation.run(theta, self.monitor.beat)
         if not self.averaging.identical:
             result |= {
                 "own_loss": self.evaluation.run(state.theta, self.monitor.beat)["loss"],
-                "consensus_distance": self._apart(),
+                "consensus_distance": self._apart(theta),
             }
         self.reporter.log({"step": state.step, **result})
         best = result["loss"] < state.best_loss
@@ -325,15 +347,15 @@ class Trainer:
             state.best_loss = min(state.best_loss, result["loss"])
         return best
 
-    def _apart(self):
+    def _apart(self, mean):
         """How far ranks are from their mean: the root of the mean over ranks of |x_i - mean|^2, over |mean|. Collective."""
-        squares = allgather(self.comm, float(np.square(self.state.theta - self.mean, dtype=np.float64).sum()))
-        return math.sqrt(np.mean(squares) / np.square(self.mean, dtype=np.float64).sum())
+        squares = allgather(self.comm, float(np.square(self.state.theta - mean, dtype=np.float64).sum()))
+        return math.sqrt(np.mean(squares) / np.square(mean, dtype=np.float64).sum())
 
     def close(self):
         """Nothing is under way any more, and all ranks have the model that they make up."""
-        self.averaging.average(self.mean)
-        self.state.theta[:] = self.mean
+        if not self.averaging.identical:
+            self.state.theta[:] = self._model()
         self.averaging.end()
         if self.pulse is not None:
             self.pulse.end()

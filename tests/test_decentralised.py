@@ -86,6 +86,6 @@ def test_every_method_comes_near_the_loss_of_allreduce(folder, name):
 def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):
     run = folder / "gradient-tracking-2"
     done = mpirun(2, "-m", "dllm.train", "--resume", run, "--progress", "none", "--set", "train.max_steps=50", check=True)
-    assert re.fullmatch(r"dllm: .*step-00000040 has no gradient-tracking state of 2 ranks: .*\n", complaint(done))
+    assert re.fullmatch(r"dllm: .*step-00000040 has no gradient-tracking state for 2 ranks: .*\n", complaint(done))
     assert metrics(run, "train")[-1]["step"] == 50
     assert metrics(run, "valid")[-1]["loss"] < metrics(run, "valid")[0]["loss"]

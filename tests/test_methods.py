@@ -1,5 +1,6 @@
 """comm/methods: every method is its matrix recursion, step by step, on a sum of quadratics. Written for any number of ranks."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -250,8 +251,10 @@ def test_what_compression_leaves_out_is_sent_later(comm, compression):
 
 
 def test_asynchronous_gossip_loses_nothing_and_comes_near_the_optimum(comm):
-    run = Run(comm, "async-gossip", period=10, lr=0.02)
-    run.steps(200)
+    run = Run(comm, "async-gossip", period=50, lr=0.02)
+    for _ in range(200):
+        run.step()
+        time.sleep(0.0005 * (comm.rank == 0))  # not all are as fast as others
     mean = np.empty(P)
     run.method.average(mean)
     weight = comm.allreduce(float(run.method.w[0]))

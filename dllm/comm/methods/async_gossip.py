@@ -10,7 +10,7 @@ class AsyncGossip(OwnSteps):
     """Push-sum by one-sided messages (Kempe et al. 2003; asynchronous: Assran, Rabbat 2020, "Asynchronous gradient-push").
 
         x_i <- x_i - lr g_i(z_i)
-        half of (x_i, w_i) is added to the inbox of one neighbour, the next in turn
+        half of (x_i, w_i) is added to the inbox of one neighbour, the next in turn, if w_i is at least 1/2
         (x_i, w_i) <- the other half + what has come into the own inbox until now, which is empty then
         z_i  = x_i / w_i
 
@@ -40,10 +40,11 @@ class AsyncGossip(OwnSteps):
         z, w = self.x, self.w
         z += (w - 1) * self.before  # w z - lr g, of the z before
         if self.receivers:
-            z /= 2
-            w /= 2
-            self.outgoing[:-1], self.outgoing[-1] = z, w[0]
-            self._push(self.receivers[self.step % len(self.receivers)])
+            if w[0] >= 0.5:  # a rank that nobody has sent to for long would be left with nothing to move
+                z /= 2
+                w /= 2
+                self.outgoing[:-1], self.outgoing[-1] = z, w[0]
+                self._push(self.receivers[self.step % len(self.receivers)])
             self._take()
         z /= w
 

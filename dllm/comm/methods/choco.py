@@ -3,6 +3,7 @@
 import numpy as np
 
 from .. import compression
+from ..runtime import agree
 from .own_steps import OwnSteps
 
 
@@ -24,7 +25,9 @@ class Choco(OwnSteps):
 
     def prepare(self):
         config, P = self.config, sum(int(np.prod(shape)) for shape in self.tensors.shapes)
-        self.Q = compression.make(config.compression, self.tensors.shapes, self.x.dtype, config.fraction, self.seed, True)
+        self.Q = agree(
+            self.comm, compression.make, config.compression, self.tensors.shapes, self.x.dtype, config.fraction, self.seed, True
+        )
         self.neighbours = self.graph("symmetric")
         self.known, self.s = self.array("known", P), self.array("neighbours_known", P)  # xhat_i, s_i
         start = self.tensors.pack(self.x)  # all begin from the same model, and know it

@@ -5,6 +5,7 @@ import numpy as np
 from ...kernels.compress import add_signs, pack_signs
 from .. import compression
 from ..powersgd import PowerSGD
+from ..runtime import agree
 from .own_steps import OwnSteps
 
 
@@ -31,7 +32,9 @@ class CompressedAllreduce(OwnSteps):
             self.momentum = self.array("momentum", self.P)
             self.payloads(-(-self.P // 8) + 1)  # the last byte: this rank's gradient is not finite
         elif kind != "none":
-            self.Q = compression.make(kind, self.tensors.shapes, dtype, config.fraction, self.seed, feedback=True)
+            self.Q = agree(
+                self.comm, compression.make, kind, self.tensors.shapes, dtype, config.fraction, self.seed, feedback=True
+            )
             self.feedback = compression.ErrorFeedback(self.Q)
             self.arrays["error"] = self.feedback.memory
             self.payloads(self.Q.size)
@@ -75,7 +78,8 @@ class CompressedAllreduce(OwnSteps):
         if not self.unsound:
             m *= mu
             m += (1 - mu) * g
-        pack_signs(self.payload[:-1], m)
+        neither = 1 if (self.step + self.comm.rank) % 2 else -1  # votes of ranks, and of steps, that cancel
+        pack_signs(self.payload[:-1], np.where(m == 0, m.dtype.type(neither), m))
         self.payload[-1] = self.unsound
         self._gather()
         g[:] = 0

@@ -1,5 +1,8 @@
 """Gradient tracking: every rank follows the mean of all gradients."""
 
+import math
+
+from ...kernels.optim import sum_of_squares
 from .own_steps import OwnSteps
 
 
@@ -27,6 +30,8 @@ class GradientTracking(OwnSteps):
         self.of_y.finish()
         self.of_x.finish()
         self.x[:] = self.mixed
+        if not math.isfinite(sum_of_squares(g)):
+            return g  # no step; y goes on without it
         self.y += g
         self.y -= self.before
         self.before[:] = g

@@ -90,13 +90,14 @@ class OwnSteps:
         name = self.config.topology or self.default_topology
         graph = agree(self.comm, topology.make, name, self.comm.size, self.config.degree, self.seed)
         if kind == "column":
-            return Neighbours(self.comm, graph, topology.weights(graph, "column"))
+            return Neighbours(self.comm, graph, agree(self.comm, topology.weights, graph, "column"))
         if kind == "symmetric" and (graph.directed or len(graph.phases) > 1):
             raise UserError.of_all(
                 f"averaging.method = {self.config.method} needs neighbours that hear each other in every step; "
                 f"averaging.topology = {name} is directed or changes: take ring, torus, hypercube or complete"
             )
-        matrices = topology.weights(graph, self.config.weights or ("uniform" if graph.directed else "metropolis"))
+        kind_of_weights = self.config.weights or ("uniform" if graph.directed else "metropolis")
+        matrices = agree(self.comm, topology.weights, graph, kind_of_weights)
         if not all(topology.is_doubly_stochastic(W) for W in matrices):
             raise UserError.of_all(
                 f"averaging.method = {self.config.method} needs weights whose rows and columns add up to 1, which {name} does "
