@@ -4,11 +4,10 @@ import json
 import pathlib
 import re
 
-import h5py
 import numpy as np
 import pytest
 from launch import complaint, mpirun, train_arguments
-from runs import checkpoints, column, metrics
+from runs import arrays, checkpoints, column, metrics
 
 STEPS, RANKS = 40, 3
 COMMON = (
@@ -52,12 +51,11 @@ def test_a_run_with_a_break_is_the_run_without_to_the_bit(folder, name):
     whole, broken = folder / name, folder / f"{name}-2"
     assert checkpoints(whole) == checkpoints(broken) == [20, STEPS]
     for step in (20, STEPS):
-        for rank in range(RANKS):
-            part = f"checkpoints/step-{step:08d}/rank-{rank:05d}-of-{RANKS:05d}.h5"
-            with h5py.File(whole / part) as one, h5py.File(broken / part) as other:
-                assert set(one) == set(other)
-                assert ("own.theta" in one) == (not name.startswith("allreduce"))
-                assert not [array for array in one if not np.array_equal(one[array], other[array])]
+        (one, scalars), (other, others) = arrays(whole, step), arrays(broken, step)
+        assert set(one) == set(other)
+        assert ("own.theta" in one) == (not name.startswith("allreduce"))
+        assert not [array for array in one if not np.array_equal(one[array], other[array])]
+        assert scalars == others
     assert metrics(whole) == metrics(broken)
 
 
@@ -88,4 +86,8 @@ def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):
     done = mpirun(2, "-m", "dllm.train", "--resume", run, "--progress", "none", "--set", "train.max_steps=50", check=True)
     assert re.fullmatch(r"dllm: .*step-00000040 has no gradient-tracking state for 2 ranks: .*\n", complaint(done))
     assert metrics(run, "train")[-1]["step"] == 50
+    again = ["-m", "dllm.train", "--resume", run, "--progress", "none", "--set", "train.max_steps=60"]
+    done = mpirun(2, *again, "--set", "averaging.topology=ring", check=True)
+    assert re.fullmatch(r"dllm: .*step-00000050 has no gradient-tracking state for 2 ranks: .*\n", complaint(done))
+    assert complaint(mpirun(2, *again[:-1], "train.max_steps=70", "--set", "averaging.topology=ring", check=True)) == ""
     assert metrics(run, "valid")[-1]["loss"] < metrics(run, "valid")[0]["loss"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from faults import fault
 from launch import REFUSED, complaint, flavour, mpirun, train_arguments
-from runs import column, metrics
+from runs import arrays, column, metrics
 
 STEPS = 12
 SETTINGS = "train.precision=fp64", f"train.max_steps={STEPS}", "log.sample=0", "model.dropout=0.1"
@@ -59,6 +59,35 @@ def test_several_in_a_row_end_the_run(tiny, tmp_path, shared):
         last
         == "dllm: the gradient is not finite at step 7, 3 times in a row, that of rank 0: try a lower train.lr, or train.clip"
     )
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "gradient-tracking", "local-sgd"])
+def test_a_rank_that_steps_by_itself_leaves_out_a_step_by_itself(tiny, tmp_path, method):
+    """The others learn of it in the next step; they go on."""
+    run, own = tmp_path / "run", (f"averaging.method={method}", "train.optimizer=sgd", "train.lr=0.1")
+    faulty = fault(tmp_path, "dllm.model", NOT_A_NUMBER.format(rank=1, turns=(4, 7, 8), place=5))
+    done = mpirun(3, *train_arguments(tiny, run, *SETTINGS, *own), env=faulty, check=True)
+    lines = [f"dllm: step {step} is left out: the gradient of rank 1 is not finite" for step in (4, 7, 8)]
+    assert complaint(done).splitlines() == lines
+    found = metrics(run, "train")
+    assert column(found, "skipped").tolist() == [0] * 4 + [1] * 3 + [2] + [3] * 4
+    assert np.isfinite(column(found, "loss")).all()
+    assert metrics(run, "valid")[-1]["own_loss"] < 5
+    sick = fault(tmp_path, "dllm.model", NOT_A_NUMBER.format(rank=0, turns=range(5, 99), place=0))
+    done = mpirun(2, *train_arguments(tiny, tmp_path / "sick", *SETTINGS, *own, "resilience.max_skipped=3"), env=sick)
+    assert done.returncode == REFUSED
+    assert "not finite at step 7, 3 times in a row, that of rank 0" in complaint(done).splitlines()[-1]
+
+
+@pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies")
+def test_a_run_whose_ranks_may_die_is_the_same_to_the_bit(tiny, tmp_path):
+    steps = STEPS + 1  # an odd number: the state that is written then is the second of the two
+    for name, env in (("may", ULFM), ("may-not", {})):
+        settings = *SETTINGS, f"train.max_steps={steps}", "train.eval_every=5"
+        mpirun(2, *train_arguments(tiny, tmp_path / name, *settings), env=env, check=True)
+    (one, _), (other, _) = (arrays(tmp_path / name, steps) for name in ("may", "may-not"))
+    assert not [name for name in one if not np.array_equal(one[name], other[name])]
+    assert metrics(tmp_path / "may", "valid") == metrics(tmp_path / "may-not", "valid")
 
 
 def test_a_run_that_diverges_ends(tiny, tmp_path):
