@@ -27,6 +27,7 @@ COMMANDS = {
     "resilience": resilience.resilience,
     "recovery": resilience.recovery,
     "decentralised": decentralised.decentralised,
+    "network": decentralised.network,
 }
 PEERS = ["torch", "tensorflow", "jax"]
 

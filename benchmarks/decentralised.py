@@ -1,10 +1,16 @@
-"""Averaging methods side by side: what a model is worth after as many steps, and what was sent for it."""
+"""Averaging methods side by side: what a model is worth after as many steps or seconds, and what was sent for it."""
 
 import json
+import os
 import sys
 from functools import partial
 
-from .results import Table
+import numpy as np
+
+from dllm import mpirun
+
+from . import cost, hosts
+from .results import Table, bars
 from .runs import run, train
 
 MODEL = {
@@ -63,6 +69,116 @@ def decentralised(options):
             f"{apart:.3f}" if own else "-", f"{1e3 * found['megabytes'][-1] / steps:,.1f}",
         )  # fmt: skip
     return table, data, partial(_draw, curves)
+
+
+LARGER = {**MODEL, "model.hidden": 512, "train.lanes": 32, "train.warmup": 10, "log.every": 5}
+ON_NETWORK = {  # settings of averaging, and what a step sends: how, and how many bytes of how many
+    "allreduce": ({}, "allreduce"),
+    "powersgd 4": ({"compression": "powersgd", "rank": 4}, "allreduce"),
+    "top-k 1 %": ({"compression": "top-k", "fraction": 0.01}, "allgather"),
+    "sign": ({"compression": "sign", **PLAIN}, "allgather"),
+    "dpsgd exponential": ({"method": "dpsgd", "topology": "exponential"}, "neighbours"),
+    "dpsgd-atc one-peer": ({"method": "dpsgd-atc", "topology": "one-peer-exponential"}, "neighbours"),
+    "choco sign ring": ({"method": "choco", "topology": "ring", "compression": "sign"}, "neighbours"),
+    "local-sgd, 10 steps": ({"method": "local-sgd", "period": 10}, "allreduce"),
+    "diloco, 50 steps": ({"method": "diloco", "period": 50}, "allreduce"),
+}
+SCALES = (8, 64, 512, 4096)
+
+
+def network(options):
+    """Averaging methods on four hosts with links of 1 Gbit/s and 100 Mbit/s: a step's time and bytes, loss over time. Needs root."""
+    reason = hosts.missing()
+    if reason or options.data is None:
+        sys.exit(reason or "say where the text is: --data FOLDER, with tinyshakespeare/ in it")
+    corpus, steps = _corpus(options), 40 if options.quick else 150
+    table = Table(
+        f"Averaging methods on four hosts, tinyshakespeare, {steps} steps",
+        [("Mbit/s", 8), ("method", 22), ("ms a step", 12), ("KB a step", 12), ("on the link", 13), ("loss", 9),
+         ("s to allreduce's", 18), ("times faster", 14), *((f"{n} ranks, ms", 16) for n in SCALES)],
+    )  # fmt: skip
+    data, groups = {}, {}
+    with hosts.Hosts(options.work) as four:
+        for rate in (1000, 100):
+            four.limit(rate)
+            found = {name: _on_hosts(options, four, corpus, name, rate, steps) for name in ON_NETWORK}
+            computing = min(one["step"] - one["exposed"] for one in found.values())
+            model = _fit(found, computing)
+            for name, one in found.items():
+                goal = found["allreduce"]["losses"][-1]
+                one["to_goal"] = next((t for t, loss in zip(one["seconds"], one["losses"], strict=True) if loss <= goal), None)
+                faster = one["to_goal"] and found["allreduce"]["to_goal"] / one["to_goal"]
+                one["predicted"] = {n: 1e3 * _predict(one, model, computing, n) for n in (4, *SCALES)}
+                table.row(
+                    rate, name, f"{1e3 * one['step']:.1f}", f"{one['kilobytes']:,.1f}", f"{one['on_link']:,.1f}",
+                    f"{one['losses'][-1]:.3f}", f"{one['to_goal']:.1f}" if faster else "-",
+                    f"{faster:.1f} x" if faster else "-", *(f"{one['predicted'][n]:,.1f}" for n in SCALES),
+                )  # fmt: skip
+            errors = [abs(one["predicted"][4] / 1e3 / one["step"] - 1) for one in found.values()]
+            table.row(
+                rate, f"the model's error: median {np.median(errors):.0%}, most {max(errors):.0%}", *[""] * (6 + len(SCALES))
+            )
+            data[rate] = {"methods": found, "seconds a message, a byte": model, "errors": errors}
+            groups[f"{rate} Mbit/s"] = {name: 1e3 * one["step"] for name, one in found.items()}
+    return table, data, partial(bars, "ms a step", groups)
+
+
+def _on_hosts(options, four, corpus, name, rate, steps):
+    """What a run over the hosts gave, a step: seconds, kilobytes counted, kilobytes on a link; and losses over seconds."""
+    settings, kind = ON_NETWORK[name]
+    out = options.work / f"{name.replace(' ', '-')}-{rate}"
+    settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
+    settings = {**LARGER, "train.max_steps": steps, "train.eval_every": 10, "resilience.deadline": 0, **settings}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = mpirun.command(hosts.COUNT, hosts.COUNT, dict.fromkeys(four.names, 1), "PATH")
+    before = four.sent()
+    run(
+        [
+            *four.on(1),
+            *command,
+            sys.executable,
+            "-m",
+            "dllm.train",
+            "--data",
+            corpus,
+            "--out",
+            out,
+            "--progress",
+            "none",
+            *words,
+        ],
+        {**mpirun.OPENMPI, **four.environment(), "PATH": os.environ["PATH"]},
+    )
+    link = np.mean(np.subtract(four.sent(), before)) / 1e3 / steps
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = _summary(lines)
+    times = [(line["tokens_per_second"], line["exposed_comm_fraction"]) for line in lines if "split" not in line]
+    tokens = LARGER["train.lanes"] * LARGER["train.window"]
+    seconds = [tokens / speed for speed, _ in times]
+    return found | {
+        "kind": kind, "topology": settings.get("averaging.topology"), "period": settings.get("averaging.period", 1),
+        "step": float(np.mean(seconds)),
+        "exposed": float(np.mean([s * part for s, (_, part) in zip(seconds, times, strict=True)])),
+        "kilobytes": 1e3 * found["megabytes"][-1] / steps, "on_link": float(link),
+        "seconds": [LARGER["log.every"] * sum(seconds[: step // LARGER["log.every"]]) for step in found["steps"]],
+    }  # fmt: skip
+
+
+def _traffic(one, ranks):
+    degree = cost.degree(one["topology"], ranks) if one["kind"] == "neighbours" else 1
+    here = cost.degree(one["topology"], hosts.COUNT) if one["kind"] == "neighbours" else 1
+    size = 1e3 * one["kilobytes"] * one["period"] / here
+    return cost.traffic(one["kind"], size, ranks, degree, one["period"])
+
+
+def _fit(found, computing):
+    points = [(max(one["step"] - computing, 1e-4), *_traffic(one, hosts.COUNT)) for one in found.values()]
+    return cost.fit(points)
+
+
+def _predict(one, model, computing, ranks):
+    messages, amount = _traffic(one, ranks)
+    return computing + model[0] * messages + model[1] * amount
 
 
 def _corpus(options):

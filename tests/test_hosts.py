@@ -4,10 +4,11 @@ import pathlib
 import re
 import time
 
-import hosts as network
 import pytest
 from launch import Job, flavour, mpirun, train_arguments
 from runs import metrics, same_losses
+
+from benchmarks import hosts as network
 
 STEPS = 150
 SILENCE = 10  # seconds; MPICH notices a cut link after many minutes only

@@ -1,6 +1,7 @@
-"""Four hosts on this machine: network namespaces on one switch, each with a name, an address and a link that can be cut."""
+"""Four hosts on this machine: network namespaces on one switch, with names, addresses, and links that can be slow or cut."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -73,6 +74,22 @@ class Hosts:
 
     def heal(self, number):
         _ip("-n", self.switch, "link", "set", f"p{number}", "up")
+
+    def limit(self, megabits):
+        """Let every link carry so many Mbit/s each way; 0: whatever it can."""
+        for number, name in enumerate(self.names, 1):
+            for space, device in ((name, "e0"), (self.switch, f"p{number}")):
+                tc = ["ip", "netns", "exec", space, "tc", "qdisc"]
+                subprocess.run([*tc, "del", "dev", device, "root"], capture_output=True, timeout=20, check=False)
+                if megabits:
+                    shape = ["tbf", "rate", f"{megabits}mbit", "burst", "256kb", "latency", "200ms"]
+                    subprocess.run([*tc, "add", "dev", device, "root", *shape], check=True, timeout=20)
+
+    def sent(self):
+        """Bytes that each host has sent over its link until now."""
+        show = [["ip", "-n", name, "-s", "-j", "link", "show", "e0"] for name in self.names]
+        found = [subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout for words in show]
+        return [json.loads(text)[0]["stats64"]["tx"]["bytes"] for text in found]
 
     def on(self, number):
         """The words before a command that runs it on host `number`."""

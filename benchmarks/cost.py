@@ -1,0 +1,52 @@
+"""What a step of an averaging method takes on n ranks: a model of latency and bandwidth, fitted to measured points.
+
+    seconds = computing + a x messages + b x bytes          a in seconds, b in seconds a byte (Hockney 1994)
+
+Messages and bytes are what the busiest rank sends one after the other, by the usual algorithms (Thakur, Rabenseifner and
+Gropp 2005): Allreduce of S bytes 2 (n - 1) messages and 2 (n - 1) / n S bytes, by a ring; Allgather n - 1 messages of S bytes;
+to each neighbour one message of S bytes.
+"""
+
+import math
+
+import numpy as np
+
+
+def traffic(kind, size, ranks, degree=0, period=1):
+    """(messages, bytes) of a rank in a step.
+
+    kind : allreduce | allgather | neighbours
+    size : bytes that a rank hands to MPI at a time
+    period : steps from one time to the next
+    """
+    if ranks == 1:
+        return 0.0, 0.0
+    messages, parts = {
+        "allreduce": (2 * (ranks - 1), 2 * (ranks - 1) / ranks),
+        "allgather": (ranks - 1, ranks - 1),
+        "neighbours": (degree, degree),
+    }[kind]
+    return messages / period, parts * size / period
+
+
+def degree(topology, ranks):
+    """Neighbours that a rank sends to; the most of any rank."""
+    if ranks == 1:
+        return 0
+    return {
+        "ring": min(2, ranks - 1), "one-peer-exponential": 1, "exponential": math.ceil(math.log2(ranks)),
+        "tree": min(3, ranks - 1), "torus": min(4, ranks - 1), "complete": ranks - 1,
+    }[topology]  # fmt: skip
+
+
+def fit(points):
+    """(a, b), not negative, of points (seconds beyond computing, messages, bytes): least squares of relative errors."""
+    seconds, messages, amounts = (np.array(values, float) for values in zip(*points, strict=True))
+    columns = np.stack([messages, amounts], axis=1) / seconds[:, None]
+    best, *_ = np.linalg.lstsq(columns, np.ones(len(seconds)), rcond=None)
+    for i in range(2):
+        if best[i] < 0:  # then the other explains it alone
+            other = columns[:, 1 - i]
+            best = np.zeros(2)
+            best[1 - i] = other.sum() / (other @ other)
+    return tuple(best)
