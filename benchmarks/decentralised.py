@@ -87,7 +87,7 @@ SCALES = (8, 64, 512, 4096)
 
 
 def network(options):
-    """Averaging methods on four hosts with links of 1 Gbit/s and 100 Mbit/s: a step's time and bytes, loss over time. Needs root."""
+    """Averaging methods on four hosts with links of 1 Gbit/s, 100 Mbit/s: time and bytes of a step, loss over time; as root."""
     reason = hosts.missing()
     if reason or options.data is None:
         sys.exit(reason or "say where the text is: --data FOLDER, with tinyshakespeare/ in it")
