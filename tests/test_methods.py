@@ -155,7 +155,7 @@ def test_each_step_is_the_matrix_recursion(comm, name, graph):
 
 @pytest.mark.parametrize("name", ["gradient-tracking", "exact-diffusion", "relaysum"])
 def test_exact_methods_reach_the_optimum_where_dpsgd_does_not(comm, name):
-    exact, plain = (Run(comm, one, lr=0.1).steps(400) for one in (name, "dpsgd"))
+    exact, plain = (Run(comm, one, lr=0.1).steps(1000) for one in (name, "dpsgd"))
     solution = Quadratics(comm.size).solution()
     assert np.abs(exact - solution).max() < 1e-8
     if comm.size > 2:
