@@ -73,6 +73,7 @@ class AveragingConfig:
     topology: str = (
         ""  # who is whose neighbour: ring, torus, hypercube, exponential, ... or a file of edges; "": the method's own
     )
+    hierarchical: bool = False  # true: Allreduce between the ranks of a node, the method between nodes
     weights: str = ""  # metropolis | uniform: of what comes from neighbours; "": what suits the topology
     degree: int = 3  # neighbours of a rank in random topologies
     compression: str = "none"  # of what travels: powersgd, sign, signum, top-k, random-k, qsgd, bf16
@@ -281,6 +282,8 @@ def _check_averaging(averaging):
         raise UserError(f"averaging.compression = {compression} does not go with averaging.method = {method}: {instead}")
     if averaging.topology and method in ("allreduce", "local-sgd", "diloco"):
         raise UserError(f"averaging.method = {method} has no neighbours: leave out averaging.topology")
+    if averaging.hierarchical and (method in ("allreduce", "choco", "async-gossip")):
+        raise UserError(f"averaging.hierarchical does not go with averaging.method = {method}; with dpsgd, for example")
     if averaging.period > 1 and method not in PERIODIC:
         raise UserError(f"averaging.period goes with {', '.join(PERIODIC)}, not with averaging.method = {method}")
 

@@ -8,6 +8,7 @@ import numpy as np
 from .comm.runtime import allgather
 from .errors import UserError
 
+LINKS = 64  # pairs of neighbours in a line of metrics, the slowest
 BEAT = 5.0  # seconds between signs of life in the run's folder
 SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
@@ -61,8 +62,8 @@ class Monitor:
         Raises UserError on all ranks.
         """
         times = self.seconds, self.averaging.exposed_seconds, self.averaging.flight_seconds
-        everyone = allgather(self.comm, (digest, times, state.lane_loss, self._holds()))
-        digests, times, losses, holds = zip(*everyone, strict=True)
+        everyone = allgather(self.comm, (digest, times, state.lane_loss, self._holds(), self.averaging.round_trips()))
+        digests, times, losses, holds, trips = zip(*everyone, strict=True)
         losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
         loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
@@ -86,6 +87,7 @@ class Monitor:
                     "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
                     "slowest_rank": slowest,
                     "bytes_sent": state.bytes_sent,
+                    **self._links(trips),
                     "parameters": digest,
                 }
             )
@@ -94,6 +96,11 @@ class Monitor:
         state.lane_loss[:] = 0
         state.tokens = state.bytes_sent = 0
         self.begin()
+
+    def _links(self, trips):
+        """The pairs of neighbours whose messages took longest: "rank-rank" -> seconds there and back."""
+        pairs = [(seconds, f"{rank}-{other}") for rank, found in enumerate(trips) for other, seconds in found.items()]
+        return {"neighbour_seconds": {pair: round(s, 6) for s, pair in sorted(pairs, reverse=True)[:LINKS]}} if pairs else {}
 
     def check_claim(self, step):
         """Raise UserError on all ranks where another job has taken the run's folder. Collective."""

@@ -101,9 +101,10 @@ class Trainer:
                 int(config.averaging.bucket_mb * 2**20), crowded,
             )  # fmt: skip
         else:
-            self.averaging = methods.method(config.averaging.method)(
-                comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train, crowded, self.layout
-            )
+            self.averaging = methods.make(
+                place.comm, comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train, crowded,
+                self.layout,
+            )  # fmt: skip
             self.averaging.step = self.state.step
         self.means = None  # theta and moments of the model that all ranks make up, where each has its own
         if not self.averaging.identical:
@@ -147,7 +148,7 @@ class Trainer:
                 self.lanes = Lanes(self.corpus, "train", range(B), B, train.window, self.mine.start)
             else:
                 self.lanes = Lanes(self.corpus, "train", self.mine, train.lanes, train.window)
-        predicted = np.concatenate(comm.allgather([self.lanes.predicted] * B))
+        predicted = np.concatenate(allgather(comm, [self.lanes.predicted] * B))
         self.schedule = Schedule(predicted, train.window, train.last_window)
 
     def _own(self):
@@ -160,10 +161,9 @@ class Trainer:
     def _made_by(self):
         """What must be the same for `_own` to be of use."""
         averaging = self.config.averaging
-        return " ".join(
-            f"{name}={getattr(averaging, name)}"
-            for name in ("method", "topology", "weights", "degree", "compression", "rank", "fraction")
-        )
+        names = ("method", "topology", "weights", "degree", "compression", "rank", "fraction")
+        made_by = " ".join(f"{name}={getattr(averaging, name)}" for name in names)
+        return f"{made_by} ranks of a node={self.place.ranks}" if averaging.hierarchical else made_by
 
     def _take_own(self, resume):
         """Go on from this rank's own model and memories, where it wrote them; else from the average. Collective."""

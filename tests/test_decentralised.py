@@ -28,6 +28,7 @@ METHODS = {
     "allreduce own": ("train.clip_by=own", "train.clip=1e9"),
 }  # fmt: skip
 MOVING = ("async-gossip", "averaging.period=10")  # its runs are never the same twice
+ALONE = ("local-sgd", "diloco", MOVING[0])  # do not send in every step
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_every_method_comes_near_the_loss_of_allreduce(folder, name):
     else:
         assert last["own_loss"] == pytest.approx(last["loss"], rel=0.1)
         assert 0 <= last["consensus_distance"] < 0.5
-    assert (np.array(column(metrics(folder / name, "train"), "bytes_sent")) > 0).all() or "period" in str(METHODS.get(name))
+    sent = np.array(column(metrics(folder / name, "train"), "bytes_sent"))
+    assert sent.any() if name in ALONE else sent.all()
 
 
 def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):

@@ -10,6 +10,7 @@ An averaging method is what the training step asks for:
     clear()                 it has read all
     mix(theta, lr)          what the parameters become after the optimiser's step
     average(out)            the model that all ranks make up
+    round_trips()           neighbour -> seconds that it takes to answer, where ranks have neighbours
 
 plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None; `unsound`, whether
 this rank's own share of the gradient is known not to be finite; `identical`, whether all ranks keep the same parameters;
@@ -26,6 +27,19 @@ from ..kernels.optim import sum_of_squares
 from .runtime import wait
 
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the model
+
+
+def sent_by_allreduce(nbytes, ranks):
+    """Bytes that a rank sends for an Allreduce of `nbytes`, by the usual algorithms for long messages.
+
+    Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH".
+    """
+    return 2 * (ranks - 1) * nbytes // ranks
+
+
+def sent_by_allgather(nbytes, ranks):
+    """Bytes that a rank sends for an Allgather to which each gives `nbytes`, by any of the usual algorithms."""
+    return (ranks - 1) * nbytes
 
 
 class Allreduce:
@@ -76,12 +90,11 @@ class Allreduce:
         self.squares = 0.0 if self.buckets else None
         self.control[0, : len(control)] = control
         self.control_request = self.comm.Iallreduce(self.control[0], self.control[1], MPI.MAX)
-        sent = self.control[0].nbytes
+        self.bytes_sent += sent_by_allreduce(self.control[0].nbytes, self.comm.size)
         if self.sparse:
             self.mine[: len(tokens)], self.mine[len(tokens) :] = tokens, -1
             self.rows_request = self.comm.Iallgather(self.mine, self.everyones)
-            sent += self.mine.nbytes
-        self.bytes_sent += sent if self.comm.size > 1 else 0
+            self.bytes_sent += sent_by_allgather(self.mine.nbytes, self.comm.size)
 
     def agreed(self):
         """The maximum over ranks of the control values given to `begin`."""
@@ -136,6 +149,10 @@ class Allreduce:
     def average(self, out):
         """Nothing to do: every rank has it."""
 
+    def round_trips(self):
+        """None: there are no neighbours."""
+        return {}
+
     def describe(self):
         """A few words for the header of a run."""
         return f"allreduce in {len(self.buckets)} buckets while backward runs"
@@ -156,7 +173,7 @@ class Allreduce:
             send, receive = self.vector[bucket], buffer[: bucket.stop - bucket.start]
             self.departed = self.departed or time.perf_counter()
             self.flight.append((self.comm.Iallreduce(send, receive), bucket, buffer))
-            self.bytes_sent += send.nbytes
+            self.bytes_sent += sent_by_allreduce(send.nbytes, self.comm.size)
             self.next += 1
 
     def _arrived(self):
@@ -189,7 +206,7 @@ class Allreduce:
             self._wait(self.comm.Iallreduce(send, receive))
             self._suspect(receive, send)
             self.table[self.rows] = receive
-            self.bytes_sent += send.nbytes
+            self.bytes_sent += sent_by_allreduce(send.nbytes, self.comm.size)
 
     def _wait(self, request):
         if self.polite:

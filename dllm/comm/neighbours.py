@@ -1,13 +1,16 @@
 """Exchange with the neighbours in a topology by MPI's neighbourhood collectives, none of which blocks."""
 
+import itertools
 import time
 
 import numpy as np
 from mpi4py import MPI
 
 from ..kernels.reduce import weighted_sum
-from .runtime import wait
+from .averaging import sent_by_allreduce
+from .runtime import NAP, wait
 
+PROBE, ASK, ANSWER = 1 << 15, 1, 2  # bytes of a probe of a link; tags
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
 
 
@@ -45,6 +48,30 @@ class Neighbours:
     def degree(self, step):
         """How many ranks this one sends to in a step."""
         return len(self.receivers[self.topology.phase(step)])
+
+    def round_trips(self, comm, polite):
+        """Receiver -> seconds until it has answered PROBE bytes with as many. Collective over `comm`, all pairs at once."""
+        mine = np.zeros(PROBE, np.uint8)
+        asked, answering, answers, begun, found = {}, [], {}, {}, {}
+        for rank in set(itertools.chain(*self.senders)):
+            buffer = np.empty_like(mine)
+            asked[rank] = comm.Irecv(buffer, rank, ASK), buffer
+        for rank in set(itertools.chain(*self.receivers)):
+            buffer = np.empty_like(mine)
+            answers[rank] = comm.Irecv(buffer, rank, ANSWER), buffer
+        for rank in answers:
+            begun[rank] = time.perf_counter()
+            answering.append(comm.Isend(mine, rank, ASK))
+        while asked or answers:
+            for rank in [rank for rank, (request, _) in asked.items() if request.Test()]:
+                answering.append(comm.Isend(asked.pop(rank)[1], rank, ANSWER))
+            for rank in [rank for rank, (request, _) in answers.items() if request.Test()]:
+                found[rank] = time.perf_counter() - begun[rank]
+                del answers[rank]
+            if polite:
+                time.sleep(NAP)
+        MPI.Request.Waitall(answering)
+        return found
 
     def duplicate(self):
         """The same neighbours, with communicators of their own: messages of two exchanges must not be taken for each other."""
@@ -129,10 +156,10 @@ class Mixing:
 
 
 def mean(comm, x, out, bucket_bytes=1 << 22):
-    """out (P,) = the mean over ranks of x (P,), the same bits on all of them. Collective. Returns the bytes handed to MPI."""
+    """out (P,) = the mean over ranks of x (P,), the same bits on all of them. Collective. Returns the bytes sent."""
     step = max(1, bucket_bytes // x.itemsize)
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         comm.Iallreduce(x[part].copy(), out[part], MPI.SUM).Wait()
         out[part] /= comm.size
-    return x.nbytes if comm.size > 1 else 0
+    return sent_by_allreduce(x.nbytes, comm.size)

@@ -17,9 +17,9 @@ import time
 import numpy as np
 
 from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
-from .averaging import Allreduce
+from .averaging import Allreduce, sent_by_allreduce
 from .recovery import Watch
-from .runtime import NAP
+from .runtime import NAP, allgather
 
 READY, SUMMED, READ = 0, 8, 16  # places of the counters: a line of the cache each
 SQUARES = SUMMED + 1  # place of a float64: the sum of squares of the rank's shards
@@ -46,14 +46,14 @@ class SharedMemory:
                 os.ftruncate(handle, length)
         except (OSError, AttributeError) as error:
             problem = str(error)
-        place = node.bcast((os.getpid(), handle, problem))
+        place = allgather(node, (os.getpid(), handle, problem))[0]
         try:
             if place[2] is None:
                 own = handle if node.rank == 0 else os.open(f"/proc/{place[0]}/fd/{place[1]}", os.O_RDWR)
                 memory = mmap.mmap(own, length)
         except OSError as error:
             problem = str(error)
-        problem = next((text for text in node.allgather(problem) if text), None)
+        problem = next((text for text in allgather(node, problem) if text), None)
         if node.rank == 0 and handle is not None and problem:
             os.close(handle)
         if problem:
@@ -90,7 +90,7 @@ def share(comm, node, size, dtype):
             memory = SharedMemory(node, size, dtype)
         except OSError:
             memory = None
-    everyone = comm.allgather(node.size if memory is not None else 0)
+    everyone = allgather(comm, node.size if memory is not None else 0)
     return memory if len(set(everyone)) == 1 else None
 
 
@@ -200,8 +200,8 @@ class NodeAllreduce(Allreduce):
 
     def _count(self, elements):
         """Bytes that others read of this rank, its parts of their shards and its own shard, or that it sends to nodes."""
-        copies = 2 * (self.node.size - 1) + (self.peers.size > 1)
-        self.bytes_sent += copies * elements * self.vector.itemsize
+        nbytes = elements * self.vector.itemsize
+        self.bytes_sent += 2 * (self.node.size - 1) * nbytes + sent_by_allreduce(nbytes, self.peers.size)
 
     def _shard(self, bucket, rank):
         """Which part of a bucket a rank of this node adds up."""

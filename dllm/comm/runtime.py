@@ -147,14 +147,14 @@ def node(comm):
     cores = _cores(local)
     return types.SimpleNamespace(
         comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size),
-        mates=dict(local.allgather((comm.rank, os.getpid()))),
+        mates=dict(allgather(local, (comm.rank, os.getpid()))),
     )  # fmt: skip
 
 
 def _cores(local):
     """Cores that the ranks of this node may use together, however MPI has bound them."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return len(set().union(*local.allgather(set(mine))))
+    return len(set().union(*allgather(local, set(mine))))
 
 
 def mpi_library():

@@ -3,6 +3,7 @@
 To add one: a class like those here, a line in METHODS, its name in config.CHOICES.
 """
 
+import functools
 import importlib
 
 METHODS = {  # averaging.method -> file, class
@@ -31,3 +32,13 @@ def method(name):
     """The class of an averaging.method, plain Allreduce apart."""
     file, kind = METHODS[name]
     return getattr(importlib.import_module(f".{file}", __name__), kind)
+
+
+def make(node, comm, x, gradient, table, config, *others):
+    """The method that an AveragingConfig means, on this rank. node: communicator of a node's ranks; others: of OwnSteps."""
+    kind = method(config.method)
+    if config.hierarchical:
+        from .hierarchical import Hierarchical
+
+        kind = functools.partial(Hierarchical, kind, node)
+    return kind(comm, x, gradient, table, config, *others)

@@ -4,6 +4,7 @@ import numpy as np
 
 from ...kernels.compress import add_signs, pack_signs
 from .. import compression
+from ..averaging import sent_by_allgather, sent_by_allreduce
 from ..powersgd import PowerSGD
 from ..runtime import agree
 from .own_steps import OwnSteps
@@ -58,7 +59,7 @@ class CompressedAllreduce(OwnSteps):
         with self.exposed():
             self.average_of.average(g)
         self.unsound = self.average_of.unsound
-        self.bytes_sent += self.average_of.size if self.comm.size > 1 else 0
+        self.bytes_sent += sent_by_allreduce(self.average_of.size, self.comm.size)
 
     def _gathered(self, g):
         self.feedback.encode(g, self.payload, self.step, self.comm.rank)
@@ -89,4 +90,4 @@ class CompressedAllreduce(OwnSteps):
 
     def _gather(self):
         self.wait(self.comm.Iallgather(self.payload, self.everyones))
-        self.bytes_sent += self.payload.nbytes if self.comm.size > 1 else 0
+        self.bytes_sent += sent_by_allgather(self.payload.nbytes, self.comm.size)

@@ -14,8 +14,11 @@ from mpi4py import MPI
 from ...errors import UserError
 from ...kernels.optim import sum_of_squares
 from .. import topology
+from ..averaging import sent_by_allreduce
 from ..neighbours import Mixing, Neighbours, mean
 from ..runtime import agree, wait
+
+FEW = 512  # ranks: of more the spectral gap would take minutes
 
 
 class OwnSteps:
@@ -57,7 +60,7 @@ class OwnSteps:
         self.tensors, self.scale = tensors or OneTensor(x.size), comm.size  # the loss is scaled so that gradients have a mean
         self.bucket_bytes = int(config.bucket_mb * 2**20)
         self.control, self.step = np.zeros((2, 5)), 0
-        self.arrays, self.mixings = {}, []
+        self.arrays, self.mixings, self.neighbours = {}, [], None
         self.squares = self.rows = None
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
         self.prepare()
@@ -90,7 +93,7 @@ class OwnSteps:
         name = self.config.topology or self.default_topology
         graph = agree(self.comm, topology.make, name, self.comm.size, self.config.degree, self.seed)
         if kind == "column":
-            return Neighbours(self.comm, graph, agree(self.comm, topology.weights, graph, "column"))
+            return self._neighbours(graph, agree(self.comm, topology.weights, graph, "column"))
         if kind == "symmetric" and (graph.directed or len(graph.phases) > 1):
             raise UserError.of_all(
                 f"averaging.method = {self.config.method} needs neighbours that hear each other in every step; "
@@ -105,7 +108,12 @@ class OwnSteps:
             )
         if kind == "symmetric" and not all(np.array_equal(W, W.T) for W in matrices):
             raise UserError.of_all(f"averaging.method = {self.config.method} needs averaging.weights = metropolis here")
-        return Neighbours(self.comm, graph, matrices)
+        return self._neighbours(graph, matrices)
+
+    def _neighbours(self, graph, matrices):
+        self.neighbours = Neighbours(self.comm, graph, matrices)
+        self.gap = topology.spectral_gap(matrices) if self.comm.size <= FEW else None
+        return self.neighbours
 
     def mixing(self, neighbours, length=None):
         """A Mixing of vectors like x."""
@@ -117,8 +125,9 @@ class OwnSteps:
     def describe(self):
         """A few words for the header of a run."""
         config, words = self.config, [self.config.method]
-        if self.mixings or config.topology:
-            words.append(f"on {config.topology or self.default_topology}")
+        if self.neighbours:
+            gap = "" if self.gap is None else f" (spectral gap {self.gap:.2g})"
+            words.append(f"on {config.topology or self.default_topology}{gap}")
         if self.meets:
             words.append(f"every {config.period} steps" if config.period > 1 else "every step")
         if config.compression != "none":
@@ -129,10 +138,10 @@ class OwnSteps:
         """Whether ranks meet at the end of this step."""
         return (self.step + 1) % self.config.period == 0
 
-    def mean(self, x, out):
-        """out (P,) = the mean of all ranks' x (P,)."""
+    def mean(self, x, out, comm=None):
+        """out (P,) = the mean of all ranks' x (P,), or of those in `comm`."""
         with self.exposed():
-            self.bytes_sent += mean(self.comm, x, out, self.bucket_bytes)
+            self.bytes_sent += mean(comm or self.comm, x, out, self.bucket_bytes)
 
     def exchange(self, graph, outgoing, incoming):
         """Row j of outgoing (d,n) goes to neighbour j, what comes back becomes row j of incoming (d,n)."""
@@ -172,7 +181,7 @@ class OwnSteps:
         self.control_request = None
         if not self.meets or self.meeting():
             self.control_request = self.comm.Iallreduce(self.control[0], self.control[1], MPI.MAX)
-            self.bytes_sent += self.control[0].nbytes if self.comm.size > 1 else 0
+            self.bytes_sent += sent_by_allreduce(self.control[0].nbytes, self.comm.size)
         self.depart()
 
     def agreed(self):
@@ -212,6 +221,10 @@ class OwnSteps:
 
     def end(self):
         pass
+
+    def round_trips(self):
+        """Receiver -> seconds until it has answered a short message with another. Collective."""
+        return self.neighbours.round_trips(self.comm, self.polite) if self.neighbours else {}
 
     def under_way(self):
         communicators, requests = [self.comm], []
