@@ -157,9 +157,10 @@ class Mixing:
 
 def mean(comm, x, out, bucket_bytes=1 << 22):
     """out (P,) = the mean over ranks of x (P,), the same bits on all of them. Collective. Returns the bytes sent."""
-    step = max(1, bucket_bytes // x.itemsize)
+    step, sent = max(1, bucket_bytes // x.itemsize), 0
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         comm.Iallreduce(x[part].copy(), out[part], MPI.SUM).Wait()
         out[part] /= comm.size
-    return sent_by_allreduce(x.nbytes, comm.size)
+        sent += sent_by_allreduce(x[part].nbytes, comm.size)
+    return sent
