@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, resilience
+from . import commands, decentralised, papers, resilience
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "recovery": resilience.recovery,
     "decentralised": decentralised.decentralised,
     "network": decentralised.network,
+    "papers": papers.papers,
 }
 PEERS = ["torch", "tensorflow", "jax"]
 
@@ -42,13 +43,16 @@ def main():
         command.add_argument("--quick", action="store_true", help="one short round: to see that it works, not to quote")
         command.add_argument("--ranks", type=int, default=2, help="ranks, and cores that peers get (default 2)")
         command.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
+        command.add_argument("--steps", type=int, default=0, help="decentralised, network, papers: of training")
         command.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
         command.add_argument(
             "--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}, where installed"
         )
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"), help="default: ./results")
         command.add_argument(
-            "--data", type=pathlib.Path, help="quality, decentralised: folder with tinyshakespeare/ and wikitext-2/"
+            "--data",
+            type=pathlib.Path,
+            help="quality and averaging methods: folder with tinyshakespeare/ and wikitext-2/",
         )
     options = parser.parse_args()
     options.seconds = 1 if options.quick else 8

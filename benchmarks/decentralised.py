@@ -1,6 +1,5 @@
 """Averaging methods side by side: what a model is worth after as many steps or seconds, and what was sent for it."""
 
-import json
 import os
 import sys
 from functools import partial
@@ -11,7 +10,7 @@ from dllm import mpirun
 
 from . import cost, hosts
 from .results import Table, bars
-from .runs import run, train
+from .runs import metrics, run, train
 
 MODEL = {
     "model.embedding": 64, "model.hidden": 192, "model.layers": 1, "train.lanes": 64, "train.window": 32, "train.clip": 5.0,
@@ -47,7 +46,7 @@ def decentralised(options):
     """Averaging methods on tinyshakespeare by characters: validation loss after equal steps, and bytes that a rank sends."""
     if options.data is None:
         sys.exit("say where the text is: --data FOLDER, with tinyshakespeare/ in it")
-    steps = 60 if options.quick else 1000
+    steps = options.steps or (60 if options.quick else 1000)
     table = Table(
         f"Averaging methods, tinyshakespeare, {steps} steps, {options.ranks} ranks",
         [("method", 24), ("loss", 9), ("to allreduce", 14), ("ranks' own", 12), ("apart", 9), ("KB a step", 12)],
@@ -59,8 +58,7 @@ def decentralised(options):
         settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
         common = {**MODEL, "train.max_steps": steps, "train.eval_every": max(1, steps // 20)}
         train(options.ranks, out, "--data", corpus, settings={**common, **settings})
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found = data[name] = _summary(lines)
+        found = data[name] = _summary(metrics(out))
         curves[name] = list(zip(found["megabytes"], found["losses"], strict=True))
         first = data["allreduce"]["losses"][-1]
         own, apart = found["own_loss"], found["consensus_distance"]
@@ -91,7 +89,7 @@ def network(options):
     reason = hosts.missing()
     if reason or options.data is None:
         sys.exit(reason or "say where the text is: --data FOLDER, with tinyshakespeare/ in it")
-    corpus, steps = _corpus(options), 40 if options.quick else 150
+    corpus, steps = _corpus(options), options.steps or (40 if options.quick else 150)
     table = Table(
         f"Averaging methods on four hosts, tinyshakespeare, {steps} steps",
         [("Mbit/s", 8), ("method", 22), ("ms a step", 12), ("KB a step", 12), ("on the link", 13), ("loss", 9),
@@ -150,7 +148,7 @@ def _on_hosts(options, four, corpus, name, rate, steps):
         {**mpirun.OPENMPI, **four.environment(), "PATH": os.environ["PATH"]},
     )
     link = np.mean(np.subtract(four.sent(), before)) / 1e3 / steps
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     found = _summary(lines)
     times = [(line["tokens_per_second"], line["exposed_comm_fraction"]) for line in lines if "split" not in line]
     tokens = LARGER["train.lanes"] * LARGER["train.window"]

@@ -14,7 +14,7 @@ from dllm.data import shards
 from dllm.data.tokenizers import WordTokenizer
 
 PEERS = pathlib.Path(__file__).parent / "peers"
-LIMIT = 1800  # seconds, of any one run
+LIMIT = 4 * 3600  # seconds, of any one run
 
 
 def installed(package):
@@ -64,6 +64,11 @@ def train(ranks, out, *arguments, settings=(), survive=False):
     options = [word for key, value in dict(settings).items() for word in ("--set", f"{key}={value}")]
     run([*mpirun(ranks, "dllm.train", "--out", out, "--progress", "none", survive=survive), *arguments, *options])
     return json.loads((out / "summary.json").read_text())
+
+
+def metrics(out):
+    """The lines of metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 class Steps:

@@ -44,24 +44,28 @@ class Evaluation:
         self.model = LanguageModel(*shape, training=False, team=team)
 
     def run(self, theta, beat=lambda: None):
-        """{"split", "tokens", "loss", "perplexity", "bits_per_token", "bits_per_byte"} of theta (P,); loss in nats a token.
+        """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
 
-        beat() is called after each window.
+        loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
+        papers have it. beat() is called after each window.
         """
         B, config = len(self.lanes.starts), self.model.config
         self.model.bind(theta)
         h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
         c = np.zeros_like(h)
-        total = 0.0
+        totals = np.zeros(self.schedule.windows)
         with together(self.comm):
             for number in range(self.schedule.windows if B else 0):
                 tokens, targets = self.lanes.window(number, self.schedule.width(number))
-                total += self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 beat()
         tokens = self.schedule.per_epoch
-        loss = sum(allgather(self.comm, float(total))) / tokens
+        totals = sum(allgather(self.comm, totals))
+        loss = float(totals.sum()) / tokens
+        losses = totals / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
         return {
             "split": self.split, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "window_perplexity": float(np.exp(np.minimum(losses, 700)).mean()),
             "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
         }  # fmt: skip
 
