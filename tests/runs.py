@@ -7,13 +7,14 @@ import h5py
 import numpy as np
 
 TIMES = ("tokens_per_second", "exposed_comm_fraction", "hidden_comm_fraction", "busy_seconds", "slowest_rank")
+LINKS = "neighbour_seconds"  # only where ranks have neighbours
 
 
 def metrics(run, split=None):
     """The lines of metrics.jsonl without what a clock measured. split: None all, "train", or an evaluation's."""
     lines = [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
     assert all(name in line for line in lines if "split" not in line for name in TIMES)
-    lines = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    lines = [{name: value for name, value in line.items() if name not in (*TIMES, LINKS)} for line in lines]
     return [line for line in lines if split in (None, line.get("split", "train"))]
 
 

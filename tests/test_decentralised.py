@@ -9,6 +9,8 @@ import pytest
 from launch import complaint, mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
 
+from dllm.data.shards import Corpus
+
 STEPS, RANKS = 40, 3
 COMMON = (
     "train.precision=fp64", "train.optimizer=sgd", "train.lr=0.5",
@@ -28,18 +30,26 @@ METHODS = {
     "allreduce own": ("train.clip_by=own", "train.clip=1e9"),
 }  # fmt: skip
 MOVING = ("async-gossip", "averaging.period=10")  # its runs are never the same twice
+UNEVEN = 25  # steps on text that is dealt out unevenly
 ALONE = ("local-sgd", "diloco", MOVING[0])  # do not send in every step
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    """Each run twice: whole as NAME, and as NAME-2 with a break in the middle. All in one start of the ranks."""
-    folder, commands = tmp_path_factory.mktemp("methods"), []
+def folder(tiny, shakespeare, tmp_path_factory):
+    """Runs NAME, NAME-2 with a break in the middle, NAME-3 on uneven private text. All in one start of the ranks."""
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / "text").write_bytes(shakespeare[:60_000])
+    deal = "--deal", "dirichlet", "--alpha", "0.5", "--seed", "3", "--out", folder / "part{rank}"
+    texts = "--train", folder / "text", "--valid", folder / "text"
+    mpirun(RANKS, "-m", "dllm.prepare", *texts, "--tokenizer", "char", *deal, check=True)
+    commands = []
     for name, settings in (*METHODS.items(), (MOVING[0], MOVING[1:])):
         settings = (*COMMON, f"averaging.method={name.split()[0]}", *settings)
         whole, broken = (train_arguments(tiny, folder / f"{name}{end}", *settings)[2:] for end in ("", "-2"))
         resume = ["--resume", folder / f"{name}-2", "--progress", "none"]
         commands += [whole, [*broken, "--max-steps", "20"], resume]
+        uneven = train_arguments(folder / "part{rank}", folder / f"{name}-3", *settings, f"train.max_steps={UNEVEN}")
+        commands.append(uneven[2:])
     (folder / "commands.json").write_text(json.dumps(commands, default=str))
     several = pathlib.Path(__file__).with_name("several.py")
     done = mpirun(RANKS, several, folder / "commands.json", timeout=200, check=True)
@@ -81,6 +91,30 @@ def test_every_method_comes_near_the_loss_of_allreduce(folder, name):
         assert 0 <= last["consensus_distance"] < 0.5
     sent = np.array(column(metrics(folder / name, "train"), "bytes_sent"))
     assert sent.any() if name in ALONE else sent.all()
+
+
+@pytest.mark.parametrize("name", [*METHODS, MOVING[0]])
+def test_every_method_learns_from_uneven_private_text(folder, name):
+    sizes = [Corpus(folder / f"part{rank}").split("train")["tokens"] for rank in range(RANKS)]
+    assert max(sizes) > 3 * min(sizes)
+    assert metrics(folder / f"{name}-3", "valid")[-1]["loss"] < 0.95 * metrics(folder / f"{name}-3", "train")[0]["loss"]
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("dpsgd", 6), ("sgp", 4), ("choco", 6), ("local-sgd", 0), ("allreduce", 0)])
+def test_a_line_of_metrics_tells_how_long_each_neighbour_takes_to_answer(folder, name, pairs):
+    for line in (folder / name / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line).get("neighbour_seconds", {})
+        assert len(found) == (0 if "split" in line else pairs)
+        for pair, seconds in found.items():
+            assert re.fullmatch("[0-2]-[0-2]", pair)
+            assert 0 < seconds < 10
+
+
+def test_the_header_of_a_run_tells_how_well_its_graph_mixes(tiny, tmp_path):
+    settings = "averaging.method=dpsgd", "averaging.topology=ring", "train.optimizer=sgd", "train.max_steps=2"
+    arguments = [word for word in train_arguments(tiny, tmp_path / "run", *settings) if word not in ("--progress", "none")]
+    done = mpirun(4, *arguments, check=True)
+    assert "dpsgd on ring (spectral gap 0.67)" in done.stdout  # 1 - 1/3: eigenvalues (1 + 2 cos(pi k / 2)) / 3
 
 
 def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from launch import Job, flavour, mpirun, train_arguments
-from runs import metrics, same_losses
+from runs import column, metrics, same_losses
 
 from benchmarks import hosts as network
 
@@ -36,6 +36,26 @@ def job(hosts, data, run):
     train = train_arguments(data, run, *SETTINGS)[2:]
     launch = ["-m", "dllm.launch", "--hostfile", hosts.file, "--silence", SILENCE, "--", *train]
     return Job(0, *launch, timeout=150, env=hosts.environment(), before=hosts.on(1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("averaging.method=choco", "averaging.topology=ring", "averaging.compression=sign")],
+    ids=["allreduce", "choco sign"],
+)
+def test_the_bytes_counted_are_those_that_the_links_carry(hosts, tiny, tmp_path, settings):
+    larger = "model.hidden=256", "model.embedding=256", "train.window=4", "train.eval_every=1000"
+    settings = (*SETTINGS, *larger, "checkpoint.every_steps=0", "train.clip=0", "train.optimizer=sgd", *settings)
+    counted, carried = [], []
+    for steps in (10, 40):  # the difference is 30 steps and nothing else
+        run, before = tmp_path / str(steps), sum(hosts.sent())
+        train = train_arguments(tiny, run, *settings, f"train.max_steps={steps}", f"log.every={steps}")[2:]
+        launch = ["-m", "dllm.launch", "--hostfile", hosts.file, "--", *train]
+        with Job(0, *launch, timeout=100, env=hosts.environment(), before=hosts.on(1)) as started:
+            assert started.wait().returncode == 0, str(started)
+        carried.append(sum(hosts.sent()) - before)
+        counted.append(network.COUNT * column(metrics(run, "train"), "bytes_sent").sum())
+    assert carried[1] - carried[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
 def check(run, undisturbed):

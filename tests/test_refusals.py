@@ -82,6 +82,17 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "prepare: unwritable, below a file": (PREPARE + " --out text.txt/a/new", "cannot write to --out text.txt/a/new: "),
     "prepare: unwritable, /proc": (PREPARE + " --out /proc/x/new", "cannot write to --out /proc/x/new: No such file"),
     "prepare: one folder for private texts": (PREPARE + " --train site{rank}.txt", r"--train has \{rank\}, so --out"),
+    "prepare: dealt to one folder": (PREPARE + " --deal files", r"--deal gives each rank a folder .* put \{rank\} in --out"),
+    "prepare: private and dealt": (
+        PREPARE + "{rank} --deal evenly --valid v{rank}.txt",
+        r"--deal is for text that all ranks can read: leave \{rank\} out",
+    ),
+    "prepare: no shares": (PREPARE + "{rank} --deal dirichlet --alpha 0", "--alpha: 0 is not a number of at least 0.001"),
+    "prepare: missing file to deal": (PREPARE + "{rank} --deal files --valid nothing.txt", "cannot read nothing.txt: No such"),
+    "averaging: hierarchical without neighbours": (
+        TRAIN + " --set averaging.hierarchical=true",
+        "averaging.hierarchical does not go with averaging.method = allreduce; with dpsgd, for example",
+    ),
     "evaluate: no run": ("dllm.evaluate nothing", "nothing is not the folder of a run"),
     "evaluate: no checkpoint": ("dllm.evaluate fresh", "fresh has no checkpoint to start from"),
     "evaluate: another vocabulary": ("dllm.evaluate run --data other", "the vocabulary of .*other is not the one that"),
@@ -111,6 +122,10 @@ ON_FOUR = {
     "train: one rank's text damaged": (TRAIN + " --data site{rank}", r"site2/train-00000.h5 is damaged.* \(rank 2\)"),
     "train: one rank's vocabulary differs": (TRAIN + " --data odd{rank}", "do not agree on the vocabulary: rank 0 has"),
     "train: one rank has no valid split": (TRAIN + " --data short{rank}", "splits: rank 0 has .*, rank 3 has train;"),
+    "prepare: fewer files than ranks": (
+        PREPARE + "{rank} --deal files",
+        "rank 1 of 4 gets no train text: take fewer ranks, or more files",
+    ),
     "prepare: one text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt: .* \(rank 3\)"),
 }
 STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")

@@ -98,6 +98,37 @@ def test_empty_files_have_no_pieces(tmp_path):
     assert text.plan([tmp_path / "empty"]) == text.plan([]) == []
 
 
+@FEW
+@given(st.lists(st.text("aß\n", max_size=40), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 99))
+def test_what_is_dealt_out_is_all_there_once_in_order_and_cut_at_line_ends(tmp_path_factory, contents, ranks, seed):
+    folder = tmp_path_factory.getbasetemp()
+    paths = [folder / f"dealt{number}" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(content)
+    for shares in (text.evenly(paths, ranks), text.by_file(paths, ranks), text.by_dirichlet(paths, ranks, 0.5, seed)):
+        assert shares.shape == (len(paths), ranks)
+        np.testing.assert_allclose(shares.sum(axis=1), 1)
+        dealt = text.deal_out(paths, shares)
+        for path, content in zip(paths, contents, strict=True):
+            parts = [span for spans in dealt for span in spans if span.path == str(path)]
+            read = [b"".join(piece.read() for pieces in text.plan([part]) for piece in pieces).decode() for part in parts]
+            assert "".join(read) == content
+            for number in range(1, len(read)):
+                assert read[number - 1].endswith("\n") or "\n" not in "".join(read[number:])
+
+
+def test_files_go_to_the_rank_with_least_and_small_alphas_make_uneven_shares(tmp_path):
+    paths = [tmp_path / str(size) for size in (5, 40, 10, 30, 20)]
+    for path in paths:
+        path.write_text("x" * int(path.name))
+    assert text.by_file(paths, 2).argmax(axis=1).tolist() == [0, 0, 0, 1, 1]
+    uneven, even = (text.by_dirichlet(["f"] * 500, 8, alpha, 1) for alpha in (0.1, 100))
+    assert 0.6 < uneven.max(axis=1).mean() < 0.8  # by simulation: 0.70
+    assert 0.12 < even.max(axis=1).mean() < 0.16
+    np.testing.assert_array_equal(even, text.by_dirichlet(["f"] * 500, 8, 100, 1))
+    assert not np.array_equal(even, text.by_dirichlet(["f"] * 500, 8, 100, 2))
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*/missing: No such file"):
         text.plan([tmp_path / "missing"])

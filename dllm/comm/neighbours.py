@@ -10,7 +10,7 @@ from ..kernels.reduce import weighted_sum
 from .averaging import sent_by_allreduce
 from .runtime import NAP, wait
 
-PROBE, ASK, ANSWER = 1 << 15, 1, 2  # bytes of a probe of a link; tags
+PROBE, ASK, ANSWER = 1 << 13, 1, 2  # bytes of a probe of a link; tags
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
 
 
