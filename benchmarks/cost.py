@@ -7,9 +7,9 @@ Gropp 2005): Allreduce of S bytes 2 (n - 1) messages and 2 (n - 1) / n S bytes, 
 to each neighbour one message of S bytes.
 """
 
-import math
-
 import numpy as np
+
+from dllm.comm import topology
 
 
 def traffic(kind, size, ranks, degree=0, period=1):
@@ -29,14 +29,10 @@ def traffic(kind, size, ranks, degree=0, period=1):
     return messages / period, parts * size / period
 
 
-def degree(topology, ranks):
-    """Neighbours that a rank sends to; the most of any rank."""
-    if ranks == 1:
-        return 0
-    return {
-        "ring": min(2, ranks - 1), "one-peer-exponential": 1, "exponential": math.ceil(math.log2(ranks)),
-        "tree": min(3, ranks - 1), "torus": min(4, ranks - 1), "complete": ranks - 1,
-    }[topology]  # fmt: skip
+def degree(name, ranks):
+    """Neighbours that a rank sends to in a step, the most of any rank."""
+    graph = topology.make(name, ranks)
+    return max(len(graph.receivers(phase, rank)) for phase in range(len(graph.phases)) for rank in range(ranks))
 
 
 def fit(points):

@@ -1,6 +1,6 @@
 """Averaging methods side by side: what a model is worth after as many steps or seconds, and what was sent for it."""
 
-import os
+import concurrent.futures
 import sys
 from functools import partial
 
@@ -9,8 +9,9 @@ import numpy as np
 from dllm import mpirun
 
 from . import cost, hosts
-from .results import Table, bars
-from .runs import metrics, run, train
+from .results import Table
+from .runs import PEERS, installed, last_json, metrics, run, train
+from .sizes import NETWORK
 
 MODEL = {
     "model.embedding": 64, "model.hidden": 192, "model.layers": 1, "train.lanes": 64, "train.window": 32, "train.clip": 5.0,
@@ -66,10 +67,13 @@ def decentralised(options):
             name, f"{found['losses'][-1]:.4f}", f"{found['losses'][-1] / first - 1:+.2%}", f"{own:.4f}" if own else "-",
             f"{apart:.3f}" if own else "-", f"{1e3 * found['megabytes'][-1] / steps:,.1f}",
         )  # fmt: skip
-    return table, data, partial(_draw, curves)
+    return table, data, partial(_draw, curves, "megabytes that a rank has sent")
 
 
-LARGER = {**MODEL, "model.hidden": 512, "train.lanes": 32, "train.warmup": 10, "log.every": 5}
+LARGER = {
+    **MODEL, "model.embedding": NETWORK.hidden, "model.hidden": NETWORK.hidden, "train.lanes": hosts.COUNT * NETWORK.lanes,
+    "train.window": NETWORK.window, "train.warmup": 10, "log.every": 5, "resilience.deadline": 0,
+}  # fmt: skip
 ON_NETWORK = {  # settings of averaging, and what a step sends: how, and how many bytes of how many
     "allreduce": ({}, "allreduce"),
     "powersgd 4": ({"compression": "powersgd", "rank": 4}, "allreduce"),
@@ -95,7 +99,7 @@ def network(options):
         [("Mbit/s", 8), ("method", 22), ("ms a step", 12), ("KB a step", 12), ("on the link", 13), ("loss", 9),
          ("s to allreduce's", 18), ("times faster", 14), *((f"{n} ranks, ms", 16) for n in SCALES)],
     )  # fmt: skip
-    data, groups = {}, {}
+    data, curves = {}, {}
     with hosts.Hosts(options.work) as four:
         for rate in (1000, 100):
             four.limit(rate)
@@ -112,13 +116,18 @@ def network(options):
                     f"{one['losses'][-1]:.3f}", f"{one['to_goal']:.1f}" if faster else "-",
                     f"{faster:.1f} x" if faster else "-", *(f"{one['predicted'][n]:,.1f}" for n in SCALES),
                 )  # fmt: skip
+                curves[f"{name}, {rate} Mbit/s"] = list(zip(one["seconds"], one["losses"], strict=True))
+            peer = (
+                _torch_on_hosts(four, 10 if options.quick else 40) if "torch" in options.peers and installed("torch") else None
+            )
+            if peer:
+                table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['seconds']:.1f}", *[""] * (5 + len(SCALES)))
             errors = [abs(one["predicted"][4] / 1e3 / one["step"] - 1) for one in found.values()]
             table.row(
                 rate, f"the model's error: median {np.median(errors):.0%}, most {max(errors):.0%}", *[""] * (6 + len(SCALES))
             )
-            data[rate] = {"methods": found, "seconds a message, a byte": model, "errors": errors}
-            groups[f"{rate} Mbit/s"] = {name: 1e3 * one["step"] for name, one in found.items()}
-    return table, data, partial(bars, "ms a step", groups)
+            data[rate] = {"methods": found, "seconds a message, a byte": model, "errors": errors, "PyTorch DDP gloo": peer}
+    return table, data, partial(_draw, curves, "seconds")
 
 
 def _on_hosts(options, four, corpus, name, rate, steps):
@@ -126,27 +135,12 @@ def _on_hosts(options, four, corpus, name, rate, steps):
     settings, kind = ON_NETWORK[name]
     out = options.work / f"{name.replace(' ', '-')}-{rate}"
     settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
-    settings = {**LARGER, "train.max_steps": steps, "train.eval_every": 10, "resilience.deadline": 0, **settings}
+    settings = {**LARGER, "train.max_steps": steps, "train.eval_every": 10, **settings}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = mpirun.command(hosts.COUNT, hosts.COUNT, dict.fromkeys(four.names, 1), "PATH")
     before = four.sent()
-    run(
-        [
-            *four.on(1),
-            *command,
-            sys.executable,
-            "-m",
-            "dllm.train",
-            "--data",
-            corpus,
-            "--out",
-            out,
-            "--progress",
-            "none",
-            *words,
-        ],
-        {**mpirun.OPENMPI, **four.environment(), "PATH": os.environ["PATH"]},
-    )
+    program = [sys.executable, "-m", "dllm.train", "--data", corpus, "--out", out, "--progress", "none", *words]
+    run([*four.on(1), *command, *program], {**mpirun.OPENMPI, **four.environment()})
     link = np.mean(np.subtract(four.sent(), before)) / 1e3 / steps
     lines = metrics(out)
     found = _summary(lines)
@@ -155,11 +149,22 @@ def _on_hosts(options, four, corpus, name, rate, steps):
     seconds = [tokens / speed for speed, _ in times]
     return found | {
         "kind": kind, "topology": settings.get("averaging.topology"), "period": settings.get("averaging.period", 1),
-        "step": float(np.mean(seconds)),
-        "exposed": float(np.mean([s * part for s, (_, part) in zip(seconds, times, strict=True)])),
+        "step": float(np.mean(seconds[1:])),
+        "exposed": float(np.mean([s * part for s, (_, part) in zip(seconds, times, strict=True)][1:])),
         "kilobytes": 1e3 * found["megabytes"][-1] / steps, "on_link": float(link),
         "seconds": [LARGER["log.every"] * sum(seconds[: step // LARGER["log.every"]]) for step in found["steps"]],
     }  # fmt: skip
+
+
+def _torch_on_hosts(four, steps):
+    """{"seconds", ...} of a step of DistributedDataParallel over the hosts."""
+    peer = [sys.executable, PEERS / "torch_step.py", "network", steps, "fp32"]
+    common = {"WORLD_SIZE": hosts.COUNT, "MASTER_ADDR": four.names[0], "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": "e0"}
+    place = lambda rank: {**common, "RANK": rank}
+    with concurrent.futures.ThreadPoolExecutor(hosts.COUNT) as pool:
+        jobs = [pool.submit(run, [*four.on(rank + 1), *peer], place(rank)) for rank in range(hosts.COUNT)]
+        first, *_ = [job.result() for job in jobs]
+        return last_json(first)
 
 
 def _traffic(one, ranks):
@@ -204,9 +209,9 @@ def _summary(lines):
     return found
 
 
-def _draw(curves, axes):
+def _draw(curves, label, axes):
     for number, (name, points) in enumerate(curves.items()):
         axes.plot(*zip(*points, strict=True), "-:"[number // 10 % 2], label=name)
     axes.set_xscale("log")
-    axes.set_xlabel("megabytes that a rank has sent")
+    axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats a character")

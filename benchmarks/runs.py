@@ -23,7 +23,7 @@ def installed(package):
 
 def run(command, environment=None):
     """Standard output of a command; its errors are shown where it fails."""
-    environment = {**os.environ, **(environment or {})}
+    environment = {**os.environ, **{name: str(value) for name, value in (environment or {}).items()}}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")

@@ -23,3 +23,4 @@ SIZES = {
     "char": Size(256, 512, 2, 64, 64),
     "ptb-large": Size(10000, 1500, 2, 20, 35),
 }
+NETWORK = Size(65, 512, 1, 4, 32)  # of tinyshakespeare, where hosts have slow links

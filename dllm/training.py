@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import xxhash
+from threadpoolctl import threadpool_limits
 
 from . import checkpoint, optim
 from .comm import methods, recovery
@@ -65,6 +66,9 @@ class Trainer:
         memory = share(comm, place.comm, self.layout.size, self.dtype) if plain else None
         with together(comm):
             team = Team(place.threads)
+            threadpool_limits(
+                place.threads, "blas"
+            )  # of compression's products: more threads than cores stand in each other's way
             bf16 = train.precision == "bf16"
             gradient = None if memory is None else memory.mine
             shape = config.model, corpus.vocabulary, self.dtype, train.window, B
@@ -94,16 +98,15 @@ class Trainer:
             self.copies.send(self.state.step, self.state.h, self.state.c, self.state.lane_loss)
             self.copies.complete()
         self._check_ranks_agree()
-        crowded = place.ranks > place.cores
         if plain:
             self.averaging = averaging(
                 comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
-                int(config.averaging.bucket_mb * 2**20), crowded,
+                int(config.averaging.bucket_mb * 2**20), place.crowded,
             )  # fmt: skip
         else:
             self.averaging = methods.make(
-                place.comm, comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train, crowded,
-                self.layout,
+                place.comm, comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train,
+                place.crowded, self.layout,
             )  # fmt: skip
             self.averaging.step = self.state.step
         self.means = None  # theta and moments of the model that all ranks make up, where each has its own
@@ -130,7 +133,7 @@ class Trainer:
             self._made_by(),
         )  # fmt: skip
         self.saver.step = self.state.step if resume else -1
-        self.monitor = Monitor(comm, place.ranks > place.cores, self.averaging, self.clock, reporter, claim)
+        self.monitor = Monitor(comm, place.crowded, self.averaging, self.clock, reporter, claim)
         self.best = math.inf
 
     def _deal_lanes(self):

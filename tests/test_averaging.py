@@ -1,6 +1,7 @@
 """comm/: averaging is a plain sum whatever the buckets; all ranks agree on errors. Written for any number of ranks."""
 
 import mmap
+import os
 import pathlib
 import time
 from types import SimpleNamespace
@@ -284,6 +285,7 @@ def test_a_node_numbers_its_ranks_and_shares_out_its_cores(comm):
     assert place.cores >= 1
     assert place.threads == max(1, place.cores // place.ranks)
     assert len(set(place.comm.allgather(place.cores))) == 1
+    assert place.crowded == (comm.size > min(place.cores, os.cpu_count()))  # one machine
 
 
 def test_the_name_of_the_library_is_one_line(comm):

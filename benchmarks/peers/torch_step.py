@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from sizes import SIZES
+from sizes import NETWORK, SIZES
 
 
 class Model(nn.Module):
@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 
 def main():
-    size, steps, bf16 = SIZES[sys.argv[1]], int(sys.argv[2]), sys.argv[3] == "bf16"
+    size, steps, bf16 = {**SIZES, "network": NETWORK}[sys.argv[1]], int(sys.argv[2]), sys.argv[3] == "bf16"
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = DistributedDataParallel(Model(size))

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pathlib
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -139,15 +141,17 @@ def check_same(comm, facts):
 def node(comm):
     """This rank's place on its machine: comm (ranks that share memory), rank, ranks, cores, threads for each rank.
 
-    And mates: rank in `comm` -> process, of all ranks of this machine, in the order of the smaller communicator.
+    mates: rank in `comm` -> process, of all ranks of this node, in the order of the smaller communicator. crowded: whether
+    there are more ranks than cores, be it because several nodes are containers on one machine.
     """
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    cores = _cores(local)
+    cores, machines = _cores(local), allgather(comm, _machine())
+    crowded = local.size > cores or machines.count(_machine()) > (os.cpu_count() or 1)
     return types.SimpleNamespace(
         comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size),
-        mates=dict(allgather(local, (comm.rank, os.getpid()))),
+        mates=dict(allgather(local, (comm.rank, os.getpid()))), crowded=crowded,
     )  # fmt: skip
 
 
@@ -155,6 +159,14 @@ def _cores(local):
     """Cores that the ranks of this node may use together, however MPI has bound them."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return len(set().union(*allgather(local, set(mine))))
+
+
+def _machine():
+    """What ranks on one machine have in common, in whatever containers they are."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
 
 
 def mpi_library():
