@@ -27,6 +27,7 @@ COMMANDS = {
     "resilience": resilience.resilience,
     "recovery": resilience.recovery,
     "decentralised": decentralised.decentralised,
+    "uneven": decentralised.uneven,
     "network": decentralised.network,
     "papers": papers.papers,
 }

@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 from .results import Table, bars, middle, ratio, roofline, spread
-from .runs import PEERS, Steps, installed, last_json, mpirun, run, train
+from .runs import PEERS, Steps, installed, last_json, on_ranks, run, train
 from .sizes import SIZES
 
 MIB = 2**20
@@ -14,7 +14,7 @@ MIB = 2**20
 
 def ceilings(ranks):
     """GFLOP/s and GB/s that the machine can do with all ranks at it."""
-    return last_json(run(mpirun(ranks, "benchmarks.ceilings"), {"OPENBLAS_NUM_THREADS": "1"}))
+    return last_json(run(on_ranks(ranks, "benchmarks.ceilings"), {"OPENBLAS_NUM_THREADS": "1"}))
 
 
 def step(options):
@@ -130,8 +130,8 @@ def startup(options):
     one_step = ["dllm.train", "--data", corpus, "--max-steps", 1, "--progress", "none", "--set", "log.sample=0"]
     measure("import dllm.train", 0, [sys.executable, "-c", "import dllm.train"])
     for ranks in (1, 8):
-        measure(f"{ranks} ranks, warm cache", ranks, mpirun(ranks, *one_step))
-    measure("1 rank, cold cache", 1, mpirun(1, *one_step), cold=True, warm_up=False)
+        measure(f"{ranks} ranks, warm cache", ranks, on_ranks(ranks, *one_step))
+    measure("1 rank, cold cache", 1, on_ranks(1, *one_step), cold=True, warm_up=False)
     return table, data, partial(bars, "seconds", {name: {"seconds": middle(values)} for name, values in data.items()})
 
 

@@ -1,5 +1,6 @@
 """Averaging methods side by side: what a model is worth after as many steps or seconds, and what was sent for it."""
 
+import collections
 import concurrent.futures
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ from dllm import mpirun
 
 from . import cost, hosts
 from .results import Table
-from .runs import PEERS, installed, last_json, metrics, run, train
+from .runs import PEERS, installed, last_json, metrics, on_ranks, run, train
 from .sizes import NETWORK
 
 MODEL = {
@@ -43,18 +44,34 @@ CONTESTANTS = {
 }  # fmt: skip
 
 
+UNEVEN = {  # exact where texts differ, and D-PSGD on the same graphs
+    "allreduce": {},
+    "dpsgd ring": {"method": "dpsgd", "topology": "ring"},
+    "gradient-tracking ring": {"method": "gradient-tracking", "topology": "ring"},
+    "exact-diffusion ring": {"method": "exact-diffusion", "topology": "ring"},
+    "dpsgd tree": {"method": "dpsgd", "topology": "tree"},
+    "relaysum tree": {"method": "relaysum", "topology": "tree"},
+}
+
+
 def decentralised(options):
     """Averaging methods on tinyshakespeare by characters: validation loss after equal steps, and bytes that a rank sends."""
-    if options.data is None:
-        sys.exit("say where the text is: --data FOLDER, with tinyshakespeare/ in it")
+    return _compare(options, "tinyshakespeare", _corpus(options), CONTESTANTS)
+
+
+def uneven(options):
+    """Methods for texts that differ: tinyshakespeare by characters, every speaker's lines on one rank."""
+    return _compare(options, "tinyshakespeare split by speaker", _by_speaker(options), UNEVEN)
+
+
+def _compare(options, text, corpus, contestants):
     steps = options.steps or (60 if options.quick else 1000)
     table = Table(
-        f"Averaging methods, tinyshakespeare, {steps} steps, {options.ranks} ranks",
+        f"Averaging methods, {text}, {steps} steps, {options.ranks} ranks",
         [("method", 24), ("loss", 9), ("to allreduce", 14), ("ranks' own", 12), ("apart", 9), ("KB a step", 12)],
     )
-    corpus = _corpus(options)
     data, curves = {}, {}
-    for name, settings in CONTESTANTS.items():
+    for name, settings in contestants.items():
         out = options.work / name.replace(" ", "-")
         settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
         common = {**MODEL, "train.max_steps": steps, "train.eval_every": max(1, steps // 20)}
@@ -90,9 +107,8 @@ SCALES = (8, 64, 512, 4096)
 
 def network(options):
     """Averaging methods on four hosts with links of 1 Gbit/s, 100 Mbit/s: time and bytes of a step, loss over time; as root."""
-    reason = hosts.missing()
-    if reason or options.data is None:
-        sys.exit(reason or "say where the text is: --data FOLDER, with tinyshakespeare/ in it")
+    if reason := hosts.missing():
+        sys.exit(reason)
     corpus, steps = _corpus(options), options.steps or (40 if options.quick else 150)
     table = Table(
         f"Averaging methods on four hosts, tinyshakespeare, {steps} steps",
@@ -184,14 +200,40 @@ def _predict(one, model, computing, ranks):
     return computing + model[0] * messages + model[1] * amount
 
 
-def _corpus(options):
-    """tinyshakespeare by characters, the last tenth for validation, as is usual there."""
+def _texts(options):
+    """Paths of tinyshakespeare's (train, valid) text: the last tenth for validation, as is usual there."""
+    if options.data is None:
+        sys.exit("say where the text is: --data FOLDER, with tinyshakespeare/ in it")
     whole = (options.data / "tinyshakespeare" / "input.txt").read_text()
-    cut, out = len(whole) * 9 // 10, options.work / "corpus"
-    for split, text in (("train", whole[:cut]), ("valid", whole[cut:])):
-        (options.work / f"{split}.txt").write_text(text)
-    splits = [word for split in ("train", "valid") for word in (f"--{split}", options.work / f"{split}.txt")]
-    run([sys.executable, "-m", "dllm.prepare", *splits, "--tokenizer", "char", "--out", out])
+    cut = len(whole) * 9 // 10
+    paths = options.work / "train.txt", options.work / "valid.txt"
+    for path, text in zip(paths, (whole[:cut], whole[cut:]), strict=True):
+        path.write_text(text)
+    return paths
+
+
+def _corpus(options):
+    """tinyshakespeare by characters."""
+    train_text, valid_text = _texts(options)
+    out = options.work / "corpus"
+    words = ["--train", train_text, "--valid", valid_text, "--tokenizer", "char", "--out", out]
+    run([sys.executable, "-m", "dllm.prepare", *words])
+    return out
+
+
+def _by_speaker(options):
+    """The same in private folders of the ranks, of about equal size: all that somebody says is one rank's."""
+    train_text, valid_text = _texts(options)
+    spoken, folder = collections.defaultdict(list), options.work / "speakers"
+    for speech in train_text.read_text().split("\n\n"):
+        spoken[speech.partition("\n")[0]].append(speech + "\n\n")
+    folder.mkdir()
+    paths = [folder / f"{number}.txt" for number in range(len(spoken))]
+    for path, speeches in zip(paths, spoken.values(), strict=True):
+        path.write_text("".join(speeches))
+    out = options.work / "speakers{rank}"
+    words = ["--train", *paths, "--valid", valid_text, "--deal", "files", "--tokenizer", "char", "--out", out]
+    run(on_ranks(options.ranks, "dllm.prepare", *words))
     return out
 
 

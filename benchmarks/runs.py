@@ -34,7 +34,7 @@ def last_json(text):
     return json.loads(text.strip().splitlines()[-1])
 
 
-def mpirun(ranks, *arguments, survive=False):
+def on_ranks(ranks, *arguments, survive=False):
     """The words that start Python on some ranks; survive: so that ranks may die, under Open MPI."""
     return ["mpirun", *(["--with-ft", "ulfm"] if survive else []), "-n", ranks, sys.executable, "-m", *arguments]
 
@@ -62,7 +62,7 @@ def random_corpus(folder, vocabulary, tokens):
 def train(ranks, out, *arguments, settings=(), survive=False):
     """summary.json of a run of the train command."""
     options = [word for key, value in dict(settings).items() for word in ("--set", f"{key}={value}")]
-    run([*mpirun(ranks, "dllm.train", "--out", out, "--progress", "none", survive=survive), *arguments, *options])
+    run([*on_ranks(ranks, "dllm.train", "--out", out, "--progress", "none", survive=survive), *arguments, *options])
     return json.loads((out / "summary.json").read_text())
 
 

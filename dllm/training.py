@@ -66,9 +66,7 @@ class Trainer:
         memory = share(comm, place.comm, self.layout.size, self.dtype) if plain else None
         with together(comm):
             team = Team(place.threads)
-            threadpool_limits(
-                place.threads, "blas"
-            )  # of compression's products: more threads than cores stand in each other's way
+            threadpool_limits(place.threads, "blas")  # more than there are cores stand in each other's way
             bf16 = train.precision == "bf16"
             gradient = None if memory is None else memory.mine
             shape = config.model, corpus.vocabulary, self.dtype, train.window, B
