@@ -12,6 +12,7 @@ from counting import Counting
 
 from dllm.comm import node as node_module
 from dllm.comm import runtime
+from dllm.comm.neighbours import mean
 from dllm.comm.node import NodeAllreduce, SharedMemory, averaging, share
 from dllm.errors import UserError
 
@@ -180,6 +181,18 @@ def test_the_bytes_counted_are_those_that_mpi_has_to_send_and_none_on_one_rank(c
         assert case.averaging.bytes_sent >= 3 * 4 * case.dense
         assert 0 < case.averaging.exposed_seconds < 60
         assert 0 < case.averaging.flight_seconds < 60
+
+
+@pytest.mark.parametrize("length", [1, 100, 5000, 100_001])
+def test_the_mean_of_long_vectors_in_short_messages_is_that_of_numpy(comm, length):
+    everyone = np.random.default_rng(length).standard_normal((comm.size, length))
+    for bucket_bytes in (4096, 1 << 22):
+        out = np.empty(length)
+        mean(comm, everyone[comm.rank], out, bucket_bytes)
+        np.testing.assert_allclose(out, everyone.mean(axis=0), rtol=0, atol=1e-14)
+        own = everyone[comm.rank].copy()
+        mean(comm, own, own, bucket_bytes)
+        np.testing.assert_array_equal(own, out)
 
 
 def test_shared_memory_is_read_by_all_ranks_of_a_node_and_leaves_nothing_behind(comm):

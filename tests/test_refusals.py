@@ -88,7 +88,11 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
         r"--deal is for text that all ranks can read: leave \{rank\} out",
     ),
     "prepare: no shares": (PREPARE + "{rank} --deal dirichlet --alpha 0", "--alpha: 0 is not a number of at least 0.001"),
-    "prepare: missing file to deal": (PREPARE + "{rank} --deal files --valid nothing.txt", "cannot read nothing.txt: No such"),
+    "prepare: missing file to deal": (PREPARE + "{rank} --deal evenly --valid nothing.txt", "cannot read nothing.txt: No such"),
+    "averaging: signum that is clipped": (
+        TRAIN + " --set averaging.compression=signum --set train.clip=1",
+        "signum makes every gradient .* take train.clip = 0, or train.clip_by = own",
+    ),
     "averaging: hierarchical without neighbours": (
         TRAIN + " --set averaging.hierarchical=true",
         "averaging.hierarchical does not go with averaging.method = allreduce; with dpsgd, for example",

@@ -160,7 +160,8 @@ def mean(comm, x, out, bucket_bytes=1 << 22):
     step, sent = max(1, bucket_bytes // x.itemsize), 0
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        comm.Iallreduce(x[part].copy(), out[part], MPI.SUM).Wait()
+        send = x[part].copy()  # a name of its own: mpi4py does not hold what a reduction sends
+        comm.Iallreduce(send, out[part], MPI.SUM).Wait()
         out[part] /= comm.size
-        sent += sent_by_allreduce(x[part].nbytes, comm.size)
+        sent += sent_by_allreduce(send.nbytes, comm.size)
     return sent

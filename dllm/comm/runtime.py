@@ -21,6 +21,8 @@ NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 def world():
     """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
     mpi4py.rc.thread_level = "serialized"
+    # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
+    os.environ.setdefault("OMPI_MCA_opal_common_ucx_verbose", "-1")
     from mpi4py import MPI
 
     sys.excepthook = _abort

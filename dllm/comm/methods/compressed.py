@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...errors import UserError
 from ...kernels.compress import add_signs, pack_signs
 from .. import compression
 from ..averaging import sent_by_allgather, sent_by_allreduce
@@ -30,6 +31,11 @@ class CompressedAllreduce(OwnSteps):
             self.average_of = PowerSGD(self.comm, self.tensors.shapes, dtype, config.rank, self.seed, self.polite)
             self.arrays |= self.average_of.arrays
         elif kind == "signum":
+            if self.optimizer.clip and self.optimizer.clip_by != "own":
+                raise UserError.of_all(
+                    "averaging.compression = signum makes every gradient +1 or -1, which train.clip would undo: "
+                    "take train.clip = 0, or train.clip_by = own"
+                )
             self.momentum = self.array("momentum", self.P)
             self.payloads(-(-self.P // 8) + 1)  # the last byte: this rank's gradient is not finite
         elif kind != "none":
