@@ -143,16 +143,16 @@ def network(options):
 
 def _evaluate(found, steps):
     """Adds to what runs gave: losses in equal steps and time, seconds to allreduce's loss, predictions. Returns the model."""
-    computing = min(one["step"] - one["exposed"] for one in found.values())
-    model = cost.fit([(max(one["step"] - computing, 1e-4), *_traffic(one, hosts.COUNT)) for one in found.values()])
+    model = cost.fit([(max(one["exposed"], 1e-4), *_traffic(one, hosts.COUNT)) for one in found.values()])
     shortest, goal = min(one["seconds"][-1] for one in found.values()), found["allreduce"]["losses"][-1]
     for one in found.values():
         one["in_equal_steps"] = one["losses"][one["steps"].index(steps)]
         one["in_equal_time"] = float(np.interp(shortest, one["seconds"], one["losses"]))
         one["to_goal"] = next((t for t, loss in zip(one["seconds"], one["losses"], strict=True) if loss <= goal), None)
+        computing = one["step"] - one["exposed"]
         one["predicted"] = {n: computing + float(np.dot(model, _traffic(one, n))) for n in (hosts.COUNT, *SCALES)}
     errors = [abs(one["predicted"][hosts.COUNT] / one["step"] - 1) for one in found.values()]
-    return {"computing": computing, "seconds a message, a byte": model, "errors": errors}
+    return {"seconds a message, a byte": model, "errors": errors}
 
 
 def _on_hosts(options, four, corpus, name, rate, steps):

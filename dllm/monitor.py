@@ -36,13 +36,23 @@ class Monitor:
 
     def begin(self):
         """An interval begins."""
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
-        self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
+        self.seconds = self.exposed = self.flight = 0.0
+        self.tokens = self.steps = 0
 
-    def count(self, seconds, tokens):
-        """A step was taken."""
-        self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + tokens, self.steps + 1
+    def start(self):
+        """A step begins. What was sent since the last one, for an evaluation or a checkpoint, does not count."""
+        self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def count(self, tokens):
+        """A step was taken; returns its seconds."""
+        seconds = time.perf_counter() - self.started
+        self.seconds += seconds
+        self.exposed += self.averaging.exposed_seconds
+        self.flight += self.averaging.flight_seconds
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
         self.beat()
+        return seconds
 
     def beat(self):
         """Shows the launcher that the run goes on."""
@@ -61,7 +71,7 @@ class Monitor:
 
         Raises UserError on all ranks.
         """
-        times = self.seconds, self.averaging.exposed_seconds, self.averaging.flight_seconds
+        times = self.seconds, self.exposed, self.flight
         everyone = allgather(self.comm, (digest, times, state.lane_loss, self._holds(), self.averaging.round_trips()))
         digests, times, losses, holds, trips = zip(*everyone, strict=True)
         losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which

@@ -203,11 +203,10 @@ class Trainer:
                 saver.writing,
                 self.unsound,
             )
-            begin = time.perf_counter()
+            self.monitor.start()
             norm, lr, tokens = self._step(control)
             flags = self._agreed()
-            seconds = time.perf_counter() - begin
-            self.monitor.count(seconds, tokens)
+            seconds = self.monitor.count(tokens)
             state = self.state
             if state.step > first + SETTLED:
                 clock.settled_seconds += seconds

@@ -60,13 +60,12 @@ class Hierarchical(OwnSteps):
     def arrive(self, lr):
         self.between.arrive(lr)
         self._tell(self.x)
-        for counter in ("bytes_sent", "exposed_seconds", "flight_seconds"):
-            setattr(self, counter, getattr(self, counter) + getattr(self.between, counter))
-            setattr(self.between, counter, 0)
+        self._take_over_counters()
 
     def average(self, out):
         self.between.average(out[self.part])
         self._tell(out)
+        self._take_over_counters()
 
     def round_trips(self):
         return {self.ranks[number]: seconds for number, seconds in self.between.round_trips().items()}
@@ -76,6 +75,11 @@ class Hierarchical(OwnSteps):
 
     def end(self):
         self.between.end()
+
+    def _take_over_counters(self):
+        for counter in ("bytes_sent", "exposed_seconds", "flight_seconds"):
+            setattr(self, counter, getattr(self, counter) + getattr(self.between, counter))
+            setattr(self.between, counter, 0)
 
     def _tell(self, vector):
         """Every rank of this node gets the parts that the others have in their care."""
