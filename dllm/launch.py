@@ -29,6 +29,7 @@ the end now. `dllm resize RUN -n M` goes on with M ranks.
 PAUSE = 1.0  # seconds before a job is started anew
 GRACE = 10.0  # seconds that a job gets to end by itself once its end is due
 LOOK = 0.2  # seconds between looks at a job
+START = 60.0  # seconds until the first rank must be there; at each further attempt twice as many
 
 
 def arguments(argv):
@@ -94,7 +95,7 @@ class Job:
         failures, last, hosts = 0, runs.newest_step(self.run), self.hosts
         while True:
             begin, ranks, owner = time.monotonic(), self.ranks, claim.owner(self.run)
-            code = self._once(hosts)
+            code = self._once(hosts, START * 2**failures)
             step = runs.newest_step(self.run)
             if runs.is_done(self.run):
                 return DONE
@@ -134,8 +135,11 @@ class Job:
             say(f"going on without {', '.join(sorted(set(self.hosts) - set(found)))}, which did not answer")
         return found or self.hosts
 
-    def _once(self, hosts):
-        """Run mpirun to its end; no process of it is left here. Returns its exit code."""
+    def _once(self, hosts, patience):
+        """Run mpirun to its end; no process of it is left here. Returns its exit code.
+
+        patience : seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
+        """
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
         command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
         self.process = subprocess.Popen(
@@ -144,17 +148,31 @@ class Job:
         if self.stops:  # asked for while it was being started
             self._pass_on()
         begin, over = time.monotonic(), math.inf
+        seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
         while self.process.poll() is None and time.monotonic() - over < GRACE:  # Open MPI's waits for ever for a lost host
             time.sleep(LOOK)
             if over == math.inf and runs.is_done(self.run):
                 over = time.monotonic()
             self._take_wish()
+            seen = seen or self._has_ranks()
+            if not seen and time.monotonic() - begin > patience:
+                say(f"no rank was there after {patience:.0f} s: ending the job")
+                break
             silence = min(time.monotonic() - begin, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
             if silence > self.options.silence and over == math.inf:
                 say(f"nothing was heard of the job for {silence:.0f} s: ending it")
                 break
         self._sweep()
         return self.process.wait()
+
+    def _has_ranks(self):
+        """Whether a rank of the job is on this host."""
+        return any(_program(pid) == os.path.realpath(sys.executable) for pid in self._own())
+
+    def _own(self):
+        """Processes of the job on this host."""
+        mark = f"{claim.JOB}={self.mark}".encode()
+        return [pid for pid in _processes() if mark in _environment(pid)]
 
     def _take_wish(self):
         """Somebody wants another number of ranks: dllm resize."""
@@ -182,8 +200,8 @@ class Job:
 
     def _sweep(self):
         """End what mpirun left on this host: two jobs in one run folder would spoil it."""
-        mark, end = f"{claim.JOB}={self.mark}".encode(), time.monotonic() + GRACE
-        while (left := [pid for pid in _processes() if mark in _environment(pid)]) and time.monotonic() < end:
+        end = time.monotonic() + GRACE
+        while (left := self._own()) and time.monotonic() < end:
             for pid in left:
                 _kill(os.kill, pid, signal.SIGKILL)
             time.sleep(0.05)
@@ -217,6 +235,14 @@ def _environment(pid):
         return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+def _program(pid):
+    """The file that a process runs; "" where it is gone."""
+    try:
+        return os.path.realpath(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
 
 
 def say(text):

@@ -80,12 +80,17 @@ def read_hosts(path):
     return hosts
 
 
+def is_here(host):
+    """Whether a host is this one."""
+    return host in (socket.gethostname(), "localhost")
+
+
 def answering(hosts):
     """Those of the hosts that can be reached now."""
     agent = next((os.environ[name] for name in AGENTS if name in os.environ), "ssh")
 
     def answers(host):
-        if host in (socket.gethostname(), "localhost"):
+        if is_here(host):
             return True
         try:
             return subprocess.run(

@@ -159,6 +159,20 @@ def test_interrupted_twice_it_ends_now(tiny, tmp_path):
         assert done.seconds < 60
 
 
+def test_a_start_to_which_no_rank_comes_is_tried_again(tiny, undisturbed, tmp_path):
+    daemons = """
+module.START = 8
+def command(*others, before=module.mpirun.command):
+    return ["bash", "-c", "sleep 300"] if once("hanging") else before(*others)
+module.mpirun.command = command
+"""
+    words = ["-m", "dllm", "launch", *launch(tiny, tmp_path / "run")[2:]]
+    done = mpirun(0, *words, env=fault(tmp_path, "dllm.launch", daemons), check=True)
+    assert "no rank was there after 8 s" in done.stderr
+    assert done.stderr.count("starting it again") == 1
+    check(tmp_path / "run", undisturbed)
+
+
 def test_it_gives_up_on_a_job_that_gets_nowhere(tiny, tmp_path):
     run = tmp_path / "run"
     with Job(0, *launch(tiny, run, options=("--retries", 1))) as job:
