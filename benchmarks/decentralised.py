@@ -15,12 +15,13 @@ from .runs import PEERS, last_json, metrics, on_ranks, run, train
 from .sizes import NETWORK
 
 MODEL = {
-    "model.embedding": 64, "model.hidden": 192, "model.layers": 1, "train.lanes": 64, "train.window": 32, "train.clip": 5.0,
+    "model.embedding": 64, "model.hidden": 192, "model.layers": 1, "train.lanes": 16, "train.window": 32, "train.clip": 5.0,
     "train.optimizer": "sgd", "train.lr": 1.0, "train.momentum": 0.9, "train.schedule": "cosine", "train.warmup": 50,
     "train.threads": 1, "log.every": 20, "log.sample": 0, "checkpoint.every_minutes": 0.0,
 }  # fmt: skip
 PLAIN = {"train.momentum": 0.0, "train.lr": 10.0}  # about what momentum 0.9 makes of lr 1
-CONTESTANTS = {
+RELAYSUM = {"method": "relaysum", "topology": "tree", "train.lr": 2.5}  # steps count 1 / (1 + mean delay): models come late
+CONTESTANTS = {  # where steps count for more or less than allreduce's, with a rate that makes up for it
     "allreduce": {},
     "dpsgd exponential": {"method": "dpsgd", "topology": "exponential"},
     "dpsgd ring": {"method": "dpsgd", "topology": "ring"},
@@ -29,10 +30,10 @@ CONTESTANTS = {
     "sgp exponential": {"method": "sgp", "topology": "exponential"},
     "gradient-tracking": {"method": "gradient-tracking", "topology": "exponential"},
     "exact-diffusion ring": {"method": "exact-diffusion", "topology": "ring"},
-    "qg-momentum": {"method": "qg-momentum", "topology": "exponential", **PLAIN, "train.lr": 1.0},
-    "relaysum tree": {"method": "relaysum", "topology": "tree"},
+    "qg-momentum": {"method": "qg-momentum", "topology": "exponential", **PLAIN, "train.lr": 5.0},
+    "relaysum tree": RELAYSUM,
     "local-sgd, 10 steps": {"method": "local-sgd", "period": 10},
-    "diloco, 50 steps": {"method": "diloco", "period": 50},
+    "diloco, 50 steps": {"method": "diloco", "period": 50, "train.lr": 0.2},
     "choco sign ring": {"method": "choco", "topology": "ring", "compression": "sign", "consensus": 0.5},
     "choco top-k ring": {"method": "choco", "topology": "ring", "compression": "top-k", "fraction": 0.05, "consensus": 0.1},
     "async-gossip": {"method": "async-gossip", "topology": "exponential", "period": 20},
@@ -50,7 +51,7 @@ UNEVEN = {  # exact where texts differ, and D-PSGD on the same graphs
     "gradient-tracking ring": {"method": "gradient-tracking", "topology": "ring"},
     "exact-diffusion ring": {"method": "exact-diffusion", "topology": "ring"},
     "dpsgd tree": {"method": "dpsgd", "topology": "tree"},
-    "relaysum tree": {"method": "relaysum", "topology": "tree"},
+    "relaysum tree": RELAYSUM,
 }
 
 
@@ -65,7 +66,7 @@ def uneven(options):
 
 
 def _compare(options, text, corpus, contestants):
-    steps = options.steps or (60 if options.quick else 1000)
+    steps = options.steps or (60 if options.quick else 6000)
     table = Table(
         f"Averaging methods, {text}, {steps} steps, {options.ranks} ranks",
         [("method", 24), ("loss", 9), ("to allreduce", 14), ("ranks' own", 12), ("apart", 9), ("KB a step", 12)],

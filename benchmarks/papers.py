@@ -35,7 +35,7 @@ def papers(options):
     """
     if options.data is None:
         sys.exit("say where the text is: --data FOLDER, with wikitext-2/ in it")
-    steps = options.steps or (4 if options.quick else 600)
+    steps = options.steps or (4 if options.quick else 400)
     corpus = _corpus(options)
     epoch = shards.Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
     table = Table(
