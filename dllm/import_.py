@@ -12,9 +12,9 @@ from .data import shards, tokenizers
 from .errors import DONE, UserError
 
 EPILOG = """
-MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, named embedding, lstm and output, or encoder, rnn
-and decoder as in PyTorch's word_language_model, with any prefix before all of them. Without an embedding the inputs are
-one-hot; without an output weight, or with the embedding's, the two are tied.
+MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, named embedding, lstm and output, or encoder,
+rnn and decoder as in PyTorch's word_language_model, with any prefix before all of them. Without an embedding the inputs
+are one-hot; without an output weight, or with the embedding's, the two are tied.
 
 FILE is a tokenizer.json, or the folder of a run, model or corpus that has one: its token numbers must be the module's.
 """
@@ -86,34 +86,40 @@ def _our_name(name, lstm, prefix):
 
 def _complete(tensors, source):
     """The Config that the shapes say, and all tensors in the order of weights.py; biases that are not there are zeros."""
-    hidden = tensors["lstm.weight_hh_l0"].shape
-    kind = {3: "a GRU", 1: "a plain RNN"}.get(hidden[0] / max(hidden[-1], 1), "no LSTM")
-    if len(hidden) != 2 or hidden[0] != 4 * hidden[1] or 0 in hidden:
-        raise UserError(f"{source} holds {kind}: weight_hh_l0 is {list(hidden)}, of an LSTM it is [4 H, H]")
+    settings, V = _settings(tensors, source)
+    wanted, found = weights.shapes(settings.model, V), {}
+    for name, shape in wanted.items():
+        if name not in tensors and ".bias" not in name:
+            raise UserError(f"{source} has no {name}")
+        found[name] = tensors.get(name, np.zeros(shape[:1], np.float32))
+        if found[name].shape != shape:
+            raise UserError(f"{source}: {name} is {list(found[name].shape)}, by the other tensors it is {list(shape)}")
+    left = sorted(tensors.keys() - wanted.keys() - {"output.weight"})  # tied, it may be there too
+    if left:
+        raise UserError(f"{source} has {left[0]!r:.80}, which is of none of its layers")
+    return settings, found
+
+
+def _settings(tensors, source):
+    """The Config of the model that has these shapes, and V."""
+    for name, tensor in tensors.items():
+        if tensor.ndim != (1 if ".bias" in name else 2) or not tensor.size:
+            raise UserError(f"{source}: {name} is {list(tensor.shape)}, not a {'vector' if '.bias' in name else 'matrix'}")
+    rows, H = tensors["lstm.weight_hh_l0"].shape
+    if rows != 4 * H:
+        kind = {3 * H: "a GRU", H: "a plain RNN"}.get(rows, "no LSTM")
+        raise UserError(f"{source} holds {kind}: weight_hh_l0 is {[rows, H]}, of an LSTM it is [4 H, H]")
     embedding, output = tensors.get("embedding.weight"), tensors.get("output.weight")
     if embedding is None and output is None:
         raise UserError(f"{source} has no output.weight: it takes an output layer to predict a token")
     tied = output is None or (embedding is not None and np.array_equal(embedding, output))
-    table = embedding if tied else output
-    V, E, H = len(table), 0 if embedding is None else embedding.shape[-1], hidden[1]
+    V, E = len(embedding if tied else output), 0 if embedding is None else embedding.shape[1]
     if tied and E != H:
-        raise UserError(
-            f"{source} has no output.weight, and its embedding {list(table.shape)} does not fit a hidden size of {H}"
-        )
-    layers = sum("weight_hh" in name for name in tensors)
+        raise UserError(f"{source} has no output.weight, and an embedding of {E} cannot serve where H is {H}")
     second = any(tensor.any() for name, tensor in tensors.items() if "bias_hh" in name)
+    layers = sum("weight_hh" in name for name in tensors)
     shape = {"embedding": E, "hidden": H, "layers": layers, "tied": tied, "biases": 1 + second}
-    settings = config.from_dict({"model": shape})
-    wanted, found = weights.shapes(settings.model, V), {}
-    for name, shape in wanted.items():
-        missing = np.zeros(shape, np.float32) if ".bias" in name else np.empty(0)
-        found[name] = tensors.get(name, missing)
-        if found[name].shape != shape:
-            raise UserError(f"{source}: {name} is {list(found[name].shape)}, by the other tensors it is {list(shape)}")
-    left = sorted(tensors.keys() - wanted.keys() - {"output.weight"})
-    if left:
-        raise UserError(f"{source} has {left[0]!r:.80}, which is of none of its {layers} layers")
-    return settings, found
+    return config.from_dict({"model": shape}), V
 
 
 if __name__ == "__main__":
