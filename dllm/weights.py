@@ -60,7 +60,7 @@ def read_vector(layout, vector):
         if name.startswith("lstm.bias_"):
             bias = layout.read(vector, f"lstm.{name.rpartition('_l')[2]}.bias")
             both = bias if config.biases == 2 else [bias[0], np.zeros_like(bias[0])]
-            tensor = both["_hh_" in name]
+            tensor = both[int("_hh_" in name)]
         else:
             ours, transposed = _ours(name, config)
             tensor = layout.read(vector, ours)
