@@ -1,5 +1,5 @@
-"""Only hdf5.py opens HDF5, only weights.py safetensors, and HDF5 loads no plugin; its readers name all that a file may hold; nothing is
-unpickled.
+"""Only hdf5.py opens HDF5, which loads no plugin, and its readers name all that a file may hold; only weights.py opens
+safetensors; nothing is unpickled.
 """
 
 import ast
