@@ -37,6 +37,7 @@ def commands(folder, *lines, cwd):
     parts = [line.split() for line in lines]
     words = [[f"dllm.{'import_' if name == 'import' else name}", *rest] for name, *rest in parts]
     (folder / "commands.json").write_text(json.dumps(words))
-    mpirun(0, pathlib.Path(__file__).with_name("refusals.py"), folder / "commands.json", folder, cwd=cwd, check=True)
+    script = pathlib.Path(__file__).with_name("refusals.py")
+    mpirun(0, script, folder / "commands.json", folder, cwd=cwd, timeout=200, check=True)
     codes = [code for code, _ in json.loads((folder / "0.json").read_text())]
     return [(code, (folder / f"{number}-0.txt").read_text()) for number, code in enumerate(codes)]

@@ -119,8 +119,11 @@ def refused(torch, what):
         "stranger": lambda: state.update({"attention.weight": torch.zeros(3, 3)}),
         "scalar": lambda: state.update({"embedding.weight": torch.tensor(1.0)}),
         "integers": lambda: state.update({"output.bias": torch.zeros(V, dtype=torch.int64)}),
+        "a scale of floats": lambda: state.update({"embedding.weight.scale": torch.ones(V)}),
+        "too few scales": lambda: state.update({"embedding.weight": integers, "embedding.weight.scale": torch.ones(3)}),
         "not a number": lambda: state["output.bias"].fill_(float("nan")),
     }
+    integers = torch.zeros(V, 5, dtype=torch.int8)
     changes.get(what, lambda: None)()
     return state
 
@@ -140,6 +143,8 @@ def refused(torch, what):
         ("stranger", "'attention.weight', which is of no embedding"),
         ("scalar", r"embedding.weight is \[\], not a matrix"),
         ("integers", "'output.bias' is of I64"),
+        ("a scale of floats", "'embedding.weight.scale', which is of no"),
+        ("too few scales", "'embedding.weight.scale', which is of no"),
         ("not a number", "'output.bias' has values that are not finite"),
     ],
 )
