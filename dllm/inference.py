@@ -113,6 +113,8 @@ def sample(model, prompt, tokens, seed=1, temperature=1.0, top_k=0, top_p=1.0):
 
 def _choose(logits, generator, temperature, top_k, top_p):
     """A token number drawn from softmax(logits / temperature), logits (V,), cut to top_k and top_p."""
+    if not np.isfinite(logits.max()):
+        raise UserError("the model computes logits that are not finite: its weights are too large")
     if temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
