@@ -70,6 +70,10 @@ class Gossip(threading.Thread):
         if self.is_alive():
             self.join()
             self._speak(everyone=True)
+            for rank in list(self.receiving):
+                with self._losing(rank):
+                    self.receiving[rank].Cancel()
+                    self.receiving[rank].Wait()
 
     def _expect(self, rank):
         with self._losing(rank):

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -77,6 +78,21 @@ def leave(code):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def part(comm, code, patience=5.0):
+    """End this process, of a job whose ranks end one by one: no other waits for it, or all of them come here at about the same time.
+
+    patience : seconds after which it leaves without the others
+    """
+    from mpi4py import MPI
+
+    if not survivable(comm):  # mpirun would take it for a crash
+        timer = threading.Timer(patience, leave, [code])
+        timer.daemon = True
+        timer.start()
+        MPI.Finalize()
+    leave(code)
 
 
 def die():

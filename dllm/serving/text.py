@@ -1,7 +1,12 @@
 """From token numbers to text while they come: characters of several tokens, stop strings, where in the text a token begins."""
 
 import codecs
+import functools
 from dataclasses import dataclass
+
+import numpy as np
+
+from ..inference import start_tokens
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,35 @@ class Text:
         return text, [Piece(token, start) for start, _, token in ready]
 
 
-def name(decode, number):
-    """A token's text by itself; of bytes that are no characters by themselves, their values, in OpenAI's form."""
-    data = decode([number])
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+@dataclass(frozen=True)
+class Prompt:
+    """tokens (n,) int64, n at least 1. blank: nothing was written, and the one token stands for a beginning."""
+
+    tokens: object
+    blank: bool
+
+    def __len__(self):
+        return 0 if self.blank else len(self.tokens)
+
+
+class Vocabulary:
+    """A tokenizer, for text that comes and goes in pieces."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.size = tokenizer, tokenizer.size
+        self.decode = tokenizer.decode
+        self.name = functools.cache(self._name)
+
+    def prompt(self, given):
+        """The Prompt of a text, or of token numbers. Raises UserError where the vocabulary lacks something."""
+        if isinstance(given, str):
+            return Prompt(start_tokens(self.tokenizer, given), not given)
+        return Prompt(np.array(given, np.int64), False)
+
+    def _name(self, number):
+        """A token's text by itself; of bytes that are no characters by themselves, their values, in OpenAI's form."""
+        data = self.decode([number])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
