@@ -1,6 +1,7 @@
 """`dllm COMMAND` and `python -m dllm COMMAND`: the commands as one program."""
 
 import importlib
+import keyword
 import os
 import sys
 
@@ -14,6 +15,8 @@ COMMANDS = {
     "resize": "another number of ranks for a run that launch watches",
     "evaluate": "loss and perplexity of a trained model",
     "generate": "continue a text with a trained model",
+    "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
+    "import": "the same of a PyTorch nn.LSTM",
 }
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # where a launcher says it; nothing here needs MPI itself
 
@@ -21,7 +24,8 @@ RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # where a launcher 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        return importlib.import_module(f"dllm.{name}").main(sys.argv[2:])
+        module = f"{name}_" if keyword.iskeyword(name) else name
+        return importlib.import_module(f"dllm.{module}").main(sys.argv[2:])
     lines = [f"dllm {__version__}: decentralised training of LSTM language models", "", "usage: dllm COMMAND ..."]
     lines += [f"  {command:10}{text}" for command, text in COMMANDS.items()]
     speaks = next((os.environ[name] for name in RANK if name in os.environ), "0") == "0"

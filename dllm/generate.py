@@ -1,4 +1,4 @@
-"""Continue a text with a trained model: python -m dllm.generate RUN --prompt "..."."""
+"""Continue a text with a trained model: python -m dllm.generate MODEL --prompt "..."."""
 
 import codecs
 import json
@@ -9,9 +9,9 @@ from .errors import DONE
 
 EPILOG = """
 examples
-  python -m dllm.generate RUN --prompt "def main(" --tokens 500
-  python -m dllm.generate RUN --temperature 0                    always the most likely token
-  python -m dllm.generate RUN --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
+  python -m dllm.generate MODEL --prompt "def main(" --tokens 500
+  python -m dllm.generate MODEL --temperature 0                    always the most likely token
+  python -m dllm.generate MODEL --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
 """
 
 
@@ -21,34 +21,34 @@ def main(argv=None):
 
 def generate(argv):
     parser = cli.Parser("generate", __doc__, EPILOG)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: the start of a line)")
     parser.add_argument("--tokens", type=cli.at_least(1), default=200, metavar="N", help="default: 200")
     parser.add_argument("--temperature", type=cli.at_least(0, float), default=0.8, metavar="T", help="default: 0.8")
     parser.add_argument("--top-k", type=cli.at_least(0), default=0, metavar="K", help="among the K likeliest; 0: all")
     parser.add_argument("--top-p", type=cli.at_least(0, float), default=1.0, metavar="P", help="among those that hold P")
     parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="default: 1")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end instead of streaming")
     options = parser.parse_args(argv)
     if options.top_p > 1:
         parser.error("argument --top-p: it is a probability, at most 1")
 
+    from .bundle import Bundle
     from .inference import sample, start_tokens
-    from .runs import Trained
 
-    trained = Trained.open(options.run, options.checkpoint == "best")
-    for warning in trained.warnings:
+    bundle = Bundle.open(options.model, options.checkpoint == "best")
+    for warning in bundle.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
-    prompt = start_tokens(trained.tokenizer, options.prompt)
+    prompt = start_tokens(bundle.tokenizer, options.prompt)
     choices = options.seed, options.temperature, options.top_k, options.top_p
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     show = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
     show(options.prompt)
     text, tokens = "", []
-    for token in sample(trained.model(64), prompt, options.tokens, *choices):
+    for token in sample(bundle.model(64), prompt, options.tokens, *choices):
         tokens.append(token)
-        piece = decoder.decode(trained.tokenizer.decode([token]))
+        piece = decoder.decode(bundle.tokenizer.decode([token]))
         show(piece)
         text += piece
     text += (rest := decoder.decode(b"", final=True))

@@ -12,7 +12,6 @@ from . import checkpoint, claim, config, storage
 from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
 from .errors import UserError
 from .kernels.gemm import aligned
-from .model import LanguageModel
 
 FILES = {
     "config.toml",
@@ -131,9 +130,3 @@ class Trained:
         theta = aligned((layout.size,), self.dtype)
         checkpoint.load_theta(self.checkpoint, layout, theta)
         return theta
-
-    def model(self, window, lanes=1):
-        """A LanguageModel with these parameters, for inference."""
-        model = LanguageModel(self.settings.model, self.tokenizer.size, self.dtype, window, lanes, training=False)
-        model.bind(self.theta(model.layout))
-        return model

@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import stat
 
 from .errors import UserError
 
 BLOCK = 1 << 20  # bytes that are hashed at a time
+LARGEST_JSON = 1 << 28  # bytes; no vocabulary comes near
 
 
 @contextlib.contextmanager
@@ -24,6 +26,23 @@ def atomic(path):
         flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """The same for a folder with files in it, which must not be there yet; its parents are made."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):
+            flush(file)
+        os.rename(temporary, path)
+        flush(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -58,10 +77,13 @@ def write_json(path, value):
 def read_json(path, keys):
     """A JSON object that has `keys`. Raises UserError that names the file and what is wrong with it."""
     try:
+        check_regular(path)
+        if os.stat(path).st_size > LARGEST_JSON:
+            raise UserError(f"{path} is too large: over {LARGEST_JSON >> 20} MB")
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     missing = [key for key in keys if not (isinstance(value, dict) and key in value)]
     if missing:

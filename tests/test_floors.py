@@ -13,11 +13,11 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "presets"),
     ("config", "storage", "kernels"),
     ("layout", "hdf5"),
-    ("model", "optim", "state", "cli", "data", "comm", "claim"),
+    ("model", "optim", "state", "cli", "data", "comm", "claim", "weights", "card"),
     ("checkpoint", "report", "corpus", "inference", "survival"),
     ("saving", "monitor", "warmup", "runs"),
-    ("training",),
-    ("prepare", "train", "evaluate", "generate", "resize", "mpirun", "__main__"),
+    ("training", "bundle"),
+    ("prepare", "train", "evaluate", "generate", "export", "import_", "resize", "mpirun", "__main__"),
     ("launch",),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

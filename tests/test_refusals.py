@@ -103,7 +103,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "evaluate: no such split": ("dllm.evaluate run --split exam", "tiny has no split 'exam'; it has train, valid"),
     "evaluate: shard with a flipped bit": ("dllm.evaluate run --data flipped", "flipped/test-00000.h5 is damaged"),
     "evaluate: no lanes": ("dllm.evaluate run --lanes 0", "argument --lanes: 0 is not a number of at least 1"),
-    "evaluate: no argument": ("dllm.evaluate", "the following arguments are required: RUN"),
+    "evaluate: no argument": ("dllm.evaluate", "the following arguments are required: MODEL"),
 }
 ON_FOUR = {
     "averaging: not a tree": (

@@ -51,7 +51,7 @@ def test_json_survives_and_its_errors_name_the_file(tmp_path):
     path.write_text("{1}")
     with pytest.raises(UserError, match=r"value.json is not valid JSON"):
         storage.read_json(path, [])
-    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*: it is not a file"):
         storage.read_json(tmp_path, [])
 
 

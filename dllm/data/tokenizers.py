@@ -96,6 +96,7 @@ class UnitTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, value):
+        "".join(list(value["units"])).encode()  # fails where one is no text
         return cls(value["units"])
 
 
@@ -220,7 +221,8 @@ class BPETokenizer(Tokenizer):
     def from_json(cls, value):
         from tokenizers import Tokenizer as Library
 
-        return cls(Library.from_str(json.dumps(value["model"])))
+        parts = json.loads(cls._blank().to_str()) | {"model": value["model"]["model"]}  # text is split as `_blank` does
+        return cls(Library.from_str(json.dumps(parts)))
 
 
 def _blocks(text, size=16384):
@@ -244,8 +246,13 @@ KINDS = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, 
 
 
 def load(value, source):
-    """The tokenizer of a dict made by `to_json`. Raises UserError that names `source`, the file it came from."""
+    """The tokenizer of a dict made by `to_json`. Raises UserError that names `source`, the file it came from.
+
+    Every number below `size` must be a token's, so that no text encodes to one beyond.
+    """
     try:
-        return KINDS[value["kind"]].from_json(value)
+        tokenizer = KINDS[value["kind"]].from_json(value)
+        tokenizer.decode(range(tokenizer.size))
+        return tokenizer
     except Exception:
         raise UserError(f"{source} holds no tokenizer that this version knows; prepare the data anew") from None

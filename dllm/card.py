@@ -1,0 +1,100 @@
+"""The README.md of a model folder, made of its config.json: where the model comes from, and how PyTorch loads it."""
+
+CARD = """---
+license: other  # yours to choose: the text that a model was trained on may have a say in it
+library_name: pytorch
+tags: [lstm, language-model, dllm]
+---
+
+# {name}
+
+{kind}, {parameters:,} parameters, weights in {weights}. Made by dllm {version}.
+
+{origin}
+
+## Use
+
+    python -m dllm.generate {name} --prompt "..."
+    mpirun -n 2 python -m dllm.evaluate {name} --data DIR
+
+In PyTorch, without dllm:
+
+```python
+{script}
+```
+
+`tokens` are numbers of tokenizer.json, of kind {tokenizer}.
+
+## Licence
+
+To be filled in by whoever publishes this model.
+{recipe}"""
+
+HEAD = """import json, torch
+from safetensors.torch import load_file
+
+model = json.load(open("config.json"))["model"]
+V, E, H, L = {V}, model["embedding"], model["hidden"], model["layers"]
+weights = load_file("model.safetensors")"""
+DEQUANTISE = """scales = {name: weights.pop(name + ".scale") for name in list(weights) if name + ".scale" in weights}
+weights |= {name: weights[name].float() * scale[:, None] for name, scale in scales.items()}"""
+TIED = """weights["output.weight"] = weights["embedding.weight"]"""
+TAIL = """module = torch.nn.ModuleDict({{{embedding}"lstm": torch.nn.LSTM({D}, H, L), "output": torch.nn.Linear(H, V)}})
+module.load_state_dict(weights, strict=True)
+tokens = torch.tensor([[0], [1]])  # (time, lanes)
+logits = module["output"](module["lstm"]({x})[0])  # (time, lanes, V): of the token that follows"""
+
+
+def script(facts):
+    """The lines of Python that load the folder into torch.nn."""
+    model = facts["model"]
+    one_hot = not model["embedding"]
+    lines = [HEAD.format(V=facts["vocabulary"])]
+    lines += [DEQUANTISE] * (facts["weights"] == "int8") + [TIED] * model["tied"]
+    return "\n".join([
+        *lines,
+        TAIL.format(
+            embedding="" if one_hot else '"embedding": torch.nn.Embedding(V, E), ',
+            D="V" if one_hot else "E",
+            x="torch.nn.functional.one_hot(tokens, V).float()" if one_hot else 'module["embedding"](tokens)',
+        ),
+    ])  # fmt: skip
+
+
+def text(name, facts, tokenizer, version):
+    """The model card of `facts`, a config.json. tokenizer: its kind."""
+    model = facts["model"]
+    inputs = f"embedding of {model['embedding']}" if model["embedding"] else "one-hot inputs"
+    kind = f"LSTM language model: {inputs}{', tied to the output' * model['tied']}, {model['layers']} x {model['hidden']}"
+    training = facts.get("training")
+    recipe = "" if training is None else f"\n## Recipe\n\n{_recipe(training['recipe'])}\n"
+    return CARD.format(
+        name=name, kind=kind + f", vocabulary of {facts['vocabulary']:,}", parameters=facts["parameters"], version=version,
+        weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
+        tokenizer=tokenizer, script=script(facts),
+    )  # fmt: skip
+
+
+def _imported(facts):
+    return f"Imported from a state dict of PyTorch, `{facts['imported']}`."
+
+
+def _trained(training):
+    """A table of what is known of the training."""
+    averaged, corpus, tokens = training["averaged"], training["corpus"], training["tokens"]
+    rows = {
+        "steps": f"{training['step']:,}" + (f", mean of the last {averaged} checkpoints" if averaged > 1 else ""),
+        "tokens seen": "unknown" if tokens is None else f"{tokens:,}",
+        "corpus, sha256 of its manifest": f"`{corpus}`" if corpus else "unknown",
+    }
+    for entry in training["measured"]:
+        what = f"perplexity on its {entry['split']} split, {entry['tokens']:,} tokens"
+        rows[what] = f"{entry['after']:.4g} ({entry['before']:.4g} as trained)"
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _recipe(sections):
+    """The settings of a run as TOML, in a block of code."""
+    import tomli_w
+
+    return f"```toml\n{tomli_w.dumps(sections)}```"
