@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 
-from . import cli
+from . import claim, cli
 from .comm import runtime
 from .errors import DONE, UserError
 
@@ -49,7 +49,7 @@ def arguments(argv, rank=0):
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
-        shown = "" if default is None else f" (default {default:g})" if not isinstance(default, str) else f" (default {default})"
+        shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
     parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
@@ -63,7 +63,7 @@ def arguments(argv, rank=0):
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    if "MPI" not in _launcher() and any(word in ("-n", "--ranks") or word.startswith(("-n", "--ranks=")) for word in words):
+    if not _is_rank() and any(word.startswith(("-n", "--ranks")) for word in words):
         from .keep import keep
 
         return cli.run(keep, words)
@@ -146,11 +146,9 @@ def listen(host, port, shared=False):
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
-def _launcher():
-    """ "MPI" where this process is a rank of mpirun's or Slurm's, else "" """
-    from .__main__ import RANK
-
-    return "MPI" if any(name in os.environ for name in RANK) else ""
+def _is_rank():
+    """Whether mpirun has started this process already."""
+    return any(name in os.environ for name in (claim.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def _check_installed():

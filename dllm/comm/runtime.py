@@ -81,7 +81,7 @@ def leave(code):
 
 
 def part(comm, code, patience=5.0):
-    """End this process, of a job whose ranks end one by one: no other waits for it, or all of them come here at about the same time.
+    """End this process as the others do: whenever they like where deaths are survived, else all at about the same time.
 
     patience : seconds after which it leaves without the others
     """

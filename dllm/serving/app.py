@@ -59,7 +59,8 @@ class Service:
         description = openapi.describe(self.name, self.vocabulary.size, self.limits, token is not None)
 
         async def show_page(request):
-            return Response(page, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
+            headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+            return Response(page, media_type="text/html", headers=headers)
 
         async def describe(request):
             return JSONResponse(description)
@@ -125,9 +126,9 @@ class Service:
         given = [name for name in ("text", "tokens") if fields.body.get(name) is not None]
         if len(given) != 1:
             raise Refused("either text or tokens must be there")
-        texts = fields.texts(given[0], self.vocabulary.size, most=1)
-        if isinstance(texts[0], str) != (given[0] == "text") or isinstance(fields.body[given[0]][0:1], list) != (given[0] == "tokens"):
+        if isinstance(fields.body[given[0]], str) != (given[0] == "text"):
             raise Refused("text must be a string, tokens a list of token numbers", given[0])
+        texts = fields.texts(given[0], self.vocabulary.size, most=1)
         fields.done()
         notes = self._note(request, prompts=texts)
         prompt = (await self._prompts(texts, given[0]))[0]
@@ -276,7 +277,8 @@ def _page():
 
 
 async def _refused(request, refused):
-    return JSONResponse(refused.body(), refused.status, refused.headers | ({"connection": "close"} if refused.status == 413 else {}))
+    closing = {"connection": "close"} if refused.status == 413 else {}
+    return JSONResponse(refused.body(), refused.status, {**(refused.headers or {}), **closing})
 
 
 async def _user_error(request, error):

@@ -184,8 +184,8 @@ class _Answer:
         """Answer with an error, unless an answer has begun: then the connection ends in the middle of it."""
         if self.status is None:
             body = json.dumps(refused.body()).encode()
-            names = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **refused.headers}
-            headers = [(name.lower().encode(), value.encode()) for name, value in names.items()]
+            names = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            headers = [(name.lower().encode(), value.encode()) for name, value in {**names, **refused.headers}.items()]
             await self({"type": "http.response.start", "status": refused.status, "headers": headers})
             await self({"type": "http.response.body", "body": body})
 

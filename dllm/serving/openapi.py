@@ -18,7 +18,7 @@ def describe(model, vocabulary, limits, needs_token):
         "openapi": "3.1.0",
         "info": {
             "title": "dllm", "version": __version__,
-            "description": "Completions in the form of OpenAI's clients, log-probabilities and final states of an LSTM language model.",
+            "description": "Completions in OpenAI's form, log-probabilities and final states of an LSTM language model.",
         },
         "paths": {
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
@@ -88,7 +88,8 @@ def _number(least=None, most=None):
 def _requests(model, vocabulary, limits):
     text, flag = {"type": "string"}, _maybe({"type": "boolean"})
     tokens = {"type": "array", "minItems": 1, "items": _integer(0, vocabulary - 1)}
-    texts = {"anyOf": [text, *({"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)), tokens]}
+    several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
+    texts = {"anyOf": [text, tokens, *several]}
     stop = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
     named = {"model": _maybe({"const": model}), "user": _maybe(text)}
     return {
@@ -97,13 +98,17 @@ def _requests(model, vocabulary, limits):
             max_tokens=_maybe(_integer(0, limits.tokens)), temperature=_maybe(_number(0, 2)), top_p=_maybe(_number(0, 1)),
             top_k=_maybe(_integer(0, vocabulary)), seed=_maybe(_integer(0, SEEDS - 1)),
             stop=_maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
-            logprobs=_maybe(_integer(0, LOGPROBS)), echo=flag, n=_maybe(_integer(1, CHOICES)), best_of=_maybe(_integer(1, CHOICES)),
-            stream=flag, stream_options=_maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
+            logprobs=_maybe(_integer(0, LOGPROBS)), echo=flag,
+            n=_maybe(_integer(1, CHOICES)), best_of=_maybe(_integer(1, CHOICES)), stream=flag,
+            stream_options=_maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
             suffix=_maybe({"const": ""}), logit_bias=_maybe({"type": "object", "maxProperties": 0}),
             presence_penalty=_maybe({"const": 0}), frequency_penalty=_maybe({"const": 0}),
         ),
         "ScoreRequest": {
-            "oneOf": [_object(["text"], closed=True, **named, text=text), _object(["tokens"], closed=True, **named, tokens=tokens)]
+            "oneOf": [
+                _object(["text"], closed=True, **named, text=text),
+                _object(["tokens"], closed=True, **named, tokens=tokens),
+            ]
         },
         "EmbeddingRequest": _object(
             ["input"], closed=True, **named, input=texts, encoding_format=_maybe({"enum": ["float", "base64"]}),
@@ -113,9 +118,11 @@ def _requests(model, vocabulary, limits):
 
 def _answers():
     text, numbers = {"type": "string"}, {"type": "array", "items": _maybe(_number())}
-    usage = _object(["prompt_tokens", "total_tokens"], prompt_tokens=_integer(0), completion_tokens=_integer(0), total_tokens=_integer(0))
+    count = _integer(0)
+    usage = _object(["prompt_tokens", "total_tokens"], prompt_tokens=count, completion_tokens=count, total_tokens=count)
     logprobs = _object(
-        ["tokens", "token_logprobs", "top_logprobs", "text_offset"], tokens={"type": "array", "items": text}, token_logprobs=numbers,
+        ["tokens", "token_logprobs", "top_logprobs", "text_offset"],
+        tokens={"type": "array", "items": text}, token_logprobs=numbers,
         top_logprobs={"type": "array", "items": _maybe({"type": "object", "additionalProperties": _number()})},
         text_offset={"type": "array", "items": _integer(0)},
     )  # fmt: skip
@@ -123,8 +130,11 @@ def _answers():
         ["index", "text", "logprobs", "finish_reason"], index=_integer(0), text=text, logprobs=_maybe(logprobs),
         finish_reason={"enum": ["stop", "length", None]},
     )  # fmt: skip
-    rank = _object(["rank", "state", "host", "pid", "active", "queued", "slots", "tokens_per_second", "heard_seconds_ago"], rank=_integer(0))
+    known = ["rank", "state", "host", "pid", "active", "queued", "slots", "tokens_per_second", "heard_seconds_ago"]
+    rank = _object(known, rank=count)
     several = lambda schema: {"type": "array", "items": schema}
+    entry = _object(["id", "object"], id=text, object=text)
+    embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [several(_number()), text]})
     error = _object(["message", "type", "param", "code"], message=text, type=text, param=_maybe(text), code=_maybe(text))
     return {
         "Completion": _object(
@@ -132,14 +142,14 @@ def _answers():
             created=_integer(), model=text, seed=_integer(0), choices=several(choice), usage=usage,
         ),
         "Score": _object(
-            ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"], loss=_maybe(_number()), perplexity=_maybe(_number()),
+            ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"],
+            loss=_maybe(_number()), perplexity=_maybe(_number()),
             tokens=several(text), token_ids=several(_integer(0)), token_logprobs=numbers, usage=usage,
         ),
         "Embeddings": _object(
-            ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage,
-            data=several(_object(["object", "index", "embedding"], index=_integer(0), embedding={"anyOf": [several(_number()), text]})),
+            ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage, data=several(embedding),
         ),
-        "Models": _object(["object", "data"], object={"const": "list"}, data=several(_object(["id", "object"], id=text, object=text))),
+        "Models": _object(["object", "data"], object={"const": "list"}, data=several(entry)),
         "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=several(rank)),
         "Error": _object(["error"], error=error),
     }  # fmt: skip

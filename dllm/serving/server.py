@@ -60,7 +60,8 @@ class Server:
         load = self.engine.load()
         names = "active", "queued", "slots", "tokens", "tokens_per_second"
         numbers = {name: round(float(load[name]), 1) if name == "tokens_per_second" else int(load[name]) for name in names}
-        return {**self.fixed, "address": self.address, "draining": self.state != "ok", "drained": self.state == "drained", **numbers}
+        state = {"draining": self.state != "ok", "drained": self.state == "drained"}
+        return {**self.fixed, "address": self.address, **state, **numbers}
 
     def run(self, stopping):
         """Answer until told to stop, then until what is under way is done. stopping : a list, not empty: told already."""
@@ -152,7 +153,7 @@ def _log_by(log):
 
     class Handler(logging.Handler):
         def emit(self, record):
-            trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
-            log("message", level=record.levelname, source=record.name, text=record.getMessage(), **({"trace": trace} if trace else {}))
+            more = {"trace": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+            log("message", level=record.levelname, source=record.name, text=record.getMessage(), **more)
 
     logging.basicConfig(level=logging.WARNING, handlers=[Handler()], force=True)
