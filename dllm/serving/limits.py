@@ -13,6 +13,7 @@ from .openai import Refused, busy
 
 OPEN = {"/", "/health", "/openapi.json"}  # answered without a token; /health then says no more than that it is there
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LAST = 1.0  # seconds that a connection without a request stays when the server ends
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
 
 
@@ -36,7 +37,7 @@ class Connection(H11Protocol):
     """
 
     limits = Limits()
-    timer, since = None, 0.0
+    timer, since, last = None, 0.0, False
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -49,10 +50,20 @@ class Connection(H11Protocol):
     def data_received(self, data):
         super().data_received(data)
         self._time()
+        if self.last and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def connection_lost(self, exc):
         self.end()
         super().connection_lost(exc)
+
+    def shutdown(self):
+        """The server ends. A request may be on its way: it is still answered."""
+        self.last = True
+        if self.is_idle():
+            self.loop.call_later(LAST, lambda: self.is_idle() and self.end())
+        else:
+            self.cycle.keep_alive = False
 
     def is_idle(self):
         """Whether no request is under way."""

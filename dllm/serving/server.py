@@ -98,7 +98,8 @@ class Server:
     def stop(self):
         """The first time no new requests are taken, the second time nothing is finished any more."""
         self.stops += 1
-        self.state = self.service.state = "draining"
+        if self.stops == 1:
+            self.state = self.service.state = "draining"
         self.http.should_exit = True
         self.http.force_exit = self.stops > 1
         self.log("draining")
@@ -115,6 +116,7 @@ class Server:
 
     def leave(self, code):
         """End this process."""
+        self.state = "drained"
         self.engine.stop(0)
         self.log("ended")
         self.gossip.end()
