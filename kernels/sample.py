@@ -62,7 +62,7 @@ class Scratch:
 
     def __init__(self, V, threads=1):
         padded = -(-V // LANES) * LANES
-        self.l, self.e = (np.zeros((threads, padded), np.float32) for _ in range(2))
+        self.logits, self.e = (np.zeros((threads, padded), np.float32) for _ in range(2))
         self.keys, self.other = (np.zeros((threads, padded), np.uint64) for _ in range(2))
 
 
@@ -81,7 +81,7 @@ def draw(choice, rows, z, b, scratch, team):
 
     def work(part):
         first, last = N * part // team.size, N * (part + 1) // team.size
-        memory = scratch.l[part], scratch.e[part], scratch.keys[part], scratch.other[part]
+        memory = scratch.logits[part], scratch.e[part], scratch.keys[part], scratch.other[part]
         if first < last:
             draw_rows(*choice.arrays, rows, z, b, *memory, first, last)
 
@@ -91,7 +91,7 @@ def draw(choice, rows, z, b, scratch, team):
 @kernel
 def draw_rows(
     token, logprob, tokens, logprobs, temperature, top_k, top_p, seed, position, given, wanted,
-    rows, z, b, l, e, keys, other, first, last,
+    rows, z, b, logits, e, keys, other, first, last,
 ):  # fmt: skip
     """Rows first to last - 1 of `draw`."""
     V = b.size
@@ -100,60 +100,60 @@ def draw_rows(
     for n in range(first, last):
         r = rows[n]
         tokens[r, :], logprobs[r, :] = BAD, np.nan
-        largest = take_logits(l, z, n, b)
-        total = weigh(e, sums, l, largest, 1.0)
+        largest = take_logits(logits, z, n, b)
+        total = weigh(e, sums, logits, largest, 1.0)
         if not (total > 0 and total < np.inf):
             token[r], logprob[r] = BAD, np.nan
             continue
         log_total = math.log(total) + np.float64(largest)
         count = min(wanted[r], tokens.shape[1], V)
         if count > 0:
-            keep_largest(keys, other, maxima, l, V, count)
+            keep_largest(keys, other, maxima, logits, V, count)
             keys[:count] = np.sort(keys[:count])[::-1]
             for i in range(count):
                 tokens[r, i] = token_of(keys[i])
-                logprobs[r, i] = np.float64(l[tokens[r, i]]) - log_total
+                logprobs[r, i] = np.float64(logits[tokens[r, i]]) - log_total
         if given[r] >= 0:
             chosen = given[r]
         elif temperature[r] == 0:
             chosen = 0
-            while l[chosen] != largest:
+            while logits[chosen] != largest:
                 chosen += 1
         else:
             if temperature[r] != 1:
-                total = weigh(e, sums, l, largest, 1 / temperature[r])
+                total = weigh(e, sums, logits, largest, 1 / temperature[r])
             u = uniform(seed[r], position[r])
             if 0 < top_k[r] < V or top_p[r] < 1:
-                chosen = draw_within(keys, other, maxima, l, e, V, top_k[r], top_p[r], total, u)
+                chosen = draw_within(keys, other, maxima, logits, e, V, top_k[r], top_p[r], total, u)
             else:
                 chosen = draw_from_all(e, sums, total, V, u)
-        token[r], logprob[r] = chosen, np.float64(l[chosen]) - log_total
+        token[r], logprob[r] = chosen, np.float64(logits[chosen]) - log_total
 
 
 @kernel
-def take_logits(l, z, n, b):
-    """l (Vp,) = row n of z + b, -inf beyond V. Returns the largest."""
+def take_logits(logits, z, n, b):
+    """logits (Vp,) = row n of z + b, -inf beyond V. Returns the largest."""
     R, V = width(z), b.size
     for panel in range(V // R):
         for j in range(R):
-            l[panel * R + j] = z[panel, n, j] + b[panel * R + j]
+            logits[panel * R + j] = z[panel, n, j] + b[panel * R + j]
     for v in range(V // R * R, V):
-        l[v] = z[v // R, n, v % R] + b[v]
-    l[V:] = -np.inf
+        logits[v] = z[v // R, n, v % R] + b[v]
+    logits[V:] = -np.inf
     most = np.full(LANES, -np.inf, np.float32)
-    for first in range(0, l.size, LANES):
+    for first in range(0, logits.size, LANES):
         for j in range(LANES):
-            most[j] = l[first + j] if l[first + j] > most[j] else most[j]
+            most[j] = logits[first + j] if logits[first + j] > most[j] else most[j]
     return most.max()
 
 
 @kernel
-def weigh(e, sums, l, largest, factor):
-    """e (Vp,) = exp((l - largest) factor); sums of each BLOCK. Returns the sum of all, NaN where some logit is."""
+def weigh(e, sums, logits, largest, factor):
+    """e (Vp,) = exp((logits - largest) factor); sums of each BLOCK. Returns the sum of all, NaN where some logit is."""
     zero, column = np.zeros(1, np.float32), np.zeros((2, LANES), np.float32)
     factor = np.float32(min(factor, 1e30))  # so that 0 times it is 0
-    for v in range(l.size):
-        e[v] = (l[v] - largest) * factor
+    for v in range(logits.size):
+        e[v] = (logits[v] - largest) * factor
     total = 0.0
     for block in range(sums.size):
         column[:] = 0
@@ -198,15 +198,15 @@ def draw_from_all(e, sums, total, V, u):
 
 
 @kernel
-def draw_within(keys, other, maxima, l, e, V, top_k, top_p, total, u):
+def draw_within(keys, other, maxima, logits, e, V, top_k, top_p, total, u):
     """The same among the top_k most likely, of these among the most likely that hold top_p."""
     if 0 < top_k < V:
-        keep_largest(keys, other, maxima, l, V, top_k)
+        keep_largest(keys, other, maxima, logits, V, top_k)
         count, total = top_k, 0.0
         for i in range(count):
             total += e[token_of(keys[i])]
     else:
-        bits, count = l.view(np.uint32), 0
+        bits, count = logits.view(np.uint32), 0
         least = np.float32(0.999 * (1 - top_p) * total / V)  # all that are below have less than 1 - top_p together
         for v in range(V):
             if e[v] >= least:
@@ -242,14 +242,14 @@ def keep_nucleus(keys, other, e, count, wanted):
 
 
 @kernel
-def keep_largest(keys, other, maxima, l, V, k):
+def keep_largest(keys, other, maxima, logits, V, k):
     """Bring the keys of the k tokens that come first to the front of keys, in no order."""
-    bits, least, columns = l.view(np.uint32), np.float32(-np.inf), maxima.size
+    bits, least, columns = logits.view(np.uint32), np.float32(-np.inf), maxima.size
     if k <= columns < V:  # k columns have a maximum that is at least the k-th largest of them, so k tokens have
-        maxima[:] = l[:columns]
+        maxima[:] = logits[:columns]
         for first in range(columns, V - columns + 1, columns):
             for j in range(columns):
-                maxima[j] = l[first + j] if l[first + j] > maxima[j] else maxima[j]
+                maxima[j] = logits[first + j] if logits[first + j] > maxima[j] else maxima[j]
         bits_of_maxima = maxima.view(np.uint32)
         for j in range(columns):
             keys[j] = key_of(bits_of_maxima[j], j)
@@ -259,7 +259,7 @@ def keep_largest(keys, other, maxima, l, V, k):
             least = min(least, maxima[token_of(keys[j])])
     count = 0
     for v in range(V):
-        if l[v] >= least:
+        if logits[v] >= least:
             keys[count] = key_of(bits[v], v)
             count += 1
     keep_first(keys, other, count, k)

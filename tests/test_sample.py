@@ -61,7 +61,8 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(wants, V, dtype):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 2500), st.integers(0, 2**32), st.sampled_from([0, 1, 5, 40, 1500]), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    st.integers(1, 2500), st.integers(0, 2**32), st.sampled_from([0, 1, 5, 40, 1500]),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     st.sampled_from([0.0, 0.01, 0.7, 1.0, 3.0]), st.sampled_from([0.1, 3.0, 30.0]), st.booleans(),
 )  # fmt: skip
 def test_only_tokens_within_the_cuts_are_drawn(V, seed, top_k, top_p, temperature, scale, ties):
