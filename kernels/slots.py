@@ -1,6 +1,6 @@
 """Rows of panels (gemm.py) to and from where streams keep their states, one block of memory a stream.
 
-    states (slots,L,2,P,R)      h and c of each layer of each stream, P panels of R units
+states (slots,L,2,P,R)      h and c of each layer of each stream, P panels of R units
 """
 
 from .compile import kernel
