@@ -1,1 +1,1 @@
-"""A trained model as a service: streams of tokens, the protocol of OpenAI's clients, a page for people; no training."""
+"""A model that answers: the engine, which knows nothing of HTTP, and what stands in front of it."""
