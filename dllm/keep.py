@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from . import mpirun, serve
+from . import mpirun
 from .errors import BAD_INPUT, DONE
 
 LOOK = 0.1  # seconds between looks at the job
@@ -16,11 +16,17 @@ PAUSE = 1.0  # seconds before it is started anew; after each further failure twi
 GRACE = 10.0  # seconds that ranks get beyond --drain
 
 
-def keep(words):
-    """Exit code of `dllm serve MODEL -n N`."""
-    options = serve.arguments(words)
-    serve.read_token(options)  # what is wrong with it is said here, once
-    keeper = Keeper(options, words, mpirun.read_hosts(options.hostfile) if options.hostfile else {})
+def keep(options, words, pass_on):
+    """Exit code of `dllm serve MODEL -n N`.
+
+    options : namespace
+        ranks, hostfile, drain.
+    words : list of str
+        All arguments of the command.
+    pass_on : list of str
+        Variables that ranks on other hosts shall see.
+    """
+    keeper = Keeper(options, words, pass_on, mpirun.read_hosts(options.hostfile) if options.hostfile else {})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: keeper.stop())
     return keeper.supervise()
@@ -29,8 +35,8 @@ def keep(words):
 class Keeper:
     """The ranks of a server, started as often as it takes."""
 
-    def __init__(self, options, words, hosts):
-        self.options, self.words, self.hosts = options, words, hosts
+    def __init__(self, options, words, pass_on, hosts):
+        self.options, self.words, self.pass_on, self.hosts = options, words, pass_on, hosts
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.marked, self.process, self.stops, self.asked = mpirun.Marked(), None, 0, 0.0
 
@@ -61,7 +67,7 @@ class Keeper:
     def _once(self, hosts):
         """Run mpirun to its end; no process of it is left here. Returns its exit code."""
         ranks = self.options.ranks if hosts == self.hosts else min(self.options.ranks, sum(hosts.values()))
-        command = mpirun.command(ranks, self.cores, hosts, *([serve.TOKEN] if serve.TOKEN in os.environ else []))
+        command = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
         self.process = self.marked.start([*command, sys.executable, "-m", "dllm.serve", *self.words], hosts)
         if self.stops:  # asked for while it was being started
             self._pass_on()

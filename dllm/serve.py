@@ -1,5 +1,6 @@
 """Serve a model over HTTP from all ranks: mpirun -n 4 python -m dllm.serve MODEL, or dllm serve MODEL -n 4."""
 
+import importlib.util
 import ipaddress
 import os
 import pathlib
@@ -9,7 +10,7 @@ import sys
 
 from . import claim, cli
 from .comm import runtime
-from .errors import DONE, UserError
+from .errors import UserError
 
 EPILOG = """
 examples
@@ -52,6 +53,7 @@ def arguments(argv, rank=0):
         shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
     parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
     options = parser.parse_args(argv)
     if options.port > 65535:
@@ -64,9 +66,7 @@ def arguments(argv, rank=0):
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if not _is_rank() and any(word.startswith(("-n", "--ranks")) for word in words):
-        from .keep import keep
-
-        return cli.run(keep, words)
+        return cli.run(start, words)
     stopping = []
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
@@ -74,11 +74,21 @@ def main(argv=None):
     return cli.run(lambda argv: serve(argv, comm, stopping), words, comm)
 
 
+def start(words):
+    """As a command of its own, without mpirun."""
+    from .keep import keep
+
+    options = arguments(words)
+    read_token(options)  # what is wrong with it is said here, once
+    check(options)
+    return keep(options, words, [name for name in (claim.JOB, TOKEN) if name == claim.JOB or name in os.environ])
+
+
 def serve(argv, comm, stopping):
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
         token = read_token(options)
-        _check_installed()
+        check(options)
     runtime.check_same(comm, vars(options))
     place = runtime.node(comm)
 
@@ -86,23 +96,21 @@ def serve(argv, comm, stopping):
     from .serving.engine import Engine
     from .serving.server import Server
 
-    bundle = runtime.agree(comm, Bundle.open, options.model)
-    with runtime.leader_first(place):  # which compiles the kernels
-        engine = Engine(
-            bundle, options.slots, options.threads or place.threads, cache_bytes=options.cache << 20, queue=options.queue
-        )  # fmt: skip
     with runtime.together(comm):
         listener = listen(options.host, options.port) if place.rank == 0 else None
     port = runtime.allgather(place.comm, listener and listener.getsockname()[1])[0]
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
-    ranks = comm.size
+    bundle = runtime.agree(comm, Bundle.open, options.model)
+    threads = options.threads or place.threads
+    engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
+    with runtime.leader_first(place):
+        engine.start()  # compiles the kernels, or loads them
     server = Server(comm, place, bundle, engine, options, token, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"dllm: {bundle.name} at http://{host}:{port}, {ranks} rank{'s' * (ranks > 1)}", flush=True)
-    server.run(stopping)
-    server.leave(DONE)
+        print(f"dllm: {bundle.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
+    server.leave(server.run(stopping))
 
 
 def read_token(options):
@@ -151,12 +159,14 @@ def _is_rank():
     return any(name in os.environ for name in (claim.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
-def _check_installed():
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'") from None
+def check(options):
+    """Raise UserError where something is missing here."""
+    from .train import check_bf16
+
+    if options.precision == "bf16":
+        check_bf16()
+    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+        raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'")
 
 
 if __name__ == "__main__":

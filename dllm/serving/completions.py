@@ -1,7 +1,8 @@
 """/v1/completions: from the engine's tokens to choices, whole or chunk by chunk."""
 
-from .engine import Finished, Full, Request, Token
-from .openai import Refused, busy, choice, logprobs
+from .openai import Refused, choice, encode, logprobs
+from .requests import Finished, Request, Token
+from .streams import Inbox, check, unless_gone
 from .text import Text
 
 
@@ -43,8 +44,7 @@ class Choice:
         if self.reason:
             return
         if isinstance(event, Finished):
-            if event.reason == "error":
-                raise Refused(event.message or "the engine failed", status=500, code="engine_failed")
+            check(event)
             self.reason = event.reason
         elif event.prompt and self.blanks:
             self.blanks -= 1
@@ -66,22 +66,18 @@ class Choice:
 class Run:
     """One request under way: its choices, and where they are computed."""
 
-    def __init__(self, wanted, prompts, vocabulary, peers, inbox):
+    def __init__(self, wanted, prompts, vocabulary, peers):
         """Raises Refused where there is no room."""
-        self.inbox = inbox
+        self.inbox = Inbox()
         self.choices = [
             Choice(number * wanted.n + place, wanted, prompt, vocabulary)
             for number, prompt in enumerate(prompts) for place in range(wanted.n)
         ]  # fmt: skip
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.left = [one for one in self.choices if one.reason is None]
-        self.rank = peers.choose(len(self.left)) if self.left else peers.rank
-        try:
-            for one in self.left:
-                one.cancel = peers.submit(self.rank, one.request(), inbox, one.index)
-        except Full:
-            inbox.cancel()
-            raise busy() from None
+        self.rank, cancels = peers.begin({one.index: one.request() for one in self.left}, self.inbox)
+        for one in self.left:
+            one.cancel = cancels[one.index]
 
     async def parts(self):
         """Lists of choices with what is new, until all have ended. Raises Refused, Gone."""
@@ -121,3 +117,32 @@ def _join(whole, part):
     else:
         for name, values in part["logprobs"].items():
             whole["logprobs"][name] += values
+
+
+class Events:
+    """A response of server-sent events: a Run as it comes."""
+
+    def __init__(self, run, answer, include_usage, headers, notes):
+        self.run, self.answer, self.include_usage, self.headers, self.notes = run, answer, include_usage, headers, notes
+
+    async def __call__(self, scope, receive, send):
+        names = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **self.headers}
+        headers = [(name.encode(), value.encode()) for name, value in names.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await unless_gone(receive, self.run.inbox, self._stream(send))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _stream(self, send):
+        more = {"usage": None} if self.include_usage else {}
+        try:
+            async for parts in self.run.parts():
+                text = "".join(f"data: {encode(self.answer.body([part]) | more)}\n\n" for part in parts)
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            end = "data: [DONE]\n\n"
+            if self.include_usage:
+                end = f"data: {encode(self.answer.body([], self.run.counts))}\n\n{end}"
+        except Refused as refused:
+            end = f"data: {encode(refused.body())}\n\n"
+        finally:
+            self.notes["prompt_tokens"], self.notes["completion_tokens"] = self.run.counts
+        await send({"type": "http.response.body", "body": end.encode(), "more_body": True})

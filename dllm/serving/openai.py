@@ -9,6 +9,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 SEEDS = 1 << 63  # seeds are 0 to SEEDS - 1; the next choice has the next seed
 CHOICES = 64  # streams that one request may ask for
 STOPS, STOP_LENGTH = 4, 256

@@ -13,7 +13,8 @@ import secrets
 
 import numpy as np
 
-from .engine import Finished, Full, Request, Token
+from .openai import busy
+from .requests import Finished, Full, Request, Token
 from .streams import Inbox
 
 LOST = 3.0  # seconds without a word after which a rank is taken for gone
@@ -66,7 +67,19 @@ class Peers:
         self.handed[best] = now, streams + (sent if count == now else 0)
         return best
 
-    def submit(self, rank, request, inbox, index):
+    def begin(self, requests, inbox):
+        """Have streams computed, all by one rank. requests : index -> Request. Raises Refused where there is no room.
+
+        Returns the rank, and index -> function that cancels.
+        """
+        rank = self.choose(len(requests)) if requests else self.rank
+        try:
+            return rank, {index: self._submit(rank, request, inbox, index) for index, request in requests.items()}
+        except Full:
+            inbox.cancel()
+            raise busy() from None
+
+    def _submit(self, rank, request, inbox, index):
         """Have a stream computed by `rank`. Raises Full. Returns a function that cancels."""
         if rank == self.rank:
             return self.local.submit(request, inbox, index)
@@ -107,7 +120,7 @@ class Peers:
                     if self.lost(rank):
                         raise
                     continue
-                yield [Finished(**entry) if isinstance(entry, dict) else Token(*entry) for entry in json.loads(line)]
+                yield [Finished(*entry) if isinstance(entry[0], str) else Token(*entry) for entry in json.loads(line)]
         finally:
             writer.close()
 
@@ -145,18 +158,12 @@ class Peers:
         try:
             while True:
                 events = [event for _, event in await inbox.get()]
-                entries = [vars(event) if isinstance(event, Finished) else _plain(event) for event in events]
-                writer.write(json.dumps(entries).encode() + b"\n")
+                writer.write(json.dumps(events, default=np.ndarray.tolist).encode() + b"\n")
                 await writer.drain()
                 if isinstance(events[-1], Finished):
                     return
         finally:
             gone.cancel()
-
-
-def _plain(token):
-    alternatives = [(int(number), float(value)) for number, value in token.alternatives or ()]
-    return int(token.number), None if token.logprob is None else float(token.logprob), alternatives, token.prompt
 
 
 class _Rest:

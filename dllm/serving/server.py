@@ -33,7 +33,7 @@ class Server:
         Of comm.runtime.node.
     bundle : Bundle
     engine : Engine
-        Not yet started.
+        Started.
     options : namespace
         Of the command.
     token : str or None
@@ -64,10 +64,14 @@ class Server:
         return {**self.fixed, "address": self.address, **state, **numbers}
 
     def run(self, stopping):
-        """Answer until told to stop, then until what is under way is done. stopping : a list, not empty: told already."""
+        """Answer until told to stop, then until what is under way is done. Returns the exit code.
+
+        stopping : a list, not empty: told already.
+        """
         _raise_limit()
         _log_by(self.log)
         asyncio.run(self._run(stopping))
+        return 0 if self.engine.load()["alive"] else 1
 
     async def _run(self, stopping):
         loop = asyncio.get_running_loop()
@@ -75,7 +79,6 @@ class Server:
         peers = Peers(self.gossip, local, self.secret)
         self.service = Service(self.bundle, local, peers, self.limits, self.log, self.options.log_prompts)
         self.address[1] = await peers.listen(self.address[0])
-        self.engine.start()
         self.gossip.start()
         config = uvicorn.Config(
             self.service.app(self.token, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
@@ -88,7 +91,9 @@ class Server:
         if stopping:
             self.stop()
         self.log("serving", model=self.bundle.name, port=self.listener.getsockname()[1], pid=os.getpid())
+        watch = loop.create_task(self._watch())
         await self.http.serve(sockets=[self.listener])
+        watch.cancel()
         end = time.monotonic() + self.options.drain
         while peers.callers and self.stops < 2 and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -104,9 +109,16 @@ class Server:
         self.http.force_exit = self.stops > 1
         self.log("draining")
 
+    async def _watch(self):
+        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
+        while self.engine.load()["alive"]:
+            await asyncio.sleep(0.5)
+        self.log("failed")
+        self.stop()
+
     async def _wait_for_others(self):
         """Where the end of one rank is the end of all, none leaves before all others have finished."""
-        if self.gossip.survivable:
+        if self.gossip.survivable or not self.engine.load()["alive"]:
             return
         while self.stops < 2:
             table = self.gossip.table()

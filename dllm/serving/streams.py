@@ -2,7 +2,8 @@
 
 import asyncio
 
-from .engine import Finished
+from .openai import Refused
+from .requests import Finished
 
 
 class Gone(OSError):
@@ -40,6 +41,24 @@ class Inbox:
         self.cancels = []
 
 
+async def gather(inbox, count):
+    """index -> [Token, ..., Finished] of `count` streams, when all have ended. Raises Refused where one failed, and Gone."""
+    found, left = {index: [] for index in range(count)}, count
+    while left:
+        for index, event in await inbox.get():
+            found[index].append(event)
+            if isinstance(event, Finished):
+                left -= 1
+                check(event)
+    return found
+
+
+def check(finished):
+    """Raises Refused where a stream has failed."""
+    if finished.reason == "error":
+        raise Refused(finished.message or "the engine failed", status=500, code="engine_failed")
+
+
 class Local:
     """The engine's streams, handed to their inboxes in the event loop: one call into the loop for each step of the engine."""
 
@@ -47,7 +66,7 @@ class Local:
         self.engine, self.loop, self.inboxes = engine, loop, {}  # stream -> (inbox, index)
 
     def submit(self, request, inbox, index):
-        """Raises engine.Full. In the event loop. Returns a function that cancels."""
+        """Raises Full. In the event loop. Returns a function that cancels."""
         stream = self.engine.submit(request, self._deliver)
         self.inboxes[stream] = inbox, index
         inbox.cancels.append(stream.cancel)
@@ -63,3 +82,19 @@ class Local:
             inbox.put(index, [event])
             if isinstance(event, Finished):
                 del self.inboxes[stream]
+
+
+async def unless_gone(receive, inbox, work):
+    """What the coroutine `work`, which reads from an inbox, returns; it gets Gone where the client leaves."""
+
+    async def watch():
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        inbox.close()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await work
+    finally:
+        watcher.cancel()
+        inbox.cancel()
