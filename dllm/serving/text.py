@@ -41,7 +41,8 @@ class Text:
             return True
         start = self.sent + len(self.held)
         self.held += self.decoder.decode(self.decode([token.number]))
-        self.waiting.append((start, self.sent + len(self.held), token))
+        unfinished = bool(self.decoder.getstate()[0])  # it ends within a character, and is shown with it
+        self.waiting.append((start, self.sent + len(self.held) + unfinished, token))
         if token.prompt:
             self.free = len(self.held)
             return False
