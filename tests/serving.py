@@ -17,10 +17,10 @@ SURVIVES = flavour() == "openmpi"
 class Server(Job):
     """`dllm serve MODEL` on some ranks, by mpirun; keep: by its own launcher instead. Entering its `with` waits for it."""
 
-    def __init__(self, model, *options, ranks=2, keep=False, env=None, timeout=90):
+    def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200):
         words = ["-m", "dllm", "serve", model, "--port", 0, *options, *(["-n", ranks] if keep else [])]
-        super().__init__(0 if keep else ranks, *words, timeout=timeout, env={**FT, **(env or {})})
-        self.size = ranks
+        super().__init__(0 if keep else ranks, *words, timeout=timeout, env=FT | ({"DLLM_TOKEN": token} if token else {}))
+        self.size, self.headers = ranks, {"Authorization": f"Bearer {token}"} if token else {}
 
     def __enter__(self):
         self.url = self.wait_for_url()
@@ -38,7 +38,7 @@ class Server(Job):
         end = time.monotonic() + 10
         while True:
             try:
-                return httpx.get(f"{self.url}/health", timeout=5).json()
+                return httpx.get(f"{self.url}/health", headers=self.headers, timeout=5).json()
             except httpx.TransportError:
                 assert time.monotonic() < end, f"nobody answers\n{self}"
                 time.sleep(0.05)
@@ -48,7 +48,7 @@ class Server(Job):
         return {entry["rank"]: entry["pid"] for entry in self.health()["ranks"] if entry["state"] == "ok"}
 
     def complete(self, prompt="To be", **body):
-        return httpx.post(f"{self.url}/v1/completions", json={"prompt": prompt, **body}, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json={"prompt": prompt, **body}, headers=self.headers, timeout=60)
 
     def log(self, event="request"):
         """Lines of the log, dicts."""
@@ -65,9 +65,3 @@ def texts(response):
     """The texts of an answer, by index."""
     assert response.status_code == 200, response.text
     return [choice["text"] for choice in response.json()["choices"]]
-
-
-def events(response):
-    """The bodies of a stream of events, and whether it ended as it should."""
-    data = [line.removeprefix("data: ") for line in response.iter_lines() if line]
-    return [json.loads(one) for one in data if one != "[DONE]"], data[-1:] == ["[DONE]"]

@@ -180,18 +180,26 @@ def test_a_rank_without_room_hands_streams_to_another_until_all_are_full(world):
             stack.callback(answer.close)
             return answer
 
+        def settle(active):
+            """Until both ranks know that so many streams are computed."""
+            agree = set()
+            while agree != {0, 1}:
+                health = server.health()
+                well = sum(entry["active"] for entry in health["ranks"]) == active
+                agree = agree | {health["rank"]} if well else set()
+                time.sleep(0.01)
+
         was_handed_over = lambda: any(line["rank"] != line.get("computed_by", line["rank"]) for line in server.log())
         for _ in range(15):  # until the kernel has given two connections to one rank
             with contextlib.ExitStack() as pair:
                 ranks = set()
-                for _ in range(2):
+                for number in (1, 2):
                     answer = begin()
                     pair.callback(answer.close)
                     ranks.add(answer.headers["x-dllm-rank"])
-                    assert next(answer.iter_lines()).startswith("data: ")
-                    time.sleep(0.5)  # until the other rank has heard of it
+                    settle(number)
                 assert ranks == {"0", "1"}
-            server.until(lambda: not any(rank["active"] for rank in server.health()["ranks"]), "an end of these", 10)
+            settle(0)
             if was_handed_over():
                 break
         assert was_handed_over()

@@ -24,6 +24,7 @@ from .peers import LOST
 from .streams import Gone, unless_gone
 from .text import Vocabulary
 
+MOST_TOLD = 32  # times the tokens of a choice: that an answer may have, counting alternatives
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -107,7 +108,7 @@ class Service:
         wanted = Completion.read(body, self.name, self.vocabulary.size, self.limits.tokens)
         notes = self.note(request, prompts=wanted.prompts, stream=wanted.stream)
         prompts = await self.prompts(wanted.prompts, "prompt")
-        run = Run(wanted, prompts, self.vocabulary, self.peers)
+        run = Run(wanted, prompts, self.vocabulary, self.peers, MOST_TOLD * self.limits.tokens)
         notes["computed_by"], answer = run.rank, Answer(self.name, wanted.seed)
         headers = {"x-dllm-rank": str(run.rank)}
         if wanted.stream:

@@ -1,8 +1,10 @@
 """/v1/completions: from the engine's tokens to choices, whole or chunk by chunk."""
 
+import contextlib
+
 from .openai import Refused, choice, encode, logprobs
 from .requests import Finished, Request, Token
-from .streams import Inbox, check, unless_gone
+from .streams import Gone, Inbox, check, unless_gone
 from .text import Text
 
 
@@ -39,6 +41,12 @@ class Choice:
             top_k=wanted.top_k, seed=seed, logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens,
         )  # fmt: skip
 
+    @property
+    def told(self):
+        """How many tokens and alternatives to tokens there will be at most."""
+        wanted = self.wanted
+        return (wanted.max_tokens + wanted.echo * len(self.prompt)) * (1 + (wanted.logprobs or 0))
+
     def add(self, event):
         """Take in a Token or Finished. Raises Refused where the engine failed."""
         if self.reason:
@@ -66,8 +74,8 @@ class Choice:
 class Run:
     """One request under way: its choices, and where they are computed."""
 
-    def __init__(self, wanted, prompts, vocabulary, peers):
-        """Raises Refused where there is no room."""
+    def __init__(self, wanted, prompts, vocabulary, peers, most):
+        """Raises Refused where there is no room. most : numbers that an answer may hold, so that memory is bounded."""
         self.inbox = Inbox()
         self.choices = [
             Choice(number * wanted.n + place, wanted, prompt, vocabulary)
@@ -75,6 +83,9 @@ class Run:
         ]  # fmt: skip
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.left = [one for one in self.choices if one.reason is None]
+        told = sum(one.told for one in self.choices)
+        if told > most:
+            raise Refused(f"choices x tokens x (1 + logprobs) are {told}; {most} are allowed", "max_tokens")
         self.rank, cancels = peers.begin({one.index: one.request() for one in self.left}, self.inbox)
         for one in self.left:
             one.cancel = cancels[one.index]
@@ -129,8 +140,9 @@ class Events:
         names = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **self.headers}
         headers = [(name.encode(), value.encode()) for name, value in names.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await unless_gone(receive, self.run.inbox, self._stream(send))
-        await send({"type": "http.response.body", "body": b""})
+        with contextlib.suppress(Gone):  # then nobody misses the end
+            await unless_gone(receive, self.run.inbox, self._stream(send))
+            await send({"type": "http.response.body", "body": b""})
 
     async def _stream(self, send):
         more = {"usage": None} if self.include_usage else {}

@@ -1,0 +1,195 @@
+"""Ranks that die, or are told to end, while clients are served; streams that a rank computes for another."""
+
+import asyncio
+import collections
+import signal
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from launch import mpirun
+from serving import SURVIVES, Server, texts
+
+from dllm.bundle import Bundle
+from dllm.serving.engine import Engine
+from dllm.serving.peers import Peers
+from dllm.serving.requests import Finished, Request
+from dllm.serving.streams import Inbox, Local
+
+CLIENTS, TOKENS = 64, 1500
+
+
+class Clients:
+    """So many clients that ask for the same few texts again and again, on new connections, streaming."""
+
+    def __init__(self, server):
+        self.url, self.over = server.url, threading.Event()
+        self.done, self.failed = [], []  # (seed, text); (when, rank or None: before the answer began)
+        self.threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(CLIENTS)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, number):
+        seed = number % 4
+        while not self.over.is_set():
+            rank = None
+            body = {"prompt": "To be", "max_tokens": TOKENS, "seed": seed, "stream": True}
+            try:
+                with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=30) as answer:
+                    rank = int(answer.headers["x-dllm-rank"])
+                    lines = [line for line in answer.iter_lines() if line]
+                    assert lines[-1] == "data: [DONE]"
+                    self.done.append((seed, hash(tuple(line.partition('"choices":')[2] for line in lines))))
+            except httpx.TransportError:
+                self.failed.append((time.monotonic(), rank))
+
+    def end(self):
+        self.over.set()
+        for thread in self.threads:
+            thread.join(40)
+        assert not any(thread.is_alive() for thread in self.threads)
+
+
+@pytest.mark.parametrize("victim", [0, 2] if SURVIVES else [1])
+def test_a_killed_rank_takes_only_its_own_streams_along(world, victim):
+    """Where deaths cannot be survived all end, and the launcher starts them again."""
+    with Server(world / "run", "--max-tokens", 10**5, ranks=4, keep=True) as server:
+        expected = [texts(server.complete(max_tokens=TOKENS, seed=seed))[0] for seed in range(4)]
+        pids, clients = server.alive(), Clients(server)
+        server.until(lambda: len(clients.done) > CLIENTS, "load", 60)
+        killed = time.monotonic()
+        server.signal(signal.SIGKILL, [pids[victim]])
+        if SURVIVES:
+            server.until(lambda: sorted(server.alive()) == sorted(set(range(4)) - {victim}), "three ranks", 10)
+        else:
+            server.url = server.wait_for_url(after=1)
+            clients.url = server.url
+            server.until(lambda: len(server.alive()) == 4, "four ranks", 30)
+        before = len(clients.done)
+        server.until(lambda: len(clients.done) > before + CLIENTS, "load again", 60)
+        clients.end()
+        if SURVIVES:
+            assert clients.failed
+            assert {rank for _, rank in clients.failed} <= {victim, None}
+            assert all(killed - 0.1 < when < killed + 3 for when, _ in clients.failed)
+            health = server.health()["ranks"]
+            assert health[victim]["state"] == "dead"
+            assert {entry["pid"] for entry in health if entry["rank"] != victim} == set(pids.values()) - {pids[victim]}
+        assert [texts(server.complete(max_tokens=TOKENS, seed=seed))[0] for seed in range(4)] == expected
+        server.signal(signal.SIGTERM, [server.launcher()])
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("which", ["all ranks", "one rank"])
+def test_ranks_that_are_told_to_end_finish_what_is_under_way(world, which):
+    with Server(world / "run", "--max-tokens", 10**5, ranks=2) as server:
+        answers, pids = [], server.alive()
+        ask = lambda: answers.append(server.complete(max_tokens=12_000, seed=1))
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        busy = lambda: sum(entry["active"] for entry in server.health()["ranks"]) == 4
+        server.until(busy, "four streams")
+        server.signal(signal.SIGTERM, pids.values() if which == "all ranks" else [pids[0]])
+        for thread in threads:
+            thread.join(60)
+        assert len({texts(answer)[0] for answer in answers}) == 1
+        if which == "one rank":
+            server.until(lambda: list(server.alive()) == [1], "one rank", 10)
+            assert {server.complete(max_tokens=3).headers["x-dllm-rank"] for _ in range(5)} == {"1"}
+            assert server.drain() == 0
+        assert server.process.wait(20) == 0
+        assert len(server.log("ended")) == 2
+
+
+class Rank:
+    """One rank's engine and peers, in this process: gossip is what the test says."""
+
+    def __init__(self, bundle, rank, slots=1):
+        self.rank, self.known, self.dead = rank, {}, False
+        self.engine = Engine(bundle, slots=slots, queue=4)
+        self.engine.start()
+        self.local = Local(self.engine, asyncio.get_running_loop())
+        self.peers = Peers(self, self.local, b"secret of these")
+
+    def table(self):
+        return {rank: (report, 0.1, self.dead) for rank, (_, report) in self.known.items()}
+
+    def hear_of(self, other, port):
+        load = {name: other.engine.load()[name] for name in ("active", "queued", "slots")}
+        self.known[other.rank] = (1, load | {"address": ["127.0.0.1", port], "draining": False})
+
+
+async def collect(inbox):
+    events = []
+    while not (events and isinstance(events[-1], Finished)):
+        events += [event for _, event in await inbox.get()]
+    return events
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies):
+    """It goes on from where it broke off, the same to the bit."""
+
+    async def compare():
+        bundle = Bundle.open(world / "run")
+        one, two = Rank(bundle, 0, slots=2), Rank(bundle, 1, slots=2)
+        server = await asyncio.start_server(two.peers._serve, "127.0.0.1", 0)
+        request = Request(prompt=np.arange(5), max_tokens=3000, seed=3, logprobs=2)
+        alone = Inbox()
+        one.local.submit(request, alone, 0)
+        expected = await collect(alone)
+        one.hear_of(two, server.sockets[0].getsockname()[1])
+        blocker = Inbox()
+        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
+        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
+        inbox = Inbox()
+        rank, _ = one.peers.begin({0: request}, inbox)
+        assert rank == 1
+        if dies:
+            first = [event for _, event in await inbox.get()]
+            two.local.inboxes.clear()
+            one.dead = True
+            server.close()
+            two.engine.stop()
+            for task in list(one.peers.tasks):
+                assert not task.done()
+            await abort_connections()
+            blocker.cancel()
+            got = first + await collect(inbox)
+        else:
+            got = await collect(inbox)
+            blocker.cancel()
+            two.engine.stop()
+        assert got == expected
+        server.close()
+        one.engine.stop()
+
+    asyncio.run(asyncio.wait_for(compare(), 60))
+
+
+async def abort_connections():
+    """As the kernel does for a process that is killed."""
+
+
+def test_who_does_not_know_the_secret_gets_nothing(world):
+    async def knock():
+        rank = Rank(Bundle.open(world / "run"), 0)
+        port = await rank.peers.listen("127.0.0.1")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await reader.readline()
+        writer.write(b"0" * 64 + b' {"prompt": [1]}\n')
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        assert rank.engine.load()["active"] + rank.engine.load()["queued"] == 0
+        rank.engine.stop()
+
+    asyncio.run(asyncio.wait_for(knock(), 30))
+
+
+def test_the_launcher_says_what_is_wrong_once(world):
+    done = mpirun(0, "-m", "dllm", "serve", "nothing", "-n", 2, cwd=world)
+    assert done.returncode == 2
+    assert collections.Counter(done.stderr.splitlines())["dllm: nothing is not the folder of a run or of a model"] <= 1
