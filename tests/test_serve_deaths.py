@@ -1,7 +1,7 @@
 """Ranks that die, or are told to end, while clients are served; streams that a rank computes for another."""
 
 import asyncio
-import collections
+import json
 import signal
 import threading
 import time
@@ -18,7 +18,7 @@ from dllm.serving.peers import Peers
 from dllm.serving.requests import Finished, Request
 from dllm.serving.streams import Inbox, Local
 
-CLIENTS, TOKENS = 64, 1500
+CLIENTS, TOKENS = 64, 200
 
 
 class Clients:
@@ -58,7 +58,7 @@ def test_a_killed_rank_takes_only_its_own_streams_along(world, victim):
     with Server(world / "run", "--max-tokens", 10**5, ranks=4, keep=True) as server:
         expected = [texts(server.complete(max_tokens=TOKENS, seed=seed))[0] for seed in range(4)]
         pids, clients = server.alive(), Clients(server)
-        server.until(lambda: len(clients.done) > CLIENTS, "load", 60)
+        server.until(lambda: len(clients.done) > 20, "load", 60)
         killed = time.monotonic()
         server.signal(signal.SIGKILL, [pids[victim]])
         if SURVIVES:
@@ -68,7 +68,7 @@ def test_a_killed_rank_takes_only_its_own_streams_along(world, victim):
             clients.url = server.url
             server.until(lambda: len(server.alive()) == 4, "four ranks", 30)
         before = len(clients.done)
-        server.until(lambda: len(clients.done) > before + CLIENTS, "load again", 60)
+        server.until(lambda: len(clients.done) > before + 20, "load again", 60)
         clients.end()
         if SURVIVES:
             assert clients.failed
@@ -86,7 +86,7 @@ def test_a_killed_rank_takes_only_its_own_streams_along(world, victim):
 def test_ranks_that_are_told_to_end_finish_what_is_under_way(world, which):
     with Server(world / "run", "--max-tokens", 10**5, ranks=2) as server:
         answers, pids = [], server.alive()
-        ask = lambda: answers.append(server.complete(max_tokens=12_000, seed=1))
+        ask = lambda: answers.append(server.complete(max_tokens=5000, seed=1))
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -129,49 +129,46 @@ async def collect(inbox):
     return events
 
 
+def plain(events):
+    """JSON knows no tuples."""
+    return json.loads(json.dumps(events))
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies):
     """It goes on from where it broke off, the same to the bit."""
 
     async def compare():
         bundle = Bundle.open(world / "run")
-        one, two = Rank(bundle, 0, slots=2), Rank(bundle, 1, slots=2)
-        server = await asyncio.start_server(two.peers._serve, "127.0.0.1", 0)
+        one, two = Rank(bundle, 0), Rank(bundle, 1)
+        writers = []
+
+        async def serve(reader, writer):
+            writers.append(writer)
+            await two.peers._serve(reader, writer)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        one.hear_of(two, server.sockets[0].getsockname()[1])
         request = Request(prompt=np.arange(5), max_tokens=3000, seed=3, logprobs=2)
-        alone = Inbox()
+        alone, blocker, inbox = Inbox(), Inbox(), Inbox()
         one.local.submit(request, alone, 0)
         expected = await collect(alone)
-        one.hear_of(two, server.sockets[0].getsockname()[1])
-        blocker = Inbox()
         one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
-        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
-        inbox = Inbox()
         rank, _ = one.peers.begin({0: request}, inbox)
         assert rank == 1
+        got = [event for _, event in await inbox.get()]
         if dies:
-            first = [event for _, event in await inbox.get()]
-            two.local.inboxes.clear()
             one.dead = True
+            writers[0].transport.abort()
             server.close()
-            two.engine.stop()
-            for task in list(one.peers.tasks):
-                assert not task.done()
-            await abort_connections()
-            blocker.cancel()
-            got = first + await collect(inbox)
-        else:
-            got = await collect(inbox)
-            blocker.cancel()
-            two.engine.stop()
-        assert got == expected
+        blocker.cancel()
+        got += await collect(inbox)
+        assert plain(got) == plain(expected)
         server.close()
-        one.engine.stop()
+        for rank in (one, two):
+            rank.engine.stop()
 
     asyncio.run(asyncio.wait_for(compare(), 60))
-
-
-async def abort_connections():
-    """As the kernel does for a process that is killed."""
 
 
 def test_who_does_not_know_the_secret_gets_nothing(world):
@@ -189,7 +186,8 @@ def test_who_does_not_know_the_secret_gets_nothing(world):
     asyncio.run(asyncio.wait_for(knock(), 30))
 
 
-def test_the_launcher_says_what_is_wrong_once(world):
+def test_the_launcher_ends_where_starting_again_would_not_help(world):
     done = mpirun(0, "-m", "dllm", "serve", "nothing", "-n", 2, cwd=world)
     assert done.returncode == 2
-    assert collections.Counter(done.stderr.splitlines())["dllm: nothing is not the folder of a run or of a model"] <= 1
+    assert "dllm: nothing is not the folder of a run or of a model: it has no config.toml and no config.json\n" in done.stderr
+    assert "again" not in done.stderr
