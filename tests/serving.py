@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import time
 
 import httpx
@@ -54,11 +53,6 @@ class Server(Job):
         """Lines of the log, dicts."""
         lines = [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
-
-    def drain(self):
-        """Tell all ranks to end. The exit code of mpirun."""
-        self.signal(signal.SIGTERM, self.alive().values())
-        return self.process.wait(30)
 
 
 def texts(response):

@@ -94,26 +94,23 @@ def test_the_page_streams_a_text_and_shades_it(world, browser):
         page.until(lambda: "not in the vocabulary" in page["notes"].text, "reason")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_phone_and_asks_nobody_else(world, browser, scheme):
+def test_the_page_fits_a_phone_in_light_and_dark_and_asks_nobody_else(world, browser):
     with Server(world / "run", ranks=2) as server:
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-        )
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        page = Page(browser, server)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        asked = browser.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        page, run = Page(browser, server), browser.execute_script
+        assert run("return document.documentElement.scrollWidth") <= 390
+        asked = run("return performance.getEntriesByType('resource').map(one => one.name)")
         assert {urllib.parse.urlsplit(one).netloc for one in asked} == {urllib.parse.urlsplit(server.url).netloc}
-        ink, paper = (
-            page.browser.execute_script(f"return getComputedStyle(document.body).{name}")
-            for name in ("color", "backgroundColor")
-        )
-        light = lambda colour: sum(map(int, re.findall(r"\d+", colour)[:3])) > 384
-        assert (light(ink), light(paper)) == (scheme == "dark", scheme == "light")
+        for scheme in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            ink, paper = (run(f"return getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+            is_light = lambda colour: sum(map(int, re.findall(r"\d+", colour)[:3])) > 384
+            assert (is_light(ink), is_light(paper)) == (scheme == "dark", scheme == "light")
         labels = {label.get_attribute("for") for label in browser.find_elements(By.TAG_NAME, "label")}
         assert {one.get_attribute("id") for one in browser.find_elements(By.CSS_SELECTOR, "input, textarea")} == labels
+        assert page["prompt"] == browser.switch_to.active_element
         policy = httpx.get(f"{server.url}/").headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
