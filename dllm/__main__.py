@@ -15,6 +15,7 @@ COMMANDS = {
     "resize": "another number of ranks for a run that launch watches",
     "evaluate": "loss and perplexity of a trained model",
     "generate": "continue a text with a trained model",
+    "serve": "answer over HTTP with a trained model, from all ranks",
     "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
     "import": "the same of a PyTorch nn.LSTM",
 }

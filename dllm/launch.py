@@ -1,14 +1,10 @@
 """Start a training job under mpirun, watch it, and bring it back until it is done: dllm launch -n N -- TRAIN ARGUMENTS."""
 
-import contextlib
 import math
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import time
-import uuid
 
 from . import claim, cli, mpirun, runs
 from . import train as training
@@ -88,7 +84,7 @@ class Job:
         self.options, self.wanted, self.hosts, self.run = options, wanted, hosts, run
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.ranks, self.before = options.ranks or sum(hosts.values()) or self.cores, None  # before a resize
-        self.mark, self.process, self.stops = uuid.uuid4().hex, None, 0
+        self.marked, self.process, self.stops = mpirun.Marked(), None, 0
 
     def supervise(self):
         """Exit code of the launcher: DONE, STOPPED_EARLY, BAD_INPUT, or 1 where it gave up."""
@@ -142,9 +138,7 @@ class Job:
         """
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
         command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
-        self.process = subprocess.Popen(
-            [*command, *self._train_arguments()], env=mpirun.environment(hosts) | {claim.JOB: self.mark}, start_new_session=True
-        )
+        self.process = self.marked.start([*command, *self._train_arguments()], hosts)
         if self.stops:  # asked for while it was being started
             self._pass_on()
         begin, over = time.monotonic(), math.inf
@@ -154,7 +148,7 @@ class Job:
             if over == math.inf and runs.is_done(self.run):
                 over = time.monotonic()
             self._take_wish()
-            seen = seen or self._has_ranks()
+            seen = seen or self.marked.has_ranks()
             if not seen and time.monotonic() - begin > patience:
                 say(f"no rank was there after {patience:.0f} s: ending the job")
                 break
@@ -162,17 +156,8 @@ class Job:
             if silence > self.options.silence and over == math.inf:
                 say(f"nothing was heard of the job for {silence:.0f} s: ending it")
                 break
-        self._sweep()
+        self.marked.sweep(GRACE)
         return self.process.wait()
-
-    def _has_ranks(self):
-        """Whether a rank of the job is on this host."""
-        return any(_program(pid) == os.path.realpath(sys.executable) for pid in self._own())
-
-    def _own(self):
-        """Processes of the job on this host."""
-        mark = f"{claim.JOB}={self.mark}".encode()
-        return [pid for pid in _processes() if mark in _environment(pid)]
 
     def _take_wish(self):
         """Somebody wants another number of ranks: dllm resize."""
@@ -183,7 +168,7 @@ class Job:
 
     def _is_ours(self):
         """Whether the run's folder was last taken by a job of this launcher."""
-        return (claim.owner(self.run) or "").startswith(f"{self.mark}.")
+        return (claim.owner(self.run) or "").startswith(f"{self.marked.mark}.")
 
     def _train_arguments(self):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
@@ -198,14 +183,6 @@ class Job:
             words += [name, value] if value else []
         return [*words, "--out", self.run]
 
-    def _sweep(self):
-        """End what mpirun left on this host: two jobs in one run folder would spoil it."""
-        end = time.monotonic() + GRACE
-        while (left := self._own()) and time.monotonic() < end:
-            for pid in left:
-                _kill(os.kill, pid, signal.SIGKILL)
-            time.sleep(0.05)
-
     def stop(self):
         """Ctrl-C: the first lets the job write a checkpoint, the second ends it."""
         self.stops += 1
@@ -216,33 +193,7 @@ class Job:
         if self.stops == 1:
             self.process.send_signal(signal.SIGUSR1)
         else:
-            _kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
-
-
-def _kill(function, number, which):
-    """Send a signal to what may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        function(number, which)
-
-
-def _processes():
-    return [int(folder.name) for folder in pathlib.Path("/proc").iterdir() if folder.name.isdigit()]
-
-
-def _environment(pid):
-    """The variables of a process as they were when it started; nothing where it is gone, or a zombie, or another user's."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _program(pid):
-    """The file that a process runs; "" where it is gone."""
-    try:
-        return os.path.realpath(f"/proc/{pid}/exe")
-    except OSError:
-        return ""
+            mpirun.kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
 
 
 def say(text):

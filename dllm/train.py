@@ -191,7 +191,7 @@ def check_bf16():
     from .kernels.tiles import BF16
 
     if not BF16:
-        raise UserError("this processor has no bfloat16 instructions (avx512_bf16): --set train.precision=fp32")
+        raise UserError("this processor has no bfloat16 instructions (avx512_bf16): take precision fp32")
 
 
 def _header(comm, place, trainer, corpus, run, compiling, starting, resume):

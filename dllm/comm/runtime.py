@@ -1,6 +1,7 @@
 """Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging."""
 
 import contextlib
+import faulthandler
 import os
 import pathlib
 import signal
@@ -77,6 +78,19 @@ def leave(code):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def part(comm, code, patience=5.0):
+    """End this process as the others do: whenever they like where deaths are survived, else all at about the same time.
+
+    patience : seconds after which it leaves without the others, with exit code 1
+    """
+    from mpi4py import MPI
+
+    if not survivable(comm):  # mpirun would take it for a crash
+        faulthandler.dump_traceback_later(patience, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115, needs no thread of Python
+        MPI.Finalize()
+    leave(code)
 
 
 def die():

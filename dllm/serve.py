@@ -1,0 +1,173 @@
+"""Serve a model over HTTP from all ranks: mpirun -n 4 python -m dllm.serve MODEL, or dllm serve MODEL -n 4."""
+
+import importlib.util
+import ipaddress
+import os
+import pathlib
+import signal
+import socket
+import sys
+
+from . import claim, cli
+from .comm import runtime
+from .errors import UserError
+
+EPILOG = """
+examples
+  mpirun -n 4 python -m dllm.serve MODEL                     MODEL: made by dllm export, or the folder of a run
+  dllm serve MODEL -n 4                                      the same, started under mpirun, and again when it ends
+  dllm serve MODEL -n 8 --hostfile FILE --host 0.0.0.0 --token-file TOKEN
+  curl 127.0.0.1:8000/v1/completions --json '{"prompt": "Once upon a time", "max_tokens": 50}'
+
+OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
+share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
+none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
+A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN.
+"""
+TOKEN = "DLLM_TOKEN"
+LEAST_TOKEN = 16  # characters
+
+
+def arguments(argv, rank=0):
+    parser = cli.Parser("serve", __doc__, EPILOG, rank)
+    positive, seconds = cli.at_least(1), cli.at_least(0.01, float)
+    for name, kind, default, metavar, text in (
+        ("--host", str, "127.0.0.1", "ADDRESS", "address to listen on"),
+        ("--port", cli.at_least(0), 8000, "P", "of all ranks of a host; 0: a free one"),
+        ("--token-file", str, None, "FILE", f"file with the token that clients need (or in {TOKEN})"),
+        ("--slots", positive, 64, "N", "streams that a rank computes at once"),
+        ("--queue", cli.at_least(0), 256, "N", "streams that wait for a slot"),
+        ("--threads", cli.at_least(0), 0, "N", "of a rank; 0: cores / ranks of its host"),
+        ("--cache", cli.at_least(0), 64, "MIB", "for states of prompts that come again"),
+        ("--max-prompt", positive, 32768, "N", "tokens"),
+        ("--max-tokens", positive, 4096, "N", "tokens of a choice"),
+        ("--max-body", positive, 1 << 20, "N", "bytes"),
+        ("--max-requests", positive, 256, "N", "at once, of a rank"),
+        ("--max-connections", positive, 512, "N", "of a rank; beyond it the idle ones go"),
+        ("--deadline", seconds, 600.0, "S", "for a whole request"),
+        ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
+        ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
+        ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
+    ):  # fmt: skip
+        names = [name, "-n"] if name == "--ranks" else [name]
+        shown = "" if default is None else " (default %(default)s)"
+        parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
+    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
+    parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
+    options = parser.parse_args(argv)
+    if options.port > 65535:
+        parser.error("argument --port: at most 65535")
+    if options.hostfile and not options.ranks:
+        parser.error("--hostfile goes with -n")
+    return options
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if not _is_rank() and any(word.startswith(("-n", "--ranks")) for word in words):
+        return cli.run(start, words)
+    stopping = []
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
+    comm = runtime.world()
+    return cli.run(lambda argv: serve(argv, comm, stopping), words, comm)
+
+
+def start(words):
+    """As a command of its own, without mpirun."""
+    from .keep import keep
+
+    options = arguments(words)
+    read_token(options)  # what is wrong with it is said here, once
+    check(options)
+    return keep(options, words, [name for name in (claim.JOB, TOKEN) if name == claim.JOB or name in os.environ])
+
+
+def serve(argv, comm, stopping):
+    with runtime.together(comm):
+        options = arguments(argv, comm.rank)
+        token = read_token(options)
+        check(options)
+    runtime.check_same(comm, vars(options))
+    place = runtime.node(comm)
+
+    from .bundle import Bundle
+    from .serving.engine import Engine
+    from .serving.server import Server
+
+    with runtime.together(comm):
+        listener = listen(options.host, options.port) if place.rank == 0 else None
+    port = runtime.allgather(place.comm, listener and listener.getsockname()[1])[0]
+    with runtime.together(comm):
+        listener = listener or listen(options.host, port, shared=True)
+    bundle = runtime.agree(comm, Bundle.open, options.model)
+    threads = options.threads or place.threads
+    engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
+    with runtime.leader_first(place):
+        engine.start()  # compiles the kernels, or loads them
+    server = Server(comm, place, bundle, engine, options, token, listener)
+    if comm.rank == 0:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"dllm: {bundle.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
+    server.leave(server.run(stopping))
+
+
+def read_token(options):
+    """The token, None where there is none. Raises UserError where there has to be one."""
+    token = os.environ.get(TOKEN) or None
+    if options.token_file:
+        try:
+            token = pathlib.Path(options.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read --token-file {options.token_file}: {getattr(error, 'strerror', error)}") from None
+    if token is not None and (len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
+        raise UserError(f"the token must be at least {LEAST_TOKEN} printable ASCII characters without spaces")
+    if token is None and not is_loopback(options.host):
+        raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {TOKEN}")
+    return token
+
+
+def is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host, port, shared=False):
+    """A listening socket that ranks of this host share. shared: others of them have it already. Raises UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        if port and not shared:  # sharing a port with a server of somebody else would go unnoticed
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)  # ms; of a client that does not read
+        listener.bind((host, port))
+        return listener
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def _is_rank():
+    """Whether mpirun has started this process already."""
+    return any(name in os.environ for name in (claim.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+
+
+def check(options):
+    """Raise UserError where something is missing here."""
+    from .train import check_bf16
+
+    if options.precision == "bf16":
+        check_bf16()
+    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+        raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""/metrics in Prometheus's text form (https://prometheus.io/docs/instrumenting/exposition_formats)."""
+
+import bisect
+import collections
+
+BOUNDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
+
+
+class Answered:
+    """How many requests were answered, by route and status, and in what time."""
+
+    def __init__(self):
+        self.counts = collections.Counter()
+        self.within = collections.defaultdict(lambda: [0] * (len(BOUNDS) + 1))
+        self.seconds = collections.Counter()
+
+    def add(self, route, status, seconds):
+        self.counts[route, status or 0] += 1
+        self.within[route][bisect.bisect_left(BOUNDS, seconds)] += 1
+        self.seconds[route] += seconds
+
+
+def text(load, answered, table, rank):
+    """All lines.
+
+    load : dict, of the engine
+    table : dict, of Gossip
+    """
+    lines = []
+    for name, kind, what in (
+        ("active", "gauge", "streams that are computed now"),
+        ("queued", "gauge", "streams that wait for a slot"),
+        ("slots", "gauge", "streams that can be computed at once"),
+        ("tokens_per_second", "gauge", "tokens generated a second, lately"),
+        ("tokens", "counter", "tokens generated"),
+        ("steps", "counter", "steps of the engine"),
+    ):
+        full = f"dllm_{name}" + ("_total" if kind == "counter" else "")
+        lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}", f'{full}{{rank="{rank}"}} {load[name]:g}']
+    lines += ["# HELP dllm_requests_total requests answered", "# TYPE dllm_requests_total counter"]
+    for (route, status), count in sorted(answered.counts.items()):
+        lines.append(f'dllm_requests_total{{rank="{rank}",route="{route}",status="{status}"}} {count}')
+    lines += ["# HELP dllm_request_seconds time of whole requests", "# TYPE dllm_request_seconds histogram"]
+    for route, counts in sorted(answered.within.items()):
+        total = 0
+        for bound, count in zip((*BOUNDS, "+Inf"), counts, strict=True):
+            total += count
+            lines.append(f'dllm_request_seconds_bucket{{rank="{rank}",route="{route}",le="{bound}"}} {total}')
+        lines.append(f'dllm_request_seconds_sum{{rank="{rank}",route="{route}"}} {answered.seconds[route]:.6f}')
+        lines.append(f'dllm_request_seconds_count{{rank="{rank}",route="{route}"}} {total}')
+    lines += ["# HELP dllm_peer_heard_seconds time since a rank was heard of", "# TYPE dllm_peer_heard_seconds gauge"]
+    lines += [f'dllm_peer_heard_seconds{{rank="{rank}",peer="{peer}"}} {age:.3f}' for peer, (_, age, _) in table.items()]
+    lines += ["# HELP dllm_peer_up whether a rank lives", "# TYPE dllm_peer_up gauge"]
+    lines += [f'dllm_peer_up{{rank="{rank}",peer="{peer}"}} {int(not dead)}' for peer, (_, _, dead) in table.items()]
+    return "\n".join(lines) + "\n"

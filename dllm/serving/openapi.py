@@ -1,0 +1,155 @@
+"""The description of the interface at /openapi.json, in OpenAPI 3.1."""
+
+from .. import __version__
+from .openai import CHOICES, LOGPROBS, SEEDS, STOP_LENGTH, STOPS
+
+
+def describe(model, vocabulary, limits, needs_token):
+    """The whole description, a dict.
+
+    Parameters
+    ----------
+    model : str
+    vocabulary : int
+    limits : limits.Limits
+    needs_token : bool
+    """
+    description = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "dllm", "version": __version__,
+            "description": "Completions in OpenAI's form, log-probabilities and final states of an LSTM language model.",
+        },
+        "paths": {
+            "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
+            "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
+            "/v1/models": {"get": _get("The model there is", _schema("Models"))},
+            "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", stream=True)},
+            "/v1/score": {"post": _post("Log-probabilities of a text", "ScoreRequest", "Score")},
+            "/v1/embeddings": {"post": _post("The model's state after a text", "EmbeddingRequest", "Embeddings")},
+        },
+        "components": {"schemas": _requests(model, vocabulary, limits) | _answers()},
+    }  # fmt: skip
+    if needs_token:
+        description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"token": []}]
+    return description
+
+
+def _schema(name):
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _content(schema, kind="application/json"):
+    return {"content": {kind: {"schema": schema}}}
+
+
+def _errors(*statuses):
+    what = {
+        400: "The request is wrong", 401: "The bearer token is wrong or missing", 403: "Of another site, or by another name",
+        404: "There is no such model", 413: "The body is too large", 500: "The engine failed",
+        503: "There is no room: try again", 504: "It took too long",
+    }  # fmt: skip
+    return {str(status): {"description": what[status], **_content(_schema("Error"))} for status in statuses}
+
+
+def _get(what, schema, kind="application/json"):
+    return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
+
+
+def _post(what, request, answer, stream=False):
+    done = _content(_schema(answer))
+    if stream:
+        done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return {
+        "summary": what, "requestBody": {"required": True, **_content(_schema(request))},
+        "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 413, 500, 503, 504)},
+    }  # fmt: skip
+
+
+def _object(required, closed=False, **properties):
+    more = {"additionalProperties": False} if closed else {}
+    return {"type": "object", "required": required, "properties": properties, **more}
+
+
+def _maybe(schema):
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _integer(least=None, most=None):
+    bounds = {"minimum": least, "maximum": most}
+    return {"type": "integer"} | {name: value for name, value in bounds.items() if value is not None}
+
+
+def _number(least=None, most=None):
+    return _integer(least, most) | {"type": "number"}
+
+
+def _requests(model, vocabulary, limits):
+    text, flag = {"type": "string"}, _maybe({"type": "boolean"})
+    tokens = {"type": "array", "minItems": 1, "items": _integer(0, vocabulary - 1)}
+    several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
+    texts = {"anyOf": [text, tokens, *several]}
+    stop = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
+    named = {"model": _maybe({"const": model}), "user": _maybe(text)}
+    return {
+        "CompletionRequest": _object(
+            ["prompt"], closed=True, **named, prompt=texts,
+            max_tokens=_maybe(_integer(0, limits.tokens)), temperature=_maybe(_number(0, 2)), top_p=_maybe(_number(0, 1)),
+            top_k=_maybe(_integer(0, vocabulary)), seed=_maybe(_integer(0, SEEDS - 1)),
+            stop=_maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
+            logprobs=_maybe(_integer(0, LOGPROBS)), echo=flag,
+            n=_maybe(_integer(1, CHOICES)), best_of=_maybe(_integer(1, CHOICES)), stream=flag,
+            stream_options=_maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
+            suffix=_maybe({"const": ""}), logit_bias=_maybe({"type": "object", "maxProperties": 0}),
+            presence_penalty=_maybe({"const": 0}), frequency_penalty=_maybe({"const": 0}),
+        ),
+        "ScoreRequest": {
+            "oneOf": [
+                _object(["text"], closed=True, **named, text=text),
+                _object(["tokens"], closed=True, **named, tokens=tokens),
+            ]
+        },
+        "EmbeddingRequest": _object(
+            ["input"], closed=True, **named, input=texts, encoding_format=_maybe({"enum": ["float", "base64"]}),
+        ),
+    }  # fmt: skip
+
+
+def _answers():
+    text, numbers = {"type": "string"}, {"type": "array", "items": _maybe(_number())}
+    count = _integer(0)
+    usage = _object(["prompt_tokens", "total_tokens"], prompt_tokens=count, completion_tokens=count, total_tokens=count)
+    logprobs = _object(
+        ["tokens", "token_logprobs", "top_logprobs", "text_offset"],
+        tokens={"type": "array", "items": text}, token_logprobs=numbers,
+        top_logprobs={"type": "array", "items": _maybe({"type": "object", "additionalProperties": _number()})},
+        text_offset={"type": "array", "items": _integer(0)},
+    )  # fmt: skip
+    choice = _object(
+        ["index", "text", "logprobs", "finish_reason"], index=_integer(0), text=text, logprobs=_maybe(logprobs),
+        finish_reason={"enum": ["stop", "length", None]},
+    )  # fmt: skip
+    known = ["rank", "state", "host", "pid", "active", "queued", "slots", "tokens_per_second", "heard_seconds_ago"]
+    rank = _object(known, rank=count)
+    several = lambda schema: {"type": "array", "items": schema}
+    entry = _object(["id", "object"], id=text, object=text)
+    embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [several(_number()), text]})
+    error = _object(["message", "type", "param", "code"], message=text, type=text, param=_maybe(text), code=_maybe(text))
+    return {
+        "Completion": _object(
+            ["id", "object", "created", "model", "choices", "usage", "seed"], id=text, object={"const": "text_completion"},
+            created=_integer(), model=text, seed=_integer(0), choices=several(choice), usage=usage,
+        ),
+        "Score": _object(
+            ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"],
+            loss=_maybe(_number()), perplexity=_maybe(_number()),
+            tokens=several(text), token_ids=several(_integer(0)), token_logprobs=numbers, usage=usage,
+        ),
+        "Embeddings": _object(
+            ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage, data=several(embedding),
+        ),
+        "Models": _object(["object", "data"], object={"const": "list"}, data=several(entry)),
+        "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=several(rank)),
+        "Error": _object(["error"], error=error),
+    }  # fmt: skip

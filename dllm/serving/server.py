@@ -1,0 +1,173 @@
+"""One rank at work: its event loop, its engine, its gossip, from the first request to the last."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+
+import uvicorn
+
+from ..comm import runtime
+from ..comm.gossip import Gossip
+from .app import Service
+from .limits import LOOPBACK, Connection, Limits, Log
+from .peers import Peers
+from .streams import Local
+
+FILES = 65536  # that a rank may have open, where the system allows it
+KEEP_ALIVE = 20  # seconds between requests of a connection
+
+
+class Server:
+    """
+    Parameters
+    ----------
+    comm : MPI.Comm
+        Collective.
+    place : namespace
+        Of comm.runtime.node.
+    bundle : Bundle
+    engine : Engine
+        Started.
+    options : namespace
+        Of the command.
+    token : str or None
+    listener : socket
+        Bound, not yet listening: no request comes before somebody answers.
+    """
+
+    def __init__(self, comm, place, bundle, engine, options, token, listener):
+        self.comm, self.bundle, self.engine, self.options, self.token = comm, bundle, engine, options, token
+        self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
+        self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()
+        loopback = listener.getsockname()[0] in LOOPBACK
+        self.hosts = LOOPBACK if loopback else None
+        self.address = ["127.0.0.1" if loopback or place.ranks == comm.size else _address(options.host), 0]
+        self.fixed = {"host": socket.gethostname()[:64], "pid": os.getpid()}
+        self.gossip = Gossip(comm, self.report)
+        self.limits = Limits(
+            body=options.max_body, prompt=options.max_prompt, tokens=options.max_tokens, requests=options.max_requests,
+            connections=options.max_connections, deadline=options.deadline,
+        )  # fmt: skip
+
+    def report(self):
+        """What other ranks shall know. In the thread of the gossip."""
+        load = self.engine.load()
+        names = "active", "queued", "slots", "tokens", "tokens_per_second"
+        numbers = {name: round(float(load[name]), 1) if name == "tokens_per_second" else int(load[name]) for name in names}
+        state = {"draining": self.state != "ok", "drained": self.state == "drained"}
+        return {**self.fixed, "address": self.address, **state, **numbers}
+
+    def run(self, stopping):
+        """Answer until told to stop, then until what is under way is done. Returns the exit code.
+
+        stopping : a list, not empty: told already.
+        """
+        _raise_limit()
+        _log_by(self.log)
+        asyncio.run(self._run(stopping))
+        return 0 if self.engine.load()["alive"] else 1
+
+    async def _run(self, stopping):
+        loop = asyncio.get_running_loop()
+        local = Local(self.engine, loop)
+        peers = Peers(self.gossip, local, self.secret)
+        self.service = Service(self.bundle, local, peers, self.limits, self.log, self.options.log_prompts)
+        self.address[1] = await peers.listen(self.address[0])
+        self.gossip.start()
+        config = uvicorn.Config(
+            self.service.app(self.token, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
+            loop="asyncio", lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+            backlog=1024, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=max(1, round(self.options.drain)),
+        )  # fmt: skip
+        self.http = _Http(config)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.add_signal_handler(number, self.stop)
+        if stopping:
+            self.stop()
+        self.log("serving", model=self.bundle.name, port=self.listener.getsockname()[1], pid=os.getpid())
+        watch = loop.create_task(self._watch())
+        await self.http.serve(sockets=[self.listener])
+        watch.cancel()
+        end = time.monotonic() + self.options.drain
+        while peers.callers and self.stops < 2 and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        self.state = "drained"
+        await self._wait_for_others()
+
+    def stop(self):
+        """The first time no new requests are taken, the second time nothing is finished any more."""
+        self.stops += 1
+        if self.stops == 1:
+            self.state = self.service.state = "draining"
+        self.http.should_exit = True
+        self.http.force_exit = self.stops > 1
+        self.log("draining")
+
+    async def _watch(self):
+        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
+        while self.engine.load()["alive"]:
+            await asyncio.sleep(0.5)
+        self.log("failed")
+        self.stop()
+
+    async def _wait_for_others(self):
+        """Where the end of one rank is the end of all, none leaves before all others have finished."""
+        if self.gossip.survivable or not self.engine.load()["alive"]:
+            return
+        while self.stops < 2:
+            table = self.gossip.table()
+            if all(report["drained"] for report, _, dead in table.values() if not dead) and len(table) == self.comm.size:
+                return
+            await asyncio.sleep(0.05)
+
+    def leave(self, code):
+        """End this process."""
+        self.state = "drained"
+        self.engine.stop(0)
+        self.log("ended")
+        self.gossip.end()
+        runtime.part(self.comm, code)
+
+
+class _Http(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self):
+        """Signals are ours."""
+        yield
+
+
+def _address(host):
+    """That other hosts can reach this one at."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    found = socket.gethostbyname(socket.gethostname())
+    if not found.startswith("127."):
+        return found
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # the address of the default route; nothing is sent
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+
+
+def _raise_limit():
+    """Idle connections are cheap, but each is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _log_by(log):
+    """What libraries have to say goes into the same log."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            more = {"trace": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+            log("message", level=record.levelname, source=record.name, text=record.getMessage(), **more)
+
+    logging.basicConfig(level=logging.WARNING, handlers=[Handler()], force=True)

@@ -1,0 +1,190 @@
+"""What a server must bear: every kind of request that is wrong, slow or too large, while /health answers all along."""
+
+import contextlib
+import json
+import pathlib
+import socket
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+from launch import BIN
+from serving import Server, texts
+
+TOKEN = "a-token-for-these-tests"
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+SLOW = 10  # seconds in which a request head must be there, see dllm/serving/limits.py
+
+
+@pytest.fixture(scope="module")
+def server(world):
+    with Server(world / "run", "--max-prompt", 20_000, "--max-connections", 300, ranks=2, token=TOKEN) as server:
+        yield server
+
+
+class Watch(threading.Thread):
+    """Asks for /health all the time, on new connections."""
+
+    def __init__(self, server):
+        super().__init__(daemon=True)
+        self.address, self.over, self.slowest, self.count = address(server), threading.Event(), 0.0, 0
+
+    def run(self):
+        while not self.over.wait(0.02):
+            begin = time.monotonic()
+            assert b" 200 OK" in talk(self.address, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            self.slowest, self.count = max(self.slowest, time.monotonic() - begin), self.count + 1
+
+
+@contextlib.contextmanager
+def healthy(server):
+    """A block during which /health answers in less than a second, and after which memory has hardly grown."""
+    before, watch = memory(server), Watch(server)
+    watch.start()
+    yield
+    watch.over.set()
+    watch.join(5)
+    assert not watch.is_alive()
+    assert watch.count > 3
+    assert watch.slowest < 1
+    assert memory(server) < before + (100 << 20)
+
+
+def memory(server):
+    """Resident bytes of all ranks."""
+    pages = [int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in server.alive().values()]
+    return sum(pages) * 4096
+
+
+def address(server):
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return host, int(port)
+
+
+def talk(where, data, limit=5.0):
+    """All that comes back for some bytes, until the other side closes; fails where it does not."""
+    with socket.create_connection(where, timeout=limit) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                answer += part
+        return answer
+
+
+def body(data, *headers):
+    lines = [f"Content-Length: {len(data)}", "Connection: close", *headers]
+    return HEAD.encode() + "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (HEAD.encode() + b"Content-Length: 1073741824\r\n\r\n", 413),
+        (HEAD.encode() + b"Content-Length: 1073741824\r\n\r\n" + b"x" * 4_000_000, 413),
+        (HEAD.encode() + b"Content-Length: -1\r\n\r\n", 400),
+        (HEAD.encode() + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde", 400),
+        (HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nZZZ\r\nxxxx\r\n", 400),
+        (HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + b"10000\r\n%s\r\n" % (b"x" * 65536) * 40, 413),
+        (HEAD.encode() + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 401),
+        (HEAD.replace("POST /v1/completions", "GET /%2e%2e/%2e%2e/etc/passwd").encode() + b"Connection: close\r\n\r\n", 404),
+        (HEAD.replace(TOKEN, TOKEN[:-1] + "x").encode() + b"Content-Length: 2\r\n\r\n{}", 401),
+        (HEAD.replace("Bearer", "Basic").encode() + b"Content-Length: 2\r\n\r\n{}", 401),
+        (HEAD.replace(TOKEN, "t\u00f6ken").encode() + b"Content-Length: 2\r\n\r\n{}", 401),
+        (HEAD.replace("localhost", "elsewhere").encode() + b"Content-Length: 2\r\n\r\n{}", 403),
+        (body(b"{"), 400),
+        (body(b'{"prompt": "\xff\xfe"}'), 400),
+        (body(b'{"prompt": "a", "temperature": NaN}'), 400),
+        (body(b'{"prompt": "a", "temperature": 1e999}'), 400),
+        (body(b'{"prompt": "a", "max_tokens": 1000000000}'), 400),
+        (body(b'{"prompt": "a", "n": 64, "max_tokens": 4096}'), 400),
+        (body(b'{"prompt": "\\ud800"}'), 400),
+        (body(b'{"prompt": "%s"}' % (b"a" * 100_000)), 400),
+        (body(b'{"prompt": [%s1]}' % (b"1," * 100_000)), 400),
+        (body(b"[" * 500_000), 400),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else None,
+)  # fmt: skip
+def test_a_bad_request_is_refused_at_once(server, data, status):
+    begin = time.monotonic()
+    answer = talk(address(server), data)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert time.monotonic() - begin < 4
+    head, _, text = answer.partition(b"\r\n\r\n")
+    if b"application/json" in head:
+        assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_who_has_no_token_learns_only_that_the_server_is_there(server):
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/").status_code == 200
+    assert all(httpx.get(server.url + path).status_code == 401 for path in ("/metrics", "/v1/models", "/nothing"))
+
+
+def test_slow_heads_and_idle_sockets_are_borne_and_closed(server):
+    """500 sockets that say nothing and 50 that say their head a byte at a time, while clients are served."""
+    with healthy(server), contextlib.ExitStack() as stack:
+        connect = lambda: stack.enter_context(socket.create_connection(address(server), timeout=5))
+        idle, slow, begin = [connect() for _ in range(500)], [connect() for _ in range(50)], time.monotonic()
+        for place in range(SLOW + 3):
+            for one in slow:
+                with contextlib.suppress(ConnectionError):
+                    one.sendall(HEAD[place : place + 1].encode())
+            assert len(texts(server.complete(max_tokens=20))) == 1
+            time.sleep(max(0.0, begin + place + 1 - time.monotonic()))
+        for one in [*idle, *slow]:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+
+
+def test_many_large_requests_at_once_are_served_or_refused(server):
+    """Long prompts, many choices, with and without a reader, from 30 clients."""
+    statuses = []
+
+    def ask(number):
+        request = {"prompt": "ab " * 5000, "n": 4, "max_tokens": 50, "logprobs": 5, "seed": number}
+        data = body(json.dumps(request).encode())
+        if number % 3 == 0:  # goes away at once
+            with socket.create_connection(address(server), timeout=5) as connection:
+                connection.sendall(data)
+            return
+        statuses.append(int(talk(address(server), data, limit=60).split(b" ")[1]))
+
+    with healthy(server):
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(statuses) == 20
+    assert set(statuses) <= {200, 503}
+    assert 200 in statuses
+    server.until(
+        lambda: not any(rank["active"] + rank["queued"] for rank in server.health()["ranks"]), "an end of all streams", 20
+    )
+
+
+def test_a_request_that_takes_too_long_is_ended(world):
+    with Server(world / "run", "--deadline", 1, "--max-tokens", 10**7, ranks=1) as server:
+        begin = time.monotonic()
+        answer = server.complete(max_tokens=10**7)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
+        assert time.monotonic() - begin < 4
+        slow = HEAD.encode() + b"Content-Length: 10\r\n\r\n{"
+        assert talk(address(server), slow).startswith(b"HTTP/1.1 504")
+
+
+def test_schemathesis_finds_no_server_error(server, tmp_path):
+    command = [
+        BIN / "schemathesis", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error,response_schema_conformance",
+        "--max-examples", "5", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--request-timeout", "20",
+        "-H", f"Authorization: Bearer {TOKEN}",
+    ]  # fmt: skip
+    with healthy(server):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
