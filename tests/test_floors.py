@@ -13,10 +13,10 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "presets"),
     ("config", "storage", "kernels"),
     ("layout", "hdf5"),
-    ("model", "optim", "state", "cli", "data", "comm", "claim"),
+    ("model", "decoder", "optim", "state", "cli", "data", "comm", "claim"),
     ("checkpoint", "report", "corpus", "inference", "survival"),
     ("saving", "monitor", "warmup", "runs"),
-    ("training",),
+    ("training", "serving"),
     ("prepare", "train", "evaluate", "generate", "resize", "mpirun", "__main__"),
     ("launch",),
 ]

@@ -36,7 +36,7 @@ class Engine:
     Parameters
     ----------
     bundle
-        Has model(window, lanes, team) and tokenizer.size.
+        Has model(window, lanes, team), a LanguageModel.
     slots : int
         Streams at a time.
     threads : int
@@ -71,6 +71,7 @@ class Engine:
     def start(self):
         """Compile what is needed, and begin."""
         self._warm_up()
+        self._marks[0] = time.monotonic(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
