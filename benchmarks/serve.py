@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve SIZE STREAMS SECONDS THREADS PRECISION [PROMPT]
 
-PROMPT: streams end after 64 tokens, and others with prompts of so many tokens come for them; 0, the default: all go on for
+PROMPT: streams end after 32 to 95 tokens, and others with prompts of so many tokens come for them; 0, the default: all go on for
 ever. Prints one JSON line: {"tokens_per_second", "gaps"}, seconds between a stream's tokens, of all streams.
 """
 
@@ -18,8 +18,6 @@ from dllm.model import LanguageModel
 from dllm.serving.engine import Engine, Request, Token
 
 from .sizes import SIZES
-
-LENGTH = 64  # tokens of a stream where others come
 
 
 class Random:
@@ -47,7 +45,8 @@ def main():
 
     def submit():
         tokens = rng.integers(0, size.vocabulary, max(1, prompt))
-        engine.submit(Request(prompt=tokens, max_tokens=LENGTH if prompt else 10**9, seed=int(rng.integers(2**62))), deliver)
+        length = int(rng.integers(32, 96)) if prompt else 10**9
+        engine.submit(Request(prompt=tokens, max_tokens=length, seed=int(rng.integers(2**62))), deliver)
 
     def deliver(news):
         now = time.perf_counter()
