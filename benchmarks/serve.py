@@ -2,8 +2,8 @@
 
     python -m benchmarks.serve SIZE STREAMS SECONDS THREADS PRECISION [PROMPT]
 
-PROMPT: streams end after 32 to 95 tokens, and others with prompts of so many tokens come for them; 0, the default: all go on for
-ever. Prints one JSON line: {"tokens_per_second", "gaps"}, seconds between a stream's tokens, of all streams.
+PROMPT: streams end after 32 to 95 tokens, and others with prompts of so many tokens come for them; 0, the default: all go on
+for ever. Prints one JSON line: {"tokens_per_second", "gaps"}, seconds between a stream's tokens, of all streams.
 """
 
 import json

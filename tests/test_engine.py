@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import Bundled, V, build, configured, in_panels
 
+from dllm.inference import sample, start_tokens
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.kernels.tiles import BF16
+from dllm.runs import Trained
 from dllm.serving import engine as engines
 from dllm.serving.engine import Engine, Finished, Full, Request, Stopped, Token
 from dllm.serving.prefix import OVERHEAD, PrefixCache
@@ -180,6 +182,18 @@ def test_a_prompt_that_goes_on_where_another_ended_starts_from_its_state(start):
     assert engine.load()["cache_hits"] == hits + 1
     assert sum(reads) == 3  # what the state had not seen: the last token that was made, and two more
     check(found, plain(longer))
+
+
+def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
+    trained = Trained.open(world / "run")
+    model, rng = trained.model(16), np.random.default_rng(14)
+    wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
+    engine = Engine(Bundled(model))
+    engine.start()
+    for each, events in zip(wanted, answers(engine, *wanted), strict=True):
+        alone = sample(model, each.prompt, each.max_tokens, each.seed, each.temperature, each.top_k, each.top_p)
+        assert [event.number for event in events[:-1]] == list(alone)
+    engine.stop()
 
 
 def test_scores_are_the_losses_of_the_model(start, model):
