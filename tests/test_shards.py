@@ -237,7 +237,7 @@ def test_in_an_epoch_every_lane_sees_its_tokens_once_and_in_order(tmp_path, monk
     for rank in range(ranks):
         mine = lanes.deal(count, ranks, rank)
         reader = lanes.Lanes(corpus, "train", mine, count, window)
-        assert (reader.length, reader.predicted) == (length, length - 1)
+        assert reader.steps == [length - 1] * len(mine)
         np.testing.assert_array_equal(reader.numbers, list(mine))
         for lane, (tokens, targets) in zip(mine, epoch(reader, schedule)[0], strict=True):
             text_of_lane = TOKENS[lane * length : (lane + 1) * length]
@@ -297,7 +297,7 @@ def test_a_schedule_counts_every_predicted_token_once(predicted, window):
 
 def test_too_few_tokens_for_the_lanes_are_named(tmp_path):
     corpus = make_corpus(tmp_path)
-    assert lanes.Lanes(corpus, "train", range(20), 20, 5).predicted == 1
+    assert lanes.Lanes(corpus, "train", range(20), 20, 5).steps == [1] * 20
     with pytest.raises(UserError, match=r"split 'train' of .* has 41 tokens: too few for 21 lanes"):
         lanes.Lanes(corpus, "train", range(21), 21, 5)
 
