@@ -12,25 +12,26 @@ import pathlib
 
 import numpy as np
 
-ENGLISH = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-ENGLISH_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-GERMAN = (
-    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn "
-    "achtzehn neunzehn"
-).split()
-GERMAN_TENS = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
+UNITS = {  # 0 to 19
+    "en": """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+        eighteen nineteen""",
+    "de": """null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn
+        achtzehn neunzehn""",
+}
+TENS = {  # 20 to 90
+    "en": "twenty thirty forty fifty sixty seventy eighty ninety",
+    "de": "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig",
+}
+UNITS, TENS = ({language: names.split() for language, names in table.items()} for table in (UNITS, TENS))
 
 
 def english(number):
     """The parts of a number's name, below a million: four, thousand, seventy-, one."""
     if number < 20:
-        return [ENGLISH[number]]
+        return [UNITS["en"][number]]
     if number < 100:
-        tens, rest = ENGLISH_TENS[number // 10 - 2], number % 10
-        return [f"{tens}-", ENGLISH[rest]] if rest else [tens]
+        tens, rest = TENS["en"][number // 10 - 2], number % 10
+        return [f"{tens}-", UNITS["en"][rest]] if rest else [tens]
     size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
     return [*english(number // size), name, *(english(number % size) if number % size else [])]
 
@@ -38,9 +39,9 @@ def english(number):
 def german(number, last=True):
     """The parts of a number's name, below a million: vier, tausend, ein, und, siebzig. `last`: it ends the name."""
     if number < 20:
-        return ["ein" if number == 1 and not last else GERMAN[number]]
+        return ["ein" if number == 1 and not last else UNITS["de"][number]]
     if number < 100:
-        tens, rest = GERMAN_TENS[number // 10 - 2], number % 10
+        tens, rest = TENS["de"][number // 10 - 2], number % 10
         return [*german(rest, False), "und", tens] if rest else [tens]
     size, name = (1000, "tausend") if number >= 1000 else (100, "hundert")
     return [*german(number // size, False), name, *(german(number % size, last) if number % size else [])]

@@ -1,4 +1,4 @@
-"""Turn text, or pairs of texts, into a corpus: manifest.json, tokenizer.json, HDF5 shards. Under mpirun ranks share the work."""
+"""Turn text, or pairs of texts, into a corpus: manifest.json, tokenizer.json, HDF5 shards. Under mpirun ranks share it."""
 
 import sys
 

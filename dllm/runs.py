@@ -132,8 +132,9 @@ class Trained:
         checkpoint.load_theta(self.checkpoint, layout, theta)
         return theta
 
-    def model(self, window, lanes=1):
+    def model(self, window, lanes=1, team=None):
         """A LanguageModel with these parameters, for inference."""
-        model = LanguageModel(self.settings.model, self.tokenizer.size, self.dtype, window, lanes, training=False)
+        shape = self.settings.model, self.tokenizer.size, self.dtype, window, lanes
+        model = LanguageModel(*shape, training=False, team=team)
         model.bind(self.theta(model.layout))
         return model

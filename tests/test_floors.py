@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("config", "storage", "kernels"),
     ("layout", "hdf5"),
     ("model", "optim", "state", "cli", "data", "comm", "claim"),
-    ("checkpoint", "report", "corpus", "inference", "survival"),
+    ("checkpoint", "report", "corpus", "inference", "survival", "tasks"),
     ("saving", "monitor", "warmup", "runs"),
     ("training",),
     ("prepare", "train", "evaluate", "generate", "resize", "mpirun", "__main__"),
