@@ -129,11 +129,13 @@ def _manifest(plans, tokenizer, entries):
     """The manifest of all shards; it does not depend on who wrote which."""
     splits = {}
     for split, plan in plans.items():
-        start, parts, figures = 0, [], []
+        start, parts, figures = 0, [], []  # figures: of pairs
         for number in range(len(plan)):
             name, tokens, digest, found = next(part[split, number] for part in entries if (split, number) in part)
-            figures += found
             parts.append({"name": name, "start": start, "stop": start + tokens, "sha256": digest})
+            if tokenizer.pairs:
+                parts[-1]["pairs"] = sum(pairs for pairs, _ in found)
+                figures += found
             start += tokens
         size = sum(piece.size for pieces in plan for piece in pieces)
         splits[split] = {"tokens": start, "bytes": size, "shards": parts}

@@ -6,7 +6,8 @@ import math
 import numpy as np
 
 from .comm.runtime import allgather, together
-from .data.lanes import deal, make_schedule, read_lanes
+from .data.lanes import Schedule, deal
+from .data.pair_lanes import read_lanes
 from .errors import UserError
 from .model import LanguageModel
 
@@ -37,7 +38,7 @@ class Evaluation:
         window = max(config.train.window, *allgather(comm, entry.get("longest", 0)))
         with together(comm):
             self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
-        self.schedule = make_schedule(functools.partial(allgather, comm), self.lanes, window)
+        self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
         self.fresh = config.train.carry == "window"
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)

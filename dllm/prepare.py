@@ -2,7 +2,7 @@
 
 import sys
 
-from . import cli
+from . import cli, config
 from .comm import runtime
 from .data.tokenizers import KINDS
 from .errors import DONE, UserError
@@ -88,8 +88,10 @@ def prepare(argv, comm):
         entries = corpus.manifest["splits"]
         say("pairs: " + ", ".join(f"{name} {entry['pairs']:,}" for name, entry in entries.items()))
         longest = max(max(entry["longest"] for entry in part.values()) for part in comm.allgather(entries))
-        recipe = f" --preset pairs --set train.window={longest}"
-        say(f"the longest pair has {longest} tokens: a window must hold it; --longest leaves long ones out")
+        recipe = " --preset pairs"
+        if longest > config.resolve("pairs").train.window:
+            say(f"the longest pair has {longest:,} tokens, and a window must hold it; --longest leaves long ones out")
+            recipe += f" --set train.window={longest}"
     say(f"train with  mpirun -n {comm.size if private else 8} python -m dllm.train --data '{options.out}'{recipe}")
     runtime.finish(comm)
     return DONE

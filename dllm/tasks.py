@@ -31,15 +31,16 @@ def read_files(source, target, tokenizer):
     return pairs
 
 
-def read_split(corpus, split):
-    """The same of every pair of a corpus's split."""
+def read_split(corpus, split, most=0):
+    """The same of every pair of a corpus's split, or of at most the first `most`."""
     entry, tokenizer = corpus.split(split), corpus.tokenizer
-    corpus.verify(split, 0, entry["tokens"])
-    tokens, pairs = corpus.read(split, 0, entry["tokens"]), []
+    stop = min(entry["tokens"], most * entry["longest"] + 1) if most else entry["tokens"]
+    corpus.verify(split, 0, stop)
+    tokens, pairs = corpus.read(split, 0, stop), []
     for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.end) + 1)[1:-1]:
         sep = int(np.flatnonzero(part == tokenizer.sep)[0])
         pairs.append((part[:sep], part[sep + 1 : -1], as_text(tokenizer, part[sep + 1 : -1])))
-    return pairs
+    return pairs[: most or None]
 
 
 def as_text(tokenizer, tokens):

@@ -2,7 +2,7 @@
 
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
 tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split. A split of
-pairs (pairs.py) has pairs, how many, and longest, the tokens of the longest one with <sep> and <end>.
+pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class Corpus:
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
-                if pairs and not (entry["pairs"] > 0 and 1 < entry["longest"] < entry["tokens"]):
+                if pairs and not (entry["pairs"] == sum(part["pairs"] for part in shards) > 0 < entry["longest"]):
                     raise ValueError(f"split '{split}' has no pairs")
                 for part in shards:
                     plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
