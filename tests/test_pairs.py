@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launch import REFUSED, complaint, mpirun, train_arguments
 from runs import arrays, metrics, same_losses
 
-from dllm import evaluate, generate, prepare, tasks, train
+from dllm import tasks
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards
 from dllm.data.lanes import Schedule, deal
@@ -130,10 +130,12 @@ def make_corpus(folder, examples, shard_count=3):
 SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=25), st.data())
 def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_asked_for(tmp_path_factory, examples, data):
-    corpus = make_corpus(tmp_path_factory.mktemp("pairs"), examples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.storage, "flush", lambda path: None)  # which takes most of the time
+        corpus = make_corpus(tmp_path_factory.mktemp("pairs"), examples)
     sep, end = corpus.tokenizer.sep, corpus.tokenizer.end
     count = data.draw(st.integers(1, len(examples)))
     window = corpus.split("train")["longest"] + data.draw(st.integers(0, 3))
@@ -292,35 +294,34 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def straight(small):
-    """70 steps of 3 ranks; an epoch of 10 lanes has 54."""
-    mpirun(3, *train_arguments(small / "corpus", small / "straight", *SMALL, extra=("--max-steps", 70)), check=True)
+    """70 steps of 3 ranks, and beside it the run `resumed`, 31 steps; an epoch of 10 lanes has 54."""
+    commands = [
+        train_arguments(small / "corpus", small / name, *SMALL, extra=("--max-steps", str(steps)))[2:]
+        for name, steps in (("straight", 70), ("resumed", 31))
+    ]
+    (small / "commands.json").write_text(json.dumps(commands, default=str))
+    mpirun(3, pathlib.Path(__file__).with_name("several.py"), small / "commands.json", check=True)
     return small / "straight"
 
 
-def test_any_number_of_ranks_prepares_the_same_corpus(small, tmp_path):
-    for name, seed in (("same", 1), ("other", 2)):
-        mpirun(3, *prepare_arguments(small, tmp_path / name, "--seed", seed), check=True)
-    corpora = [shards.Corpus(folder) for folder in (small / "corpus", tmp_path / "same", tmp_path / "other")]
-    assert corpora[0].hash == corpora[1].hash != corpora[2].hash
-    assert corpora[0].tokenizer_hash == corpora[2].tokenizer_hash
-    contents = [sorted((tuple(a), tuple(b)) for a, b, _ in tasks.read_split(corpus, "train")) for corpus in corpora]
-    assert contents[0] == contents[1] == contents[2]
-    lines = zip(*((small / f"train.{suffix}").read_text().splitlines() for suffix in ("src", "tgt")), strict=True)
-    text = [
-        tuple(tasks.as_text(corpora[0].tokenizer, side).strip() for side in pair[:2])
-        for pair in tasks.read_split(corpora[0], "train")
-    ]
-    assert sorted(text) == sorted(lines)
+def test_any_number_of_ranks_prepares_the_same_corpus_of_all_pairs(small, tmp_path):
+    mpirun(3, *prepare_arguments(small, tmp_path / "same"), check=True)
+    corpora = [shards.Corpus(folder) for folder in (small / "corpus", tmp_path / "same")]
+    assert corpora[0].hash == corpora[1].hash
+    lines = sorted(zip(*((small / f"train.{suffix}").read_text().splitlines() for suffix in ("src", "tgt")), strict=True))
+    for corpus in corpora:
+        pairs_of_split = tasks.read_split(corpus, "train")
+        text = [tuple(tasks.as_text(corpus.tokenizer, side).strip() for side in pair[:2]) for pair in pairs_of_split]
+        assert sorted(text) == lines
 
 
 def test_one_rank_has_the_losses_of_three(small, straight):
-    mpirun(1, *train_arguments(small / "corpus", small / "one", *SMALL, extra=("--max-steps", 70)), check=True)
-    same_losses(small / "one", straight)
+    mpirun(1, *train_arguments(small / "corpus", small / "one-rank", *SMALL, extra=("--max-steps", 70)), check=True)
+    same_losses(small / "one-rank", straight)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(small, straight):
     run = small / "resumed"
-    mpirun(3, *train_arguments(small / "corpus", run, *SMALL, extra=("--max-steps", 31)), check=True)
     mpirun(3, "-m", "dllm.train", "--resume", run, "--max-steps", 70, "--progress", "none", check=True)
     expected, scalars = arrays(straight, 70)
     found, others = arrays(run, 70)
@@ -344,24 +345,71 @@ def test_the_losses_of_a_split_count_targets_alone_and_are_those_of_each_pair_by
     assert training[0]["loss"] == pytest.approx(np.log(shards.Corpus(small / "corpus").vocabulary), rel=0.05)
 
 
-REFUSED_FILES = {  # source, target: what the message says
-    "lines differ": (b"a\nb\n", b"c\n", r"train.src has 2 lines, .*train.tgt has 1"),
-    "no lines": (b"", b"", "there are no pairs in"),
-    "a side always empty": (b"a\n", b" \n", "there are no pairs in"),
-    "no UTF-8": (b"a\nb\n", b"c\n\xff\n", r"train.tgt line 2 is not UTF-8"),
+PREPARE = "dllm.prepare --tokenizer char --out new"
+TRAIN = "dllm.train --data corpus --out new --progress none --set train.carry=window"
+REFUSALS = {  # command: what the message says
+    "lines differ": (f"{PREPARE} --pairs two one", "two has 2 lines, one has 1: line i of one"),
+    "no lines": (f"{PREPARE} --pairs none none", "there are no pairs in none"),
+    "a side always empty": (f"{PREPARE} --pairs one blank", "there are no pairs in one, blank"),
+    "no UTF-8": (f"{PREPARE} --pairs two latin", "latin line 2 is not UTF-8; convert it, or"),
+    "no file": (f"{PREPARE} --pairs two three", "cannot read three: No such file"),
+    "all too long": (f"{PREPARE} --pairs two two --longest 3", "no pair of the train files is short enough"),
+    "both kinds": (f"{PREPARE} --pairs two two --train one", "give either --train or --pairs"),
+    "neither kind": (PREPARE, "give either --train or --pairs"),
+    "kinds mixed": (f"{PREPARE} --pairs two two --valid one", "--valid and --test go with --train"),
+    "dealt out": (f"{PREPARE}{{rank}} --pairs two two --deal evenly", "--deal is for text"),
+    "one folder": (f"{PREPARE} --pairs {{rank}} two", "so --out must have it too"),
+    "states carried": (f"{TRAIN} --set train.carry=epoch", "--preset pairs, or --set train.carry=window"),
+    "narrow": (f"{TRAIN} --set train.window=10", "has a pair of 11 tokens and a window must hold it: --set train.window=11"),
+    "many lanes": (f"{TRAIN} --set train.lanes=600", "has 540 pairs: too few for 600 lanes"),
+    "one file": ("dllm.evaluate straight --pairs one", "it takes SRC and TGT, or nothing"),
+    "write what": ("dllm.evaluate straight --write file", "--write goes with --pairs"),
+    "an empty line": ("dllm.evaluate straight --pairs gap gap", "gap is empty at line 2: take the line out of both"),
+    "an unknown word": ("dllm.evaluate straight --pairs one one", "'a' is not in the vocabulary"),
+    "no folder to write to": ("dllm.evaluate straight --pairs --write no/file", "cannot write --write no/file: No such"),
+    "prompt for pairs": ("dllm.generate straight --prompt a", "straight was trained on pairs: give --source"),
+    "text and pairs": ("dllm.generate straight --prompt a --source b", "give either --prompt or --source"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_FILES)
-def test_files_that_are_no_pairs_are_refused_in_one_line_and_leave_nothing(tmp_path, case):
-    source, target, message = REFUSED_FILES[case]
-    (tmp_path / "train.src").write_bytes(source)
-    (tmp_path / "train.tgt").write_bytes(target)
-    done = mpirun(2 if case == "no UTF-8" else 0, *prepare_arguments(tmp_path, tmp_path / "out", splits=["train"]))
-    assert done.returncode == REFUSED
-    assert re.search(message, complaint(done))
-    assert len(complaint(done).splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+@pytest.fixture(scope="module")
+def refused(small, straight, tmp_path_factory):
+    """case -> (what two ranks wrote, exit codes), and whether something was made; all cases in one start."""
+    files = {"two": b"a\nb\n", "one": b"a\n", "none": b"", "blank": b" \n", "latin": b"a\n\xff\n", "gap": b"en\n\nde\n"}
+    for name, data in files.items():
+        (small / name).write_bytes(data)
+    folder, before = tmp_path_factory.mktemp("refused"), set(small.iterdir())
+    (folder / "commands.json").write_text(json.dumps([command.split() for command, _ in REFUSALS.values()]))
+    script = pathlib.Path(__file__).with_name("refusals.py")
+    mpirun(2, script, folder / "commands.json", folder, cwd=small, check=True)
+    ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    texts = [[(folder / f"{number}-{rank}.txt").read_text() for rank in range(2)] for number in range(len(REFUSALS))]
+    found = {case: (texts[number], {end[number][0] for end in ends}) for number, case in enumerate(REFUSALS)}
+    return found, set(small.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_suit_pairs_is_refused_in_one_line(refused, case):
+    texts, codes = refused[0][case]
+    text = "".join(texts if "generate" not in REFUSALS[case][0] else texts[:1])  # generate knows nothing of ranks
+    lines = [line for line in text.splitlines() if not re.match("counting|building|encoding|.* are left out", line)]
+    assert len(lines) == 1
+    assert REFUSALS[case][1] in lines[0]
+    assert codes == {REFUSED}
+
+
+def test_nothing_is_left_of_what_was_refused(refused):
+    assert refused[1]
+
+
+def test_a_model_of_text_has_no_pairs(world):
+    for command, message in (
+        ("evaluate run --pairs", "run was not trained on pairs"),
+        ("generate run --source a", "give --prompt"),
+    ):
+        done = mpirun(0, "-m", *f"dllm.{command}".split(), cwd=world)
+        assert done.returncode == REFUSED
+        assert message in complaint(done)
 
 
 def test_pairs_with_an_empty_side_and_long_ones_are_left_out_and_told_of(tmp_path):
@@ -383,25 +431,6 @@ def test_each_rank_may_have_pairs_of_its_own(tmp_path):
     assert [shards.Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
     mpirun(2, *train_arguments(out, tmp_path / "run", *SMALL, extra=("--max-steps", 4)), check=True)
     assert len(metrics(tmp_path / "run", "train")) == 4
-
-
-def test_commands_that_do_not_suit_pairs_say_so(small, straight, world, capsys):
-    def refused(command, *arguments):
-        assert command.main([str(argument) for argument in arguments]) == REFUSED
-        return capsys.readouterr().err
-
-    corpus, run = small / "corpus", small / "refused"
-    assert "--set train.carry=window" in refused(train, *train_arguments(corpus, run)[2:])
-    assert "--set train.window=11" in refused(train, *train_arguments(corpus, run, "train.carry=window")[2:])
-    assert "too few for 600 lanes" in refused(train, *train_arguments(corpus, run, *SMALL, "train.lanes=600")[2:])
-    assert "give --source" in refused(generate, straight, "--prompt", "a")
-    assert "give --prompt" in refused(generate, world / "run", "--source", "a")
-    assert "was not trained on pairs" in refused(evaluate, world / "run", "--pairs")
-    assert "SRC and TGT, or nothing" in refused(evaluate, straight, "--pairs", "a")
-    assert "cannot read" in refused(evaluate, straight, "--pairs", "a", "b")
-    assert "give either --train or --pairs" in refused(prepare, "--tokenizer", "char", "--out", "x")
-    assert "go with" in refused(prepare, "--pairs", "a", "b", "--valid", "c", "--tokenizer", "char", "--out", "x")
-    assert not run.exists()
 
 
 def test_numbers_are_spelt_in_two_languages_as_well_as_anybody_could_and_on_any_number_of_ranks_alike(tmp_path):
