@@ -61,7 +61,14 @@ def _prepare(comm, splits, kind, size, out, private, progress, pairing, undo):
     with together(comm):
         if rank == 0:
             shards.save_tokenizer(out, tokenizer)
-            storage.write_json(pathlib.Path(out, "manifest.json"), _manifest(plans, tokenizer, entries))
+            manifest = _manifest(plans, tokenizer, entries)
+            storage.write_json(pathlib.Path(out, "manifest.json"), manifest)
+            if pairing and pairing["longest"]:
+                planned = sum(len(block.numbers) for plan in plans.values() for part in plan for block in part)
+                kept = sum(entry["pairs"] for entry in manifest["splits"].values())
+                progress(
+                    f"{planned - kept:,} of {planned:,} pairs are left out, since they are longer than {pairing['longest']} tokens"
+                )
 
 
 def _free_folder(out):

@@ -38,6 +38,8 @@ def read_split(corpus, split, most=0):
     corpus.verify(split, 0, stop)
     tokens, pairs = corpus.read(split, 0, stop), []
     for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.end) + 1)[1:-1]:
+        if np.count_nonzero(part == tokenizer.sep) != 1:
+            raise UserError(f"split '{split}' of {corpus.folder} is not made of pairs: prepare the data anew")
         sep = int(np.flatnonzero(part == tokenizer.sep)[0])
         pairs.append((part[:sep], part[sep + 1 : -1], as_text(tokenizer, part[sep + 1 : -1])))
     return pairs[: most or None]

@@ -1,10 +1,10 @@
 """Lanes of pairs: every window of a lane is one pair, from zero states, as generation is; targets alone are predicted.
 
-A pair is never cut and sees nothing of the pair before it (train.carry = window). Of benchmarks/translation.py --spaced a model
-of 128 units had 98 % exactly right after 1,100 such steps, 42 % where two pairs in a row shared a window, and 1 % where states were
-carried on. A window is as wide as its longest pair. So that little of it is padding, the pairs of a lane are sorted by length, a
-group of them at a time, and taken in an order that is the same for all lanes but otherwise random: the pairs of a window are
-about equally long.
+A pair is never cut and sees nothing of the pair before it (train.carry = window). Of benchmarks/translation.py --spaced a
+model of 128 units had 98 % exactly right after 1,100 such steps, 42 % where two pairs in a row shared a window, and 1 % where
+states were carried on. A window is as wide as its longest pair. So that little of it is padding, the pairs of a lane are
+sorted by length, a group of them at a time, and taken in an order that is the same for all lanes but otherwise random: the
+pairs of a window are about equally long.
 """
 
 import itertools

@@ -89,7 +89,9 @@ class Corpus:
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
-                if pairs and not (entry["pairs"] == sum(part["pairs"] for part in shards) > 0 < entry["longest"]):
+                if pairs and not (
+                    entry["pairs"] == sum(part["pairs"] for part in shards) > 0 < entry["longest"] < entry["tokens"]
+                ):
                     raise ValueError(f"split '{split}' has no pairs")
                 for part in shards:
                     plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
