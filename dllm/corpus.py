@@ -64,11 +64,14 @@ def _prepare(comm, splits, kind, size, out, private, progress, pairing, undo):
             manifest = _manifest(plans, tokenizer, entries)
             storage.write_json(pathlib.Path(out, "manifest.json"), manifest)
             if pairing and pairing["longest"]:
-                planned = sum(len(block.numbers) for plan in plans.values() for part in plan for block in part)
-                kept = sum(entry["pairs"] for entry in manifest["splits"].values())
-                progress(
-                    f"{planned - kept:,} of {planned:,} pairs are left out, since they are longer than {pairing['longest']} tokens"
-                )
+                _tell_left_out(plans, manifest, pairing["longest"], progress)
+
+
+def _tell_left_out(plans, manifest, longest, progress):
+    for split, plan in plans.items():
+        planned, kept = sum(len(block.numbers) for part in plan for block in part), manifest["splits"][split]["pairs"]
+        if kept < planned:
+            progress(f"{planned - kept:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
 
 
 def _free_folder(out):

@@ -417,7 +417,7 @@ def test_pairs_with_an_empty_side_and_long_ones_are_left_out_and_told_of(tmp_pat
     write_pairs(tmp_path, examples)
     done = mpirun(0, *prepare_arguments(tmp_path, tmp_path / "out", "--longest", 9, splits=["train"]), check=True)
     assert f"2 of 5 pairs are left out, since a side is empty, the first at {tmp_path}/train.src line 2" in done.stdout
-    assert "1 of 3 pairs are left out, since they are longer than 9 tokens" in done.stdout
+    assert "1 of 3 train pairs are left out: they have more than 9 tokens" in done.stdout
     corpus = shards.Corpus(tmp_path / "out")
     assert (corpus.split("train")["pairs"], corpus.split("train")["longest"]) == (2, 5)
     assert sorted(pair[2].strip() for pair in tasks.read_split(corpus, "train")) == ["c", "g"]

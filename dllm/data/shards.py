@@ -89,10 +89,8 @@ class Corpus:
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
-                if pairs and not (
-                    entry["pairs"] == sum(part["pairs"] for part in shards) > 0 < entry["longest"] < entry["tokens"]
-                ):
-                    raise ValueError(f"split '{split}' has no pairs")
+                if pairs:
+                    self._check_pairs(split, entry)
                 for part in shards:
                     plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
                     if not (plain and 0 <= part["start"] <= part["stop"]):
@@ -101,6 +99,12 @@ class Corpus:
             raise UserError(f"{path} has no {error}; prepare the data anew") from None
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not a manifest of dllm.prepare ({error}); prepare the data anew") from None
+
+    @staticmethod
+    def _check_pairs(split, entry):
+        count = sum(part["pairs"] for part in entry["shards"])
+        if not (entry["pairs"] == count > 0 and 0 < entry["longest"] < entry["tokens"]):
+            raise ValueError(f"the pairs of split '{split}' do not add up")
 
     def split(self, name):
         """The manifest's entry of a split. Raises UserError where there is none."""
