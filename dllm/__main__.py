@@ -9,12 +9,12 @@ from . import __version__
 from .errors import BAD_INPUT, DONE
 
 COMMANDS = {
-    "prepare": "text to a corpus of tokens",
+    "prepare": "text, or pairs of texts, to a corpus of tokens",
     "train": "train a model over all ranks (under mpirun)",
     "launch": "the same, started under mpirun, watched and brought back until it is done",
     "resize": "another number of ranks for a run that launch watches",
-    "evaluate": "loss and perplexity of a trained model",
-    "generate": "continue a text with a trained model",
+    "evaluate": "loss and perplexity of a trained model; what it makes of pairs",
+    "generate": "continue a text, or answer a source, with a trained model",
     "serve": "answer over HTTP with a trained model, from all ranks",
     "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
     "import": "the same of a PyTorch nn.LSTM",

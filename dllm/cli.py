@@ -1,6 +1,7 @@
 """What all commands share: arguments that fail in one line, exit codes, and one rank that speaks."""
 
 import argparse
+import atexit
 import sys
 
 from .errors import BAD_INPUT, UserError
@@ -36,6 +37,10 @@ def run(command, argv=None, comm=None):
             sys.stderr.write(f"dllm: {error}\n")
             sys.stderr.flush()
         return BAD_INPUT
+    finally:
+        if colorama := sys.modules.get("colorama.initialise"):
+            # sacrebleu brings it, Numba starts it, and in a terminal it would write an escape behind the last line.
+            atexit.unregister(colorama.reset_all)
 
 
 def at_least(least, kind=int):

@@ -33,7 +33,7 @@ class TrainConfig:
     lanes: int = 32  # the global batch: parallel streams of text, shared out over the ranks
     window: int = 64  # steps of truncated back-propagation through time
     last_window: str = "keep"  # keep | drop: what becomes of the shorter window at the end of an epoch
-    carry: str = "epoch"  # epoch | run: states start from zero at each epoch, or never again
+    carry: str = "epoch"  # epoch | run | window: states start from zero at each epoch, never again, or in each window (pairs)
     epochs: int = 10
     max_steps: int = 0  # not 0: end after this many steps; the cosine schedule then ends here too
     optimizer: str = "adam"  # sgd | adam | adamw | rmsprop
@@ -122,7 +122,7 @@ class Config:
 
 CHOICES = {
     "train.last_window": ("keep", "drop"),
-    "train.carry": ("epoch", "run"),
+    "train.carry": ("epoch", "run", "window"),
     "train.optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "train.schedule": ("constant", "cosine", "epochs", "plateau"),
     "train.clip_by": ("norm", "value", "own"),

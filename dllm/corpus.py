@@ -5,6 +5,7 @@ With private text every rank prepares its own folder. Only counts of units trave
 
 import collections
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -12,26 +13,28 @@ import sys
 
 from . import storage
 from .comm.runtime import agree, together
-from .data import shards, text
+from .data import pairs, shards, text
 from .data.tokenizers import KINDS
 from .errors import UserError
 
 
-def prepare(comm, splits, kind, size, out, private=False, progress=lambda message: None):
+def prepare(comm, splits, kind, size, out, private=False, progress=lambda message: None, pairing=None):
     """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
 
     splits : {"train": paths, ...}; with private=True this rank's own
     kind, size : the tokenizer, and its vocabulary size (0: its default)
+    pairing : {"seed", "longest"} of pairs.plan, where the paths are (source, target)
     """
     with contextlib.ExitStack() as undo:
-        _prepare(comm, splits, kind, size, out, private, progress, undo)
+        _prepare(comm, splits, kind, size, out, private, progress, pairing, undo)
         undo.pop_all()
 
 
-def _prepare(comm, splits, kind, size, out, private, progress, undo):
+def _prepare(comm, splits, kind, size, out, private, progress, pairing, undo):
     ranks, rank = (1, 0) if private else (comm.size, comm.rank)
+    plan = text.plan if pairing is None else functools.partial(pairs.plan, **pairing, say=progress)
     with together(comm):
-        plans = {split: text.plan(paths) for split, paths in splits.items()}
+        plans = {split: plan(paths) for split, paths in splits.items()}
         empty = next((split for split, plan in plans.items() if not plan), None)
         if empty:
             raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
@@ -49,6 +52,7 @@ def _prepare(comm, splits, kind, size, out, private, progress, undo):
             progress("building the vocabulary")
             unseen = kind != "bpe" and any(unit not in counts for unit in others)
             tokenizer = KINDS[kind].build(counts, size, unseen)
+            tokenizer.pairs = pairing is not None
     value = comm.bcast(tokenizer and tokenizer.to_json())
     tokenizer = KINDS[kind].from_json(value)
     with together(comm):
@@ -57,7 +61,17 @@ def _prepare(comm, splits, kind, size, out, private, progress, undo):
     with together(comm):
         if rank == 0:
             shards.save_tokenizer(out, tokenizer)
-            storage.write_json(pathlib.Path(out, "manifest.json"), _manifest(plans, tokenizer, entries))
+            manifest = _manifest(plans, tokenizer, entries)
+            storage.write_json(pathlib.Path(out, "manifest.json"), manifest)
+            if pairing and pairing["longest"]:
+                _tell_left_out(plans, manifest, pairing["longest"], progress)
+
+
+def _tell_left_out(plans, manifest, longest, progress):
+    for split, plan in plans.items():
+        planned, kept = sum(len(block.numbers) for part in plan for block in part), manifest["splits"][split]["pairs"]
+        if kept < planned:
+            progress(f"{planned - kept:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
 
 
 def _free_folder(out):
@@ -94,20 +108,24 @@ def _count(plans, tokenizer, ranks, rank, progress):
     for split, plan in plans.items() if tokenizer.kind != "byte" else ():
         for _, pieces in _my_share(plan, ranks, rank, f"counting {split}", progress):
             for piece in pieces:
-                (train if split == "train" else others).update(_apply(tokenizer.count, piece))
+                (train if split == "train" else others).update(piece.count(tokenizer))
     return train, others
 
 
 def _write(plans, tokenizer, out, ranks, rank, progress):
-    """Encode and write this rank's shards. Returns {(split, number): (name, tokens, sha256)}."""
+    """Encode and write this rank's shards. Returns {(split, number): (name, tokens, sha256, figures of pairs)}."""
     written, dtype = {}, shards.token_dtype(tokenizer.size)
     for split, plan in plans.items():
         for number, pieces in _my_share(plan, ranks, rank, f"encoding {split}", progress):
             path = pathlib.Path(out, f"{split}-{number:05d}.h5")
+            figures = []
             with shards.ShardWriter(path, dtype) as shard:
                 for piece in pieces:
-                    shard.append(_apply(tokenizer.encode, piece).astype(dtype))
-            written[split, number] = path.name, shard.tokens, storage.sha256(path)
+                    tokens = piece.encode(tokenizer)
+                    shard.append(tokens.astype(dtype))
+                    if tokenizer.pairs:
+                        figures.append(pairs.figures(tokens, tokenizer))
+            written[split, number] = path.name, shard.tokens, storage.sha256(path), figures
     return written
 
 
@@ -117,26 +135,25 @@ def _my_share(plan, ranks, rank, what, progress):
         yield number, plan[number]
 
 
-def _apply(function, piece):
-    """function(bytes, end) of a piece; text that is not UTF-8 is a UserError with its place."""
-    try:
-        return function(piece.read(), piece.last)
-    except UnicodeDecodeError as error:
-        place = piece.start + error.start
-        raise UserError(f"{piece.path} is not UTF-8 at byte {place}; convert it, or use --tokenizer byte") from None
-
-
 def _manifest(plans, tokenizer, entries):
     """The manifest of all shards; it does not depend on who wrote which."""
     splits = {}
     for split, plan in plans.items():
-        start, parts = 0, []
+        start, parts, figures = 0, [], []  # figures: of pairs
         for number in range(len(plan)):
-            name, tokens, digest = next(part[split, number] for part in entries if (split, number) in part)
+            name, tokens, digest, found = next(part[split, number] for part in entries if (split, number) in part)
             parts.append({"name": name, "start": start, "stop": start + tokens, "sha256": digest})
+            if tokenizer.pairs:
+                parts[-1]["pairs"] = sum(pairs for pairs, _ in found)
+                figures += found
             start += tokens
-        size = sum(piece.stop - piece.start for pieces in plan for piece in pieces)
+        size = sum(piece.size for pieces in plan for piece in pieces)
         splits[split] = {"tokens": start, "bytes": size, "shards": parts}
+        if tokenizer.pairs:
+            counts, lengths = zip(*figures, strict=True)
+            if sum(counts) == 0:
+                raise UserError(f"no pair of the {split} files is short enough: --longest must be larger")
+            splits[split] |= {"pairs": sum(counts), "longest": max(lengths)}
     return {
         "format": shards.FORMAT, "kind": tokenizer.kind, "vocabulary": tokenizer.size,
         "dtype": shards.token_dtype(tokenizer.size).name, "tokenizer": shards.tokenizer_hash(tokenizer), "splits": splits,

@@ -5,7 +5,7 @@ import json
 import sys
 
 from . import cli
-from .errors import DONE
+from .errors import DONE, UserError
 
 EPILOG = """
 examples
@@ -13,6 +13,7 @@ examples
   python -m dllm.generate MODEL --temperature 0                    always the most likely token
   python -m dllm.generate MODEL --beams 8 --tokens 30              the likeliest text that a search finds
   python -m dllm.generate MODEL --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
+  python -m dllm.generate MODEL --source "en 4071"                 the target, of a model of pairs
 """
 
 
@@ -24,8 +25,11 @@ def generate(argv):
     parser = cli.Parser("generate", __doc__, EPILOG)
     parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: the start of a line)")
-    parser.add_argument("--tokens", type=cli.at_least(1), default=200, metavar="N", help="default: 200")
-    parser.add_argument("--temperature", type=cli.at_least(0, float), default=0.8, metavar="T", help="default: 0.8")
+    parser.add_argument("--source", metavar="TEXT", help="of a model of pairs: print its target")
+    parser.add_argument("--tokens", type=cli.at_least(1), default=200, metavar="N", help="at most (default: 200)")
+    parser.add_argument(
+        "--temperature", type=cli.at_least(0, float), metavar="T", help="default: 0.8; with --source 0, always the most likely"
+    )
     parser.add_argument("--top-k", type=cli.at_least(0), default=0, metavar="K", help="among the K likeliest; 0: all")
     parser.add_argument("--top-p", type=cli.at_least(0, float), default=1.0, metavar="P", help="among those that hold P")
     parser.add_argument(
@@ -35,35 +39,57 @@ def generate(argv):
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end instead of streaming")
     options = parser.parse_args(argv)
+    if options.source is not None and options.prompt:
+        parser.error("give either --prompt or --source")
     if options.top_p > 1:
         parser.error("argument --top-p: it is a probability, at most 1")
 
     from .bundle import Bundle
-    from .inference import beam_search, sample, start_tokens
+    from .inference import beam_search, sample
 
     bundle = Bundle.open(options.model, options.checkpoint == "best")
+    tokenizer = bundle.tokenizer
     for warning in bundle.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
-    prompt = start_tokens(bundle.tokenizer, options.prompt)
-    model = bundle.model(64)
+    prompt, temperature, model = _prompt(options, tokenizer), options.temperature, bundle.model(64)
+    if temperature is None:
+        temperature = 0.8 if options.source is None else 0
     if options.beams:
-        found, _ = beam_search(model, prompt, options.tokens, options.beams)
+        found, _ = beam_search(model, prompt, options.tokens, options.beams, end=tokenizer.end)
     else:
-        found = sample(model, prompt, options.tokens, options.seed, options.temperature, options.top_k, options.top_p)
+        found = sample(model, prompt, options.tokens, options.seed, temperature, options.top_k, options.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     show = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
     show(options.prompt)
     text, tokens = "", []
     for token in found:
+        if token == tokenizer.end:
+            break
         tokens.append(token)
-        piece = decoder.decode(bundle.tokenizer.decode([token]))
+        piece = decoder.decode(tokenizer.decode([token]))
         show(piece)
         text += piece
     text += (rest := decoder.decode(b"", final=True))
     show(rest + "\n")
     if options.json:
-        print(json.dumps({"prompt": options.prompt, "text": text, "tokens": tokens}, ensure_ascii=False))
+        given = {"prompt": options.prompt} if options.source is None else {"source": options.source}
+        print(json.dumps({**given, "text": text, "tokens": tokens}, ensure_ascii=False))
     return DONE
+
+
+def _prompt(options, tokenizer):
+    """Token numbers that the model reads before it says anything. Raises UserError."""
+    from .inference import start_tokens
+    from .tasks import prompt
+
+    if tokenizer.pairs != (options.source is not None):
+        raise UserError(
+            f"{options.model} was trained on pairs: give --source" if tokenizer.pairs
+            else f"{options.model} was not trained on pairs: give --prompt"
+        )  # fmt: skip
+    if options.source is None:
+        return start_tokens(tokenizer, options.prompt)
+    return prompt(tokenizer, tokenizer.encode(options.source.encode(), False))
 
 
 if __name__ == "__main__":

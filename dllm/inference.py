@@ -1,11 +1,13 @@
 """A trained model at work: the loss over a split, by all ranks together, sampling and beam search."""
 
+import functools
 import math
 
 import numpy as np
 
 from .comm.runtime import allgather, together
-from .data.lanes import Lanes, Schedule, deal
+from .data.lanes import Schedule, deal
+from .data.pair_lanes import read_lanes
 from .decoder import Decoder
 from .errors import UserError
 from .kernels.sample import BAD, Choice
@@ -35,16 +37,17 @@ class Evaluation:
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
         wanted = config.train.eval_lanes or config.train.lanes
-        count = max(1, min(wanted // comm.size if private else wanted, entry["tokens"] // 2))
+        most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
+        count = max(1, min(wanted // comm.size if private else wanted, most))
+        window = max(config.train.window, *allgather(comm, entry.get("longest", 0)))
         with together(comm):
-            self.lanes = Lanes(corpus, split, deal(count, ranks, rank), count, config.train.window)
-        mine = [self.lanes.predicted] * count
-        predicted = np.concatenate(comm.allgather(mine)) if private else mine
-        self.schedule = Schedule(predicted, config.train.window)
+            self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
+        self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
+        self.fresh = config.train.carry == "window"
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
         width = len(self.lanes.starts)
-        shape = config.model, corpus.vocabulary, dtype, config.train.window, width
+        shape = config.model, corpus.vocabulary, dtype, window, width
         self.model = LanguageModel(*shape, training=False, team=team)
 
     def run(self, theta, beat=lambda: None):
@@ -61,6 +64,8 @@ class Evaluation:
         with together(self.comm):
             for number in range(self.schedule.windows if B else 0):
                 tokens, targets = self.lanes.window(number, self.schedule.width(number))
+                if self.fresh:
+                    h[:], c[:] = 0, 0
                 totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 beat()
         tokens = self.schedule.per_epoch

@@ -1,23 +1,29 @@
-"""Turn text into a corpus: manifest.json, tokenizer.json and HDF5 shards. Alone, or under mpirun to share the work."""
+"""Turn text, or pairs of texts, into a corpus: manifest.json, tokenizer.json, HDF5 shards. Under mpirun ranks share it."""
 
 import sys
 
-from . import cli
+from . import cli, config
 from .comm import runtime
 from .data.tokenizers import KINDS
 from .errors import DONE, UserError
 
+SPLITS = ("train", "valid", "test")
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
   mpirun -n 8 python -m dllm.prepare --train *.txt --valid held-out/*.txt --tokenizer bpe --vocab-size 8192 --out data/web
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer word --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
+  python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
 
 With {rank} in --out every rank prepares its own text, and only counts of words travel between ranks, never text. All
 folders get one vocabulary. To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole
 files, or each file by shares drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a
 piece at a time; --tokenizer byte takes anything, the others UTF-8.
+
+Pairs are for translation, summaries, questions and answers: line i of SRC belongs to line i of TGT. They are shuffled by
+--seed, and only targets are predicted. Pairs of which a side is empty are left out. --vocab-size counts tokens of text; two
+more, between and behind the two sides, have no spelling: text with <sep> in it is text.
 
 tokenizers
   byte   256 tokens; exact for any file
@@ -35,9 +41,12 @@ def main(argv=None):
 def prepare(argv, comm):
     with runtime.together(comm):
         parser = cli.Parser("prepare", __doc__, EPILOG, comm.rank)
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
+            parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
+        for split in SPLITS:
+            name = "--pairs" if split == "train" else f"--{split}-pairs"
             parser.add_argument(
-                f"--{split}", nargs="+", default=[], metavar="FILE", required=split == "train", help=f"{split} text"
+                name, nargs=2, action="append", default=[], metavar=("SRC", "TGT"), help=f"{split} pairs; may be repeated"
             )
         parser.add_argument("--tokenizer", choices=list(KINDS), required=True)
         parser.add_argument("--vocab-size", type=cli.at_least(1), default=0, metavar="N", help="at most N tokens")
@@ -45,22 +54,20 @@ def prepare(argv, comm):
             "--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out"
         )
         parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
-        parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet (default 1)")
+        parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs (default 1)")
+        parser.add_argument(
+            "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
+        )
         parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
         options = parser.parse_args(argv)
-        splits = {name: getattr(options, name) for name in ("train", "valid", "test") if getattr(options, name)}
+        splits = _splits(parser, options)
         private = "{rank}" in options.out
-        if not private and any("{rank}" in path for path in splits["train"]):
-            parser.error("--train has {rank}, so --out must have it too: each rank writes a folder of its own")
-        if options.deal and not private:
-            parser.error("--deal gives each rank a folder of its own: put {rank} in --out")
-        if options.deal and any("{rank}" in path for paths in splits.values() for path in paths):
-            parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test")
     if private:
-        splits = {name: [path.replace("{rank}", str(comm.rank)) for path in paths] for name, paths in splits.items()}
+        splits = {name: _with_rank(paths, comm.rank) for name, paths in splits.items()}
     if options.deal:
         splits = runtime.agree(comm, _deal, splits, comm.size, options)[comm.rank]
     out = options.out.replace("{rank}", str(comm.rank))
+    pairing = {"seed": options.seed, "longest": options.longest} if options.pairs else None
 
     from .corpus import prepare as prepare_corpus
     from .data.shards import Corpus
@@ -69,16 +76,51 @@ def prepare(argv, comm):
         if comm.rank == 0:
             print(text, flush=True)
 
-    prepare_corpus(comm, splits, options.tokenizer, options.vocab_size, out, private, say)
+    prepare_corpus(comm, splits, options.tokenizer, options.vocab_size, out, private, say, pairing)
     corpus = Corpus(out)
     counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items())
     say(f"{out}: {counts} {options.tokenizer} tokens, vocabulary {corpus.vocabulary:,}")
     if private:
         sizes = sorted(comm.allgather(corpus.split("train")["tokens"]))
         say(f"train tokens of a rank: {sizes[0]:,} to {sizes[-1]:,}, {sum(sizes):,} in all")
-    say(f"train with  mpirun -n {comm.size if private else 8} python -m dllm.train --data '{options.out}'")
+    recipe = ""
+    if options.pairs:
+        entries = corpus.manifest["splits"]
+        say("pairs: " + ", ".join(f"{name} {entry['pairs']:,}" for name, entry in entries.items()))
+        longest = max(max(entry["longest"] for entry in part.values()) for part in comm.allgather(entries))
+        recipe = " --preset pairs"
+        if longest > config.resolve("pairs").train.window:
+            say(f"the longest pair has {longest:,} tokens, and a window must hold it; --longest leaves long ones out")
+            recipe += f" --set train.window={longest}"
+    say(f"train with  mpirun -n {comm.size if private else 8} python -m dllm.train --data '{options.out}'{recipe}")
     runtime.finish(comm)
     return DONE
+
+
+def _splits(parser, options):
+    """{split: paths}, with --pairs {split: (source, target) paths}. Raises UserError where options contradict each other."""
+    if bool(options.train) == bool(options.pairs):
+        parser.error("give either --train or --pairs")
+    suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
+    names = {split: split + suffix for split in SPLITS} | ({"train": "pairs"} if options.pairs else {})
+    if any(getattr(options, split + other) for split in SPLITS[1:]):
+        parser.error("--valid and --test go with --train, --valid-pairs and --test-pairs with --pairs")
+    if options.longest and not options.pairs:
+        parser.error("--longest goes with --pairs")
+    splits = {split: getattr(options, name) for split, name in names.items() if getattr(options, name)}
+    ranks = [split for split, paths in splits.items() if "{rank}" in str(paths)]
+    if "train" in ranks and "{rank}" not in options.out:
+        parser.error("the train files have {rank}, so --out must have it too: each rank writes a folder of its own")
+    if options.deal and (ranks or options.pairs):
+        parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test, and --pairs")
+    if options.deal and "{rank}" not in options.out:
+        parser.error("--deal gives each rank a folder of its own: put {rank} in --out")
+    return splits
+
+
+def _with_rank(paths, rank):
+    """Paths, or pairs of paths, with the rank's number for {rank}."""
+    return [path.replace("{rank}", str(rank)) if isinstance(path, str) else _with_rank(path, rank) for path in paths]
 
 
 def _deal(splits, ranks, options):

@@ -44,11 +44,15 @@ class State:
             setattr(self, name, value)
 
     def next_window(self, windows, carry):
-        """Move every lane on by one window; behind the last one comes the next epoch, from zero states unless carried."""
+        """Move every lane on by one window, from zero states unless carried; behind the last one comes the next epoch."""
         self.step += 1
         self.window += 1
         if self.window == windows:
             self.window, self.epoch = 0, self.epoch + 1
-            if carry == "epoch":
-                self.h[:] = 0
-                self.c[:] = 0
+        if self.from_zero(carry):
+            self.h[:] = 0
+            self.c[:] = 0
+
+    def from_zero(self, carry):
+        """Whether the next window begins from zero states."""
+        return carry == "window" or (carry == "epoch" and self.window == 0)

@@ -67,13 +67,13 @@ class LaneCopies:
         packed = self.buddies.kept(state.step)
         if previous in alive or packed is None:
             return found
-        model, train, lanes = self.config.model, self.config.train, self.lanes[previous]
+        model, lanes = self.config.model, self.lanes[previous]
         h, c = packed[: -8 * len(lanes)].view(self.dtype).reshape(2, model.layers, len(lanes), model.hidden)
         lane_loss = packed[-8 * len(lanes) :].view(np.float64)
         # What became of them on their own rank after they were sent.
         if state.step % self.config.log.every == 0:
             lane_loss = np.zeros_like(lane_loss)
-        if state.window == 0 and train.carry == "epoch":
+        if state.from_zero(self.config.train.carry):
             h, c = np.zeros_like(h), np.zeros_like(c)
         return [*found, (lanes.start, h, c, lane_loss)]
 

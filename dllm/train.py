@@ -233,6 +233,9 @@ def _farewell(reporter, trainer, summary, done):
         reporter.say("sample\n" + _sample(trainer))
     plot = reporter.plot()
     reporter.say(f"plot       {plot}" if plot else "plot       pip install matplotlib draws loss.png next time")
+    if trainer.corpus.tokenizer.pairs:
+        reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
+        return
     prompt = trainer.config.log.prompt or "..."
     reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")
 
@@ -245,13 +248,26 @@ def _sample(trainer):
     model = LanguageModel(
         settings.model, corpus.vocabulary, trainer.dtype, settings.train.window, 1, trainer.state.theta, training=False
     )
-    prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
     try:
-        tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+        if corpus.tokenizer.pairs:
+            text = "\n".join(_pairs(corpus, model, settings.log.sample))
+        else:
+            prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
+            tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+            text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     except UserError as error:  # the run is done, whatever became of the model
         return f"  | {error}"
-    text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     return "\n".join("  | " + line for line in text.splitlines())
+
+
+def _pairs(corpus, model, limit):
+    """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
+    from .tasks import as_text, greedy, prompt, read_split
+
+    tokenizer = corpus.tokenizer
+    for source, _, _ in read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", 3):
+        (target,) = greedy(model, tokenizer.end, [prompt(tokenizer, source)], limit)
+        yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, target)}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training run: what one rank does from the first step to the last, the same on every rank."""
 
 import dataclasses
+import functools
 import math
 import resource
 import time
@@ -15,7 +16,8 @@ from .comm.node import averaging, share
 from .comm.pulse import Pulse
 from .comm.runtime import allgather, check_same, mpi_library, survivable, together
 from .config import as_dict
-from .data.lanes import Lanes, Schedule, deal
+from .data.lanes import Schedule, deal
+from .data.pair_lanes import read_lanes
 from .errors import UserError
 from .inference import Evaluation
 from .kernels.gemm import aligned
@@ -142,15 +144,16 @@ class Trainer:
                 f"{comm.size} ranks share train.lanes = {train.lanes}: start at most {train.lanes} ranks, "
                 f"or --set train.lanes={comm.size} or more"
             )
+        if self.corpus.tokenizer.pairs and train.carry != "window":
+            raise UserError.of_all("pairs begin from zero states: --preset pairs, or --set train.carry=window")
         self.mine = deal(train.lanes, comm.size, comm.rank)
         B = len(self.mine)
         with together(comm):
             if self.private:
-                self.lanes = Lanes(self.corpus, "train", range(B), B, train.window, self.mine.start)
+                self.lanes = read_lanes(self.corpus, "train", range(B), B, train.window, self.mine.start)
             else:
-                self.lanes = Lanes(self.corpus, "train", self.mine, train.lanes, train.window)
-        predicted = np.concatenate(allgather(comm, [self.lanes.predicted] * B))
-        self.schedule = Schedule(predicted, train.window, train.last_window)
+                self.lanes = read_lanes(self.corpus, "train", self.mine, train.lanes, train.window)
+        self.schedule = Schedule(self.lanes, train.last_window, functools.partial(allgather, comm))
 
     def _own(self):
         """name -> vector: what only this rank has, and a checkpoint must hold."""

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import Bundled, V, build, configured, in_panels
 
+from dllm.bundle import Bundle
 from dllm.inference import sample, start_tokens
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.kernels.tiles import BF16
-from dllm.runs import Trained
 from dllm.serving import engine as engines
 from dllm.serving.engine import Engine, Finished, Full, Request, Stopped, Token
 from dllm.serving.prefix import OVERHEAD, PrefixCache
@@ -185,7 +185,7 @@ def test_a_prompt_that_goes_on_where_another_ended_starts_from_its_state(start):
 
 
 def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
-    trained = Trained.open(world / "run")
+    trained = Bundle.open(world / "run")
     model, rng = trained.model(16), np.random.default_rng(14)
     wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
     engine = Engine(Bundled(model))

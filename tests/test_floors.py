@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("config", "storage", "kernels"),
     ("layout", "hdf5"),
     ("model", "optim", "state", "cli", "data", "comm", "claim", "weights", "card", "decoder"),
-    ("checkpoint", "report", "corpus", "inference", "survival"),
+    ("checkpoint", "report", "corpus", "inference", "survival", "tasks"),
     ("saving", "monitor", "warmup", "runs"),
     ("training", "bundle", "serving"),
     ("prepare", "train", "evaluate", "generate", "export", "import_", "resize", "mpirun", "__main__"),

@@ -216,6 +216,18 @@ def test_lanes_are_dealt_in_order_and_evenly(count, ranks):
     assert max(sizes) - min(sizes) <= 1
 
 
+def schedule_of(steps, window, last="keep"):
+    """The Schedule of lanes of so many steps, two lanes a rank."""
+    ranks = [object.__new__(lanes.Lanes) for _ in range(0, len(steps), 2)]
+    for number, rank in enumerate(ranks):
+        rank.steps, rank.T = steps[2 * number : 2 * number + 2], window
+
+    def gather(mine):
+        return [max(rank.steps) if isinstance(mine, int) else rank.shapes(len(mine[0])) for rank in ranks]
+
+    return lanes.Schedule(ranks[0], last, gather)
+
+
 def epoch(reader, schedule):
     """What every lane of a reader is given and asked in an epoch, padding taken out."""
     windows = [reader.window(number, schedule.width(number)) for number in range(schedule.windows)]
@@ -232,12 +244,12 @@ DEALS = [(1, 7, 1), (4, 3, 1), (4, 3, 3), (5, 7, 2), (3, 100, 2), (20, 1, 4)]
 def test_in_an_epoch_every_lane_sees_its_tokens_once_and_in_order(tmp_path, monkeypatch, count, window, ranks, ahead):
     monkeypatch.setattr(lanes, "AHEAD", ahead)
     corpus, length = make_corpus(tmp_path), 41 // count
-    schedule = lanes.Schedule([length - 1] * count, window)
+    schedule = schedule_of([length - 1] * count, window)
     seen = 0
     for rank in range(ranks):
         mine = lanes.deal(count, ranks, rank)
         reader = lanes.Lanes(corpus, "train", mine, count, window)
-        assert (reader.length, reader.predicted) == (length, length - 1)
+        assert reader.steps == [length - 1] * len(mine)
         np.testing.assert_array_equal(reader.numbers, list(mine))
         for lane, (tokens, targets) in zip(mine, epoch(reader, schedule)[0], strict=True):
             text_of_lane = TOKENS[lane * length : (lane + 1) * length]
@@ -266,7 +278,7 @@ def test_short_lanes_of_private_corpora_end_in_padding(tmp_path):
         lanes.Lanes(corpora[1], "train", range(2), 2, 6, first=2),
     ]
     assert [list(reader.numbers) for reader in readers] == [[0, 1], [2, 3]]
-    schedule = lanes.Schedule([19, 19, 7, 7], 6)
+    schedule = schedule_of([19, 19, 7, 7], 6)
     assert (schedule.windows, schedule.per_epoch) == (4, 52)
     assert [schedule.width(number) for number in range(4)] == [6, 6, 6, 1]
     assert [schedule.tokens(number) for number in range(4)] == [24, 14, 12, 2]
@@ -280,14 +292,14 @@ def test_short_lanes_of_private_corpora_end_in_padding(tmp_path):
 
 @pytest.mark.parametrize(("predicted", "windows", "per_epoch"), [(20, 2, 16), (16, 2, 16), (8, 1, 8), (5, 1, 5)])
 def test_a_shorter_last_window_may_be_dropped_unless_it_is_the_only_one(predicted, windows, per_epoch):
-    schedule = lanes.Schedule([predicted], 8, "drop")
+    schedule = schedule_of([predicted], 8, "drop")
     assert (schedule.windows, schedule.per_epoch) == (windows, per_epoch)
 
 
 @FEW
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 12))
 def test_a_schedule_counts_every_predicted_token_once(predicted, window):
-    schedule = lanes.Schedule(predicted, window)
+    schedule = schedule_of(predicted, window)
     assert schedule.per_epoch == sum(predicted)
     for number in range(schedule.windows):
         left = [min(window, max(0, length - number * window)) for length in predicted]
@@ -297,7 +309,7 @@ def test_a_schedule_counts_every_predicted_token_once(predicted, window):
 
 def test_too_few_tokens_for_the_lanes_are_named(tmp_path):
     corpus = make_corpus(tmp_path)
-    assert lanes.Lanes(corpus, "train", range(20), 20, 5).predicted == 1
+    assert lanes.Lanes(corpus, "train", range(20), 20, 5).steps == [1] * 20
     with pytest.raises(UserError, match=r"split 'train' of .* has 41 tokens: too few for 21 lanes"):
         lanes.Lanes(corpus, "train", range(21), 21, 5)
 

@@ -36,62 +36,74 @@ class Lanes:
 
     def __init__(self, corpus, split, lanes, of, window, first=None):
         self.corpus, self.split, self.T = corpus, split, window
-        tokens = corpus.split(split)["tokens"]
-        self.length = tokens // of
-        if self.length < 2:
-            raise UserError(f"split '{split}' of {corpus.folder} has {tokens} tokens: too few for {of} lanes")
-        self.starts = [lane * self.length for lane in lanes]
         self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
-        self.predicted = self.length - 1  # tokens of a lane that are predicted in an epoch
         self._buffers = {}
+        self._cut(lanes, of)
+        self.length = max(self.lengths, default=0)
+
+    def _cut(self, lanes, of):
+        """Set starts and lengths, a lane's tokens in the split; and steps, those of an epoch, in which it is given a token."""
+        tokens = self.corpus.split(self.split)["tokens"]
+        length = tokens // of
+        if length < 2:
+            raise UserError(f"split '{self.split}' of {self.corpus.folder} has {tokens} tokens: too few for {of} lanes")
+        self.starts, self.lengths = [lane * length for lane in lanes], [length] * len(lanes)
+        self.steps = [length - 1] * len(lanes)
         if self.starts:
-            corpus.verify(split, self.starts[0], self.starts[-1] + self.length)
+            self.corpus.verify(self.split, self.starts[0], self.starts[-1] + length)
+
+    def shapes(self, windows):
+        """For each window the tokens that these lanes together predict, and its time steps: (windows,) int64 each."""
+        steps = np.array(self.steps, np.int64)
+        inside = np.clip(steps - self.T * np.arange(windows)[:, None], 0, self.T)
+        return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
     def window(self, number, width):
-        """Tokens and targets (width,B) int64 of window `number`; targets are -1 where a lane has ended."""
-        begin = number * self.T
-        there = max(0, min(width, self.predicted - begin))
+        """Tokens and targets (width,B) int64 of window `number`; targets are -1 where nothing is predicted."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
-        if there:
-            for lane, start in enumerate(self.starts):
-                text = self._read(lane, start, begin, begin + there + 1)
+        for lane in range(len(self.starts)):
+            begin = number * self.T
+            there = min(width, self.steps[lane] - begin)
+            if there > 0:
+                text = self._read(lane, begin, begin + there + 1)
                 tokens[:there, lane], targets[:there, lane] = text[:-1], text[1:]
         return tokens, targets
 
-    def _read(self, lane, start, begin, end):
+    def _read(self, lane, begin, end):
         """Tokens [begin, end) of a lane, from a buffer that is filled AHEAD."""
         at, buffer = self._buffers.get(lane, (0, ()))
         if not (at <= begin and end <= at + len(buffer)):
-            stop = min(self.length, max(end, begin + AHEAD))
+            start, stop = self.starts[lane], min(self.lengths[lane], max(end, begin + AHEAD))
             at, buffer = begin, self.corpus.read(self.split, start + begin, start + stop)
             self._buffers[lane] = at, buffer
         return buffer[begin - at : end - at]
 
 
 class Schedule:
-    """How many windows an epoch has and how many tokens of all ranks each holds; the same on every rank.
+    """How many windows an epoch has, how wide each is and how many tokens of all ranks it holds; the same on every rank.
 
     Parameters
     ----------
-    predicted : sequence of int
-        For every lane of the job the tokens it predicts in an epoch.
-    window : int
-        T.
+    lanes : Lanes
+        This rank's.
     last : "keep" or "drop"
         What becomes of a shorter window at the end.
+    gather : callable
+        gather(value) gives the values of all ranks, a list. Collective.
     """
 
-    def __init__(self, predicted, window, last="keep"):
-        self.predicted, self.T = np.asarray(predicted, np.int64), window
-        longest = int(self.predicted.max(initial=0))
-        self.windows = max(1, longest // window) if last == "drop" else -(-longest // window)
-        self.per_epoch = sum(self.tokens(number) for number in range(self.windows))
+    def __init__(self, lanes, last="keep", gather=lambda value: [value]):
+        longest = max(gather(max(lanes.steps, default=0)))
+        self.windows = max(1, longest // lanes.T) if last == "drop" else -(-longest // lanes.T)
+        tokens, widths = zip(*gather(lanes.shapes(self.windows)), strict=True)
+        self._tokens, self._widths = np.sum(tokens, axis=0).tolist(), np.max(widths, axis=0).tolist()
+        self.per_epoch = sum(self._tokens)
 
     def width(self, number):
         """T' of window `number`: time steps in which any lane has a token."""
-        return int(min(self.T, self.predicted.max() - number * self.T))
+        return self._widths[number]
 
     def tokens(self, number):
         """Tokens that all ranks together predict in window `number`."""
-        return int(np.clip(self.predicted - number * self.T, 0, self.T).sum())
+        return self._tokens[number]

@@ -1,7 +1,8 @@
 """A prepared corpus on disk: manifest.json, tokenizer.json and HDF5 shards of tokens.
 
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
-tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split.
+tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split. A split of
+pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>.
 """
 
 import hashlib
@@ -69,16 +70,16 @@ class Corpus:
         self.manifest = storage.read_json(path, KEYS)
         if self.manifest["format"] != FORMAT:
             raise UserError(f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; prepare it anew")
-        self._check(path)
-        self.dtype, self.vocabulary = np.dtype(self.manifest["dtype"]), self.manifest["vocabulary"]
         self.tokenizer = load_tokenizer(self.folder)
+        self._check(path, self.tokenizer.pairs)
+        self.dtype, self.vocabulary = np.dtype(self.manifest["dtype"]), self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         if self.tokenizer_hash != self.manifest["tokenizer"] or self.tokenizer.size != self.vocabulary:
             raise UserError(f"{self.folder}/tokenizer.json is not the one its manifest names; prepare the data anew")
         self.hash = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
-    def _check(self, path):
-        """The manifest's inner structure."""
+    def _check(self, path, pairs):
+        """The manifest's inner structure; pairs: it is one of pairs."""
         try:
             if self.manifest["dtype"] not in ("uint8", "uint16", "uint32"):
                 raise ValueError(f"its dtype is {self.manifest['dtype']}")
@@ -88,6 +89,8 @@ class Corpus:
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
+                if pairs:
+                    self._check_pairs(split, entry)
                 for part in shards:
                     plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
                     if not (plain and 0 <= part["start"] <= part["stop"]):
@@ -96,6 +99,12 @@ class Corpus:
             raise UserError(f"{path} has no {error}; prepare the data anew") from None
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not a manifest of dllm.prepare ({error}); prepare the data anew") from None
+
+    @staticmethod
+    def _check_pairs(split, entry):
+        count = sum(part["pairs"] for part in entry["shards"])
+        if not (entry["pairs"] == count > 0 and 0 < entry["longest"] < entry["tokens"]):
+            raise ValueError(f"the pairs of split '{split}' do not add up")
 
     def split(self, name):
         """The manifest's entry of a split. Raises UserError where there is none."""

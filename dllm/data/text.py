@@ -32,6 +32,26 @@ class Piece:
     stop: int
     last: bool
 
+    @property
+    def size(self):
+        return self.stop - self.start
+
+    def count(self, tokenizer):
+        """Counter of the units. Raises UserError."""
+        return self._apply(tokenizer.count)
+
+    def encode(self, tokenizer):
+        """Token numbers, int64. Raises UserError."""
+        return self._apply(tokenizer.encode)
+
+    def _apply(self, function):
+        """function(bytes, end); text that is not UTF-8 is a UserError with its place."""
+        try:
+            return function(self.read(), self.last)
+        except UnicodeDecodeError as error:
+            place = self.start + error.start
+            raise UserError(f"{self.path} is not UTF-8 at byte {place}; convert it, or use --tokenizer byte") from None
+
     def read(self):
         try:
             with open(self.path, "rb") as file:

@@ -3,6 +3,9 @@
 A tokenizer is built from counts of units (characters, words or pre-tokens), so that ranks can count their own text and
 merge counts; text itself never has to travel. Round trips are exact for byte and bpe, and for char where every character
 is known. To add one: a class with the methods of Tokenizer, a line in KINDS.
+
+For pairs of texts every tokenizer has two tokens more, behind those of text: `sep` between source and target, `end` behind the
+target. They have no spelling, so that no text is ever encoded as one of them.
 """
 
 import collections
@@ -17,10 +20,27 @@ UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
 
 class Tokenizer:
-    """What every tokenizer does. `size` is the vocabulary size V."""
+    """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
 
     kind = ""
     needs_utf8 = True
+    text_size = 0
+    pairs = False
+
+    @property
+    def size(self):
+        """The vocabulary size V."""
+        return self.text_size + 2 * self.pairs
+
+    @property
+    def sep(self):
+        """The token between a source and its target; None where there are no pairs."""
+        return self.text_size if self.pairs else None
+
+    @property
+    def end(self):
+        """The token behind a target, and before the next source; None where there are no pairs."""
+        return self.text_size + 1 if self.pairs else None
 
     @staticmethod
     def count(data, end=True):
@@ -40,18 +60,41 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, tokens):
-        """The bytes of token numbers."""
+        """The bytes of token numbers; `sep` shows as a tab, `end` as a line's end."""
+        if not self.pairs:
+            return self.decode_text(tokens)
+        shown = {self.sep: b"\t", self.end: b"\n"}
+        groups = itertools.groupby(tokens, lambda token: shown.get(int(token)))
+        return b"".join(self.decode_text(list(group)) if mark is None else mark * len([*group]) for mark, group in groups)
+
+    def decode_text(self, tokens):
+        """The bytes of token numbers of text."""
         raise NotImplementedError
 
     def to_json(self):
         """A JSON-able dict from which `load` makes the tokenizer again."""
+        return {"kind": self.kind, **self.vocabulary(), **({"pairs": True} if self.pairs else {})}
+
+    def vocabulary(self):
+        """What `to_json` says of the tokens of text."""
+        return {}
+
+    @classmethod
+    def from_json(cls, value):
+        tokenizer = cls.of_vocabulary(value)
+        tokenizer.pairs = value.get("pairs", False) is True
+        return tokenizer
+
+    @classmethod
+    def of_vocabulary(cls, value):
+        """The tokenizer of what `vocabulary` said."""
         raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):
     """256 tokens; any file at all."""
 
-    kind, size, needs_utf8 = "byte", 256, False
+    kind, text_size, needs_utf8 = "byte", 256, False
 
     @classmethod
     def build(cls, counts, size, unseen=False):
@@ -62,14 +105,11 @@ class ByteTokenizer(Tokenizer):
     def encode(self, data, end=True):
         return np.frombuffer(data, np.uint8).astype(np.int64)
 
-    def decode(self, tokens):
+    def decode_text(self, tokens):
         return np.asarray(tokens, np.uint8).tobytes()
 
-    def to_json(self):
-        return {"kind": self.kind}
-
     @classmethod
-    def from_json(cls, value):
+    def of_vocabulary(cls, value):
         return cls()
 
 
@@ -77,7 +117,7 @@ class UnitTokenizer(Tokenizer):
     """A list of units in which a unit's place is its number; `<unk>` stands for the others where it is in the list."""
 
     def __init__(self, units):
-        self.units, self.size = units, len(units)
+        self.units, self.text_size = units, len(units)
         self.numbers = {unit: number for number, unit in enumerate(units)}
         self.unknown = self.numbers.get(UNKNOWN)
 
@@ -89,13 +129,13 @@ class UnitTokenizer(Tokenizer):
         return cls(ranked[: size or None])
 
     def _missing(self, unit):
-        return UserError(f"{unit!r} is not in the vocabulary of {self.size} {self.kind}s; use text of the same corpus")
+        return UserError(f"{unit!r} is not in the vocabulary of {self.text_size} {self.kind}s; use text of the same corpus")
 
-    def to_json(self):
-        return {"kind": self.kind, "units": self.units}
+    def vocabulary(self):
+        return {"units": self.units}
 
     @classmethod
-    def from_json(cls, value):
+    def of_vocabulary(cls, value):
         "".join(list(value["units"])).encode()  # fails where one is no text
         return cls(value["units"])
 
@@ -124,7 +164,7 @@ class CharTokenizer(UnitTokenizer):
             raise self._missing(chr(points[np.argmax(tokens < 0)]))
         return tokens
 
-    def decode(self, tokens):
+    def decode_text(self, tokens):
         return b"".join(self._bytes[token] for token in tokens)
 
 
@@ -155,7 +195,7 @@ class WordTokenizer(UnitTokenizer):
             raise self._missing(next(word for word in self._words(data, end) if word not in numbers))
         return np.array(tokens, np.int64)
 
-    def decode(self, tokens):
+    def decode_text(self, tokens):
         words = [self.units[token] for token in tokens]
         return "".join("\n" if word == END_OF_LINE else word + " " for word in words).replace(" \n", "\n").encode()
 
@@ -167,7 +207,7 @@ class BPETokenizer(Tokenizer):
     DEFAULT_SIZE = 4096
 
     def __init__(self, model):
-        self._model, self.size = model, model.get_vocab_size()
+        self._model, self.text_size = model, model.get_vocab_size()
 
     @staticmethod
     def _blank():
@@ -203,22 +243,22 @@ class BPETokenizer(Tokenizer):
         parts = self._model.encode_batch_fast(list(_blocks(data.decode())))
         return np.array([number for part in parts for number in part.ids], np.int64)
 
-    def decode(self, tokens):
+    def decode_text(self, tokens):
         return b"".join(self._pieces[token] for token in tokens)
 
     @property
     def _pieces(self):
         if not hasattr(self, "_cached_pieces"):
             byte_of = _bytes_of_alphabet()
-            names = [self._model.id_to_token(number) for number in range(self.size)]
+            names = [self._model.id_to_token(number) for number in range(self.text_size)]
             self._cached_pieces = [bytes(byte_of[letter] for letter in name) for name in names]
         return self._cached_pieces
 
-    def to_json(self):
-        return {"kind": self.kind, "model": json.loads(self._model.to_str())}
+    def vocabulary(self):
+        return {"model": json.loads(self._model.to_str())}
 
     @classmethod
-    def from_json(cls, value):
+    def of_vocabulary(cls, value):
         from tokenizers import Tokenizer as Library
 
         parts = json.loads(cls._blank().to_str()) | {"model": value["model"]["model"]}  # text is split as `_blank` does

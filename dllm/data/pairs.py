@@ -1,0 +1,146 @@
+"""Pairs of texts: line i of one file is the source of line i of another, its target. Read, shuffled, made into tokens.
+
+A split of pairs is one stream of tokens, `<end> source <sep> target <end> source <sep> target <end> ...`: every pair begins
+behind an <end>, which tells the model to forget, and ends with one, which it has to predict.
+"""
+
+import collections
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError
+from . import text
+
+BLOCK = 2048  # pairs that are encoded at a time
+
+
+class Lines:
+    """The lines of a file by number, without their ends; only where they begin is in memory, 8 bytes a line."""
+
+    def __init__(self, path):
+        self.path, places = str(path), [np.zeros(1, np.int64)]
+        try:
+            with open(path, "rb") as file:
+                size, at = os.fstat(file.fileno()).st_size, 0
+                while block := file.read(text.PIECE):
+                    places.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+                    at += len(block)
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        self._starts = np.concatenate(places)
+        if self._starts[-1] != size:
+            self._starts = np.append(self._starts, size)
+
+    def __len__(self):
+        return len(self._starts) - 1
+
+    def __getitem__(self, number):
+        """The bytes of line `number`, counted from 0; CR LF ends a line too."""
+        line = self._bytes[self._starts[number] : self._starts[number + 1]]
+        return line.removesuffix(b"\n").removesuffix(b"\r")
+
+    def place(self, number):
+        return f"{self.path} line {number + 1}"
+
+
+class PairFiles:
+    """The pairs of a source file and a target file; len() counts them, [i] is (source, target), bytes. Raises UserError."""
+
+    def __init__(self, source, target):
+        self.sides = Lines(source), Lines(target)
+        lengths = [len(side) for side in self.sides]
+        if lengths[0] != lengths[1]:
+            raise UserError(
+                f"{source} has {lengths[0]:,} lines, {target} has {lengths[1]:,}: line i of one belongs to line i of the other"
+            )
+
+    def __len__(self):
+        return len(self.sides[0])
+
+    def __getitem__(self, number):
+        return tuple(side[number] for side in self.sides)
+
+    def check(self, number):
+        """Raise UserError where a side of a pair is empty."""
+        for side in self.sides:
+            if not side[number].strip():
+                raise UserError(f"{side.path} is empty at line {number + 1}: take the line out of both files")
+
+    def apply(self, function, number):
+        """(function(source), function(target)); a line that is not UTF-8 is a UserError with its place."""
+        values = []
+        for side in self.sides:
+            try:
+                values.append(function(side[number]))
+            except UnicodeDecodeError:
+                raise UserError(f"{side.place(number)} is not UTF-8; convert it, or use --tokenizer byte") from None
+        return values
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pairs that are encoded together; a Piece of a plan as those of text.py are."""
+
+    files: list  # of PairFiles
+    numbers: np.ndarray  # (n,2): which file, which line
+    size: int  # bytes
+    first: bool  # the split begins here
+    longest: int  # pairs of more tokens are left out; 0: none
+
+    def count(self, tokenizer):
+        """Counter of the units of both sides."""
+        counts = collections.Counter()
+        for file, line in self.numbers:
+            for units in self.files[file].apply(lambda side: tokenizer.count(side, False), line):
+                counts.update(units)
+        return counts
+
+    def encode(self, tokenizer):
+        """The block's part of the stream, int64."""
+        sep, end = np.array([tokenizer.sep]), np.array([tokenizer.end])
+        parts = [end] if self.first else []
+        for file, line in self.numbers:
+            source, target = self.files[file].apply(lambda side: tokenizer.encode(side, False), line)
+            if not 0 < self.longest < len(source) + len(target) + 2:
+                parts += [source, sep, target, end]
+        return np.concatenate(parts or [np.empty(0, np.int64)])
+
+
+def plan(names, seed, longest=0, say=lambda message: None):
+    """Lists of Blocks, one list a shard, of all pairs of (source, target) files in an order drawn by seed. Raises UserError.
+
+    Every rank plans the same. Pairs of which a side is empty are left out, and say() tells of them; those of more than
+    `longest` tokens are left out when they are encoded.
+    """
+    files, numbers, sizes = [PairFiles(*both) for both in names], [], []
+    for number, pairs in enumerate(files):
+        lengths = np.array([[len(side.strip()) for side in pairs[line]] for line in range(len(pairs))]).reshape(-1, 2)
+        whole = np.flatnonzero(lengths.all(axis=1))
+        if left_out := len(pairs) - len(whole):
+            line = int(np.flatnonzero(~lengths.all(axis=1))[0])
+            place = pairs.sides[int(lengths[line, 0] > 0)].place(line)
+            say(f"{left_out:,} of {len(pairs):,} pairs are left out, since a side is empty, the first at {place}")
+        numbers.append(np.stack([np.full_like(whole, number), whole], axis=1))
+        sizes.append(lengths[whole].sum(axis=1))
+    numbers, sizes = np.concatenate(numbers), np.concatenate(sizes)
+    if not len(numbers):
+        raise UserError(f"there are no pairs in {', '.join(map(str, names[0]))}")
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    numbers, sizes = numbers[order], sizes[order]
+    shards = []
+    for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):
+        starts = range(0, len(shard), BLOCK)
+        parts = [shard[start : start + BLOCK] for start in starts]
+        shards.append([Block(files, numbers[part], int(sizes[part].sum()), part[0] == 0, longest) for part in parts])
+    return shards
+
+
+def figures(tokens, tokenizer):
+    """(how many pairs, tokens of the longest with <sep> and <end>) of a part of the stream that ends behind a pair."""
+    ends = np.flatnonzero(tokens == tokenizer.end)
+    lengths = np.diff(ends, prepend=-1)  # of the first <end> alone: 1, less than any pair
+    return int(np.count_nonzero(tokens == tokenizer.sep)), int(lengths.max(initial=0))
