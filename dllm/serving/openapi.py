@@ -60,7 +60,7 @@ def _get(what, schema, kind="application/json"):
 def _post(what, request, answer, stream=False):
     done = _content(_schema(answer))
     if stream:
-        done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
     return {
         "summary": what, "requestBody": {"required": True, **_content(_schema(request))},
         "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 408, 413, 500, 503, 504)},
