@@ -23,6 +23,7 @@ COMMANDS = {
     "startup": commands.startup,
     "memory": commands.memory,
     "generation": commands.generation,
+    "serving": commands.serving,
     "quality": commands.quality,
     "resilience": resilience.resilience,
     "recovery": resilience.recovery,

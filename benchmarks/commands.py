@@ -4,12 +4,16 @@ import json
 import sys
 import time
 from functools import partial
+from statistics import quantiles
+
+from dllm.kernels.tiles import BF16
 
 from .results import Table, bars, middle, ratio, roofline, spread
 from .runs import PEERS, Steps, installed, last_json, on_ranks, run, train
 from .sizes import SIZES
 
 MIB = 2**20
+STREAMS, PROMPT = 64, 50  # of serving; tokens of a prompt, where streams come and go
 
 
 def ceilings(ranks):
@@ -168,6 +172,51 @@ def generation(options):
         data[name] = found
         groups[name] = {"dllm": middle(found["dllm"]), "PyTorch": middle(found["torch"])}
     return table, data, partial(bars, "tokens/s", groups)
+
+
+def serving(options):
+    """Tokens a second of 64 streams and a token's time of one, by the serving engine and by a core of PyTorch's nn.LSTM."""
+    columns = [("size, threads", 24), (f"{STREAMS} streams fp32", 26), ("bf16", 26), ("PyTorch", 24), ("fp32", 9), ("bf16", 9)]
+    columns += [
+        ("1 stream fp32 ms", 22),
+        ("bf16", 22),
+        ("PyTorch", 22),
+        ("fp32", 9),
+        ("bf16", 9),
+        ("under load p50, p99 ms", 24),
+    ]
+    table, data, groups = Table("Serving, without HTTP", columns), {}, {}
+    ours = [sys.executable, "-m", "benchmarks.serve"]
+    theirs = [sys.executable, PEERS / "torch_serve.py"] if installed("torch") else None
+    contestants = {
+        "fp32": (ours, "fp32"),
+        **({"bf16": (ours, "bf16")} if BF16 else {}),
+        **({"torch": (theirs,)} if theirs else {}),
+    }
+    for name in options.sizes:
+        for threads in sorted({1, options.ranks}):
+            found = {}
+            for _ in range(options.rounds):
+                for contestant, (command, *precision) in contestants.items():
+                    for streams in (STREAMS, 1):
+                        arguments = name, streams, options.seconds, threads, *precision
+                        measured = last_json(run([*command, *arguments], {"OPENBLAS_NUM_THREADS": "1"}))
+                        value = measured["tokens_per_second"] if streams > 1 else 1000 * middle(measured["gaps"])
+                        found.setdefault(f"{contestant} {streams}", []).append(value)
+                loaded = last_json(run([*ours, name, STREAMS, options.seconds, threads, "fp32", PROMPT]))["gaps"]
+                for point in (50, 99):
+                    found.setdefault(f"p{point}", []).append(1000 * quantiles(loaded, n=100)[point - 1])
+            get = lambda contestant, streams, found=found: found.get(f"{contestant} {streams}", [])
+            cells = []
+            for streams in (STREAMS, 1):
+                cells += [spread(get(contestant, streams), 1 if streams > 1 else 2) for contestant in ("fp32", "bf16", "torch")]
+                cells += [ratio(get(contestant, streams), get("torch", streams)) for contestant in ("fp32", "bf16")]
+            label = f"{name}, {threads}"
+            table.row(label, *cells, f"{middle(found['p50']):.1f}, {middle(found['p99']):.1f}")
+            data[label] = found
+            series = {"dllm fp32": "fp32", "dllm bf16": "bf16", "PyTorch": "torch"}
+            groups[label] = {key: middle(get(contestant, STREAMS)) for key, contestant in series.items() if get(contestant, 1)}
+    return table, data, partial(bars, f"tokens/s, {STREAMS} streams", groups)
 
 
 def quality(options):

@@ -82,7 +82,7 @@ class Decoder:
             team.run(lambda part: forward_steps(*arguments, part))
             store_states(self.states, h, c, slots, lengths, layer)
             x, row, K = h, B, self.config.hidden
-        self._top = h, B, T * B
+        self._top, self._last = h, (B, T * B)
 
     def choose(self, choice, wants, rows=None):
         """What comes next, drawn or told as `choice` wants it (kernels/sample.py).
@@ -93,15 +93,13 @@ class Decoder:
         wants : (N,) int64
             Rows of it.
         rows : (N,) int64, optional
-            Of the tokens of the last `read`, t B + n, those that the rows of `choice` are for; all, where it was one step.
+            Of the tokens of the last `read`, t B + n, those that the rows of `choice` are for; default: those of its last step.
         """
-        y, first, count = self._top
+        y, (B, first), count = self._top, self._last, len(wants)
         operands, R = self.operands, self.layout.R
         if rows is not None:
-            count = len(rows)
-            y = operands.empty("rows", (len(y), count, R), self.dtype)
-            take_rows(y, self._top[0], first, rows)
-            first = 0
+            y, first = operands.empty("rows", (len(y), count, R), self.dtype), 0
+            take_rows(y, self._top, B, rows)
         z = operands.empty("z", (len(self._W), count, R), self.dtype)
         self._multiply(z, y, first, self._W, count, self.config.hidden)
         draw(choice, wants, z, self._b, self._scratch, operands.team)

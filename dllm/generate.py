@@ -11,6 +11,7 @@ EPILOG = """
 examples
   python -m dllm.generate MODEL --prompt "def main(" --tokens 500
   python -m dllm.generate MODEL --temperature 0                    always the most likely token
+  python -m dllm.generate MODEL --beams 8 --tokens 30              the likeliest text that a search finds
   python -m dllm.generate MODEL --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
 """
 
@@ -27,6 +28,9 @@ def generate(argv):
     parser.add_argument("--temperature", type=cli.at_least(0, float), default=0.8, metavar="T", help="default: 0.8")
     parser.add_argument("--top-k", type=cli.at_least(0), default=0, metavar="K", help="among the K likeliest; 0: all")
     parser.add_argument("--top-p", type=cli.at_least(0, float), default=1.0, metavar="P", help="among those that hold P")
+    parser.add_argument(
+        "--beams", type=cli.at_least(1), metavar="N", help="no drawing: search for the likeliest text, N kept at each token"
+    )
     parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="default: 1")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end instead of streaming")
@@ -35,18 +39,22 @@ def generate(argv):
         parser.error("argument --top-p: it is a probability, at most 1")
 
     from .bundle import Bundle
-    from .inference import sample, start_tokens
+    from .inference import beam_search, sample, start_tokens
 
     bundle = Bundle.open(options.model, options.checkpoint == "best")
     for warning in bundle.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
     prompt = start_tokens(bundle.tokenizer, options.prompt)
-    choices = options.seed, options.temperature, options.top_k, options.top_p
+    model = bundle.model(64)
+    if options.beams:
+        found, _ = beam_search(model, prompt, options.tokens, options.beams)
+    else:
+        found = sample(model, prompt, options.tokens, options.seed, options.temperature, options.top_k, options.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     show = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
     show(options.prompt)
     text, tokens = "", []
-    for token in sample(bundle.model(64), prompt, options.tokens, *choices):
+    for token in found:
         tokens.append(token)
         piece = decoder.decode(bundle.tokenizer.decode([token]))
         show(piece)

@@ -1,4 +1,4 @@
-"""A trained model at work: the loss over a split, by all ranks together, and sampling."""
+"""A trained model at work: the loss over a split, by all ranks together, sampling and beam search."""
 
 import math
 
@@ -6,8 +6,12 @@ import numpy as np
 
 from .comm.runtime import allgather, together
 from .data.lanes import Lanes, Schedule, deal
+from .decoder import Decoder
 from .errors import UserError
+from .kernels.sample import BAD, Choice
 from .model import LanguageModel
+
+NOT_FINITE = "the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr"
 
 
 class Evaluation:
@@ -99,26 +103,66 @@ def sample(model, prompt, tokens, seed=1, temperature=1.0, top_k=0, top_p=1.0):
     top_p : float
         Choose among the most likely that together have this probability (Holtzman et al. 2020).
     """
-    generator = np.random.default_rng(seed)
-    config = model.config
-    h = np.zeros((config.layers, 1, config.hidden), model.dtype)
-    c = np.zeros_like(h)
-    for start in range(0, len(prompt), model.window):
-        logits = model.logits(np.asarray(prompt[start : start + model.window])[:, None], h, c)
+    decoder, choice, slot = Decoder(model, 1), Choice(1), np.zeros(1, np.int64)
+    choice.temperature[:], choice.top_k[:], choice.top_p[:], choice.seed[:] = temperature, top_k, top_p, seed % 2**64
+    _read(decoder, prompt, model.window)
+    for position in range(tokens):
+        choice.position[:] = position
+        decoder.choose(choice, slot)
+        if choice.token[0] == BAD:
+            raise UserError(NOT_FINITE)
+        yield int(choice.token[0])
+        decoder.read(choice.token[None], slot)
+
+
+def beam_search(model, prompt, tokens, beams, length_penalty=0.0, end=None):
+    """The most likely continuation that a search of some width finds (Graves 2012): the tokens and their log-probability.
+
+    Parameters
+    ----------
+    model, prompt
+        As in `sample`.
+    tokens : int
+        How many at most.
+    beams : int
+        Continuations that are kept at each step: the most likely of all that go on from those of the step before.
+    length_penalty : float
+        alpha of Wu et al. 2016: log-probabilities of n tokens are compared after division by ((5 + n) / 6)^alpha.
+    end : int, optional
+        The token that ends a continuation, and is its last; none: all have `tokens` tokens.
+    """
+    most = min(beams, model.vocabulary)
+    decoder, choice = Decoder(model, beams), Choice(beams, most)
+    choice.temperature[:], choice.wanted[:] = 0, most
+    worth = lambda total, length: total / ((5 + length) / 6) ** length_penalty
+    _read(decoder, prompt, model.window)
+    kept, ended = [([], 0.0)], []  # (tokens, log-probability), lane by lane, the most likely first
     for _ in range(tokens):
-        token = _choose(logits[0].astype(np.float64), generator, temperature, top_k, top_p)
-        yield token
-        logits = model.logits(np.array([[token]]), h, c)
+        slots = np.arange(len(kept))
+        decoder.choose(choice, slots)
+        if (choice.token[slots] == BAD).any():
+            raise UserError(NOT_FINITE)
+        further = [
+            (total + float(choice.logprobs[lane, i]), lane, int(choice.tokens[lane, i]))
+            for lane, (_, total) in enumerate(kept)
+            for i in range(most)
+        ]
+        further.sort(key=lambda one: -one[0])
+        further = [(total, lane, [*kept[lane][0], token]) for total, lane, token in further[:beams]]
+        ended += [(text, total) for total, _, text in further if text[-1] == end]
+        further = [one for one in further if one[2][-1] != end]
+        best = max((worth(total, len(text)) for text, total in ended), default=-math.inf)
+        if not further or (length_penalty == 0 and best >= further[0][0]):
+            break  # what goes on only becomes less likely
+        kept = [(text, total) for total, _, text in further]
+        decoder.states[: len(kept)] = decoder.states[[lane for _, lane, _ in further]]
+        decoder.read(np.array([[text[-1] for text, _ in kept]]), np.arange(len(kept)))
+    else:
+        ended += kept
+    return max(ended, key=lambda one: worth(one[1], len(one[0])))
 
 
-def _choose(logits, generator, temperature, top_k, top_p):
-    """A token number drawn from softmax(logits / temperature), logits (V,), cut to top_k and top_p."""
-    if temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
-    order = order[: top_k or None]
-    p = np.exp((logits[order] - logits[order[0]]) / temperature)
-    p /= p.sum()
-    inside = np.cumsum(p) - p < top_p
-    p = np.where(inside, p, 0)
-    return int(order[generator.choice(len(p), p=p / p.sum())])
+def _read(decoder, prompt, window):
+    """Let stream 0 read a prompt, in windows."""
+    for start in range(0, len(prompt), window):
+        decoder.read(np.ascontiguousarray(prompt[start : start + window], np.int64)[:, None], np.zeros(1, np.int64))

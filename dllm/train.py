@@ -246,7 +246,10 @@ def _sample(trainer):
         settings.model, corpus.vocabulary, trainer.dtype, settings.train.window, 1, trainer.state.theta, training=False
     )
     prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
-    tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+    try:
+        tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+    except UserError as error:  # the run is done, whatever became of the model
+        return f"  | {error}"
     text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     return "\n".join("  | " + line for line in text.splitlines())
 

@@ -154,3 +154,14 @@ def run(model, tokens, targets, h, c, scale=1.0, mask=None, **callbacks):
     losses = model.forward(tokens, targets, h.copy(), c.copy(), scale, mask).copy()
     model.backward(**callbacks)
     return losses, model.gradient.copy()
+
+
+class Bundled:
+    """What the serving engine takes, of a model."""
+
+    def __init__(self, model):
+        self.config, self.dtype, self._model = model.config, model.dtype, model
+
+    def model(self, window, lanes, team):
+        shape = self.config, self._model.vocabulary, self.dtype, window, lanes, self._model.theta
+        return LanguageModel(*shape, training=False, team=team)

@@ -89,6 +89,13 @@ def test_generate_at_temperature_0_takes_the_likeliest_token_and_json_holds_what
     assert value["prompt"] + value["text"] + "\n" == coldest
 
 
+def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
+    assert generated(world, "--beams", 1) == generated(world, "--temperature", 0)
+    found = generated(world, "--beams", 5)
+    assert found.startswith("First")
+    assert generated(world, "--beams", 5, "--seed", 3) == found
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_chinese_poems_are_learnt_and_continued_in_valid_utf8(tokenizer, tmp_path):
     text = (DATA / "songci" / "songci.txt").read_bytes()[:240_000].decode(errors="ignore")

@@ -4,8 +4,9 @@
               (queue)    (windows)             (a token each)
 
 A turn of the thread lets streams in where slots are free, reads at most one window of the prompts that are not read yet,
-WINDOW_TOKENS together, so that those in the step do not stall, and takes one step. What happened goes out in one call for
-each `deliver`. A stream's tokens depend on the model and its request alone, to the bit (decoder.py, kernels/sample.py).
+WINDOW_TOKENS together, so that those in the step do not stall, and takes one step. Since a window of one prompt takes almost
+as long as one of some prompts, the first waits a few turns for others. What happened goes out in one call for each
+`deliver`. A stream's tokens depend on the model and its request alone, to the bit (decoder.py, kernels/sample.py).
 """
 
 import threading
@@ -26,6 +27,7 @@ __all__ = ["Engine", "Finished", "Full", "Request", "Stopped", "Stream", "Token"
 
 WINDOW = 64  # tokens of a prompt at a time at most; states are kept at its multiples
 WINDOW_TOKENS = 256  # of all prompts that are read in one turn
+TOGETHER, PATIENCE = 4, 4  # prompts that are worth a window, and turns that fewer wait for more while others are in the step
 TOLD = 64  # tokens of prompts whose probabilities are taken at a time
 RATE_SECONDS = 5.0  # that tokens_per_second looks back
 
@@ -36,7 +38,7 @@ class Engine:
     Parameters
     ----------
     bundle
-        Has model(window, lanes, team) and tokenizer.size.
+        Has model(window, lanes, team), a LanguageModel.
     slots : int
         Streams at a time.
     threads : int
@@ -58,6 +60,7 @@ class Engine:
         self._choice, self._told = Choice(slots, MOST), Choice(TOLD, MOST)
         self._next = np.zeros(slots, np.int64)  # the token that each stream's state has not seen
         self._free, self._reading, self._running = list(range(slots))[::-1], [], []
+        self._waited = 0  # turns since a window was read, with prompts to read
         self._active = np.zeros(0, np.int64)  # the slots of _running
         self._news = {}  # deliver -> [(stream, event)]
         # Shared with other threads, under the lock:
@@ -71,6 +74,7 @@ class Engine:
     def start(self):
         """Compile what is needed, and begin."""
         self._warm_up()
+        self._marks[0] = time.monotonic(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -165,8 +169,10 @@ class Engine:
             with self._changed:
                 self._reading.append(self._waiting.popleft())
             self._admit(self._reading[-1])
-        if self._reading:
+        self._waited += bool(self._reading)
+        if len(self._reading) >= TOGETHER or (self._reading and (not self._running or self._waited > PATIENCE)):
             self._read_window()
+            self._waited = 0
         if self._running:
             self._step()
         self._deliver()
