@@ -174,7 +174,8 @@ class LanguageModel:
         """What comes next: tokens (T,B) int64; h, c (L,B,H) in and out. Returns the logits (B,V) behind the last step."""
         T, B = tokens.shape
         y, row = self._hidden(tokens, h, c)
-        return output_logits(y, row + (T - 1) * B, B, self._p["output"], self._chunk)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever draws from them looks
+            return output_logits(y, row + (T - 1) * B, B, self._p["output"], self._chunk)
 
     def _hidden(self, tokens, h, c, mask=None, between=None):
         """The top layer's output after dropout: an array and the row in it where its T B rows begin.

@@ -60,7 +60,7 @@ def read_vector(layout, vector):
         if name.startswith("lstm.bias_"):
             bias = layout.read(vector, f"lstm.{name.rpartition('_l')[2]}.bias")
             both = bias if config.biases == 2 else [bias[0], np.zeros_like(bias[0])]
-            tensor = both["_hh_" in name]
+            tensor = both[int("_hh_" in name)]
         else:
             ours, transposed = _ours(name, config)
             tensor = layout.read(vector, ours)
@@ -104,17 +104,24 @@ def encode(tensors, kind):
 
 def decode(stored):
     """name -> float32 array of name -> (dtype in the header, array as it is stored)."""
+    scaled = {name for name in stored if _has_scale(stored, name)}
     found = {}
     for name, (dtype, array) in stored.items():
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in stored:
+        if name.removesuffix(SCALE) in scaled and name.endswith(SCALE):
             continue
         if dtype == "BF16":
             array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        with np.errstate(over="ignore"):  # of float64; what is not finite then is refused by whoever asks for the tensors
+        with np.errstate(over="ignore"):  # what is not finite then is refused by whoever asks for the tensors
             found[name] = array.astype(np.float32)
-            if name + SCALE in stored:
-                found[name] *= stored[name + SCALE][1].astype(np.float32)[:, None]
+            if name in scaled:
+                found[name] *= stored[name + SCALE][1][:, None]
     return found
+
+
+def _has_scale(stored, name):
+    dtype, array = stored[name]
+    scale, values = stored.get(name + SCALE, (None, None))
+    return dtype == "I8" and array.ndim == 2 and scale == "F32" and values.shape == array.shape[:1]
 
 
 def expected(config, vocabulary, kind):

@@ -1,4 +1,6 @@
-"""Only storage opens HDF5, and lets it load no plugin; its readers name all that a file may hold; nothing is unpickled."""
+"""Only hdf5.py opens HDF5, which loads no plugin, and its readers name all that a file may hold; only weights.py opens
+safetensors; nothing is unpickled.
+"""
 
 import ast
 import os
@@ -64,6 +66,10 @@ def test_only_storage_opens_hdf5():
         if isinstance(node, ast.Attribute) and node.attr == "File"
     ]
     assert sorted(opened) == ["open_arrays", "write_hdf5"]
+
+
+def test_only_weights_opens_safetensors():
+    assert [name for name, tree in modules() if "safetensors" in {*imported(tree)}] == ["weights.py"]
 
 
 def test_every_reader_names_all_that_a_file_may_hold():

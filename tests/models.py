@@ -1,0 +1,43 @@
+"""Small model folders and state dicts for tests, and commands run one after another in one process."""
+
+import json
+import pathlib
+
+import numpy as np
+from launch import mpirun
+from numerics import V, build, configured
+
+from dllm import bundle, weights
+from dllm.config import Config
+from dllm.data.tokenizers import CharTokenizer
+
+TOKENIZER = CharTokenizer(list("abcdefghijk\n")[-V:])
+
+
+def make(out, kind="untied", stored="fp32", tokenizer=TOKENIZER, **changes):
+    """A model folder with random parameters. Returns its LanguageModel, of one lane."""
+    config = configured(kind, **changes)
+    model = build(config, lanes=1, dtype=np.float32, training=False)
+    data = weights.pack(weights.encode(weights.read_vector(model.layout, model.theta), stored))
+    facts = bundle.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
+    bundle.write(out, data, tokenizer, facts)
+    return model
+
+
+def logits(model, tokens):
+    """(T,V) of the tokens that follow each of `tokens` (T,), from a state of zeros."""
+    h = np.zeros((model.config.layers, 1, model.config.hidden), model.dtype)
+    c = np.zeros_like(h)
+    return np.concatenate([model.logits(np.array([[token]]), h, c) for token in tokens])
+
+
+def commands(folder, *lines, cwd):
+    """(exit code, what it wrote) of commands, as one types them after `dllm`, in one process."""
+    folder.mkdir()
+    parts = [line.split() for line in lines]
+    words = [[f"dllm.{'import_' if name == 'import' else name}", *rest] for name, *rest in parts]
+    (folder / "commands.json").write_text(json.dumps(words))
+    script = pathlib.Path(__file__).with_name("refusals.py")
+    mpirun(0, script, folder / "commands.json", folder, cwd=cwd, timeout=200, check=True)
+    codes = [code for code, _ in json.loads((folder / "0.json").read_text())]
+    return [(code, (folder / f"{number}-0.txt").read_text()) for number, code in enumerate(codes)]
