@@ -18,7 +18,12 @@ class Server(Job):
 
     def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200):
         words = ["-m", "dllm", "serve", model, "--port", 0, *options, *(["-n", ranks] if keep else [])]
-        super().__init__(0 if keep else ranks, *words, timeout=timeout, env=FT | ({"DLLM_TOKEN": token} if token else {}))
+        super().__init__(
+            0 if keep else ranks,
+            *words,
+            timeout=timeout,
+            env=(FT if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
+        )
         self.size, self.headers = ranks, {"Authorization": f"Bearer {token}"} if token else {}
 
     def __enter__(self):

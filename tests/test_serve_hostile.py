@@ -15,7 +15,7 @@ from serving import Server, texts
 
 TOKEN = "a-token-for-these-tests"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
-SLOW = 10  # seconds in which a request head must be there, see dllm/serving/limits.py
+SLOW, UPLOAD = 10, 20  # seconds in which a request's head and its body must be there, see dllm/serving/limits.py
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,8 @@ def test_slow_heads_and_idle_sockets_are_borne_and_closed(server):
     """500 sockets that say nothing and 50 that say their head a byte at a time, while clients are served."""
     with healthy(server), contextlib.ExitStack() as stack:
         connect = lambda: stack.enter_context(socket.create_connection(address(server), timeout=5))
+        late = connect()
+        late.sendall(HEAD.encode() + b"Content-Length: 10\r\n\r\n{")
         idle, slow, begin = [connect() for _ in range(500)], [connect() for _ in range(50)], time.monotonic()
         for place in range(SLOW + 3):
             for one in slow:
@@ -137,9 +139,11 @@ def test_slow_heads_and_idle_sockets_are_borne_and_closed(server):
                     one.sendall(HEAD[place : place + 1].encode())
             assert len(texts(server.complete(max_tokens=20))) == 1
             time.sleep(max(0.0, begin + place + 1 - time.monotonic()))
-        for one in [*idle, *slow]:
+        for one in [*idle, *slow]:  # a reset where something that was sent was not read any more
             with contextlib.suppress(ConnectionResetError):
                 assert one.recv(1) == b""
+        late.settimeout(UPLOAD)
+        assert late.recv(12) == b"HTTP/1.1 408"
 
 
 def test_many_large_requests_at_once_are_served_or_refused(server):

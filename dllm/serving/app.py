@@ -151,7 +151,7 @@ def _page():
 
 
 async def _refused(request, refused):
-    closing = {"connection": "close"} if refused.status == 413 else {}
+    closing = {"connection": "close"} if refused.status in (408, 413) else {}
     return JSONResponse(refused.body(), refused.status, {**(refused.headers or {}), **closing})
 
 

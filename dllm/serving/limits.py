@@ -27,6 +27,7 @@ class Limits:
     requests: int = 256  # that generate, score or embed at once
     connections: int = 512  # beyond it those that have waited longest go
     head: float = 10.0  # for a whole request head
+    upload: float = 20.0  # for a whole body
     deadline: float = 600.0  # for a whole request
 
 
@@ -159,11 +160,16 @@ class Guard:
         return kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token.encode())
 
     def _limited(self, receive):
-        size = 0
+        size, end = 0, asyncio.get_running_loop().time() + self.limits.upload
 
         async def limited():
-            nonlocal size
-            message = await receive()
+            nonlocal size, end
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(f"the body took longer than {self.limits.upload:g} s", status=408, code="too_slow") from None
+            end = end if message.get("more_body") else None
             size += len(message.get("body", b""))
             if size > self.limits.body:
                 raise self._too_large()

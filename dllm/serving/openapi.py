@@ -47,7 +47,7 @@ def _content(schema, kind="application/json"):
 def _errors(*statuses):
     what = {
         400: "The request is wrong", 401: "The bearer token is wrong or missing", 403: "Of another site, or by another name",
-        404: "There is no such model", 413: "The body is too large", 500: "The engine failed",
+        404: "There is no such model", 408: "The body came too slowly", 413: "The body is too large", 500: "The engine failed",
         503: "There is no room: try again", 504: "It took too long",
     }  # fmt: skip
     return {str(status): {"description": what[status], **_content(_schema("Error"))} for status in statuses}
@@ -60,10 +60,10 @@ def _get(what, schema, kind="application/json"):
 def _post(what, request, answer, stream=False):
     done = _content(_schema(answer))
     if stream:
-        done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
     return {
         "summary": what, "requestBody": {"required": True, **_content(_schema(request))},
-        "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 413, 500, 503, 504)},
+        "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 408, 413, 500, 503, 504)},
     }  # fmt: skip
 
 
