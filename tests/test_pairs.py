@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import REFUSED, complaint, mpirun, train_arguments
 from runs import arrays, metrics, same_losses
+from serving import Server
 
 from dllm import tasks
 from dllm.config import ModelConfig
@@ -457,3 +458,8 @@ def test_numbers_are_spelt_in_two_languages_as_well_as_anybody_could_and_on_any_
     assert min(results[0]["bleu"], results[0]["rougeL"]) >= 99
     spoken = mpirun(0, "-m", "dllm.generate", run, "--source", "de 4 0 7 1", check=True).stdout
     assert spoken.split() == ["vier", "tausend", "ein", "und", "siebzig"]
+    sources = files[0].read_text().splitlines()[:50]
+    with Server(run, ranks=1) as server:
+        answer = server.complete(sources, max_tokens=64, temperature=0).json()
+    assert [" ".join(choice["text"].split()) for choice in answer["choices"]] == said[:50]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}

@@ -56,6 +56,9 @@ class Choice:
             self.reason = event.reason
         elif event.prompt and self.blanks:
             self.blanks -= 1
+        elif event.number == self.vocabulary.end and not event.prompt:  # a target ends here
+            self.reason = "stop"
+            self.cancel()
         else:
             self.count += not event.prompt
             if self.text.add(event):

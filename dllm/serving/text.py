@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inference import start_tokens
+from ..tasks import prompt as ask_for_target
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,17 @@ class Vocabulary:
     """A tokenizer, for text that comes and goes in pieces."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.size = tokenizer, tokenizer.size
+        self.tokenizer, self.size, self.end = tokenizer, tokenizer.size, tokenizer.end
         self.decode = tokenizer.decode
         self.name = functools.cache(self._name)
 
     def prompt(self, given):
-        """The Prompt of a text, or of token numbers. Raises UserError where the vocabulary lacks something."""
+        """The Prompt of a text, or of token numbers. Raises UserError where the vocabulary lacks something.
+
+        A text that is given to a model of pairs is a source.
+        """
+        if isinstance(given, str) and self.tokenizer.pairs:
+            return Prompt(ask_for_target(self.tokenizer, self.tokenizer.encode(given.encode(), False)), False)
         if isinstance(given, str):
             return Prompt(start_tokens(self.tokenizer, given), not given)
         return Prompt(np.array(given, np.int64), False)
