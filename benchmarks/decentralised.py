@@ -109,7 +109,8 @@ SCALES = (8, 64, 512, 4096)
 def network(options):
     """Averaging methods on four hosts with links of 1 Gbit/s, 100 Mbit/s: time and bytes of a step, loss over time; as root.
 
-    What sends less than allreduce gets twice as many steps, to see when it comes to the loss where allreduce ends.
+    What sends less than allreduce gets twice as many steps, to see when it comes to the loss where allreduce ends. On the link
+    is all that crosses it, also where evaluations average the ranks' models.
     """
     if reason := hosts.missing():
         sys.exit(reason)

@@ -10,7 +10,7 @@ from .runs import metrics, run, train
 RANKS = 4  # fewer than their 16: a ring needs more than 2
 MODEL = {
     "model.embedding": 650, "model.hidden": 650, "model.layers": 3, "model.tied": "true", "model.biases": 2,
-    "model.dropout": 0.4, "train.window": 30, "train.lanes": 10 * RANKS, "train.clip": 0.4, "train.clip_by": "own",
+    "model.dropout": 0.4, "train.window": 30, "train.lanes": 5 * RANKS, "train.clip": 0.4, "train.clip_by": "own",
     "train.optimizer": "sgd", "train.lr": 10.0, "train.schedule": "cosine", "train.precision": "bf16", "train.threads": 1,
     "resilience.deadline": 0, "log.sample": 0, "checkpoint.every_minutes": 0.0,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def papers(options):
     """
     if options.data is None:
         sys.exit("say where the text is: --data FOLDER, with wikitext-2/ in it")
-    steps = options.steps or (4 if options.quick else 400)
+    steps = options.steps or (4 if options.quick else 600)
     corpus = _corpus(options)
     epoch = shards.Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
     table = Table(
