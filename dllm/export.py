@@ -10,6 +10,7 @@ from . import checkpoint, cli, config, weights
 from .bundle import Bundle
 from .comm import runtime
 from .data.lanes import Schedule
+from .data.pair_lanes import read_lanes
 from .errors import DONE, UserError
 from .kernels.gemm import aligned
 from .layout import Layout
@@ -157,8 +158,7 @@ def _origin(source, step, averaged, corpus, measured):
 
 def _tokens_seen(train, scalars, corpus):
     """Tokens that training has predicted when the checkpoint was written."""
-    predicted = corpus.split("train")["tokens"] // train.lanes - 1
-    schedule = Schedule([predicted] * train.lanes, train.window, train.last_window)
+    schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
     return scalars["epoch"] * schedule.per_epoch + sum(map(schedule.tokens, range(scalars["window"])))
 
 

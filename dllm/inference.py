@@ -43,7 +43,7 @@ class Evaluation:
         with together(comm):
             self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
         self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
-        self.fresh = config.train.carry == "window"
+        self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
         width = len(self.lanes.starts)

@@ -110,7 +110,8 @@ def _splits(parser, options):
     splits = {split: getattr(options, name) for split, name in names.items() if getattr(options, name)}
     ranks = [split for split, paths in splits.items() if "{rank}" in str(paths)]
     if "train" in ranks and "{rank}" not in options.out:
-        parser.error("the train files have {rank}, so --out must have it too: each rank writes a folder of its own")
+        option = "--pairs" if options.pairs else "--train"
+        parser.error(f"{option} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
     if options.deal and (ranks or options.pairs):
         parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test, and --pairs")
     if options.deal and "{rank}" not in options.out:

@@ -176,7 +176,7 @@ ATTACKS = {  # what is wrong: (what is done to a folder, what is said of it)
     "a stranger": (holds(**{"../x\n": lambda array: np.zeros(1, np.float32)}), r"'\.\./x\\n' is F32\[1\] there, not by"),
     "not a number": (holds(embedding__weight=at(np.nan)), "'embedding.weight' has values that are not finite"),
     "infinity": (holds(output__bias=at(np.inf)), "'output.bias' has values that are not finite"),
-    "far too large": (holds(output__weight=huge, output__bias=huge), "computes logits that are not finite"),
+    "far too large": (holds(output__weight=huge, output__bias=huge), "numbers are not finite"),
     "a terabyte": (sparse, "this machine's memory has"),
     "no tokenizer of ours": (file("tokenizer.json", '{"kind": "os"}'), "holds no tokenizer that this version knows"),
     "a tokenizer too deep": (file("tokenizer.json", DEEP), "tokenizer.json is not valid JSON"),
