@@ -142,6 +142,7 @@ class Events:
     async def __call__(self, scope, receive, send):
         names = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **self.headers}
         headers = [(name.encode(), value.encode()) for name, value in names.items()]
+        await self.run.inbox.taken()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(Gone):  # then nobody misses the end
             await unless_gone(receive, self.run.inbox, self._stream(send))

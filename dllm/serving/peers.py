@@ -83,27 +83,40 @@ class Peers:
         """Have a stream computed by `rank`. Raises Full. Returns a function that cancels."""
         if rank == self.rank:
             return self.local.submit(request, inbox, index)
-        task = asyncio.get_running_loop().create_task(self._follow(rank, request, inbox, index))
+        loop = asyncio.get_running_loop()
+        inbox.asked.append(loop.create_future())
+        task = loop.create_task(self._follow(rank, request, inbox, index, inbox.asked[-1]))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         inbox.cancels.append(task.cancel)
         return task.cancel
 
-    async def _follow(self, rank, request, inbox, index):
+    async def _follow(self, rank, request, inbox, index, taken):
+        """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
         seen = 0
         with contextlib.suppress(OSError, EOFError, ValueError):  # also TimeoutError, and broken lines
             async for events in self._ask(rank, request):
+                if not taken.done():
+                    taken.set_result(True)
+                    continue
                 inbox.put(index, events)
                 seen += len(events)
                 if isinstance(events[-1], Finished):
                     return
+        room = True
         try:
             self.local.submit(request, _Rest(inbox, seen), index)
         except Full:
-            inbox.put(index, [Finished("error", f"rank {rank} was lost, and the others have no room")])
+            room = False
+            inbox.put(index, [Finished("full")])
+        if not taken.done():
+            taken.set_result(room)
 
     async def _ask(self, rank, request):
-        """Lists of events of a stream of another rank. Raises OSError, EOFError or ValueError where it is lost."""
+        """Lists of events of a stream of another rank, the first of them empty: it was taken.
+
+        Raises OSError, EOFError or ValueError where the rank is lost, or has no room.
+        """
         address = self.gossip.known[rank][1]["address"]
         async with asyncio.timeout(PATIENCE):
             reader, writer = await asyncio.open_connection(*address, limit=LINE)
@@ -153,6 +166,7 @@ class Peers:
             self.local.submit(Request(**fields | {"prompt": np.array(fields["prompt"], np.int64)}), inbox, 0)
         except Full:
             return
+        writer.write(b"[]\n")
         gone = asyncio.create_task(reader.read(1))  # which ends when the other closes
         gone.add_done_callback(lambda _: inbox.close())
         try:

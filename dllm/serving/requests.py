@@ -70,7 +70,7 @@ class Token(NamedTuple):
 
 
 class Finished(NamedTuple):
-    reason: str  # "length", "cancelled" or "error"
+    reason: str  # "length", "cancelled" or "error"; of other ranks' streams also "full": nobody has room
     message: str = ""
     state: np.ndarray | None = None  # (H,)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from .openai import Refused
+from .openai import Refused, busy
 from .requests import Finished
 
 
@@ -15,6 +15,7 @@ class Inbox:
 
     def __init__(self):
         self.events, self.there, self.cancels, self.closed = [], asyncio.Event(), [], False
+        self.asked = []  # of other ranks: futures that tell whether they have taken a stream
 
     def put(self, index, events):
         self.events += [(index, event) for event in events]
@@ -28,6 +29,12 @@ class Inbox:
         self.there.clear()
         events, self.events = self.events, []
         return events
+
+    async def taken(self):
+        """Wait until all streams have somebody who computes them. Raises Refused where one has nobody."""
+        if not all(await asyncio.gather(*self.asked)):
+            self.cancel()
+            raise busy()
 
     def close(self):
         """Nobody waits for the rest."""
@@ -55,6 +62,8 @@ async def gather(inbox, count):
 
 def check(finished):
     """Raises Refused where a stream has failed."""
+    if finished.reason == "full":
+        raise busy()
     if finished.reason == "error":
         raise Refused(finished.message or "the engine failed", status=500, code="engine_failed")
 
