@@ -3,8 +3,8 @@
     seconds = computing + a x messages + b x bytes          a in seconds, b in seconds a byte (Hockney 1994)
 
 Messages and bytes are what the busiest rank sends one after the other, by the usual algorithms (Thakur, Rabenseifner and
-Gropp 2005): Allreduce of S bytes 2 (n - 1) messages and 2 (n - 1) / n S bytes, by a ring; Allgather n - 1 messages of S bytes;
-to each neighbour one message of S bytes.
+Gropp 2005): Allreduce of S bytes 2 log2 n messages and 2 (n - 1) / n S bytes, by halving and doubling; Allgather log2 n
+messages and (n - 1) S bytes, by doubling; to each neighbour one message of S bytes.
 """
 
 import numpy as np
@@ -21,9 +21,10 @@ def traffic(kind, size, ranks, degree=0, period=1):
     """
     if ranks == 1:
         return 0.0, 0.0
+    rounds = (ranks - 1).bit_length()
     messages, parts = {
-        "allreduce": (2 * (ranks - 1), 2 * (ranks - 1) / ranks),
-        "allgather": (ranks - 1, ranks - 1),
+        "allreduce": (2 * rounds, 2 * (ranks - 1) / ranks),
+        "allgather": (rounds, ranks - 1),
         "neighbours": (degree, degree),
     }[kind]
     return messages / period, parts * size / period

@@ -135,11 +135,11 @@ def network(options):
                     f"{one['in_equal_steps']:.3f}", f"{one['in_equal_time']:.3f}", f"{one['to_goal']:.1f}" if to_goal else "-",
                     f"{to_goal:.1f} x" if to_goal else "-", *(f"{1e3 * one['predicted'][n]:,.1f}" for n in SCALES),
                 )  # fmt: skip
-            empty = [""] * (6 + len(SCALES))
+            empty = [""] * (5 + len(SCALES))
             if peer:
-                table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['seconds']:.1f}", *empty)
+                table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['seconds']:.1f}", "", *empty)
             errors = data[rate]["errors"]
-            table.row(rate, f"the model errs by {np.median(errors):.0%} (median), {max(errors):.0%} (most)", "", *empty)
+            table.row(rate, "the model errs by", f"{np.median(errors):.1%}", f"max {max(errors):.1%}", *empty)
     return table, data, partial(_draw, curves, "seconds")
 
 
