@@ -115,9 +115,10 @@ class Cluster:
 
     def end(self, number, limit):
         """Wait for the end of a job. Returns its last state, such as COMPLETED."""
-        under_way = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-        self.until(lambda: self.job(number)["JobState"] not in under_way, f"end of job {number}", limit)
-        return self.job(number)["JobState"]
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")  # others pass: REQUEUED, SIGNALING, ...
+        states = []
+        self.until(lambda: states.append(self.job(number)["JobState"]) or states[-1] in ends, f"end of job {number}", limit)
+        return states[-1]
 
     def looks_at_limits(self):
         """How often Slurm has looked for jobs near their time limit."""
