@@ -17,8 +17,9 @@ from .sizes import NETWORK
 MODEL = {
     "model.embedding": 64, "model.hidden": 192, "model.layers": 1, "train.lanes": 16, "train.window": 32, "train.clip": 5.0,
     "train.optimizer": "sgd", "train.lr": 1.0, "train.momentum": 0.9, "train.schedule": "cosine", "train.warmup": 50,
-    "train.threads": 1, "log.every": 20, "log.sample": 0, "checkpoint.every_minutes": 0.0,
+    "train.threads": 1, "log.sample": 0, "checkpoint.every_minutes": 0.0,
 }  # fmt: skip
+CURVE = 20  # points of a curve
 PLAIN = {"train.momentum": 0.0, "train.lr": 10.0}  # about what momentum 0.9 makes of lr 1
 RELAYSUM = {"method": "relaysum", "topology": "tree", "train.lr": 2.5}  # steps count 1 / (1 + mean delay): models come late
 CONTESTANTS = {  # where steps count for more or less than allreduce's, with a rate that makes up for it
@@ -67,6 +68,7 @@ def uneven(options):
 
 def _compare(options, text, corpus, contestants):
     steps = options.steps or (60 if options.quick else 6000)
+    steps += -steps % CURVE
     table = Table(
         f"Averaging methods, {text}, {steps} steps, {options.ranks} ranks",
         [("method", 24), ("loss", 9), ("to allreduce", 14), ("ranks' own", 12), ("apart", 9), ("KB a step", 12)],
@@ -75,7 +77,7 @@ def _compare(options, text, corpus, contestants):
     for name, settings in contestants.items():
         out = options.work / name.replace(" ", "-")
         settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
-        common = {**MODEL, "train.max_steps": steps, "train.eval_every": max(1, steps // 20)}
+        common = {**MODEL, "train.max_steps": steps, "train.eval_every": steps // CURVE, "log.every": steps // CURVE}
         train(options.ranks, out, "--data", corpus, settings={**common, **settings})
         found = data[name] = _summary(metrics(out))
         curves[name] = list(zip(found["megabytes"], found["losses"], strict=True))
@@ -115,6 +117,7 @@ def network(options):
     if reason := hosts.missing():
         sys.exit(reason)
     corpus, steps = _corpus(options, 0.02), options.steps or (40 if options.quick else 100)
+    steps += -steps % LARGER["log.every"]
     table = Table(
         f"Averaging methods on four hosts, tinyshakespeare, {steps} steps",
         [("Mbit/s", 8), ("method", 22), ("ms a step", 12), ("KB a step", 12), ("on the link", 13), ("loss", 9),
@@ -137,7 +140,7 @@ def network(options):
                 )  # fmt: skip
             empty = [""] * (5 + len(SCALES))
             if peer:
-                table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['seconds']:.1f}", "", *empty)
+                table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['mean']:.1f}", "", *empty)
             errors = data[rate]["errors"]
             table.row(rate, "the model errs by", f"{np.median(errors):.1%}", f"max {max(errors):.1%}", *empty)
     return table, data, partial(_draw, curves, "seconds")
@@ -163,7 +166,7 @@ def _on_hosts(options, four, corpus, name, rate, steps):
     steps *= 2 if {"compression", "period"} & set(settings) else 1
     out = options.work / f"{name.replace(' ', '-')}-{rate}"
     settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
-    settings = {**LARGER, "train.max_steps": steps, "train.eval_every": 5, **settings}
+    settings = {**LARGER, "train.max_steps": steps, "train.eval_every": LARGER["log.every"], **settings}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = mpirun.command(hosts.COUNT, hosts.COUNT, dict.fromkeys(four.names, 1), "PATH")
     before = four.sent()
@@ -185,7 +188,7 @@ def _on_hosts(options, four, corpus, name, rate, steps):
 
 
 def _torch_on_hosts(four, steps):
-    """{"seconds", ...} of a step of DistributedDataParallel over the hosts."""
+    """{"mean", ...}: seconds of a step of DistributedDataParallel over the hosts."""
     peer = [sys.executable, PEERS / "torch_step.py", "network", steps, "fp32"]
     common = {"WORLD_SIZE": hosts.COUNT, "MASTER_ADDR": four.names[0], "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": "e0"}
     place = lambda rank: {**common, "RANK": rank}

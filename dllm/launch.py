@@ -9,6 +9,7 @@ import time
 from . import claim, cli, mpirun, runs
 from . import train as training
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
+from .job import START, Job
 
 EPILOG = """
 examples
@@ -24,8 +25,6 @@ the end now. `dllm resize RUN -n M` goes on with M ranks.
 """
 PAUSE = 1.0  # seconds before a job is started anew
 GRACE = 10.0  # seconds that a job gets to end by itself once its end is due
-LOOK = 0.2  # seconds between looks at a job
-START = 60.0  # seconds until the first rank must be there; at each further attempt twice as many
 
 
 def arguments(argv):
@@ -71,20 +70,20 @@ def launch(argv):
     run = options.run or options.resume or runs.new_name(wanted.out, wanted.preset or "default")
     if options.resume:
         runs.not_done(run)  # an older end is not this job's
-    job = Job(options, wanted, hosts, run)
+    launcher = Launcher(options, wanted, hosts, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: job.stop())
-    return job.supervise()
+        signal.signal(number, lambda *_: launcher.job.stop())
+    return launcher.supervise()
 
 
-class Job:
+class Launcher:
     """The training job of a run, started as often as it takes."""
 
     def __init__(self, options, wanted, hosts, run):
         self.options, self.wanted, self.hosts, self.run = options, wanted, hosts, run
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.ranks, self.before = options.ranks or sum(hosts.values()) or self.cores, None  # before a resize
-        self.marked, self.process, self.stops = mpirun.Marked(), None, 0
+        self.job = Job(say)
 
     def supervise(self):
         """Exit code of the launcher: DONE, STOPPED_EARLY, BAD_INPUT, or 1 where it gave up."""
@@ -95,7 +94,7 @@ class Job:
             step = runs.newest_step(self.run)
             if runs.is_done(self.run):
                 return DONE
-            if self.stops:
+            if self.job.stops:
                 return STOPPED_EARLY if step is not None else 1
             if claim.owner(self.run) not in (None, owner) and not self._is_ours():
                 say(f"another job has taken over {self.run}: this one ends")
@@ -132,43 +131,33 @@ class Job:
         return found or self.hosts
 
     def _once(self, hosts, patience):
-        """Run mpirun to its end; no process of it is left here. Returns its exit code.
-
-        patience : seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
-        """
+        """Run mpirun to its end. Returns its exit code."""
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
         command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
-        self.process = self.marked.start([*command, *self._train_arguments()], hosts)
-        if self.stops:  # asked for while it was being started
-            self._pass_on()
-        begin, over = time.monotonic(), math.inf
-        seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
-        while self.process.poll() is None and time.monotonic() - over < GRACE:  # Open MPI's waits for ever for a lost host
-            time.sleep(LOOK)
-            if over == math.inf and runs.is_done(self.run):
-                over = time.monotonic()
-            self._take_wish()
-            seen = seen or self.marked.has_ranks()
-            if not seen and time.monotonic() - begin > patience:
-                say(f"no rank was there after {patience:.0f} s: ending the job")
-                break
-            silence = min(time.monotonic() - begin, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
-            if silence > self.options.silence and over == math.inf:
-                say(f"nothing was heard of the job for {silence:.0f} s: ending it")
-                break
-        self.marked.sweep(GRACE)
-        return self.process.wait()
+        self.done = math.inf  # when the run was
+        return self.job.run([*command, *self._train_arguments()], hosts, self._due, patience)
+
+    def _due(self, lasted):
+        """Whether a job that was started so many seconds ago shall be ended."""
+        if runs.is_done(self.run):
+            self.done = min(self.done, lasted)
+            return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
+        self._take_wish()
+        silence = min(lasted, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
+        if silence > self.options.silence:
+            say(f"nothing was heard of the job for {silence:.0f} s: ending it")
+        return silence > self.options.silence
 
     def _take_wish(self):
         """Somebody wants another number of ranks: dllm resize."""
         wanted = runs.take_wish(self.run)
         if wanted and wanted != self.ranks:
             self.before, self.ranks = self.ranks, wanted
-            self.process.send_signal(signal.SIGUSR1)  # a checkpoint, then the end
+            self.job.ask()  # a checkpoint, then the end
 
     def _is_ours(self):
         """Whether the run's folder was last taken by a job of this launcher."""
-        return (claim.owner(self.run) or "").startswith(f"{self.marked.mark}.")
+        return (claim.owner(self.run) or "").startswith(f"{self.job.mark}.")
 
     def _train_arguments(self):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
@@ -182,18 +171,6 @@ class Job:
         for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]
-
-    def stop(self):
-        """Ctrl-C: the first lets the job write a checkpoint, the second ends it."""
-        self.stops += 1
-        if self.process is not None and self.process.poll() is None:
-            self._pass_on()
-
-    def _pass_on(self):
-        if self.stops == 1:
-            self.process.send_signal(signal.SIGUSR1)
-        else:
-            mpirun.kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
 
 
 def say(text):

@@ -1,19 +1,13 @@
 """How the mpirun of this environment is called, be it Open MPI's or MPICH's: here, on listed hosts, inside a Slurm job."""
 
 import concurrent.futures
-import contextlib
 import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
-import uuid
 
-from . import claim
 from .errors import UserError
 
 OPENMPI = {
@@ -108,57 +102,3 @@ def answering(hosts):
 
     with concurrent.futures.ThreadPoolExecutor(len(hosts)) as pool:
         return {host: slots for (host, slots), well in zip(hosts.items(), pool.map(answers, hosts), strict=True) if well}
-
-
-class Marked:
-    """The processes of a job on this host, known by a mark in their variables: MPICH gives each rank a session of its own."""
-
-    def __init__(self):
-        self.mark = uuid.uuid4().hex
-
-    def start(self, words, hosts):
-        """Popen of mpirun's command."""
-        return subprocess.Popen(words, env=environment(hosts) | {claim.JOB: self.mark}, start_new_session=True)
-
-    def own(self):
-        """pids."""
-        mark = f"{claim.JOB}={self.mark}".encode()
-        return [pid for pid in _processes() if mark in _environment(pid)]
-
-    def has_ranks(self):
-        """Whether a rank of the job is on this host."""
-        return any(_program(pid) == os.path.realpath(sys.executable) for pid in self.own())
-
-    def sweep(self, seconds):
-        """End what mpirun left on this host: two jobs would be in each other's way."""
-        end = time.monotonic() + seconds
-        while (left := self.own()) and time.monotonic() < end:
-            for pid in left:
-                kill(os.kill, pid, signal.SIGKILL)
-            time.sleep(0.05)
-
-
-def kill(function, number, which):
-    """Send a signal to what may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        function(number, which)
-
-
-def _processes():
-    return [int(folder.name) for folder in pathlib.Path("/proc").iterdir() if folder.name.isdigit()]
-
-
-def _environment(pid):
-    """The variables of a process as they were when it started; nothing where it is gone, or a zombie, or another user's."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _program(pid):
-    """The file that a process runs; "" where it is gone."""
-    try:
-        return os.path.realpath(f"/proc/{pid}/exe")
-    except OSError:
-        return ""

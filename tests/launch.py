@@ -195,3 +195,12 @@ def train_arguments(data, run, *settings, preset=None, extra=()):
     )  # fmt: skip
     arguments = ["-m", "dllm.train", "--data", data, "--out", run, "--progress", "none", *extra]
     return arguments + [part for setting in (*small, *settings) for part in ("--set", setting)]
+
+
+def write_pairs(folder, examples, name="train"):
+    """The source and target files of (source, target) strings."""
+    paths = []
+    for side, suffix in enumerate(("src", "tgt")):
+        paths.append(folder / f"{name}.{suffix}")
+        paths[-1].write_bytes("".join(example[side] + "\n" for example in examples).encode())
+    return paths

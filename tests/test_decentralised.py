@@ -22,6 +22,7 @@ METHODS = {
     "dpsgd": (), "dpsgd-atc": ("averaging.topology=ring", "train.momentum=0.5"), "sgp": ("averaging.topology=star",),
     "gradient-tracking": (), "exact-diffusion": (), "qg-momentum": ("averaging.momentum=0.5",), "relaysum": (),
     "local-sgd 1": (), "dpsgd-atc complete": ("averaging.topology=complete",),
+    "dpsgd-atc hierarchical": ("averaging.hierarchical=true",),
     "local-sgd": ("averaging.period=5",), "diloco": ("averaging.period=8", "averaging.outer_lr=1.0", "averaging.momentum=0.1"),
     "choco": ("averaging.compression=sign",), "choco top-k": ("averaging.compression=top-k", "averaging.fraction=0.2"),
     **{f"allreduce {kind}": (f"averaging.compression={kind}", "averaging.fraction=0.2") for kind in
@@ -70,7 +71,7 @@ def test_a_run_with_a_break_is_the_run_without_to_the_bit(folder, name):
     assert metrics(whole) == metrics(broken)
 
 
-@pytest.mark.parametrize("name", ["allreduce own", "local-sgd 1", "dpsgd-atc complete"])
+@pytest.mark.parametrize("name", ["allreduce own", "local-sgd 1", "dpsgd-atc complete", "dpsgd-atc hierarchical"])
 def test_what_is_allreduce_in_theory_is_so_in_a_run(folder, name):
     for split in ("train", "valid"):
         ours, theirs = (column(metrics(folder / run, split), "loss") for run in (name, "allreduce"))

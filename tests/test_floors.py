@@ -18,6 +18,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("saving", "monitor", "warmup", "runs"),
     ("training", "bundle", "serving"),
     ("prepare", "train", "evaluate", "generate", "export", "import_", "resize", "mpirun", "__main__"),
+    ("job",),
     ("launch", "keep"),
     ("serve",),
 ]

@@ -55,6 +55,7 @@ class Hierarchical(OwnSteps):
             self._tell(self.x)  # the optimiser looks at it
         g[self.part] = mine
         self._tell(g)
+        self.used = slice(None)  # the rows of all ranks of the node are in it now
         return g
 
     def arrive(self, lr):
