@@ -56,7 +56,9 @@ def main():
         seconds.append(time.perf_counter() - begin)
     if dist.get_rank() == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": statistics.median(seconds[2:]), "mean": statistics.mean(seconds[2:]), "peak_rss_bytes": peak}))
+        seconds = seconds[2:]
+        found = {"seconds": statistics.median(seconds), "mean": statistics.mean(seconds), "peak_rss_bytes": peak}
+        print(json.dumps(found))
     dist.destroy_process_group()
 
 
