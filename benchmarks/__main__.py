@@ -43,9 +43,10 @@ def main():
     for name, function in COMMANDS.items():
         command = subparsers.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
         command.add_argument("--quick", action="store_true", help="one short round: to see that it works, not to quote")
-        command.add_argument("--ranks", type=int, default=2, help="ranks, and cores that peers get (default 2)")
-        command.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
-        command.add_argument("--steps", type=int, default=0, help="decentralised, network, papers: of training")
+        ranks = 8 if name in ("decentralised", "uneven") else 2
+        command.add_argument("--ranks", type=int, default=ranks, help=f"ranks, and cores that peers get (default {ranks})")
+        command.add_argument("--rounds", type=int, default=3, help="turns of each contestant, where seconds count (default 3)")
+        command.add_argument("--steps", type=int, default=0, help="decentralised, uneven, network, papers: of training")
         command.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
         command.add_argument(
             "--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}, where installed"

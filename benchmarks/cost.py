@@ -4,7 +4,8 @@
 
 Messages and bytes are what the busiest rank sends one after the other, by the usual algorithms (Thakur, Rabenseifner and
 Gropp 2005): Allreduce of S bytes 2 log2 n messages and 2 (n - 1) / n S bytes, by halving and doubling; Allgather log2 n
-messages and (n - 1) S bytes, by doubling; to each neighbour one message of S bytes.
+messages and (n - 1) S bytes, by doubling; to each neighbour one message of S bytes. Whatever the method, ranks that meet
+also combine a few control values, by an Allreduce of no size worth counting.
 """
 
 import numpy as np
@@ -12,12 +13,13 @@ import numpy as np
 from dllm.comm import topology
 
 
-def traffic(kind, size, ranks, degree=0, period=1):
+def traffic(kind, size, ranks, degree=0, period=1, times=1):
     """(messages, bytes) of a rank in a step.
 
     kind : allreduce | allgather | neighbours
-    size : bytes that a rank hands to MPI at a time
-    period : steps from one time to the next
+    size : bytes that a rank hands to MPI in all
+    period : steps from one meeting to the next
+    times : calls that wait for each other, among which the size is divided
     """
     if ranks == 1:
         return 0.0, 0.0
@@ -27,7 +29,7 @@ def traffic(kind, size, ranks, degree=0, period=1):
         "allgather": (rounds, ranks - 1),
         "neighbours": (degree, degree),
     }[kind]
-    return messages / period, parts * size / period
+    return (times * messages + 2 * rounds) / period, parts * size / period
 
 
 def degree(name, ranks):

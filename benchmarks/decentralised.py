@@ -94,9 +94,9 @@ LARGER = {
     **MODEL, "model.embedding": NETWORK.hidden, "model.hidden": NETWORK.hidden, "train.lanes": hosts.COUNT * NETWORK.lanes,
     "train.window": NETWORK.window, "train.warmup": 10, "train.schedule": "constant", "log.every": 5, "resilience.deadline": 0,
 }  # fmt: skip
-ON_NETWORK = {  # settings of averaging, and what a step sends: how, and how many bytes of how many
+ON_NETWORK = {  # settings of averaging, how a step sends what it sends, and how many times if not once
     "allreduce": ({}, "allreduce"),
-    "powersgd 4": ({"compression": "powersgd", "rank": 4}, "allreduce"),
+    "powersgd 4": ({"compression": "powersgd", "rank": 4}, "allreduce", 2),
     "top-k 1 %": ({"compression": "top-k", "fraction": 0.01}, "allgather"),
     "sign": ({"compression": "sign", **PLAIN}, "allgather"),
     "dpsgd exponential": ({"method": "dpsgd", "topology": "exponential"}, "neighbours"),
@@ -162,7 +162,7 @@ def _evaluate(found, steps):
 
 def _on_hosts(options, four, corpus, name, rate, steps):
     """What a run over the hosts gave, a step: seconds, kilobytes counted, kilobytes on a link; and losses over seconds."""
-    settings, kind = ON_NETWORK[name]
+    settings, kind, *times = ON_NETWORK[name]
     steps *= 2 if {"compression", "period"} & set(settings) else 1
     out = options.work / f"{name.replace(' ', '-')}-{rate}"
     settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
@@ -179,7 +179,8 @@ def _on_hosts(options, four, corpus, name, rate, steps):
     tokens = LARGER["train.lanes"] * LARGER["train.window"]
     seconds = [tokens / speed for speed, _ in times]
     return found | {
-        "kind": kind, "topology": settings.get("averaging.topology"), "period": settings.get("averaging.period", 1),
+        "kind": kind, "times": (times or [1])[0], "topology": settings.get("averaging.topology"),
+        "period": settings.get("averaging.period", 1),
         "step": float(np.mean(seconds[1:])),
         "exposed": float(np.mean([s * part for s, (_, part) in zip(seconds, times, strict=True)][1:])),
         "kilobytes": 1e3 * found["megabytes"][-1] / steps, "on_link": float(link),
@@ -200,9 +201,8 @@ def _torch_on_hosts(four, steps):
 
 def _traffic(one, ranks):
     """(messages, bytes) of a step on so many ranks, of a method that was measured on the hosts."""
-    traffic = lambda size, ranks, period: cost.traffic(
-        one["kind"], size, ranks, cost.degree(one["topology"], ranks) if one["kind"] == "neighbours" else 0, period
-    )
+    degree = lambda ranks: cost.degree(one["topology"], ranks) if one["kind"] == "neighbours" else 0
+    traffic = lambda size, ranks, period: cost.traffic(one["kind"], size, ranks, degree(ranks), period, one["times"])
     size = 1e3 * one["kilobytes"] * one["period"] / traffic(1, hosts.COUNT, 1)[1]
     return traffic(size, ranks, one["period"])
 

@@ -43,21 +43,22 @@ class Hosts:
         self.agent.chmod(0o755)
 
     def __enter__(self):
-        self.stack = contextlib.ExitStack()
-        self._add(self.switch)
-        _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
-        _ip("-n", self.switch, "link", "set", "br0", "up")
-        addresses = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(self.names, 1))
-        for number, name in enumerate(self.names, 1):
-            self._add(name)
-            known = pathlib.Path("/etc/netns", name)  # what a namespace sees as /etc
-            known.mkdir(parents=True)
-            self.stack.callback(shutil.rmtree, known)
-            (known / "hosts").write_text("127.0.0.1 localhost\n" + addresses)
-            _ip("link", "add", "e0", "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", self.switch)
-            _ip("-n", self.switch, "link", "set", f"p{number}", "master", "br0", "up")
-            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "e0")
-            _ip("-n", name, "link", "set", "e0", "up")
+        with contextlib.ExitStack() as self.stack:  # which undoes what was done where this fails
+            self._add(self.switch)
+            _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+            _ip("-n", self.switch, "link", "set", "br0", "up")
+            addresses = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(self.names, 1))
+            for number, name in enumerate(self.names, 1):
+                self._add(name)
+                known = pathlib.Path("/etc/netns", name)  # what a namespace sees as /etc
+                known.mkdir(parents=True)
+                self.stack.callback(shutil.rmtree, known)
+                (known / "hosts").write_text("127.0.0.1 localhost\n" + addresses)
+                _ip("link", "add", "e0", "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", self.switch)
+                _ip("-n", self.switch, "link", "set", f"p{number}", "master", "br0", "up")
+                _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "e0")
+                _ip("-n", name, "link", "set", "e0", "up")
+            self.stack = self.stack.pop_all()
         return self
 
     def __exit__(self, *error):

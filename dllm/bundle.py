@@ -16,6 +16,7 @@ import pathlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import xxhash
 
 from . import __version__, card, config, storage, weights
 from .data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
@@ -66,6 +67,11 @@ class Bundle:
     facts: dict
     warnings: list
 
+    @property
+    def fingerprint(self):
+        """Of the parameters and the tokenizer: equal where both are, to the bit."""
+        return f"{xxhash.xxh3_64_hexdigest(self.vector)}-{tokenizer_hash(self.tokenizer)[:16]}"
+
     @classmethod
     def open(cls, path, best=True):
         """Of a model folder, or of a run's newest best (or newest) checkpoint. Raises UserError."""
@@ -94,7 +100,7 @@ class Bundle:
         tensors = weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
         name, data, origin = folder.resolve().name, "" if facts["embedded"] is True else None, f"weights in {facts['weights']}"
         try:
-            card.text(name, facts, tokenizer.kind, __version__)
+            card.text(name, facts, tokenizer, __version__)
         except Exception:  # anything at all may stand in its parts
             raise UserError(f"{path} does not say where the model comes from, as every config.json of dllm does") from None
         return cls(name, settings, tokenizer, flat(*shape, tensors), data, origin, {}, facts, [])
@@ -182,6 +188,6 @@ def write(out, data, tokenizer, facts):
             (folder / WEIGHTS).write_bytes(data)
             save_tokenizer(folder, tokenizer)
             storage.write_json(folder / CONFIG, facts)
-            storage.write_text(folder / README, card.text(out.name, facts, tokenizer.kind, __version__))
+            storage.write_text(folder / README, card.text(out.name, facts, tokenizer, __version__))
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None

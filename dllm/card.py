@@ -14,7 +14,7 @@ tags: [lstm, language-model, dllm]
 
 ## Use
 
-    python -m dllm.generate {name} --prompt "..."
+    python -m dllm.generate {name} {question}
     mpirun -n 2 python -m dllm.evaluate {name} --data DIR
 
 In PyTorch, without dllm:
@@ -61,8 +61,13 @@ def script(facts):
     ])  # fmt: skip
 
 
+def question(tokenizer):
+    """The option of dllm.generate for a model of that tokenizer."""
+    return '--source "..."' if tokenizer.pairs else '--prompt "..."'
+
+
 def text(name, facts, tokenizer, version):
-    """The model card of `facts`, a config.json. tokenizer: its kind."""
+    """The model card of `facts`, a config.json."""
     model = facts["model"]
     inputs = f"embedding of {model['embedding']}" if model["embedding"] else "one-hot inputs"
     kind = f"LSTM language model: {inputs}{', tied to the output' * model['tied']}, {model['layers']} x {model['hidden']}"
@@ -71,7 +76,7 @@ def text(name, facts, tokenizer, version):
     return CARD.format(
         name=name, kind=kind + f", vocabulary of {facts['vocabulary']:,}", parameters=facts["parameters"], version=version,
         weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
-        tokenizer=tokenizer, script=script(facts),
+        tokenizer=tokenizer.kind, question=question(tokenizer), script=script(facts),
     )  # fmt: skip
 
 

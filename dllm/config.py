@@ -157,6 +157,7 @@ POSITIVE = (
 )  # fmt: skip
 BELOW_ONE = ("model.dropout", "train.momentum", "train.beta1", "train.beta2", "train.alpha", "averaging.momentum")
 AT_MOST_ONE = ("averaging.fraction", "averaging.consensus")
+WITHOUT_NEIGHBOURS = ("allreduce", "local-sgd", "diloco")
 PERIODIC = ("local-sgd", "diloco", "async-gossip")  # methods whose ranks are alone between meetings
 COMPRESSED = {
     "allreduce": ("powersgd", "sign", "signum", "top-k", "random-k", "qsgd", "bf16"),
@@ -280,8 +281,10 @@ def _check_averaging(averaging):
         able = COMPRESSED.get(method)
         instead = f"it takes {', '.join(able)}" if able else "allreduce and choco compress"
         raise UserError(f"averaging.compression = {compression} does not go with averaging.method = {method}: {instead}")
-    if averaging.topology and method in ("allreduce", "local-sgd", "diloco"):
+    if averaging.topology and method in WITHOUT_NEIGHBOURS:
         raise UserError(f"averaging.method = {method} has no neighbours: leave out averaging.topology")
+    if averaging.weights and method in (*WITHOUT_NEIGHBOURS, "sgp", "async-gossip"):
+        raise UserError(f"averaging.method = {method} has no choice of weights: leave out averaging.weights")
     if averaging.hierarchical and (method in ("allreduce", "choco", "async-gossip")):
         raise UserError(f"averaging.hierarchical does not go with averaging.method = {method}; with dpsgd, for example")
     if averaging.period > 1 and method not in PERIODIC:
@@ -290,7 +293,7 @@ def _check_averaging(averaging):
 
 def _check_value(name, value):
     if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f"{name} = {value}: it is one of {', '.join(map(str, CHOICES[name]))}")
+        raise UserError(f"{name} = {value}: it is one of {', '.join(str(choice) for choice in CHOICES[name] if choice != '')}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not abs(value) <= LARGEST:

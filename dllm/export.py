@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from . import bundle as folders
-from . import checkpoint, cli, config, weights
+from . import card, checkpoint, cli, config, weights
 from .bundle import Bundle
 from .comm import runtime
 from .data.lanes import Schedule
@@ -69,7 +69,7 @@ def export(argv, comm):
     folders.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{options.out}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
-    print(f'continue a text: python -m dllm.generate {options.out} --prompt "..."')
+    print(f"try it: python -m dllm.generate {options.out} {card.question(source.tokenizer)}")
     return DONE
 
 

@@ -11,7 +11,8 @@ import uuid
 
 from . import claim, mpirun
 
-START = 60.0  # seconds until the first rank must be there
+START = 60.0  # seconds until the first rank must be there; at each further attempt twice as many
+LONGER = 4  # times as many at most
 LOOK = 0.1  # seconds between looks at the ranks
 GRACE = 10.0  # seconds that what was killed gets to be gone
 
@@ -48,7 +49,7 @@ class Job:
         self.seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
         while self.process.poll() is None:
             time.sleep(LOOK)
-            self.seen, lasted = self.seen or self._has_ranks(), time.monotonic() - begin
+            self.seen, lasted = self.seen or self.has_ranks(), time.monotonic() - begin
             if not self.seen and lasted > patience:
                 self.say(f"no rank was there after {patience:.0f} s: ending the job")
                 break
@@ -78,7 +79,7 @@ class Job:
         mark = f"{claim.JOB}={self.mark}".encode()
         return [pid for pid in _processes() if mark in _environment(pid)]
 
-    def _has_ranks(self):
+    def has_ranks(self):
         """Whether a rank of the job is on this host."""
         return any(_program(pid) == os.path.realpath(sys.executable) for pid in self._own())
 

@@ -7,7 +7,7 @@ import time
 
 from . import mpirun
 from .errors import BAD_INPUT, DONE
-from .job import LOOK, START, Job
+from .job import LONGER, LOOK, START, Job
 
 SHORT = 60.0  # a job that lasts less than so many seconds has failed
 RETRIES = 5  # failures in a row before giving up
@@ -40,14 +40,15 @@ class Keeper:
         self.job, self.asked = Job(say), 0.0
 
     def supervise(self):
-        failures, hosts = 0, self.hosts
+        failures, hosts, served = 0, self.hosts, False
         while True:
             begin = time.monotonic()
-            code = self._once(hosts, START * 2**failures)
+            code = self._once(hosts, START * min(2**failures, LONGER))
             lasted = time.monotonic() - begin
             if self.job.stops:
                 return DONE
-            if code == BAD_INPUT:
+            served = served or lasted >= SHORT
+            if code == BAD_INPUT and not served:  # later it is something that passes, such as a port not yet free
                 return BAD_INPUT
             failures = failures + 1 if lasted < SHORT or not self.job.seen else 1
             say(f"the server ended after {lasted:.0f} s (mpirun's exit code {code})")
@@ -67,8 +68,17 @@ class Keeper:
         """Run mpirun to its end. Returns its exit code."""
         ranks = self.options.ranks if hosts == self.hosts else min(self.options.ranks, sum(hosts.values()))
         command = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
-        due = lambda _: self.job.stops and time.monotonic() - self.asked > self.options.drain + GRACE
-        return self.job.run([*command, sys.executable, "-m", "dllm.serve", *self.words], hosts, due, patience)
+        self.looked, self.missed = 0.0, 0  # when its ranks here were last looked for, and how often there were none
+        return self.job.run([*command, sys.executable, "-m", "dllm.serve", *self.words], hosts, self._due, patience)
+
+    def _due(self, lasted):
+        """Whether a job that was started so many seconds ago shall be ended."""
+        if self.job.stops:
+            return time.monotonic() - self.asked > self.options.drain + GRACE
+        if self.hosts and lasted - self.looked > GRACE:  # Open MPI's mpirun waits for ever for a lost host
+            self.missed = 0 if self.job.has_ranks() else self.missed + 1
+            self.looked = lasted
+        return self.missed > 1 and mpirun.is_here(next(iter(self.hosts)))
 
     def stop(self):
         """The first time requests under way are finished, the second time nothing is."""

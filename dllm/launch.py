@@ -9,7 +9,7 @@ import time
 from . import claim, cli, mpirun, runs
 from . import train as training
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
-from .job import START, Job
+from .job import LONGER, START, Job
 
 EPILOG = """
 examples
@@ -90,7 +90,7 @@ class Launcher:
         failures, last, hosts = 0, runs.newest_step(self.run), self.hosts
         while True:
             begin, ranks, owner = time.monotonic(), self.ranks, claim.owner(self.run)
-            code = self._once(hosts, START * 2**failures)
+            code = self._once(hosts, START * min(2**failures, LONGER))
             step = runs.newest_step(self.run)
             if runs.is_done(self.run):
                 return DONE

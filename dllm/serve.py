@@ -1,5 +1,6 @@
 """Serve a model over HTTP from all ranks: mpirun -n 4 python -m dllm.serve MODEL, or dllm serve MODEL -n 4."""
 
+import hashlib
 import importlib.util
 import ipaddress
 import os
@@ -102,6 +103,7 @@ def serve(argv, comm, stopping):
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     bundle = runtime.agree(comm, Bundle.open, options.model)
+    runtime.check_same(comm, {"model": bundle.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
     threads = options.threads or place.threads
     engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with runtime.leader_first(place):

@@ -17,10 +17,11 @@ examples
   mpirun -n 4 python -m dllm.train --data 'DIR/site{rank}'          private text: each rank reads its own folder only
   mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
   mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
+  mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; README has the ways to average
 
 SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
 passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
-Every key that --set takes is in the header of config.toml in any run's folder; dllm/config.py says what each does.
+Every key that --set takes is in config.toml in any run's folder; dllm/config.py says what each does.
 """
 
 

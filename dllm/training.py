@@ -65,12 +65,12 @@ class Trainer:
         self.layout = Layout(config.model, corpus.vocabulary, self.dtype)
         plain = methods.is_plain(config)
         self.resilient = survivable(comm) and not self.private and plain
-        memory = share(comm, place.comm, self.layout.size, self.dtype) if plain else None
+        memory = share(comm, place.comm, self.layout.size if plain else 1, self.dtype)
         with together(comm):
             team = Team(place.threads)
             threadpool_limits(place.threads, "blas")  # more than there are cores stand in each other's way
             bf16 = train.precision == "bf16"
-            gradient = None if memory is None else memory.mine
+            gradient = memory.mine if plain and memory is not None else None
             shape = config.model, corpus.vocabulary, self.dtype, train.window, B
             self.model = LanguageModel(*shape, bf16=bf16, gradient=gradient, team=team)
             self.optimizer = optim.make(train, self.layout.table, team)

@@ -13,7 +13,11 @@ def test_the_model_counts_the_bytes_that_are_sent(ranks):
     assert cost.traffic("allreduce", size, ranks)[1] == averaging.sent_by_allreduce(size, ranks)
     assert cost.traffic("allgather", size, ranks)[1] == averaging.sent_by_allgather(size, ranks)
     assert cost.traffic("allgather", size, ranks, period=4)[1] == averaging.sent_by_allgather(size, ranks) / 4
-    assert cost.traffic("neighbours", size, ranks, degree=3) == ((3, 3 * size) if ranks > 1 else (0, 0))
+    rounds = (ranks - 1).bit_length()
+    assert cost.traffic("neighbours", size, ranks, degree=3) == ((3 + 2 * rounds, 3 * size) if ranks > 1 else (0, 0))
+    once, twice = (cost.traffic("allreduce", size, ranks, times=times) for times in (1, 2))
+    assert once == (4 * rounds, twice[1])
+    assert twice[0] == 6 * rounds
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,39 @@ def matrices(run):
     return [topology.weights(graph, "uniform" if graph.directed else "metropolis")[k] for k in range(len(graph.phases))]
 
 
+def signs(V):
+    """Rows as their signs times their mean magnitudes, which travel in float32."""
+    return np.where(V >= 0, 1.0, -1.0) * np.abs(V).mean(axis=1, keepdims=True).astype(np.float32)
+
+
+def clipped(G, longest):
+    """Rows no longer than that."""
+    return G * np.minimum(1, longest / np.linalg.norm(G, axis=1, keepdims=True))
+
+
+def compressed(problem, n, config, clip, steps, lr=LR):
+    """X (n,P) after each step of Allreduce, where each rank clips its own gradient and compresses it."""
+    X, error, m = np.tile(problem.start, (n, 1)), np.zeros((n, P)), np.zeros((n, P))
+    for _ in range(steps):
+        G = clipped(problem.gradients(X), clip) if clip else problem.gradients(X)
+        if config.compression == "sign":
+            error += G
+            G = signs(error)
+            error -= G
+        elif config.compression == "signum":
+            m = config.momentum * m + (1 - config.momentum) * G
+            G = np.tile(np.sign(np.sign(m).sum(axis=0)), (n, 1))
+        X = X - lr * G.mean(axis=0)
+        yield X
+
+
 def recursion(name, problem, graph, n, config, steps, lr=LR):
     """X (n,P) after each step, by dense matrices: what the papers say."""
     X = np.tile(problem.start, (n, 1))
     kind = "column" if name == "sgp" else "uniform" if graph.directed else "metropolis"
     W = topology.weights(graph, kind)
     Y, before, psi_before, m, w = np.zeros_like(X), np.zeros_like(X), X.copy(), np.zeros_like(X), np.ones((n, 1))
-    history, outer, v = [X.copy()], X[0].copy(), np.zeros(P)
+    history, outer, v, known = [X.copy()], X[0].copy(), np.zeros(P), X.copy()
     for t in range(steps):
         Wt, G = W[t % len(W)], problem.gradients(X)
         if name == "dpsgd":
@@ -112,6 +138,10 @@ def recursion(name, problem, graph, n, config, steps, lr=LR):
             for i in range(n):
                 near = [j for j in range(n) if t + 1 - max(distance[i, j] - 1, 0) >= 1]
                 X[i] = np.mean([history[t + 1 - max(distance[i, j] - 1, 0)][j] for j in near], axis=0)
+        elif name == "choco":
+            half = X - lr * G
+            known = known + (signs(half - known) if config.compression == "sign" else half - known)
+            X = half + config.consensus * (Wt @ known - known)
         elif name in ("local-sgd", "diloco"):
             X = X - lr * G
             if (t + 1) % config.period == 0:
@@ -142,6 +172,23 @@ CASES = [
     *(("exact-diffusion", graph) for graph in ("ring", "torus", "complete", "star", "tree")),
     ("relaysum", "tree"), ("relaysum", "star"), ("local-sgd", ""), ("diloco", ""),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("graph", ["ring", "torus", "star"])
+@pytest.mark.parametrize("compression", ["none", "sign"])
+def test_each_step_of_compressed_gossip_is_the_matrix_recursion(comm, graph, compression):
+    run = Run(comm, "choco", topology=graph, compression=compression, consensus=0.3)
+    for X in recursion("choco", run.problem, topology.make(graph, comm.size), comm.size, run.method.config, 25):
+        np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("compression", ["none", "sign", "signum"])
+def test_each_step_of_own_gradients_clipped_and_compressed_is_the_recursion(comm, clip, compression):
+    train = {"clip": clip, "clip_by": "own"}
+    run = Run(comm, "allreduce", train=train, compression=compression)
+    for X in compressed(run.problem, comm.size, run.method.config, clip, 25):
+        np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "graph"), CASES)

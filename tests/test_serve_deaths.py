@@ -130,9 +130,9 @@ class Rank:
     def table(self):
         return {rank: (report, 0.1, self.dead) for rank, (_, report) in self.known.items()}
 
-    def hear_of(self, other, port):
+    def hear_of(self, other, port, host="here"):
         load = {name: other.engine.load()[name] for name in ("active", "queued", "slots")}
-        self.known[other.rank] = (1, load | {"address": ["127.0.0.1", port], "draining": False})
+        self.known[other.rank] = (1, load | {"address": ["127.0.0.1", port], "host": host, "draining": False})
 
 
 async def collect(inbox):
@@ -147,8 +147,16 @@ def plain(events):
     return json.loads(json.dumps(events))
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies):
+async def _rest(reader):
+    """What comes until the other closes, be it in the midst of what was sent to it."""
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+@pytest.mark.parametrize("fate", ["lives", "dies", "fails"])
+def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, fate):
     """It goes on from where it broke off, the same to the bit."""
 
     async def compare():
@@ -161,6 +169,7 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies
             await two.peers._serve(reader, writer)
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        one.hear_of(one, 0)
         one.hear_of(two, server.sockets[0].getsockname()[1])
         request = Request(prompt=np.arange(5), max_tokens=3000, seed=3, logprobs=2)
         alone, blocker, inbox = Inbox(), Inbox(), Inbox()
@@ -170,7 +179,9 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies
         rank, _ = one.peers.begin({0: request}, inbox)
         assert rank == 1
         got = [event for _, event in await inbox.get()]
-        if dies:
+        if fate == "fails":
+            two.engine.stop()
+        if fate == "dies":
             one.dead = True
             writers[0].transport.abort()
             server.close()
@@ -184,14 +195,32 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_dies(world, dies
     asyncio.run(asyncio.wait_for(compare(), 60))
 
 
-def test_who_does_not_know_the_secret_gets_nothing(world):
+def test_nothing_is_handed_to_the_loopback_of_another_host(world):
+    async def choose():
+        bundle = Bundle.open(world / "run")
+        one, two = Rank(bundle, 0), Rank(bundle, 1)
+        one.hear_of(one, 0)
+        blocker = Inbox()
+        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
+        for host, chosen in (("there", 0), ("here", 1)):
+            one.hear_of(two, 1, host)
+            assert one.peers.choose(1) == chosen
+        blocker.cancel()
+        for rank in (one, two):
+            rank.engine.stop()
+
+    asyncio.run(asyncio.wait_for(choose(), 30))
+
+
+@pytest.mark.parametrize("words", [b"16 %s %s\n" % (2 * (b"0" * 64,)), b"16\n", b"\n", b"x" * 100_000])
+def test_who_does_not_know_the_secret_gets_nothing(world, words):
     async def knock():
         rank = Rank(Bundle.open(world / "run"), 0)
         port = await rank.peers.listen("127.0.0.1")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         await reader.readline()
-        writer.write(b"0" * 64 + b' {"prompt": [1]}\n')
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.write(words + b'{"prompt": [1]} ')
+        assert await asyncio.wait_for(_rest(reader), 5) == b""
         writer.close()
         assert rank.engine.load()["active"] + rank.engine.load()["queued"] == 0
         rank.engine.stop()

@@ -353,7 +353,7 @@ def test_refused_sizes_and_degrees(name, size, degree, message):
 
 @pytest.mark.parametrize("name", ["exponential", "one-peer-exponential"])
 def test_refused_weights(name):
-    message = f"topology {name} has edges of one way, metropolis weights need both: take uniform or column"
+    message = f"topology {name} has edges of one way, metropolis weights need both: take uniform"
     with pytest.raises(UserError, match=f"^{message}$"):
         weights(make(name, 8), "metropolis")
     with pytest.raises(UserError, match=r"^weights 'metro': they are one of metropolis, uniform, column$"):

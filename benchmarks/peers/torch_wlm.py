@@ -1,7 +1,7 @@
 """The peer of preset wlm-200: PyTorch's word_language_model recipe (2 x 200 LSTM, tied, dropout 0.2, SGD at 20, divided by
 4 when validation stalls, clip 0.25, window 35, batch 20, evaluation batch 10) on a folder of train.txt and valid.txt.
 
-    python benchmarks/torch_wlm.py FOLDER [--epochs 1] [--threads 2] [--seed 1]
+    python benchmarks/peers/torch_wlm.py FOLDER [--epochs 1] [--threads 2] [--seed 1]
 
 Prints a line an epoch and ends with one JSON line: {"seed", "threads", "valid_perplexity", "train_seconds", "seconds"}.
 """

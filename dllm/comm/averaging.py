@@ -2,7 +2,8 @@
 
 An averaging method is what the training step asks for:
 
-    begin(rows, control)    a step begins: embedding rows in use, control values to combine
+    begin(tokens, control)  a step begins: embedding rows in use, control values to combine
+    agreed()                their maximum over the ranks; None where these are alone in this step
     ready(slice)            that slice of the gradient is final on this rank
     progress()              called often from inside the backward: neither MPI moves a message on its own
     gradient()              the gradient that the optimiser gets, in parts, and which embedding rows of it may not be zero
@@ -11,11 +12,15 @@ An averaging method is what the training step asks for:
     mix(theta, lr)          what the parameters become after the optimiser's step
     average(out)            the model that all ranks make up
     round_trips()           neighbour -> seconds that it takes to answer, where ranks have neighbours
+    describe()              words for the header of a run
+    under_way()             communicators and requests in which ranks may still wait when one has died
+    end()                   the run is over
 
 plus `squares`, the gradient's sum of squares without those rows where it is known on the way, else None; `unsound`, whether
 this rank's own share of the gradient is known not to be finite; `identical`, whether all ranks keep the same parameters;
 `scale`, by which each rank multiplies its loss; `arrays`, name -> vector that a checkpoint must hold for this rank;
-and counters for the metrics: bytes sent, seconds exposed (this rank did nothing else meanwhile), seconds in flight.
+`step`, how many were taken, where what is sent depends on it; and counters for the metrics: bytes sent, seconds exposed
+(this rank did nothing else meanwhile), seconds in flight.
 """
 
 import time

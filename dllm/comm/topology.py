@@ -190,8 +190,10 @@ def _fixed(name, n):
         return (_phase(n, ((0, i) for i in ranks)),)
     if name == "tree":
         return (_phase(n, (((i - 1) // 2, i) for i in ranks[1:])),)
-    everybody = tuple(ranks)  # complete: slices are quick, n^2 pairs are not
-    return (tuple(everybody[:i] + everybody[i + 1 :] for i in ranks),)
+    if name == "complete":
+        everybody = tuple(ranks)  # slices are quick, n^2 pairs are not
+        return (tuple(everybody[:i] + everybody[i + 1 :] for i in ranks),)
+    raise ValueError(name)
 
 
 def _random(name, n, degree, seed):
@@ -276,7 +278,7 @@ def weights(topology, kind):
     if kind not in WEIGHTS:
         raise UserError(f"weights '{kind}': they are one of {', '.join(WEIGHTS)}")
     if kind == "metropolis" and topology.directed:
-        raise UserError(f"topology {topology.name} has edges of one way, metropolis weights need both: take uniform or column")
+        raise UserError(f"topology {topology.name} has edges of one way, metropolis weights need both: take uniform")
     found = []
     for phase in range(len(topology.phases)):
         joined = np.zeros((topology.size, topology.size))

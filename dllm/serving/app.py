@@ -20,7 +20,7 @@ from . import metrics, openapi, readings
 from .completions import Events, Run
 from .limits import Guard
 from .openai import Answer, Completion, Refused, encode, models, read_json
-from .peers import LOST
+from .peers import state_of
 from .streams import Gone, unless_gone
 from .text import Vocabulary
 
@@ -46,7 +46,7 @@ class Service:
         self.name, self.vocabulary = bundle.name, Vocabulary(bundle.tokenizer)
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
-        self.created, self.state = int(time.time()), "ok"
+        self.created, self.state, self.writing = int(time.time()), "ok", asyncio.Lock()
         self.answered = metrics.Answered()
 
     def app(self, token=None, hosts=None):
@@ -69,13 +69,14 @@ class Service:
             Route("/v1/embeddings", functools.partial(readings.embeddings, self), methods=["POST"]),
         ]  # fmt: skip
         handlers = {Refused: _refused, HTTPException: _http_error, Gone: _gone, ClientDisconnect: _gone, UserError: _user_error}
+        self.paths = {route.path for route in routes}
         inside = Starlette(routes=routes, exception_handlers=handlers)
         inside.router.redirect_slashes = False
         return Guard(inside, self.limits, token, hosts, self._finished)
 
     def _finished(self, scope, status, seconds):
         notes = scope["dllm"]
-        route = getattr(scope.get("route"), "path", "other")
+        route = scope["path"] if scope["path"] in self.paths else "other"
         self.answered.add(route, status, seconds)
         if route in ("/health", "/metrics") and status == 200:
             return  # asked for all the time
@@ -87,15 +88,17 @@ class Service:
     async def health(self, request):
         if not request.scope["dllm"]["known"]:
             return JSONResponse({"status": self.state})
-        ranks = []
-        for rank, (report, silence, dead) in self.peers.gossip.table().items():
-            state = "dead" if dead else "silent" if silence > LOST else "draining" if report["draining"] else "ok"
+        ranks, table = [], self.peers.gossip.table()
+        for rank, (report, silence, _) in table.items():
+            state = state_of(table[rank])
             shown = {name: value for name, value in report.items() if name not in ("address", "draining", "drained")}
             ranks.append({"rank": rank, "state": state, **shown, "heard_seconds_ago": round(silence, 3)})
         return JSONResponse({"status": self.state, "rank": self.peers.rank, "model": self.name, "ranks": ranks})
 
     async def metrics(self, request):
-        text = metrics.text(self.engine.load(), self.answered, self.peers.gossip.table(), self.peers.rank)
+        table = self.peers.gossip.table()
+        up = {rank: state_of(entry) == "ok" for rank, entry in table.items()}
+        text = metrics.text(self.engine.load(), self.answered, table, self.peers.rank, up)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request):
@@ -115,7 +118,13 @@ class Service:
             return Events(run, answer, wanted.include_usage, headers, notes)
         choices = await unless_gone(request.receive, run.inbox, run.whole())
         notes["prompt_tokens"], notes["completion_tokens"] = run.counts
-        return Response(encode(answer.body(choices, run.counts)), media_type="application/json", headers=headers)
+        return await self.answer(answer.body(choices, run.counts), headers)
+
+    async def answer(self, body, headers):
+        """A response of JSON. Large ones are written one at a time, and others get their turn in between."""
+        async with self.writing:
+            await asyncio.sleep(0)
+            return Response(encode(body), media_type="application/json", headers=headers)
 
     async def prompts(self, given, field):
         """The Prompts of texts and token numbers. Raises Refused."""
@@ -152,7 +161,8 @@ def _page():
 
 async def _refused(request, refused):
     closing = {"connection": "close"} if refused.status in (408, 413) else {}
-    return JSONResponse(refused.body(), refused.status, {**(refused.headers or {}), **closing})
+    headers = {**refused.headers, **closing}
+    return Response(refused.data(), refused.status, headers, media_type="application/json")
 
 
 async def _user_error(request, error):

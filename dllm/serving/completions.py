@@ -3,7 +3,7 @@
 import contextlib
 
 from .openai import Refused, choice, encode, logprobs
-from .requests import Finished, Request, Token
+from .requests import Finished, Request
 from .streams import Gone, Inbox, check, unless_gone
 from .text import Text
 
@@ -16,17 +16,17 @@ class Choice:
     index : int
     wanted : openai.Completion
     prompt : Prompt
+    echoed : bytes
+        What the text begins with.
     vocabulary : Vocabulary
     """
 
-    def __init__(self, index, wanted, prompt, vocabulary):
+    def __init__(self, index, wanted, prompt, echoed, vocabulary):
         self.index, self.wanted, self.prompt, self.vocabulary = index, wanted, prompt, vocabulary
         self.text = Text(vocabulary.decode, wanted.stop)
         self.count, self.reason, self.cancel = 0, None, lambda: None
         self.blanks = 1 if prompt.blank else 0  # prompt tokens that nobody wrote
-        if wanted.echo and wanted.logprobs is None:
-            for number in prompt.tokens[self.blanks :]:
-                self.text.add(Token(int(number), None, [], True))
+        self.text.begin(echoed)
         if not self.request():
             self.reason = "length"
 
@@ -40,12 +40,6 @@ class Choice:
             prompt=self.prompt.tokens, max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
             top_k=wanted.top_k, seed=seed, logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens,
         )  # fmt: skip
-
-    @property
-    def told(self):
-        """How many tokens and alternatives to tokens there will be at most."""
-        wanted = self.wanted
-        return (wanted.max_tokens + wanted.echo * len(self.prompt)) * (1 + (wanted.logprobs or 0))
 
     def add(self, event):
         """Take in a Token or Finished. Raises Refused where the engine failed."""
@@ -79,16 +73,17 @@ class Run:
 
     def __init__(self, wanted, prompts, vocabulary, peers, most):
         """Raises Refused where there is no room. most : numbers that an answer may hold, so that memory is bounded."""
-        self.inbox = Inbox()
-        self.choices = [
-            Choice(number * wanted.n + place, wanted, prompt, vocabulary)
-            for number, prompt in enumerate(prompts) for place in range(wanted.n)
-        ]  # fmt: skip
-        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.left = [one for one in self.choices if one.reason is None]
-        told = sum(one.told for one in self.choices)
+        tokens = sum(wanted.max_tokens + wanted.echo * len(prompt) for prompt in prompts)
+        told = wanted.n * tokens * (1 + (wanted.logprobs or 0))
         if told > most:
             raise Refused(f"choices x tokens x (1 + logprobs) are {told}; {most} are allowed", "max_tokens")
+        self.inbox, self.choices = Inbox(), []
+        for prompt in prompts:
+            echoed = vocabulary.echo(prompt) if wanted.echo and wanted.logprobs is None else b""
+            for _ in range(wanted.n):
+                self.choices.append(Choice(len(self.choices), wanted, prompt, echoed, vocabulary))
+        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.left = [one for one in self.choices if one.reason is None]
         self.rank, cancels = peers.begin({one.index: one.request() for one in self.left}, self.inbox)
         for one in self.left:
             one.cancel = cancels[one.index]
@@ -142,7 +137,11 @@ class Events:
     async def __call__(self, scope, receive, send):
         names = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **self.headers}
         headers = [(name.encode(), value.encode()) for name, value in names.items()]
-        await self.run.inbox.taken()
+        try:
+            await self.run.inbox.taken()
+        except BaseException:
+            self.run.inbox.cancel()
+            raise
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(Gone):  # then nobody misses the end
             await unless_gone(receive, self.run.inbox, self._stream(send))

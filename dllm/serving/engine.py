@@ -111,9 +111,10 @@ class Engine:
         with self._changed:
             queued, problem = len(self._waiting), self._problem
         (then, before), now, tokens = self._marks[0], time.monotonic(), self._tokens
+        rate = (tokens - before) / max(now - then, 1e-3) if now - self._marks[-1][0] < RATE_SECONDS else 0.0
         return {
             "active": self.slots - len(self._free), "queued": queued, "slots": self.slots, "tokens": tokens,
-            "tokens_per_second": (tokens - before) / max(now - then, 1e-3), "steps": self._steps,
+            "tokens_per_second": rate, "steps": self._steps,
             "cache_bytes": self.cache.bytes, "cache_hits": self.cache.hits,
             "alive": int(not problem and self._thread is not None and self._thread.is_alive()),
         }  # fmt: skip
@@ -179,27 +180,38 @@ class Engine:
         return True
 
     def _admit(self, stream):
-        """Give a stream a slot, and the state of the longest prefix that is known."""
+        """Give a stream a slot."""
         request, slot = stream.request, self._free.pop()
         stream._slot, choice = slot, self._choice
-        state = None
-        if request.tells_prompt:  # every token's probability is wanted, so all are read
+        if request.tells_prompt:
             self._tell(stream, Token(int(request.prompt[0]), None, [], True))
-        else:
-            stream._read, state = self.cache.find(request.prompt[: request.to_read])
-        self.decoder.states[slot] = 0 if state is None else state
+        self.decoder.states[slot] = 0
         choice.temperature[slot], choice.top_k[slot], choice.top_p[slot] = request.temperature, request.top_k, request.top_p
         choice.seed[slot], choice.position[slot] = request.seed % 2**64, 0
         choice.wanted[slot] = request.logprobs or 0
         self._next[slot] = request.prompt[-1]
-        if stream._read == request.to_read:
+        if request.to_read == 0:
             self._prompt_read(stream)
+        else:
+            self._look_up(stream)
 
     def _read_window(self):
         """A window of the prompts that have waited longest, as many as have room beside the first."""
         left = lambda stream: min(WINDOW - stream._read % WINDOW, stream.request.to_read - stream._read)
-        T = left(self._reading[0])
-        streams = self._reading[: max(1, WINDOW_TOKENS // T)]
+        streams, read = [], set()
+        for stream in list(self._reading):
+            if self._look_up(stream):
+                continue
+            T = left(streams[0] if streams else stream)
+            if len(streams) == max(1, WINDOW_TOKENS // T):
+                break
+            tokens = stream.request.prompt[: stream._read + min(T, left(stream))].tobytes()
+            if tokens not in read or stream.request.tells_prompt:  # else it waits a turn for the state behind them
+                streams.append(stream)
+                read.update([tokens] if self.cache.limit else [])
+        if not streams:
+            return
+        T = left(streams[0])
         lengths = np.array([min(T, left(stream)) for stream in streams])
         tokens = np.zeros((T, len(streams)), np.int64)
         for n, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
@@ -215,6 +227,23 @@ class Engine:
                 self.cache.put(stream._seen(), self.decoder.states[stream._slot])
             if done:
                 self._prompt_read(stream)
+            else:  # the others have their turn
+                self._reading.remove(stream)
+                self._reading.append(stream)
+
+    def _look_up(self, stream):
+        """Take over what is known by now of the state behind a prompt. Returns whether that is all of it."""
+        request = stream.request
+        if request.tells_prompt:  # every token's probability is wanted, so all are read
+            return False
+        length, state = self.cache.find(request.prompt[: request.to_read], stream._read)
+        if length > stream._read:
+            stream._read = length
+            self.decoder.states[stream._slot] = state
+        if stream._read < request.to_read:
+            return False
+        self._prompt_read(stream)
+        return True
 
     def _tell_prompts(self, streams, lengths):
         """The log-probabilities of the tokens behind those of the window, for the streams that want them."""

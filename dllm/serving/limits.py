@@ -200,7 +200,7 @@ class _Answer:
     async def refuse(self, refused):
         """Answer with an error, unless an answer has begun: then the connection ends in the middle of it."""
         if self.status is None:
-            body = json.dumps(refused.body()).encode()
+            body = refused.data()
             names = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
             headers = [(name.lower().encode(), value.encode()) for name, value in {**names, **refused.headers}.items()]
             await self({"type": "http.response.start", "status": refused.status, "headers": headers})

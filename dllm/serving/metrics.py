@@ -20,13 +20,14 @@ class Answered:
         self.seconds[route] += seconds
 
 
-def text(load, answered, table, rank):
-    """All lines.
+def text(load, answered, table, rank, up):
+    """All lines: what this rank's engine and clients do, and what it knows of the others.
 
     load : dict, of the engine
     table : dict, of Gossip
+    up : dict, rank -> whether it answers
     """
-    lines = []
+    lines, reports = [], sorted({**{other: report for other, (report, _, _) in table.items()}, rank: load}.items())
     for name, kind, what in (
         ("active", "gauge", "streams that are computed now"),
         ("queued", "gauge", "streams that wait for a slot"),
@@ -36,7 +37,8 @@ def text(load, answered, table, rank):
         ("steps", "counter", "steps of the engine"),
     ):
         full = f"dllm_{name}" + ("_total" if kind == "counter" else "")
-        lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}", f'{full}{{rank="{rank}"}} {load[name]:g}']
+        lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}"]
+        lines += [f'{full}{{rank="{other}"}} {report[name]:.15g}' for other, report in reports if name in report]
     lines += ["# HELP dllm_requests_total requests answered", "# TYPE dllm_requests_total counter"]
     for (route, status), count in sorted(answered.counts.items()):
         lines.append(f'dllm_requests_total{{rank="{rank}",route="{route}",status="{status}"}} {count}')
@@ -50,6 +52,6 @@ def text(load, answered, table, rank):
         lines.append(f'dllm_request_seconds_count{{rank="{rank}",route="{route}"}} {total}')
     lines += ["# HELP dllm_peer_heard_seconds time since a rank was heard of", "# TYPE dllm_peer_heard_seconds gauge"]
     lines += [f'dllm_peer_heard_seconds{{rank="{rank}",peer="{peer}"}} {age:.3f}' for peer, (_, age, _) in table.items()]
-    lines += ["# HELP dllm_peer_up whether a rank lives", "# TYPE dllm_peer_up gauge"]
-    lines += [f'dllm_peer_up{{rank="{rank}",peer="{peer}"}} {int(not dead)}' for peer, (_, _, dead) in table.items()]
+    lines += ["# HELP dllm_peer_up whether a rank answers", "# TYPE dllm_peer_up gauge"]
+    lines += [f'dllm_peer_up{{rank="{rank}",peer="{peer}"}} {int(well)}' for peer, well in up.items()]
     return "\n".join(lines) + "\n"

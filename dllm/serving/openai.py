@@ -32,6 +32,10 @@ class Refused(Exception):
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    def data(self):
+        """The body as bytes: in ASCII, since it may tell of what is no character."""
+        return json.dumps(self.body()).encode()
+
 
 def busy(message="this server has as much to do as it may take on: try again"):
     return Refused(message, status=503, code="overloaded", headers={"Retry-After": "1"})

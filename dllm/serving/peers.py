@@ -13,14 +13,21 @@ import secrets
 
 import numpy as np
 
+from .limits import LOOPBACK
 from .openai import busy
 from .requests import Finished, Full, Request, Token
 from .streams import Inbox
 
 LOST = 3.0  # seconds without a word after which a rank is taken for gone
 PATIENCE = 5.0  # seconds for a connection to begin
-LINE = 16 << 20  # bytes of a line
+LINE = 16 << 20  # bytes of a request, or of a line of events
 CALLERS = 1024  # connections at once
+
+
+def state_of(entry):
+    """Of a rank's entry in the table of the gossip: "dead", "silent", "draining" or "ok"."""
+    report, silence, dead = entry
+    return "dead" if dead else "silent" if silence > LOST else "draining" if report["draining"] else "ok"
 
 
 class Peers:
@@ -40,22 +47,25 @@ class Peers:
 
     async def listen(self, address):
         """Take streams from other ranks at a port of this address. Returns the port."""
-        server = await asyncio.start_server(self._serve, address, 0, limit=LINE)
+        server = await asyncio.start_server(self._serve, address, 0)
         return server.sockets[0].getsockname()[1]
 
     def lost(self, rank):
         """Whether a rank is dead or has been silent for long."""
-        _, silence, dead = self.gossip.table().get(rank, (None, 0, True))
-        return dead or silence > LOST
+        entry = self.gossip.table().get(rank)
+        return entry is None or state_of(entry) in ("dead", "silent")
 
     def choose(self, streams):
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
         load = self.local.engine.load()
         if load["active"] + load["queued"] + streams <= load["slots"]:
             return self.rank
-        free = {}
-        for rank, (report, silence, dead) in self.gossip.table().items():
-            if rank != self.rank and not dead and silence < LOST and not report["draining"]:
+        free, table = {}, self.gossip.table()
+        here = table[self.rank][0]["host"] if self.rank in table else ""
+        for rank, entry in table.items():
+            report = entry[0]
+            near = report["address"][0] not in LOOPBACK or report["host"] == here  # loopback ends at a host
+            if rank != self.rank and near and state_of(entry) == "ok":
                 count, sent = self.handed.get(rank, (0, 0))
                 sent = sent if count == self.gossip.known[rank][0] else 0
                 free[rank] = report["slots"] - report["active"] - report["queued"] - sent
@@ -94,14 +104,19 @@ class Peers:
     async def _follow(self, rank, request, inbox, index, taken):
         """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
         seen = 0
-        with contextlib.suppress(OSError, EOFError, ValueError):  # also TimeoutError, and broken lines
+        with contextlib.suppress(Exception):  # whatever it is, that rank is of no use
             async for events in self._ask(rank, request):
                 if not taken.done():
                     taken.set_result(True)
                     continue
+                *before, last = events
+                if isinstance(last, Finished) and last.reason == "error":  # which may be that rank's alone
+                    inbox.put(index, before)
+                    seen += len(before)
+                    break
                 inbox.put(index, events)
                 seen += len(events)
-                if isinstance(events[-1], Finished):
+                if isinstance(last, Finished):
                     return
         room = True
         try:
@@ -123,7 +138,8 @@ class Peers:
         try:
             async with asyncio.timeout(PATIENCE):
                 question = json.dumps(vars(request) | {"prompt": request.prompt.tolist()}).encode()
-                writer.write(self._seal(await reader.readline(), question) + b" " + question + b"\n")
+                nonce, size = (await reader.readline()).strip(), b"%d" % len(question)
+                writer.write(b" ".join((size, self._seal(nonce, size), self._seal(nonce, question))) + b"\n" + question)
                 await writer.drain()
             while True:
                 try:
@@ -137,8 +153,11 @@ class Peers:
         finally:
             writer.close()
 
-    def _seal(self, nonce, question):
-        return hmac.new(self.secret, nonce.strip() + question, hashlib.sha256).hexdigest().encode()
+    def _seal(self, nonce, data):
+        return hmac.new(self.secret, nonce + data, hashlib.sha256).hexdigest().encode()
+
+    def _is_sealed(self, nonce, data, seal=b""):
+        return hmac.compare_digest(seal, self._seal(nonce, data))
 
     async def _serve(self, reader, writer):
         """A connection from another rank, or from somebody who has no business here."""
@@ -147,7 +166,7 @@ class Peers:
         try:
             if self.callers <= CALLERS:
                 await self._answer(reader, writer, inbox)
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, TypeError):
             pass  # whoever asked sees the connection end
         finally:
             self.callers -= 1
@@ -158,8 +177,11 @@ class Peers:
         nonce = secrets.token_hex(16).encode()
         async with asyncio.timeout(PATIENCE):
             writer.write(nonce + b"\n")
-            seal, _, question = (await reader.readuntil(b"\n")).strip().partition(b" ")
-        if not hmac.compare_digest(seal, self._seal(nonce, question)):
+            size, *seals = (await reader.readline()).split()
+            if not self._is_sealed(nonce, size, *seals[:1]) or int(size) > LINE:  # nothing large is read from a stranger
+                return
+            question = await reader.readexactly(int(size))
+        if not self._is_sealed(nonce, question, *seals[1:]):
             return
         fields = json.loads(question)
         try:

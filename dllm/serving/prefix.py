@@ -22,10 +22,14 @@ class PrefixCache:
         self._entries = OrderedDict()  # digest -> (length, state)
         self._count, self._lengths = Counter(), []  # how many entries have a length; those there are, sorted
 
-    def find(self, tokens):
-        """The longest prefix of tokens (n,) int64 that is known: its length and its state, not to be written to; (0, None)."""
+    def find(self, tokens, beyond=0):
+        """The longest prefix of tokens (n,) int64 that is known: its length and its state, not to be written to.
+
+        (0, None) where none is longer than `beyond`.
+        """
         found, hasher, at = [], hashlib.blake2b(digest_size=20), 0
-        for length in self._lengths[: bisect.bisect_right(self._lengths, len(tokens))]:
+        first, stop = (bisect.bisect_right(self._lengths, length) for length in (beyond, len(tokens)))
+        for length in self._lengths[first:stop]:
             hasher.update(tokens[at:length].tobytes())
             at = length
             digest = hasher.digest()

@@ -4,9 +4,8 @@ import base64
 import math
 
 import numpy as np
-from starlette.responses import Response
 
-from .openai import Fields, Refused, encode, finite, read_json, usage
+from .openai import Fields, Refused, finite, read_json, usage
 from .requests import Request
 from .streams import Inbox, gather, unless_gone
 
@@ -28,7 +27,7 @@ async def score(service, request):
     values = [finite(token.logprob) for token in tokens]
     told = [value for value in values if value is not None]
     loss = -math.fsum(told) / len(told) if told else None
-    return _json({
+    return await service.answer({
         "object": "score", "model": service.name, "loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700)),
         "tokens": [service.vocabulary.name(token.number) for token in tokens],
@@ -54,7 +53,7 @@ async def embeddings(service, request):
     ]
     counts = usage(sum(map(len, prompts)), 0)
     del counts["completion_tokens"]
-    return _json({"object": "list", "data": data, "model": service.name, "usage": counts}, headers)
+    return await service.answer({"object": "list", "data": data, "model": service.name, "usage": counts}, headers)
 
 
 async def _compute(service, request, given, prompts, what):
@@ -68,7 +67,3 @@ async def _compute(service, request, given, prompts, what):
 def _vector(state, form):
     state = np.asarray(state, "<f4")
     return base64.b64encode(state.tobytes()).decode() if form == "base64" else state.tolist()
-
-
-def _json(body, headers):
-    return Response(encode(body), media_type="application/json", headers=headers)

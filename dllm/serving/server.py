@@ -14,6 +14,7 @@ import uvicorn
 
 from ..comm import runtime
 from ..comm.gossip import Gossip
+from ..errors import UserError
 from .app import Service
 from .limits import LOOPBACK, Connection, Limits, Log
 from .peers import Peers
@@ -45,9 +46,10 @@ class Server:
         self.comm, self.bundle, self.engine, self.options, self.token = comm, bundle, engine, options, token
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()
-        loopback = listener.getsockname()[0] in LOOPBACK
-        self.hosts = LOOPBACK if loopback else None
-        self.address = ["127.0.0.1" if loopback or place.ranks == comm.size else _address(options.host), 0]
+        self.loopback = listener.getsockname()[0] in LOOPBACK or place.ranks == comm.size  # is where other ranks are
+        self.hosts = LOOPBACK if listener.getsockname()[0] in LOOPBACK else None
+        with runtime.together(comm):
+            self.address = ["127.0.0.1" if self.loopback else _address(options.host), 0]
         self.fixed = {"host": socket.gethostname()[:64], "pid": os.getpid()}
         self.gossip = Gossip(comm, self.report)
         self.limits = Limits(
@@ -78,7 +80,7 @@ class Server:
         local = Local(self.engine, loop)
         peers = Peers(self.gossip, local, self.secret)
         self.service = Service(self.bundle, local, peers, self.limits, self.log, self.options.log_prompts)
-        self.address[1] = await peers.listen(self.address[0])
+        self.address[1] = await peers.listen("127.0.0.1" if self.loopback else _everywhere(self.options.host))
         self.gossip.start()
         config = uvicorn.Config(
             self.service.app(self.token, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
@@ -142,16 +144,26 @@ class _Http(uvicorn.Server):
         yield
 
 
+def _everywhere(host):
+    """Where to listen for other ranks: they are called by addresses of IPv4."""
+    return "0.0.0.0" if host == "::" else host
+
+
 def _address(host):
-    """That other hosts can reach this one at."""
+    """That other hosts can reach this one at. Raises UserError."""
     if host not in ("0.0.0.0", "::"):
         return host
-    found = socket.gethostbyname(socket.gethostname())
-    if not found.startswith("127."):
-        return found
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # the address of the default route; nothing is sent
-        probe.connect(("192.0.2.1", 9))
+    with contextlib.suppress(OSError):
+        found = socket.gethostbyname(socket.gethostname())
+        if not found.startswith("127."):
+            return found
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # the address of the default route; nothing is sent
         return probe.getsockname()[0]
+    raise UserError(
+        f"{socket.gethostname()} has no address that other hosts know: give its name one, or start on each host by itself "
+        "with its own --host"
+    )
 
 
 def _raise_limit():

@@ -36,6 +36,11 @@ class Text:
         self.sent, self.held, self.free = 0, "", 0  # characters given out; text that is not; how much of it may be
         self.waiting = []  # (start, end, token)
 
+    def begin(self, data):
+        """Take in the bytes of a prompt at once, whose tokens nobody wants to be told of."""
+        self.held += self.decoder.decode(data)
+        self.free = len(self.held)
+
     def add(self, token):
         """Take in a token; one of the prompt ends nothing. Returns whether the text has ended."""
         if self.ended:
@@ -109,6 +114,10 @@ class Vocabulary:
         if isinstance(given, str):
             return Prompt(start_tokens(self.tokenizer, given), not given)
         return Prompt(np.array(given, np.int64), False)
+
+    def echo(self, prompt):
+        """The bytes of a prompt, token by token."""
+        return b"".join(self.decode([number]) for number in prompt.tokens[prompt.blank :].tolist())
 
     def _name(self, number):
         """A token's text by itself; of bytes that are no characters by themselves, their values, in OpenAI's form."""

@@ -188,7 +188,8 @@ class OwnSteps:
         """As in averaging.Allreduce; None where ranks are alone in this step."""
         if self.control_request is None:
             return None
-        wait(self.control_request)
+        with self.exposed():
+            wait(self.control_request)
         return self.control[1]
 
     def ready(self, part):
