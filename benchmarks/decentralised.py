@@ -22,6 +22,7 @@ MODEL = {
 CURVE = 20  # points of a curve
 PLAIN = {"train.momentum": 0.0, "train.lr": 10.0}  # about what momentum 0.9 makes of lr 1
 RELAYSUM = {"method": "relaysum", "topology": "tree", "train.lr": 2.5}  # steps count 1 / (1 + mean delay): models come late
+DILOCO = {"method": "diloco", "period": 50, "train.lr": 0.2}  # momentum 0.9 outside makes a step count 7 times
 CONTESTANTS = {  # where steps count for more or less than allreduce's, with a rate that makes up for it
     "allreduce": {},
     "dpsgd exponential": {"method": "dpsgd", "topology": "exponential"},
@@ -34,7 +35,8 @@ CONTESTANTS = {  # where steps count for more or less than allreduce's, with a r
     "qg-momentum": {"method": "qg-momentum", "topology": "exponential", **PLAIN, "train.lr": 5.0},
     "relaysum tree": RELAYSUM,
     "local-sgd, 10 steps": {"method": "local-sgd", "period": 10},
-    "diloco, 50 steps": {"method": "diloco", "period": 50, "train.lr": 0.2},
+    "diloco, 50 steps": DILOCO,
+    "diloco, later": {**DILOCO, "from": 24 / 88},  # its paper starts from a model that has seen 24,000 of 88,000 steps
     "choco sign ring": {"method": "choco", "topology": "ring", "compression": "sign", "consensus": 0.5},
     "choco top-k ring": {"method": "choco", "topology": "ring", "compression": "top-k", "fraction": 0.05, "consensus": 0.1},
     "async-gossip": {"method": "async-gossip", "topology": "exponential", "period": 20},
@@ -74,11 +76,15 @@ def _compare(options, text, corpus, contestants):
         [("method", 24), ("loss", 9), ("to allreduce", 14), ("ranks' own", 12), ("apart", 9), ("KB a step", 12)],
     )
     data, curves = {}, {}
+    common = {**MODEL, "train.max_steps": steps, "train.eval_every": steps // CURVE, "log.every": steps // CURVE}
     for name, settings in contestants.items():
-        out = options.work / name.replace(" ", "-")
+        out, start = options.work / name.replace(" ", "-"), ["--data", corpus]
         settings = {key if "." in key else f"averaging.{key}": value for key, value in settings.items()}
-        common = {**MODEL, "train.max_steps": steps, "train.eval_every": steps // CURVE, "log.every": steps // CURVE}
-        train(options.ranks, out, "--data", corpus, settings={**common, **settings})
+        if before := round(settings.pop("averaging.from", 0) * steps):  # by allreduce
+            train(options.ranks, out, *start, "--max-steps", before, settings=common)
+            train(options.ranks, out, "--resume", out, settings=settings)
+        else:
+            train(options.ranks, out, *start, settings={**common, **settings})
         found = data[name] = _summary(metrics(out))
         curves[name] = list(zip(found["megabytes"], found["losses"], strict=True))
         first = data["allreduce"]["losses"][-1]

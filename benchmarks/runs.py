@@ -60,9 +60,10 @@ def random_corpus(folder, vocabulary, tokens):
 
 
 def train(ranks, out, *arguments, settings=(), survive=False):
-    """summary.json of a run of the train command."""
+    """summary.json of a run of the train command, a new one unless it goes on with --resume."""
     options = [word for key, value in dict(settings).items() for word in ("--set", f"{key}={value}")]
-    run([*on_ranks(ranks, "dllm.train", "--out", out, "--progress", "none", survive=survive), *arguments, *options])
+    where = [] if "--resume" in arguments else ["--out", out]
+    run([*on_ranks(ranks, "dllm.train", *where, "--progress", "none", survive=survive), *arguments, *options])
     return json.loads((out / "summary.json").read_text())
 
 
