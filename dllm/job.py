@@ -29,11 +29,13 @@ class Job:
     def __init__(self, say):
         self.mark, self.say, self.process, self.stops, self.seen = uuid.uuid4().hex, say, None, 0, False
 
-    def run(self, words, hosts, due, patience=START):
+    def run(self, words, variables, hosts, due, patience):
         """Exit code of mpirun, once it has ended by itself or was ended.
 
         words : list of str
             mpirun's command.
+        variables : dict
+            Its environment, of mpirun.environment.
         hosts : dict
             name -> ranks, where they are listed.
         due : callable
@@ -41,8 +43,7 @@ class Job:
         patience : float
             Seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
         """
-        variables = mpirun.environment(hosts) | {claim.JOB: self.mark}
-        self.process = subprocess.Popen(words, env=variables, start_new_session=True)
+        self.process = subprocess.Popen(words, env=variables | {claim.JOB: self.mark}, start_new_session=True)
         if self.stops:  # asked for while it was being started
             self._pass_on()
         begin = time.monotonic()

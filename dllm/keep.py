@@ -69,7 +69,8 @@ class Keeper:
         ranks = self.options.ranks if hosts == self.hosts else min(self.options.ranks, sum(hosts.values()))
         command = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
         self.looked, self.missed = 0.0, 0  # when its ranks here were last looked for, and how often there were none
-        return self.job.run([*command, sys.executable, "-m", "dllm.serve", *self.words], hosts, self._due, patience)
+        words = [*command, sys.executable, "-m", "dllm.serve", *self.words]
+        return self.job.run(words, mpirun.environment(), hosts, self._due, patience)
 
     def _due(self, lasted):
         """Whether a job that was started so many seconds ago shall be ended."""

@@ -135,7 +135,8 @@ class Launcher:
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
         command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
         self.done = math.inf  # when the run was
-        return self.job.run([*command, *self._train_arguments()], hosts, self._due, patience)
+        words, variables = [*command, *self._train_arguments()], mpirun.environment(detect=len(hosts) > 1)
+        return self.job.run(words, variables, hosts, self._due, patience)
 
     def _due(self, lasted):
         """Whether a job that was started so many seconds ago shall be ended."""

@@ -57,9 +57,9 @@ def command(ranks, cores, hosts, *pass_on):
     return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if crowded else [])]
 
 
-def environment(hosts):
-    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise."""
-    return {**OPENMPI, **(DETECTOR if len(hosts) > 1 else {}), **os.environ}
+def environment(detect=False):
+    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise. detect: hosts that fall silent."""
+    return {**OPENMPI, **(DETECTOR if detect else {}), **os.environ}
 
 
 def read_hosts(path):

@@ -9,7 +9,7 @@ import numpy as np
 from . import optim
 from .comm import compression
 from .kernels.compress import add_signs, pack_signs
-from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows, weighted_sum
+from .kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows, weighted_differences, weighted_sum
 from .model import DTYPES, LanguageModel
 from .state import State
 
@@ -44,7 +44,8 @@ def warm_up(config):
     sum_ranks(vectors, 0, 0, 8)
     copy(vectors[0], vectors[0])
     sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
-    weighted_sum(vectors[0], 1.0, vectors[0], np.zeros(1), vectors)
+    for combine in (weighted_sum, weighted_differences):
+        combine(vectors[0], 1.0, vectors[0], np.zeros(1), vectors)
     _warm_up_compression(config.averaging, vectors[0])
     LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)
 

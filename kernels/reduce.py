@@ -74,6 +74,19 @@ def weighted_sum(out, own, x, weights, others):
                 part[k] += weight * row[k]
 
 
+@kernel
+def weighted_differences(out, own, x, weights, others):
+    """out (k,) = sum_j weights_j (others_j - x): over ranks with equal weights both ways these add up to 0. own has no part."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        part, source = out[start:stop], x[start:stop]
+        part[:] = 0
+        for j in range(weights.size):
+            row, weight = others[j, start:stop], x.dtype.type(weights[j])
+            for k in range(part.size):
+                part[k] += weight * (row[k] - source[k])
+
+
 @intrinsic
 def _fence(typingctx):
     def generate(context, builder, signature, arguments):

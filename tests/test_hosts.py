@@ -1,7 +1,12 @@
-"""A run over four hosts with a network between them; the link of one is cut in mid-run."""
+"""A run over four hosts with a network between them, and a server; the link of one is cut in mid-run, a rank killed."""
 
+import contextlib
+import json
 import pathlib
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +16,18 @@ from runs import column, metrics, same_losses
 from benchmarks import hosts as network
 
 STEPS = 150
+TOKEN = "for-these-four-hosts"
+CLIENT = """
+import json, sys, httpx
+url, body, token = json.loads(sys.argv[1])
+known = {"Authorization": f"Bearer {token}"}
+with httpx.stream("POST" if body else "GET", url, json=body, headers=known, timeout=30) as answer:
+    if body and body.get("stream"):
+        print(answer.headers["x-dllm-rank"], flush=True)
+        for _ in answer.iter_lines(): pass
+    answer.read()
+    print(json.dumps([answer.status_code, answer.headers.get("x-dllm-rank"), answer.json()]))
+"""
 SILENCE = 10  # seconds; MPICH notices a cut link after many minutes only
 pytestmark = pytest.mark.skipif(bool(network.missing()), reason=str(network.missing()))
 SETTINGS = (
@@ -89,3 +106,53 @@ def test_the_link_of_a_host_is_cut(hosts, tiny, undisturbed, tmp_path, victim):
     elif victim > 1:
         assert re.search(rf"rank {victim - 1} of 4 died; 3 go on from step \d+", done.stderr), done.stderr
     check(run, undisturbed)
+
+
+def client(hosts, number, path, body=None):
+    """The words that ask host `number`, from that host."""
+    url = f"http://{hosts.names[number - 1]}:8000{path}"
+    return [*hosts.on(number), sys.executable, "-c", CLIENT, json.dumps([url, body, TOKEN])]
+
+
+def ask(hosts, number, path, body=None):
+    """(status, rank that computed it, answer)"""
+    done = subprocess.run(client(hosts, number, path, body), capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def busy(hosts, number):
+    """A long stream that a client of a host reads: the rank that computes it."""
+    body = {"prompt": "To be", "max_tokens": 10**5, "stream": True}
+    with subprocess.Popen(client(hosts, number, "/v1/completions", body), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_each_host_serves_hands_on_what_is_too_much_for_it_and_outlives_another(hosts, world):
+    options = "-n", 4, "--hostfile", hosts.file, "--host", "0.0.0.0", "--slots", 1, "--max-tokens", 10**5
+    env = hosts.environment() | {"DLLM_TOKEN": TOKEN}
+    text, places = {"prompt": "To be", "max_tokens": 50, "seed": 7}, range(1, network.COUNT + 1)
+    with Job(0, "-m", "dllm", "serve", world / "run", *options, timeout=150, env=env, before=hosts.on(1)) as server:
+        well = lambda number: [e["rank"] for e in ask(hosts, number, "/health")[2].get("ranks", ()) if e["state"] == "ok"]
+        server.until(lambda: "at http://" in server.out, "server")
+        server.until(lambda: all(well(number) == [0, 1, 2, 3] for number in places), "ranks that know each other")
+        answers = [ask(hosts, number, "/v1/completions", text) for number in places]
+        assert [rank for _, rank, _ in answers] == ["0", "1", "2", "3"]
+        with busy(hosts, 3) as first, busy(hosts, 3) as second:
+            assert first == 2
+            assert second != 2
+            answers.append(ask(hosts, 3, "/v1/completions", text))
+            assert int(answers[-1][1]) not in (first, second)
+        if flavour() == "openmpi":
+            pids = {entry["rank"]: entry["pid"] for entry in ask(hosts, 1, "/health")[2]["ranks"]}
+            server.signal(signal.SIGKILL, [pids[3]])
+            server.until(lambda: all(well(number) == [0, 1, 2] for number in (1, 2, 3)), "news of the death", 20)
+            answers += [ask(hosts, number, "/v1/completions", text) for number in (1, 2, 3)]
+        assert {status for status, _, _ in answers} == {200}
+        assert len({answer["choices"][0]["text"] for _, _, answer in answers}) == 1
+        server.signal(signal.SIGTERM, [server.launcher()])
+        assert server.process.wait(60) == 0, str(server)

@@ -44,14 +44,14 @@ class Quadratics:
 class Run:
     """A method on this rank, driven as the training loop drives it."""
 
-    def __init__(self, comm, name, lr=LR, train=(), node=None, **settings):
+    def __init__(self, comm, name, lr=LR, train=(), node=None, dtype=np.float64, **settings):
         self.problem, self.rank, self.lr = Quadratics(comm.size), comm.rank, lr
-        self.x, self.g = self.problem.start.copy(), np.zeros(P)
+        self.x, self.g = self.problem.start.astype(dtype), np.zeros(P, dtype)
         train = TrainConfig(optimizer="sgd", lr=lr, **dict(train))
         config = AveragingConfig(**{"method": name, "bucket_mb": 2e-5, **settings})
         self.method = make(node, comm, self.x, self.g, None, config, train, True)
         self.optimizer = optim.make(train, None)
-        moments = [np.zeros(P) for _ in range(self.optimizer.moments)]
+        moments = [np.zeros(P, dtype) for _ in range(self.optimizer.moments)]
         self.state = SimpleNamespace(theta=self.x, moments=moments, step=0)
 
     def step(self):
@@ -247,6 +247,19 @@ def test_exact_methods_reach_the_optimum_where_dpsgd_does_not(comm, name):
     assert np.abs(exact - solution).max() < 1e-8
     if comm.size > 2:
         assert max(comm.allgather(np.abs(plain - solution).max())) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["dpsgd", "gradient-tracking", "exact-diffusion", "relaysum", "choco"])
+def test_where_nothing_is_learnt_rounding_does_not_move_the_mean(comm, name):
+    run = Run(comm, name, dtype=np.float32)
+    run.steps(20)
+    before, after = np.empty_like(run.x), np.empty_like(run.x)
+    run.lr = 0.0
+    run.steps(10)  # what is under way arrives
+    run.method.average(before)
+    run.steps(1000)
+    run.method.average(after)
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
 
 
 def least_squares(comm, name, steps=40, **settings):

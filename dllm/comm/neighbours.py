@@ -87,6 +87,8 @@ class Neighbours:
 class Mixing:
     """out_i = sum_j W_ij x_j over this rank and its neighbours, bucket by bucket while something else is computed.
 
+    With combine = weighted_differences: sum_j W_ij (x_j - x_i).
+
     Parameters
     ----------
     neighbours : Neighbours
@@ -100,9 +102,12 @@ class Mixing:
         in which something is under way.
     polite : bool
         True where ranks outnumber cores: sleep while waiting.
+    combine : kernel
+        Of kernels/reduce.py.
     """
 
-    def __init__(self, neighbours, length, dtype, bucket_bytes, counters, polite=False):
+    def __init__(self, neighbours, length, dtype, bucket_bytes, counters, polite=False, combine=weighted_sum):
+        self.combine = combine
         self.neighbours, self.counters, self.polite = neighbours.duplicate(), counters, polite
         step = max(1, bucket_bytes // np.dtype(dtype).itemsize)
         self.buckets = [slice(at, min(at + step, length)) for at in range(0, length, step)]
@@ -111,7 +116,7 @@ class Mixing:
         self.flight, self.next = [], len(self.buckets)
 
     def start(self, x, out, step):
-        """Begin. x, out: (length,); both are left alone until `finish` returns. They may be the same array."""
+        """Begin. x, out: (length,); both are left alone until `finish` returns. For a sum they may be the same array."""
         assert not self.flight
         self.x, self.out, self.next, self.begun = x, out, 0, time.perf_counter()
         self.graph, self.own, self.others = self.neighbours.at(step)
@@ -150,7 +155,7 @@ class Mixing:
 
     def _arrived(self):
         _, bucket, received, buffer = self.flight.pop(0)
-        weighted_sum(self.out[bucket], self.own, self.x[bucket], self.others, received)
+        self.combine(self.out[bucket], self.own, self.x[bucket], self.others, received)
         self.free.append(buffer)
         self._post()
 

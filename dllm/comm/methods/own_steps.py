@@ -115,10 +115,10 @@ class OwnSteps:
         self.gap = topology.spectral_gap(matrices) if self.comm.size <= FEW else None
         return self.neighbours
 
-    def mixing(self, neighbours, length=None):
+    def mixing(self, neighbours, length=None, **named):
         """A Mixing of vectors like x."""
         length = self.x.size if length is None else length
-        made = Mixing(neighbours, length, self.x.dtype, self.bucket_bytes, self, self.polite)
+        made = Mixing(neighbours, length, self.x.dtype, self.bucket_bytes, self, self.polite, **named)
         self.mixings.append(made)
         return made
 
