@@ -72,8 +72,8 @@ class Monitor:
         Raises UserError on all ranks.
         """
         times = self.seconds, self.exposed, self.flight
-        everyone = allgather(self.comm, (digest, times, state.lane_loss, self._holds(), self.averaging.round_trips()))
-        digests, times, losses, holds, trips = zip(*everyone, strict=True)
+        own = digest, times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
+        digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
         losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
         loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
@@ -96,7 +96,8 @@ class Monitor:
                     "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
                     "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
                     "slowest_rank": slowest,
-                    "bytes_sent": state.bytes_sent,
+                    "bytes_sent": sum(sent) // len(sent),
+                    "most_bytes_sent": max(sent),
                     **self._links(trips),
                     "parameters": digest,
                 }

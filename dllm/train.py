@@ -7,7 +7,7 @@ import sys
 import time
 
 from . import __version__, cli, config
-from .comm import runtime
+from .comm import runtime, topology
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
 
 EPILOG = """
@@ -44,7 +44,7 @@ def arguments(argv, rank=0):
 
 def settings(options):
     """The Config of the command line, and that of the run which is resumed."""
-    extra = [*options.set]
+    extra = [_lasting(setting) for setting in options.set]
     if options.data:
         extra.append(f"data.path={os.path.abspath(options.data)}")
     if options.resume:
@@ -52,6 +52,13 @@ def settings(options):
 
         return read_settings(options.resume, config.parse_settings(extra))
     return config.resolve(options.preset or "default", options.config, extra)
+
+
+def _lasting(setting):
+    """A setting as a run can keep it: the path of a topology's file from the root."""
+    key, _, value = setting.partition("=")
+    is_file = key.strip() == "averaging.topology" and value not in topology.NAMES and os.path.isfile(value)
+    return f"{key}={os.path.abspath(value)}" if is_file else setting
 
 
 def main(argv=None):

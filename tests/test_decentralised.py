@@ -127,3 +127,15 @@ def test_on_another_number_of_ranks_a_run_goes_on_from_the_average(folder):
     assert re.fullmatch(r"dllm: .*step-00000050 has no gradient-tracking state for 2 ranks: .*\n", complaint(done))
     assert complaint(mpirun(2, *again[:-1], "train.max_steps=70", "--set", "averaging.topology=ring", check=True)) == ""
     assert metrics(run, "valid")[-1]["loss"] < metrics(run, "valid")[0]["loss"]
+
+
+def test_a_run_on_a_graph_from_a_file_goes_on_from_another_folder(tiny, tmp_path):
+    (tmp_path / "edges").write_text("0 1\n1 2\n")
+    settings = "averaging.method=dpsgd", "averaging.topology=edges", "train.optimizer=sgd", "train.max_steps=4"
+    mpirun(3, *train_arguments(tiny, tmp_path / "run", *settings), cwd=tmp_path, check=True)
+    more = "-m", "dllm.train", "--resume", tmp_path / "run", "--progress", "none", "--set", "train.max_steps=6"
+    mpirun(3, *more, check=True)
+    sent = column(metrics(tmp_path / "run", "train"), "bytes_sent")
+    most = column(metrics(tmp_path / "run", "train"), "most_bytes_sent")
+    assert len(sent) == 6
+    assert (most > 1.3 * sent).all()  # the rank in the middle sends twice what the others do

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .openai import Refused, busy
 
-OPEN = {"/", "/health", "/openapi.json"}  # answered without a token; /health then says no more than that it is there
+OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 LAST = 1.0  # seconds that a connection without a request stays when the server ends
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
