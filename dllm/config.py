@@ -83,7 +83,7 @@ class AveragingConfig:
     momentum: float = 0.9  # of diloco's outer optimiser, of qg-momentum, of signum
     outer_lr: float = 0.7  # diloco
     consensus: float = 0.5  # choco: the step towards the neighbours. 1 without compression, smaller the coarser that is
-    bucket_mb: float = 4.0  # smaller: communication starts earlier; larger: fewer messages
+    bucket_mb: float = 0.0  # smaller: communication starts earlier; larger: fewer messages. 0: 4 in a node, 0.5 between nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ AT_LEAST_ONE = (
     "resilience.min_ranks", "resilience.max_skipped", "log.every", "averaging.degree", "averaging.rank", "averaging.period",
 )  # fmt: skip
 POSITIVE = (
-    "checkpoint.mtbf_hours", "train.lr", "train.decay", "train.epsilon", "averaging.bucket_mb", "averaging.fraction",
+    "checkpoint.mtbf_hours", "train.lr", "train.decay", "train.epsilon", "averaging.fraction",
     "averaging.outer_lr", "averaging.consensus",
 )  # fmt: skip
 BELOW_ONE = ("model.dropout", "train.momentum", "train.beta1", "train.beta2", "train.alpha", "averaging.momentum")

@@ -32,6 +32,7 @@ from .survival import Clock, LaneCopies, Survived, take_lanes
 STOP, OUT_OF_TIME, CHECKPOINT, WRITING, UNSOUND = range(5)  # places in the control values that ranks combine in each step
 NOT_ASKED = np.array([0, 0, 0, 1, 0.0])  # what they are where ranks do not meet
 SETTLED = 10  # steps before speed counts
+IN_NODE, BETWEEN_NODES = 4.0, 0.5  # MiB of a bucket: many small ones keep slow links busy
 
 
 class Trainer:
@@ -98,15 +99,16 @@ class Trainer:
             self.copies.send(self.state.step, self.state.h, self.state.c, self.state.lane_loss)
             self.copies.complete()
         self._check_ranks_agree()
+        bucket = config.averaging.bucket_mb or (IN_NODE if place.ranks == comm.size else BETWEEN_NODES)
         if plain:
             self.averaging = averaging(
                 comm, place.comm, memory, self.model.gradient, self.layout.table, train.window * -(-train.lanes // comm.size),
-                int(config.averaging.bucket_mb * 2**20), place.crowded,
+                int(bucket * 2**20), place.crowded,
             )  # fmt: skip
         else:
             self.averaging = methods.make(
-                place.comm, comm, self.state.theta, self.model.gradient, self.layout.table, config.averaging, train,
-                place.crowded, self.layout,
+                place.comm, comm, self.state.theta, self.model.gradient, self.layout.table,
+                dataclasses.replace(config.averaging, bucket_mb=bucket), train, place.crowded, self.layout,
             )  # fmt: skip
             self.averaging.step = self.state.step
         self.means = None  # theta and moments of the model that all ranks make up, where each has its own
