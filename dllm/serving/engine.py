@@ -282,9 +282,11 @@ class Engine:
         choice.position[slots] += np.uint64(1)
         for stream, token, logprob in zip(list(self._running), tokens.tolist(), logprobs, strict=True):
             self._take(stream, choice, stream._slot, token, logprob)
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= RATE_SECONDS:  # after a rest
+            self._marks = deque([(now, self._tokens)])
         self._steps += 1
         self._tokens += len(slots)
-        now = time.monotonic()
         if now - self._marks[-1][0] >= 0.5:
             self._marks.append((now, self._tokens))
             while len(self._marks) > 2 and now - self._marks[0][0] > RATE_SECONDS:
