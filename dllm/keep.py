@@ -1,6 +1,5 @@
 """Keep a server up: it is started under mpirun and started again whenever it ends, until it is told to end."""
 
-import os
 import signal
 import sys
 import time
@@ -36,7 +35,7 @@ class Keeper:
 
     def __init__(self, options, words, pass_on, hosts):
         self.options, self.words, self.pass_on, self.hosts = options, words, pass_on, hosts
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = mpirun.cores()
         self.job, self.asked = Job(say), 0.0
 
     def supervise(self):

@@ -1,7 +1,6 @@
 """Start a training job under mpirun, watch it, and bring it back until it is done: dllm launch -n N -- TRAIN ARGUMENTS."""
 
 import math
-import os
 import signal
 import sys
 import time
@@ -81,7 +80,7 @@ class Launcher:
 
     def __init__(self, options, wanted, hosts, run):
         self.options, self.wanted, self.hosts, self.run = options, wanted, hosts, run
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = mpirun.cores()
         self.ranks, self.before = options.ranks or sum(hosts.values()) or self.cores, None  # before a resize
         self.job = Job(say)
 

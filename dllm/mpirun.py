@@ -38,6 +38,11 @@ def flavour():
     return "openmpi" if "Open MPI" in text else "mpich"
 
 
+def cores():
+    """How many of this machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def command(ranks, cores, hosts, *pass_on):
     """The words before the program.
 
