@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from dllm import mpirun
+from dllm.launching import mpirun
 
 from . import cost, hosts
 from .results import Table

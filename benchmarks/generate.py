@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 from dllm.config import ModelConfig
-from dllm.inference import sample
-from dllm.model import LanguageModel
+from dllm.inference.generation import sample
+from dllm.model.language_model import LanguageModel
 
 from .sizes import SIZES
 

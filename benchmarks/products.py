@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from dllm.kernels import gemm, tiles
-from dllm.model import tokens_of_chunk
+from dllm.model.language_model import tokens_of_chunk
 
 from .sizes import SIZES
 

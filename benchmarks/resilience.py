@@ -11,7 +11,7 @@ import tempfile
 import time
 from functools import partial
 
-from dllm.mpirun import OPENMPI, flavour
+from dllm.launching.mpirun import OPENMPI, flavour
 
 from .results import Table, bars, middle, spread
 from .runs import LIMIT, Steps, random_corpus

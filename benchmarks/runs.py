@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
-from dllm import storage
 from dllm.data import shards
 from dllm.data.tokenizers import WordTokenizer
+from dllm.files import storage
 
 PEERS = pathlib.Path(__file__).parent / "peers"
 LIMIT = 4 * 3600  # seconds, of any one run

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from dllm.config import ModelConfig
-from dllm.model import LanguageModel
+from dllm.model.language_model import LanguageModel
 from dllm.serving.engine import Engine, Request, Token
 
 from .sizes import SIZES

@@ -14,6 +14,11 @@ from .errors import UserError
 PRESETS = pathlib.Path(__file__).parent / "presets"
 
 
+def is_private(path: str) -> bool:
+    """Whether a path names a place of each rank's own, by {rank} in it."""
+    return "{rank}" in path
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     embedding: int = 256  # E; 0: one-hot inputs, as in char-rnn
@@ -65,6 +70,11 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = ""  # folder made by dllm.prepare; {rank} in it: a private folder for each rank; "": the embedded corpus
+
+    @property
+    def private(self) -> bool:
+        """Whether every rank has text of its own, which stays there."""
+        return is_private(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)

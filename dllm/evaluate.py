@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from . import cli
 from .comm import runtime
+from .comm.node_info import find_node, leader_first
+from .config import is_private
 from .errors import DONE, UserError
 
 EPILOG = """
@@ -46,14 +48,14 @@ def evaluate(argv, comm):
         if options.write and options.pairs is None:
             parser.error("--write goes with --pairs")
     runtime.check_same(comm, vars(options))
-    place = runtime.node(comm)
+    place = find_node(comm)
 
-    from .bundle import Bundle
-    from .corpus import open_corpus
+    from .data.preparation import open_corpus
     from .data.shards import tokenizer_hash
-    from .inference import Evaluation
+    from .inference.generation import Evaluation
+    from .inference.loaded_model import Bundle
     from .kernels.team import Team
-    from .warmup import warm_up
+    from .training.warmup import warm_up
 
     bundle = runtime.agree(comm, Bundle.open, options.model, options.checkpoint == "best")
     settings = bundle.settings
@@ -68,9 +70,9 @@ def evaluate(argv, comm):
     with runtime.together(comm):
         corpus.check_vocabulary(tokenizer_hash(bundle.tokenizer), options.model)
         corpus.split(options.split)
-    with runtime.leader_first(place):
+    with leader_first(place):
         warm_up(settings)
-    evaluation = Evaluation(comm, corpus, options.split, settings, bundle.dtype, "{rank}" in path, Team(place.threads))
+    evaluation = Evaluation(comm, corpus, options.split, settings, bundle.dtype, is_private(path), Team(place.threads))
     result = evaluation.run(bundle.theta(evaluation.model.layout))
     if comm.rank == 0:
         print(f"{options.model}, {bundle.origin}, {options.split} split in windows of {settings.train.window}")
@@ -80,35 +82,36 @@ def evaluate(argv, comm):
 
 
 def _evaluate_pairs(comm, place, options, bundle):
-    from . import storage, tasks
-    from .corpus import open_corpus
+    from .data.preparation import open_corpus
     from .data.shards import tokenizer_hash
+    from .files import storage
+    from .inference import answering
     from .kernels.team import Team
-    from .warmup import warm_up
+    from .training.warmup import warm_up
 
     settings, tokenizer = bundle.settings, bundle.tokenizer
     path = options.data or bundle.data
     with runtime.together(comm):
-        tasks.check_scorers()
+        answering.check_scorers()
         if not tokenizer.pairs:
             raise UserError(f"{options.model} was not trained on pairs: dllm.prepare --pairs makes data for that")
         if not options.pairs and path is None:
             raise UserError(f"{options.model} does not say where its corpus is: give one by --data DIR, or --pairs SRC TGT")
-        if not options.pairs and "{rank}" in path:
+        if not options.pairs and is_private(path):
             raise UserError("every rank has pairs of its own, which stay there: give --pairs SRC TGT, or --data DIR")
     if options.pairs:
-        pairs = runtime.agree(comm, tasks.read_files, *options.pairs, tokenizer)
+        pairs = runtime.agree(comm, answering.read_files, *options.pairs, tokenizer)
     else:
         corpus = open_corpus(comm, place, path, lambda text: None)
         with runtime.together(comm):
             corpus.check_vocabulary(tokenizer_hash(tokenizer), options.model)
-            pairs = tasks.read_split(corpus, options.split)
-    with runtime.leader_first(place):
+            pairs = answering.read_split(corpus, options.split)
+    with leader_first(place):
         warm_up(settings)
     lanes, window = options.lanes or settings.train.eval_lanes or settings.train.lanes, settings.train.window
     with runtime.together(comm):
         model = bundle.model(window, lanes, Team(place.threads))
-    texts, losses = tasks.solve(comm, model, tokenizer, pairs, lanes, limit=window)
+    texts, losses = answering.solve(comm, model, tokenizer, pairs, lanes, limit=window)
     with runtime.together(comm):
         if comm.rank == 0:
             if options.write:
@@ -118,7 +121,7 @@ def _evaluate_pairs(comm, place, options, bundle):
                     raise UserError(f"cannot write --write {options.write}: {error.strerror}") from None
             what = options.pairs[0] if options.pairs else options.split
             print(f"{options.model}, {bundle.origin}, {len(pairs):,} pairs of {what}, at most {window} tokens each")
-            print(json.dumps({"split": what, **tasks.measure(pairs, texts, losses)}), flush=True)
+            print(json.dumps({"split": what, **answering.measure(pairs, texts, losses)}), flush=True)
     runtime.finish(comm)
     return DONE
 

@@ -5,15 +5,19 @@ import sys
 
 import numpy as np
 
-from . import bundle as folders
-from . import card, checkpoint, cli, config, weights
-from .bundle import Bundle
+from . import cli, config
 from .comm import runtime
+from .comm.node_info import find_node
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
 from .errors import DONE, UserError
+from .inference import loaded_model as folders
+from .inference import model_card
+from .inference.loaded_model import Bundle
 from .kernels.gemm import aligned
-from .layout import Layout
+from .model import torch_weights
+from .model.layout import Layout
+from .runs import checkpoint
 
 EPILOG = """
 examples
@@ -32,7 +36,7 @@ def arguments(argv):
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model")
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
     parser.add_argument("--average", type=cli.at_least(1), metavar="K", help="take the mean of the last K checkpoints")
-    parser.add_argument("--weights", choices=tuple(weights.KINDS), default="fp32", help="default: fp32")
+    parser.add_argument("--weights", choices=tuple(torch_weights.KINDS), default="fp32", help="default: fp32")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--data", metavar="DIR", help="corpus to measure perplexity on (default: the run's)")
     parser.add_argument("--split", metavar="NAME", help="split of it (default: valid)")
@@ -56,12 +60,12 @@ def export(argv, comm):
     vector, step = source.vector, source.scalars.get("step")
     if options.average:
         vector, step = _average(options, source, layout)
-    tensors = weights.read_vector(layout, vector)
-    weights.check_finite(options.run, tensors)
-    data = weights.pack(weights.encode(tensors, options.weights))
-    result = folders.flat(source.config, source.tokenizer.size, weights.decode(weights.unpack(data, options.out)))
+    tensors = torch_weights.read_vector(layout, vector)
+    torch_weights.check_finite(options.run, tensors)
+    data = torch_weights.pack(torch_weights.encode(tensors, options.weights))
+    result = folders.flat(source.config, source.tokenizer.size, torch_weights.decode(torch_weights.unpack(data, options.out)))
 
-    place = runtime.node(comm)
+    place = find_node(comm)
     corpus = _corpus(options, source, comm, place)
     measured = [] if corpus is None else [_measure(options.split or "valid", source, result, corpus, comm, place)]
     facts = folders.describe(source.settings, source.tokenizer, options.weights, data)
@@ -69,7 +73,7 @@ def export(argv, comm):
     folders.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{options.out}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
-    print(f"try it: python -m dllm.generate {options.out} {card.question(source.tokenizer)}")
+    print(f"try it: python -m dllm.generate {options.out} {model_card.question(source.tokenizer)}")
     return DONE
 
 
@@ -105,14 +109,14 @@ def _average(options, source, layout):
 
 def _corpus(options, source, comm, place):
     """The Corpus to measure on, or None, and then it was said why: where the user names one, it must be there."""
-    from .corpus import open_corpus
+    from .data.preparation import open_corpus
     from .data.shards import tokenizer_hash
 
     path = options.data or source.data
     try:
         if path is None:
             raise UserError(f"{options.run} does not say where its corpus is; --data DIR would")
-        if "{rank}" in path:
+        if config.is_private(path):
             raise UserError(f"the corpus {path} is in parts; --data DIR would name one")
         corpus = open_corpus(comm, place, path, lambda text: None)
         corpus.check_vocabulary(tokenizer_hash(source.tokenizer), options.run)
@@ -127,7 +131,7 @@ def _corpus(options, source, comm, place):
 
 def _measure(split, source, result, corpus, comm, place):
     """Perplexity before and after, as an entry of config.json; printed."""
-    from .inference import Evaluation
+    from .inference.generation import Evaluation
     from .kernels.team import Team
 
     settings, team, found = source.settings, Team(place.threads), []

@@ -44,8 +44,8 @@ def generate(argv):
     if options.top_p > 1:
         parser.error("argument --top-p: it is a probability, at most 1")
 
-    from .bundle import Bundle
-    from .inference import beam_search, sample
+    from .inference.generation import beam_search, sample
+    from .inference.loaded_model import Bundle
 
     bundle = Bundle.open(options.model, options.checkpoint == "best")
     tokenizer = bundle.tokenizer
@@ -79,8 +79,8 @@ def generate(argv):
 
 def _prompt(options, tokenizer):
     """Token numbers that the model reads before it says anything. Raises UserError."""
-    from .inference import start_tokens
-    from .tasks import prompt
+    from .inference.answering import prompt
+    from .inference.generation import start_tokens
 
     if tokenizer.pairs != (options.source is not None):
         raise UserError(

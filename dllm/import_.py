@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 
-from . import bundle as folders
-from . import cli, config, storage, weights
+from . import cli, config
 from .data import shards, tokenizers
 from .errors import DONE, UserError
+from .files import storage
+from .inference import loaded_model as folders
+from .model import torch_weights
 
 EPILOG = """
 MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, named embedding, lstm and output, or encoder,
@@ -35,13 +37,13 @@ def import_(argv):
     options = parser.parse_args(argv)
     folders.check_free(options.out)
     tokenizer = _tokenizer(options.tokenizer)
-    tensors = _renamed(weights.decode(weights.read(options.module)), options.module)
-    weights.check_finite(options.module, tensors)
+    tensors = _renamed(torch_weights.decode(torch_weights.read(options.module)), options.module)
+    torch_weights.check_finite(options.module, tensors)
     settings, tensors = _complete(tensors, options.module)
     vocabulary = len(tensors["output.bias"])
     if vocabulary != tokenizer.size:
         raise UserError(f"{options.module} has a vocabulary of {vocabulary}, {options.tokenizer} one of {tokenizer.size}")
-    data = weights.pack(tensors)
+    data = torch_weights.pack(tensors)
     facts = folders.describe(settings, tokenizer, "fp32", data) | {"imported": pathlib.Path(options.module).name}
     folders.write(options.out, data, tokenizer, facts)
     print(f"{options.out}: {facts['parameters']:,} parameters, of {facts['model']}")
@@ -87,7 +89,7 @@ def _our_name(name, lstm, prefix):
 def _complete(tensors, source):
     """The Config that the shapes say, and all tensors in the order of weights.py; biases that are not there are zeros."""
     settings, V = _settings(tensors, source)
-    wanted, found = weights.shapes(settings.model, V), {}
+    wanted, found = torch_weights.shapes(settings.model, V), {}
     for name, shape in wanted.items():
         if name not in tensors and ".bias" not in name:
             raise UserError(f"{source} has no {name}")

@@ -5,10 +5,12 @@ import signal
 import sys
 import time
 
-from . import claim, cli, mpirun, runs
-from . import train as training
+from . import cli
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
-from .job import LONGER, START, Job
+from .launching import mpirun
+from .launching.job import LONGER, START, Job
+from .runs import ownership, run_folder
+from .training.options import train_config, train_options
 
 EPILOG = """
 examples
@@ -52,23 +54,23 @@ def main(argv=None):
 
 def launch(argv):
     options = arguments(argv)
-    wanted = training.arguments(options.train)
+    wanted = train_options(options.train)
     if wanted.resume:
         raise UserError("--resume RUN belongs before the --: dllm launch -n N --resume RUN")
     if options.resume and (wanted.preset or wanted.config or wanted.out):
         raise UserError("--resume brings its own configuration and folder: leave out --preset, --config and --out")
     if options.resume:
-        runs.read_settings(options.resume)
+        run_folder.read_settings(options.resume)
     if options.run and (options.resume or wanted.out):
         raise UserError("--run RUN names the folder: leave out --resume and --out")
-    if options.run and runs.is_done(options.run):
+    if options.run and run_folder.is_done(options.run):
         say(f"{options.run} is done")
         return DONE
-    training.settings(wanted)  # what is wrong with them is said here, once
+    train_config(wanted)  # what is wrong with them is said here, once
     hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
-    run = options.run or options.resume or runs.new_name(wanted.out, wanted.preset or "default")
+    run = options.run or options.resume or run_folder.new_name(wanted.out, wanted.preset or "default")
     if options.resume:
-        runs.not_done(run)  # an older end is not this job's
+        run_folder.not_done(run)  # an older end is not this job's
     launcher = Launcher(options, wanted, hosts, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: launcher.job.stop())
@@ -86,16 +88,16 @@ class Launcher:
 
     def supervise(self):
         """Exit code of the launcher: DONE, STOPPED_EARLY, BAD_INPUT, or 1 where it gave up."""
-        failures, last, hosts = 0, runs.newest_step(self.run), self.hosts
+        failures, last, hosts = 0, run_folder.newest_step(self.run), self.hosts
         while True:
-            begin, ranks, owner = time.monotonic(), self.ranks, claim.owner(self.run)
+            begin, ranks, owner = time.monotonic(), self.ranks, ownership.owner(self.run)
             code = self._once(hosts, START * min(2**failures, LONGER))
-            step = runs.newest_step(self.run)
-            if runs.is_done(self.run):
+            step = run_folder.newest_step(self.run)
+            if run_folder.is_done(self.run):
                 return DONE
             if self.job.stops:
                 return STOPPED_EARLY if step is not None else 1
-            if claim.owner(self.run) not in (None, owner) and not self._is_ours():
+            if ownership.owner(self.run) not in (None, owner) and not self._is_ours():
                 say(f"another job has taken over {self.run}: this one ends")
                 return BAD_INPUT
             whence = "from the beginning" if step is None else f"from step {step}"
@@ -132,32 +134,32 @@ class Launcher:
     def _once(self, hosts, patience):
         """Run mpirun to its end. Returns its exit code."""
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
-        command = [*mpirun.command(ranks, self.cores, hosts, claim.JOB), sys.executable, "-m", "dllm.train"]
+        command = [*mpirun.command(ranks, self.cores, hosts, ownership.JOB), sys.executable, "-m", "dllm.train"]
         self.done = math.inf  # when the run was
         words, variables = [*command, *self._train_arguments()], mpirun.environment(detect=len(hosts) > 1)
         return self.job.run(words, variables, hosts, self._due, patience)
 
     def _due(self, lasted):
         """Whether a job that was started so many seconds ago shall be ended."""
-        if runs.is_done(self.run):
+        if run_folder.is_done(self.run):
             self.done = min(self.done, lasted)
             return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
         self._take_wish()
-        silence = min(lasted, time.time() - claim.beaten(self.run) if self._is_ours() else math.inf)
+        silence = min(lasted, time.time() - ownership.beaten(self.run) if self._is_ours() else math.inf)
         if silence > self.options.silence:
             say(f"nothing was heard of the job for {silence:.0f} s: ending it")
         return silence > self.options.silence
 
     def _take_wish(self):
         """Somebody wants another number of ranks: dllm resize."""
-        wanted = runs.take_wish(self.run)
+        wanted = run_folder.take_wish(self.run)
         if wanted and wanted != self.ranks:
             self.before, self.ranks = self.ranks, wanted
             self.job.ask()  # a checkpoint, then the end
 
     def _is_ours(self):
         """Whether the run's folder was last taken by a job of this launcher."""
-        return (claim.owner(self.run) or "").startswith(f"{self.job.mark}.")
+        return (ownership.owner(self.run) or "").startswith(f"{self.job.mark}.")
 
     def _train_arguments(self):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
@@ -165,9 +167,9 @@ class Launcher:
             words += [name, str(value)] if value else []
         for setting in wanted.set:
             words += ["--set", setting]
-        if self.options.resume or runs.newest_step(self.run) is not None:
+        if self.options.resume or run_folder.newest_step(self.run) is not None:
             return [*words, "--resume", self.run]
-        runs.begin_anew(self.run)
+        run_folder.begin_anew(self.run)
         for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]

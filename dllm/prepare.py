@@ -61,7 +61,7 @@ def prepare(argv, comm):
         parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
         options = parser.parse_args(argv)
         splits = _splits(parser, options)
-        private = "{rank}" in options.out
+        private = config.is_private(options.out)
     if private:
         splits = {name: _with_rank(paths, comm.rank) for name, paths in splits.items()}
     if options.deal:
@@ -69,7 +69,7 @@ def prepare(argv, comm):
     out = options.out.replace("{rank}", str(comm.rank))
     pairing = {"seed": options.seed, "longest": options.longest} if options.pairs else None
 
-    from .corpus import prepare as prepare_corpus
+    from .data.preparation import prepare as prepare_corpus
     from .data.shards import Corpus
 
     def say(text):
@@ -108,13 +108,13 @@ def _splits(parser, options):
     if options.longest and not options.pairs:
         parser.error("--longest goes with --pairs")
     splits = {split: getattr(options, name) for split, name in names.items() if getattr(options, name)}
-    ranks = [split for split, paths in splits.items() if "{rank}" in str(paths)]
-    if "train" in ranks and "{rank}" not in options.out:
+    ranks = [split for split, paths in splits.items() if config.is_private(str(paths))]
+    if "train" in ranks and not config.is_private(options.out):
         option = "--pairs" if options.pairs else "--train"
         parser.error(f"{option} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
     if options.deal and (ranks or options.pairs):
         parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test, and --pairs")
-    if options.deal and "{rank}" not in options.out:
+    if options.deal and not config.is_private(options.out):
         parser.error("--deal gives each rank a folder of its own: put {rank} in --out")
     return splits
 

@@ -3,8 +3,9 @@
 import sys
 import time
 
-from . import cli, runs
+from . import cli
 from .errors import DONE, UserError
+from .runs import run_folder
 
 PATIENCE = 10.0  # seconds that the launcher gets to notice
 
@@ -26,13 +27,13 @@ def main(argv=None):
 
 def resize(argv):
     options = arguments(argv)
-    lanes = runs.read_settings(options.run).train.lanes
+    lanes = run_folder.read_settings(options.run).train.lanes
     if options.ranks > lanes:
         raise UserError(f"{options.run} has train.lanes = {lanes}: at most so many ranks can share them")
-    if runs.is_done(options.run):
+    if run_folder.is_done(options.run):
         raise UserError(f"{options.run} is done")
     try:
-        path = runs.wish(options.run, options.ranks)
+        path = run_folder.wish(options.run, options.ranks)
     except OSError as error:
         raise UserError(f"cannot write to {options.run}: {error.strerror}") from None
     end = time.monotonic() + PATIENCE

@@ -9,9 +9,12 @@ import signal
 import socket
 import sys
 
-from . import claim, cli
+from . import cli
 from .comm import runtime
+from .comm.node_info import find_node, leader_first
 from .errors import UserError
+from .model.precision import check_precision
+from .runs import ownership
 
 EPILOG = """
 examples
@@ -77,12 +80,12 @@ def main(argv=None):
 
 def start(words):
     """As a command of its own, without mpirun."""
-    from .keep import keep
+    from .launching.supervisor import keep
 
     options = arguments(words)
     read_token(options)  # what is wrong with it is said here, once
     check(options)
-    return keep(options, words, [name for name in (claim.JOB, TOKEN) if name == claim.JOB or name in os.environ])
+    return keep(options, words, [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ])
 
 
 def serve(argv, comm, stopping):
@@ -91,9 +94,9 @@ def serve(argv, comm, stopping):
         token = read_token(options)
         check(options)
     runtime.check_same(comm, vars(options))
-    place = runtime.node(comm)
+    place = find_node(comm)
 
-    from .bundle import Bundle
+    from .inference.loaded_model import Bundle
     from .serving.engine import Engine
     from .serving.server import Server
 
@@ -106,7 +109,7 @@ def serve(argv, comm, stopping):
     runtime.check_same(comm, {"model": bundle.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
     threads = options.threads or place.threads
     engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
-    with runtime.leader_first(place):
+    with leader_first(place):
         engine.start()  # compiles the kernels, or loads them
     server = Server(comm, place, bundle, engine, options, token, listener)
     if comm.rank == 0:
@@ -158,15 +161,12 @@ def listen(host, port, shared=False):
 
 def _is_rank():
     """Whether mpirun has started this process already."""
-    return any(name in os.environ for name in (claim.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    return any(name in os.environ for name in (ownership.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def check(options):
     """Raise UserError where something is missing here."""
-    from .train import check_bf16
-
-    if options.precision == "bf16":
-        check_bf16()
+    check_precision(options.precision)
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
         raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'")
 

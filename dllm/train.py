@@ -1,64 +1,16 @@
 """Train a language model over all ranks: mpirun -n N python -m dllm.train."""
 
 import contextlib
-import os
 import signal
 import sys
 import time
 
 from . import __version__, cli, config
-from .comm import runtime, topology
+from .comm import runtime
+from .comm.node_info import find_node, leader_first
 from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
-
-EPILOG = """
-examples
-  mpirun -n 8 python -m dllm.train                                  the embedded corpus: Python's standard library
-  mpirun -n 8 python -m dllm.train --data DIR --preset wlm-200      a corpus made by dllm.prepare, a published recipe
-  mpirun -n 4 python -m dllm.train --data 'DIR/site{rank}'          private text: each rank reads its own folder only
-  mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
-  mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
-  mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; README has the ways to average
-
-SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
-passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
-Every key that --set takes is in config.toml in any run's folder; dllm/config.py says what each does.
-"""
-
-
-def arguments(argv, rank=0):
-    parser = cli.Parser("train", __doc__, EPILOG, rank)
-    parser.add_argument("--preset", default=None, metavar="NAME", help="; ".join(config.preset_names()))
-    parser.add_argument("--config", metavar="FILE", help="a TOML file, laid over the preset")
-    parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare; {rank} in it: one for each rank")
-    parser.add_argument("--out", metavar="RUN", help="new folder for the run (default: runs/PRESET-DATE-TIME)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run")
-    parser.add_argument("--max-steps", type=cli.at_least(1), default=0, metavar="N", help="end when N steps are done")
-    parser.add_argument("--max-seconds", type=cli.at_least(0.001, float), default=0, metavar="S", help="end after S seconds")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting; may be repeated")
-    parser.add_argument("--progress", choices=("auto", "live", "plain", "none"), default="auto", help="default: auto")
-    options = parser.parse_args(argv)
-    if options.resume and (options.preset or options.config or options.out):
-        parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
-    return options
-
-
-def settings(options):
-    """The Config of the command line, and that of the run which is resumed."""
-    extra = [_lasting(setting) for setting in options.set]
-    if options.data:
-        extra.append(f"data.path={os.path.abspath(options.data)}")
-    if options.resume:
-        from .runs import read_settings
-
-        return read_settings(options.resume, config.parse_settings(extra))
-    return config.resolve(options.preset or "default", options.config, extra)
-
-
-def _lasting(setting):
-    """A setting as a run can keep it: the path of a topology's file from the root."""
-    key, _, value = setting.partition("=")
-    is_file = key.strip() == "averaging.topology" and value not in topology.NAMES and os.path.isfile(value)
-    return f"{key}={os.path.abspath(value)}" if is_file else setting
+from .model.precision import check_precision
+from .training.options import train_config, train_options
 
 
 def main(argv=None):
@@ -71,24 +23,23 @@ def main(argv=None):
 def train(argv, comm, stopping):
     begin = time.monotonic()
     with runtime.together(comm):
-        options = arguments(argv, comm.rank)
-        configuration = settings(options)
-        if configuration.train.precision == "bf16":
-            check_bf16()
-    place = runtime.node(comm)
-    place.threads = configuration.train.threads or place.threads
+        options = train_options(argv, comm.rank)
+        configuration = train_config(options)
+        check_precision(configuration.train.precision)
+    place = find_node(comm, configuration.train.threads)
 
-    from . import checkpoint, report, runs
-    from .claim import Claim
-    from .corpus import open_corpus
-    from .training import Trainer
-    from .warmup import code_hash, warm_up
+    from .data.preparation import open_corpus
+    from .runs import checkpoint, run_folder
+    from .runs.ownership import Claim
+    from .training import progress
+    from .training.trainer import Trainer
+    from .training.warmup import code_hash, warm_up
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    reporter = report.Reporter(comm.rank == 0, options.progress)
+    reporter = progress.Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
-        run = options.resume or (runs.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
+        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
         resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
     claim = comm.bcast(Claim.of_this_job(run) if comm.rank == 0 else None)
     run = claim.run
@@ -98,18 +49,18 @@ def train(argv, comm, stopping):
     if resume:
         runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
     compiling = time.monotonic()
-    with runtime.leader_first(place):
+    with leader_first(place):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
     trainer = Trainer(comm, place, configuration, corpus, claim, reporter, resume)
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if comm.rank == 0:
-            runs.make(run, configuration, corpus.tokenizer)
+            run_folder.make(run, configuration, corpus.tokenizer)
             claim.take()
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
     if comm.rank == 0:
-        runs.not_done(run)
+        run_folder.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
     trainer, done, summary = _run(trainer, options, stopping)
@@ -138,7 +89,7 @@ def _run(trainer, options, stopping):
 
 def _finish(trainer, done, summary):
     """What is left to write and to say. Returns the exit code."""
-    from . import runs
+    from .runs import run_folder
 
     comm, reporter, run = trainer.comm, trainer.reporter, trainer.claim.run
     trainer.close()
@@ -149,7 +100,7 @@ def _finish(trainer, done, summary):
     code = DONE if done else STOPPED_EARLY
     if comm.rank == 0 and done and trainer.claim.holds():
         try:
-            runs.done(run, summary["steps"])
+            run_folder.done(run, summary["steps"])
         except OSError as error:
             reporter.warn(f"cannot write {run}/DONE: {error.strerror}; a launcher will not know that the run is done")
     runtime.finish(comm, code if trainer.deaths else None)
@@ -161,8 +112,8 @@ def _go_on(trainer, options):
     from mpi4py import MPI
 
     from .comm import recovery
-    from .report import Reporter
-    from .training import Trainer
+    from .training.progress import Reporter
+    from .training.trainer import Trainer
 
     begin, settings, run = time.monotonic(), trainer.config, trainer.claim.run
     trainer.reporter.end()
@@ -173,8 +124,8 @@ def _go_on(trainer, options):
                 raise recovery.GiveUp(f"{comm.size} ranks are left, fewer than resilience.min_ranks")
             successor = None
             with recovery.watchdog(), contextlib.suppress(MPI.Exception):
-                reporter, place = Reporter(comm.rank == 0, options.progress, trainer.reporter), runtime.node(comm)
-                place.threads = trainer.place.threads
+                reporter = Reporter(comm.rank == 0, options.progress, trainer.reporter)
+                place = find_node(comm, trainer.place.threads)
                 successor = Trainer(comm, place, settings, trainer.corpus, trainer.claim, reporter, survived=survived)
             if recovery.all_agree(comm, successor is not None):
                 break
@@ -192,14 +143,6 @@ def _go_on(trainer, options):
     reporter.warn(f"{ranks}; {comm.size} go on from step {step}, {time.monotonic() - begin:.2f} s later")
     successor.deaths = trainer.deaths + len(dead)
     return successor
-
-
-def check_bf16():
-    """Raise UserError where the processor would have to emulate bfloat16."""
-    from .kernels.tiles import BF16
-
-    if not BF16:
-        raise UserError("this processor has no bfloat16 instructions (avx512_bf16): take precision fp32")
 
 
 def _header(comm, place, trainer, corpus, run, compiling, starting, resume):
@@ -249,8 +192,8 @@ def _farewell(reporter, trainer, summary, done):
 
 
 def _sample(trainer):
-    from .inference import sample, start_tokens
-    from .model import LanguageModel
+    from .inference.generation import sample, start_tokens
+    from .model.language_model import LanguageModel
 
     settings, corpus = trainer.config, trainer.corpus
     model = LanguageModel(
@@ -270,7 +213,7 @@ def _sample(trainer):
 
 def _pairs(corpus, model, limit):
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
-    from .tasks import as_text, greedy, prompt, read_split
+    from .inference.answering import as_text, greedy, prompt, read_split
 
     tokenizer = corpus.tokenizer
     for source, _, _ in read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", 3):

@@ -14,15 +14,16 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from dllm import checkpoint, storage
-from dllm.claim import Claim
 from dllm.config import CheckpointConfig, ModelConfig
 from dllm.data import shards
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
-from dllm.layout import Layout
-from dllm.saving import Saver
-from dllm.state import State
+from dllm.files import storage
+from dllm.model.layout import Layout
+from dllm.runs import checkpoint
+from dllm.runs.checkpoint_writer import Saver
+from dllm.runs.ownership import Claim
+from dllm.runs.state import State
 
 VOCABULARY, LANES, SECONDS, MEMORY = 256, range(3), 20, 1 << 30
 LAYOUT = Layout(ModelConfig(embedding=5, hidden=6, layers=2), VOCABULARY, np.float32)

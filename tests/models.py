@@ -7,9 +7,10 @@ import numpy as np
 from launch import mpirun
 from numerics import V, build, configured
 
-from dllm import bundle, weights
 from dllm.config import Config
 from dllm.data.tokenizers import CharTokenizer
+from dllm.inference import loaded_model
+from dllm.model import torch_weights
 
 TOKENIZER = CharTokenizer(list("abcdefghijk\n")[-V:])
 
@@ -18,9 +19,9 @@ def make(out, kind="untied", stored="fp32", tokenizer=TOKENIZER, **changes):
     """A model folder with random parameters. Returns its LanguageModel, of one lane."""
     config = configured(kind, **changes)
     model = build(config, lanes=1, dtype=np.float32, training=False)
-    data = weights.pack(weights.encode(weights.read_vector(model.layout, model.theta), stored))
-    facts = bundle.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
-    bundle.write(out, data, tokenizer, facts)
+    data = torch_weights.pack(torch_weights.encode(torch_weights.read_vector(model.layout, model.theta), stored))
+    facts = loaded_model.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
+    loaded_model.write(out, data, tokenizer, facts)
     return model
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from dllm.config import ModelConfig
 from dllm.kernels import gemm
-from dllm.layout import Layout
-from dllm.model import LanguageModel
+from dllm.model.language_model import LanguageModel
+from dllm.model.layout import Layout
 
 CLOSE = {np.float32: 2e-5, np.float64: 1e-12}  # norm-wise, for sums of some hundred terms
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])

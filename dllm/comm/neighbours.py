@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..kernels.reduce import weighted_sum
-from .averaging import sent_by_allreduce
+from .allreduce import sent_by_allreduce
 from .runtime import NAP, wait
 
 PROBE, ASK, ANSWER = 1 << 13, 1, 2  # bytes of a probe of a link; tags
@@ -49,7 +49,7 @@ class Neighbours:
         """How many ranks this one sends to in a step."""
         return len(self.receivers[self.topology.phase(step)])
 
-    def round_trips(self, comm, polite):
+    def round_trips(self, comm, oversubscribed):
         """Receiver -> seconds until it has answered PROBE bytes with as many. Collective over `comm`, all pairs at once."""
         mine = np.zeros(PROBE, np.uint8)
         asked, answering, answers, begun, found = {}, [], {}, {}, {}
@@ -68,7 +68,7 @@ class Neighbours:
             for rank in [rank for rank, (request, _) in answers.items() if request.Test()]:
                 found[rank] = time.perf_counter() - begun[rank]
                 del answers[rank]
-            if polite:
+            if oversubscribed:
                 time.sleep(NAP)
         MPI.Request.Waitall(answering)
         return found
@@ -100,15 +100,15 @@ class Mixing:
     counters : object with bytes_sent, exposed_seconds, flight_seconds
         Are added to: what MPI is given to send, once for each neighbour that it goes to; seconds in which this rank waits; and
         in which something is under way.
-    polite : bool
+    oversubscribed : bool
         True where ranks outnumber cores: sleep while waiting.
     combine : kernel
         Of kernels/reduce.py.
     """
 
-    def __init__(self, neighbours, length, dtype, bucket_bytes, counters, polite=False, combine=weighted_sum):
+    def __init__(self, neighbours, length, dtype, bucket_bytes, counters, oversubscribed=False, combine=weighted_sum):
         self.combine = combine
-        self.neighbours, self.counters, self.polite = neighbours.duplicate(), counters, polite
+        self.neighbours, self.counters, self.oversubscribed = neighbours.duplicate(), counters, oversubscribed
         step = max(1, bucket_bytes // np.dtype(dtype).itemsize)
         self.buckets = [slice(at, min(at + step, length)) for at in range(0, length, step)]
         degree = max(len(senders) for senders in neighbours.senders)
@@ -132,7 +132,7 @@ class Mixing:
         """Wait until `out` is complete."""
         begin = time.perf_counter()
         while self.flight:
-            if self.polite:
+            if self.oversubscribed:
                 wait(self.flight[0][0])
             else:
                 self.flight[0][0].Wait()

@@ -72,14 +72,14 @@ class PowerSGD:
         r; lower: smaller messages, coarser gradient. Where it reaches the shorter side of a matrix its mean is exact.
     seed : int
         Of the first Q; the same on all ranks.
-    polite : bool
+    oversubscribed : bool
         True where ranks outnumber cores: sleep while waiting.
     """
 
-    def __init__(self, comm, shapes, dtype, rank, seed=1, polite=False):
+    def __init__(self, comm, shapes, dtype, rank, seed=1, oversubscribed=False):
         if rank < 1:
             raise UserError(f"the rank of PowerSGD must be at least 1, not {rank}")
-        self.comm, self.polite = comm.Dup(), polite
+        self.comm, self.oversubscribed = comm.Dup(), oversubscribed
         self.size = self.wire_size(shapes, rank, np.dtype(dtype).itemsize)
         self.pieces, first, second = pieces(shapes, rank)
         self.matrices = [piece for piece in self.pieces if piece.rank]
@@ -139,7 +139,7 @@ class PowerSGD:
     def _average(self, message):
         """The second row of message (2,n) becomes the mean over ranks of the first. Returns whether it is finite."""
         request = self.comm.Iallreduce(message[0], message[1])
-        if self.polite:
+        if self.oversubscribed:
             wait(request)
         else:
             request.Wait()

@@ -3,13 +3,10 @@
 import contextlib
 import faulthandler
 import os
-import pathlib
 import signal
-import socket
 import sys
 import time
 import traceback
-import types
 
 import mpi4py
 import numpy as np
@@ -154,62 +151,12 @@ def check_same(comm, facts):
             )
 
 
-def node(comm):
-    """This rank's place on its machine: comm (ranks that share memory), rank, ranks, cores, threads for each rank.
-
-    mates: rank in `comm` -> process, of all ranks of this node, in the order of the smaller communicator. crowded: whether
-    there are more ranks than cores, be it because several nodes are containers on one machine.
-    """
-    from mpi4py import MPI
-
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    cores, machines = _cores(local), allgather(comm, _machine())
-    crowded = local.size > cores or machines.count(_machine()) > (os.cpu_count() or 1)
-    return types.SimpleNamespace(
-        comm=local, rank=local.rank, ranks=local.size, cores=cores, threads=max(1, cores // local.size),
-        mates=dict(allgather(local, (comm.rank, os.getpid()))), crowded=crowded,
-    )  # fmt: skip
-
-
-def _cores(local):
-    """Cores that the ranks of this node may use together, however MPI has bound them."""
-    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return len(set().union(*allgather(local, set(mine))))
-
-
-def _machine():
-    """What ranks on one machine have in common, in whatever containers they are."""
-    try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return socket.gethostname()
-
-
 def mpi_library():
     """One line that names the MPI in use."""
     from mpi4py import MPI
 
     lines = MPI.Get_library_version().replace("\0", "").strip().splitlines()
     return " ".join(lines[0].split(",")[0].replace("Version:", "").split())
-
-
-def leader_first(place):
-    """Context for work that one rank of a node does while the others wait, without burning the cores that it needs."""
-    return _LeaderFirst(place)
-
-
-class _LeaderFirst:
-    def __init__(self, place):
-        self.place = place
-
-    def __enter__(self):
-        if self.place.rank > 0:
-            wait(self.place.comm.Ibarrier(), nap=0.01)
-        return self.place.rank == 0
-
-    def __exit__(self, *error):
-        if self.place.rank == 0:
-            wait(self.place.comm.Ibarrier(), nap=0.001)
 
 
 def wait(request, nap=NAP):

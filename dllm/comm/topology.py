@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from ..storage import check_regular
+from ..files.storage import check_regular
 
 # networkx is imported where it is needed: that takes half a second, and most runs do without.
 

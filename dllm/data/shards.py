@@ -11,8 +11,8 @@ import pathlib
 
 import numpy as np
 
-from .. import hdf5, storage
 from ..errors import UserError
+from ..files import hdf5, storage
 from . import tokenizers
 
 FORMAT = 1

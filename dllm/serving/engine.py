@@ -16,10 +16,10 @@ from collections import deque
 
 import numpy as np
 
-from ..decoder import Decoder
 from ..kernels.sample import BAD, Choice
 from ..kernels.team import Team
 from ..kernels.tiles import BF16
+from ..model.decoder import Decoder
 from .prefix import PrefixCache
 from .requests import MOST, Finished, Full, Request, Stopped, Stream, Token
 

@@ -13,7 +13,7 @@ import time
 import uvicorn
 
 from ..comm import runtime
-from ..comm.gossip import Gossip
+from ..comm.membership import Gossip
 from ..errors import UserError
 from .app import Service
 from .limits import LOOPBACK, Connection, Limits, Log
@@ -30,8 +30,8 @@ class Server:
     ----------
     comm : MPI.Comm
         Collective.
-    place : namespace
-        Of comm.runtime.node.
+    place : NodeInfo
+        Of comm.node_info.
     bundle : Bundle
     engine : Engine
         Started.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..inference import start_tokens
-from ..tasks import prompt as ask_for_target
+from ..inference.answering import prompt as ask_for_target
+from ..inference.generation import start_tokens
 
 
 @dataclass(frozen=True)

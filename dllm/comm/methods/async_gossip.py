@@ -3,7 +3,7 @@
 import numpy as np
 from mpi4py import MPI
 
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class AsyncGossip(OwnSteps):

@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import compression
 from ..runtime import agree
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class Choco(OwnSteps):

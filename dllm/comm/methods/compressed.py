@@ -5,10 +5,10 @@ import numpy as np
 from ...errors import UserError
 from ...kernels.compress import add_signs, pack_signs
 from .. import compression
-from ..averaging import sent_by_allgather, sent_by_allreduce
+from ..allreduce import sent_by_allgather, sent_by_allreduce
 from ..powersgd import PowerSGD
 from ..runtime import agree
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class CompressedAllreduce(OwnSteps):
@@ -28,7 +28,7 @@ class CompressedAllreduce(OwnSteps):
         self.P = sum(int(np.prod(shape)) for shape in self.tensors.shapes)
         kind = config.compression
         if kind == "powersgd":
-            self.average_of = PowerSGD(self.comm, self.tensors.shapes, dtype, config.rank, self.seed, self.polite)
+            self.average_of = PowerSGD(self.comm, self.tensors.shapes, dtype, config.rank, self.seed, self.oversubscribed)
             self.arrays |= self.average_of.arrays
         elif kind == "signum":
             if self.optimizer.clip and self.optimizer.clip_by != "own":

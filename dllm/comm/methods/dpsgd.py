@@ -1,6 +1,6 @@
 """Decentralised parallel SGD: a step, and the weighted mean of what the neighbours have."""
 
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class DPSGD(OwnSteps):

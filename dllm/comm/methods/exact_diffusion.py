@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...kernels.reduce import weighted_differences
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class ExactDiffusion(OwnSteps):

@@ -3,7 +3,7 @@
 import math
 
 from ...kernels.optim import sum_of_squares
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class GradientTracking(OwnSteps):

@@ -3,9 +3,9 @@
 import numpy as np
 
 from ...errors import UserError
-from ..averaging import sent_by_allgather
+from ..allreduce import sent_by_allgather
 from ..runtime import allgather
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class Hierarchical(OwnSteps):
@@ -40,7 +40,7 @@ class Hierarchical(OwnSteps):
         self.nodes = self.comm.Split(k, everyone[self.comm.rank][1])
         self.ranks = allgather(self.nodes, self.comm.rank)
         self.between = self.kind(
-            self.nodes, self.x[self.part], self.vector[self.part], None, self.config, self.optimizer, self.polite
+            self.nodes, self.x[self.part], self.vector[self.part], None, self.config, self.optimizer, self.oversubscribed
         )
         self.arrays, self.mixings = self.between.arrays, self.between.mixings
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class LocalSGD(OwnSteps):

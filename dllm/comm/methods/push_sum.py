@@ -1,6 +1,6 @@
 """Stochastic gradient push: over directed graphs, balanced or not."""
 
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class StochasticGradientPush(OwnSteps):

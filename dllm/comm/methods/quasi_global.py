@@ -1,6 +1,6 @@
 """Quasi-global momentum: momentum of how the mixed model moved, not of the local gradient."""
 
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class QuasiGlobalMomentum(OwnSteps):

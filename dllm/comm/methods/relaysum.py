@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...errors import UserError
-from .own_steps import OwnSteps
+from .local_steps import OwnSteps
 
 
 class RelaySum(OwnSteps):

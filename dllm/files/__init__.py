@@ -1,0 +1,1 @@
+"""Bytes on disk: atomic files, and the one door to each format."""

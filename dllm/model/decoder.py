@@ -1,0 +1,130 @@
+"""A trained model at work on many streams of tokens at once; any of them may take part in a step or not.
+
+Each stream has a slot, which holds its state. A step takes tokens (T,B) of B streams: T = 1 continues them, more reads
+prompts. What a stream gets does not depend on who else takes part, nor on how its tokens are cut into steps, to the bit:
+every element of a product is a sum over k in one order (gemm.py), all else is done a row at a time, and each threads' share
+is the same numbers in the same order.
+
+Weights are made ready once: of the output layer the transpose, so that logits of one stream are read as fast as those of
+many, and with bfloat16 all factors.
+"""
+
+import numpy as np
+
+from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
+from ..kernels.gemm import Operands, multiply
+from ..kernels.lstm import forward_steps
+from ..kernels.sample import Scratch, draw
+from ..kernels.slots import load_states, store_states, take_rows
+from ..kernels.team import new_barrier
+from ..kernels.tiles import PANELS
+
+
+class Decoder:
+    """Streams of one model.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        With parameters; only these and its threads are used.
+    slots : int
+    bf16 : bool
+        Products of bfloat16; the results differ from those of float32, and are as repeatable.
+
+    Attributes
+    ----------
+    states : (slots,L,2,P,R) array
+        Free to be read and written between calls; zeros are the beginning of a text.
+    """
+
+    def __init__(self, model, slots, bf16=False):
+        self.config, self.layout, self.dtype = model.config, model.layout, model.dtype
+        self.operands = Operands(model.dtype, bf16, model.operands.team)
+        H, p, R = self.config.hidden, self.layout.arrays(model.theta), self.layout.R
+        self._layers = []
+        for layer in range(self.config.layers):
+            named = {kind: p.get(f"lstm.{layer}.{kind}") for kind in "xhb"}
+            ready = {kind: self._right(f"{layer}{kind}", named[kind]) for kind in "xh"}
+            self._layers.append((ready["x"], ready["h"], named["b"].sum(axis=1)))
+        W = p["output"]
+        self.vocabulary = W.shape[1]
+        self._table = W if self.config.tied else p["embedding"]
+        self._W, self._b = self.operands.transposed("output", W, 0, self.vocabulary), W[H // R, :, H % R].copy()
+        self._scratch = Scratch(self.vocabulary, self.operands.team.size)
+        self.states = np.zeros((slots, self.config.layers, 2, -(-H // R), R), self.dtype)
+
+    def _right(self, name, W):
+        return None if W is None else self.operands.pairs(name, W, 0, W.shape[1])[0]
+
+    def read(self, tokens, slots, lengths=None):
+        """Let the streams in `slots` go on.
+
+        Parameters
+        ----------
+        tokens : (T,B) int64
+        slots : (B,) int64
+            Different ones.
+        lengths : (B,) int64, optional
+            Tokens of each stream that count, where they are fewer than T.
+        """
+        T, B = tokens.shape
+        lengths = np.full(B, T) if lengths is None else lengths
+        operands, dtype, (P, R) = self.operands, self.dtype, self.states.shape[3:]
+        h, c = (operands.empty(name, (P, (T + 1) * B, R), dtype) for name in "hc")
+        gates = operands.empty("gates", (4 * P, T * B, R), dtype)
+        (x, row), K = self._embed(tokens.reshape(-1), gates), self.config.embedding
+        for layer, (Wx, Wh, b) in enumerate(self._layers):
+            if x is not None:
+                self._multiply(gates, x, row, Wx, T * B, K)
+            load_states(h, c, self.states, slots, layer)
+            left, team = operands.like("left", h), operands.team
+            arguments = h, c, gates, left, Wh, operands.depth(self.config.hidden), b, T, B, new_barrier(), team.size
+            team.run(lambda part: forward_steps(*arguments, part))
+            store_states(self.states, h, c, slots, lengths, layer)
+            x, row, K = h, B, self.config.hidden
+        self._top, self._last = h, (B, T * B)
+
+    def choose(self, choice, wants, rows=None):
+        """What comes next, drawn or told as `choice` wants it (kernels/sample.py).
+
+        Parameters
+        ----------
+        choice : Choice
+        wants : (N,) int64
+            Rows of it.
+        rows : (N,) int64, optional
+            Of the tokens of the last `read`, t B + n, those that the rows of `choice` are for; default: those of its last step.
+        """
+        y, (B, first), count = self._top, self._last, len(wants)
+        operands, R = self.operands, self.layout.R
+        if rows is not None:
+            y, first = operands.empty("rows", (len(y), count, R), self.dtype), 0
+            take_rows(y, self._top, B, rows)
+        z = operands.empty("z", (len(self._W), count, R), self.dtype)
+        self._multiply(z, y, first, self._W, count, self.config.hidden)
+        draw(choice, wants, z, self._b, self._scratch, operands.team)
+
+    def top(self, slot):
+        """The output of the top layer (H,) behind a stream's last token, a copy."""
+        return self.states[slot, -1, 0].reshape(-1)[: self.config.hidden].copy()
+
+    def _embed(self, tokens, gates):
+        """The embedded tokens (N,) and the row where they begin; None where the gates have taken them in already."""
+        E, R = self.config.embedding, self.layout.R
+        if not E:
+            gates_forward(gates, tokens, self._table)
+            return None, 0
+        x = self.operands.empty("embedded", (-(-E // R), len(tokens), R), self.dtype)
+        x[-1] = 0  # beyond E
+        if self.config.tied:
+            tied_embedding_forward(x, tokens, self._table, E)
+        else:
+            embedding_forward(x, tokens, self._table)
+        return x, 0
+
+    def _multiply(self, c, a, row, b, M, K):
+        """c = a @ b, M rows of a from `row` on; the threads share the columns, so that they share what few rows cost too."""
+        operands = self.operands
+        (a, row), K = operands.words("words", a, row, M), operands.depth(K)
+        by_columns = lambda first, last: multiply(c[first:last], 0, a, row, b[first:last], M, K, False)
+        operands.team.share(by_columns, len(c), PANELS)

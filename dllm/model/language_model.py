@@ -1,0 +1,222 @@
+"""The language model: embedding, L LSTM layers, output layer, over one flat vector of parameters and one of gradients.
+
+Knows no MPI and no files. How the vectors are laid out stands in layout.py.
+"""
+
+import math
+
+import numpy as np
+
+from ..kernels.dropout import dropout
+from ..kernels.embedding import (
+    embedding_backward,
+    embedding_forward,
+    gates_backward,
+    gates_forward,
+    tied_embedding_backward,
+    tied_embedding_forward,
+)
+from ..kernels.gemm import Operands, aligned, from_panels, to_panels, zero_panels
+from ..kernels.lstm import lstm_backward, lstm_forward
+from ..kernels.softmax import Chunk, output_logits, softmax_cross_entropy
+from .layout import Layout
+
+CHUNK = 1 << 22  # at most so many logits in memory at a time
+
+
+def tokens_of_chunk(tokens, vocabulary, R):
+    """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R."""
+    chunks = -(-tokens * vocabulary // CHUNK)
+    return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R
+
+
+class LanguageModel:
+    """One rank's model over windows of at most T steps and B lanes.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    vocabulary : int
+        V.
+    dtype : numpy.float32 or numpy.float64
+    window, lanes : int
+        T and B.
+    theta : (P,) array
+        The parameters; see `bind`.
+    training : bool
+        False: no gradients and one layer's activations only.
+    bf16 : bool
+        Products of bfloat16, with float32 for all else.
+    gradient : (P,) array, optional
+        Zeros, where the gradients are to lie.
+    team : kernels.team.Team, optional
+        Threads that share the work.
+    """
+
+    def __init__(
+        self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False, gradient=None, team=None
+    ):
+        self.config, self.vocabulary, self.dtype, self.training = config, vocabulary, np.dtype(dtype), training
+        self.layout, self.window, self.operands = Layout(config, vocabulary, dtype), window, Operands(dtype, bf16, team)
+        T, B, H, L, E, R = window, lanes, config.hidden, config.layers, config.embedding, self.layout.R
+        rows = lambda M, N: zero_panels(M, N, dtype)
+        copies = L if training else 1
+        self._h = [rows((T + 1) * B, H) for _ in range(copies)]
+        self._c = [rows((T + 1) * B, H) for _ in range(copies)]
+        gate_panels = 4 * len(self._h[0])
+        self._gates = [rows(T * B, gate_panels * R) for _ in range(copies)]
+        self._x = rows(T * B, E)  # the embedded window, after dropout
+        self._dropped = [rows(T * B, H) for _ in range(L if config.dropout and training else 0)]
+        self._losses = np.zeros(T * B, dtype)
+        tokens = tokens_of_chunk(T * B, vocabulary, R) if training else T * B
+        self._chunk = Chunk(tokens, H, vocabulary, self.operands, training)
+        if training:
+            self.gradient = aligned((self.layout.size,), dtype) if gradient is None else gradient
+            self._d = self.layout.arrays(self.gradient)
+            self._dy, self._dx = rows(T * B, H), rows(T * B, E)
+            self._dh_next, self._dc = rows(B, H), rows(B, H)
+            self._db = np.zeros((gate_panels, R), dtype)
+        if theta is not None:
+            self.bind(theta)
+
+    def bind(self, theta):
+        """Use the flat vector theta (P,) as parameters from now on; it is not copied."""
+        self.theta, self._p = theta, self.layout.arrays(theta)
+
+    def initialise(self, seed):
+        """Fill theta: uniform(+-a) as the config says; every rank gets the same values, in float32 those of float64 rounded."""
+        config = self.config
+        ranges = {"output.weight": config.init_output, "output.bias": config.init_output_bias}
+        if config.embedding:
+            ranges["embedding.weight"] = config.init_output
+        for number, (name, extent) in enumerate(self.layout.tensors.items()):
+            bound = ranges.get(name, config.init or 1 / math.sqrt(config.hidden))
+            generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+            tensor = np.empty(extent.shape, self.dtype)
+            flat = tensor.reshape(-1)
+            for start in range(0, flat.size, 1 << 20):
+                part = flat[start : start + (1 << 20)]
+                part[:] = generator.uniform(-bound, bound, part.size)
+            if name.endswith(".bias") and name.startswith("lstm") and config.forget_bias:
+                tensor[0, config.hidden : 2 * config.hidden] = config.forget_bias
+            self.layout.write(self.theta, name, tensor)
+
+    def forward(self, tokens, targets, h, c, scale=0.0, mask=None, between=None):
+        """Losses of a window; when training, the output layer's gradients too, since they need the logits.
+
+        Parameters
+        ----------
+        tokens, targets : (T,B) int64
+            A target of -1 is padding.
+        h, c : (L,B,H), in and out
+            The state before and after the window.
+        scale : float
+            Factor on every gradient.
+        mask : (seed, step, lanes (B,) int64), optional
+            Names the dropout masks; None: no dropout.
+        between : callable, optional
+            Called now and then.
+
+        Returns
+        -------
+        (T,B) losses in nats, valid until the next call.
+        """
+        T, B = tokens.shape
+        y, row = self._hidden(tokens, h, c, mask, between)
+        losses, W, outputs = self._losses[: T * B], self._p["output"], (None, None)
+        if self.training:
+            outputs = self._dy, self._d["output"]
+        softmax_cross_entropy(losses, *outputs, self._chunk, y, row, W, targets.reshape(-1), scale, between)
+        return losses.reshape(T, B)
+
+    def backward(self, on_ready=None, between=None):
+        """The rest of the gradient of the last `forward`, into `self.gradient` (P,).
+
+        on_ready(slice) is called as soon as a slice is final, in order, without gaps. Every tensor is overwritten, but
+        for embedding rows: they are added to where embedding and output are not tied, and the caller zeroes those it used.
+        """
+        T, B = self._tokens.shape
+        config, p, d = self.config, self._p, self._d
+        final = 0
+
+        def ready(name):
+            nonlocal final
+            start, final = final, self.layout.blocks[name].stop
+            if on_ready is not None:
+                on_ready(slice(start, final))
+
+        if not config.tied:
+            ready("output")
+        dy = self._dy
+        self._drop(dy, dy, 0, config.layers)
+        for layer in reversed(range(config.layers)):
+            (x, row), name = self._inputs[layer], f"lstm.{layer}."
+            dx = None if x is None else self._dy if layer else self._dx
+            lstm_backward(
+                dx, d.get(name + "x"), d[name + "h"], self._db, self._gates[layer], self._dh_next, self._dc, self.operands,
+                dy, x, row, self._h[layer], self._c[layer], p.get(name + "x"), p[name + "h"], T, B, between,
+            )  # fmt: skip
+            d[name + "b"][:] = self._db[:, None]
+            if dx is not None:
+                self._drop(dx, dx, 0, layer)
+            ready(name + "b")
+        tokens = self._tokens.reshape(-1)
+        if config.tied:
+            tied_embedding_backward(d["output"], tokens, dx, config.embedding)
+        elif config.embedding:
+            embedding_backward(d["embedding"], tokens, dx)
+        else:
+            gates_backward(d["embedding"], tokens, self._gates[0])
+        ready("output" if config.tied else "embedding")
+
+    def logits(self, tokens, h, c):
+        """What comes next: tokens (T,B) int64; h, c (L,B,H) in and out. Returns the logits (B,V) behind the last step."""
+        T, B = tokens.shape
+        y, row = self._hidden(tokens, h, c)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever draws from them looks
+            return output_logits(y, row + (T - 1) * B, B, self._p["output"], self._chunk)
+
+    def _hidden(self, tokens, h, c, mask=None, between=None):
+        """The top layer's output after dropout: an array and the row in it where its T B rows begin.
+
+        Saves what the backward needs.
+        """
+        T, B = tokens.shape
+        config, p = self.config, self._p
+        self._tokens, self._mask, self._inputs = tokens, mask if config.dropout else None, []
+        flat = tokens.reshape(-1)
+        x, row = None, 0
+        if config.embedding:
+            x = self._x
+            if config.tied:
+                tied_embedding_forward(x, flat, p["output"], config.embedding)
+            else:
+                embedding_forward(x, flat, p["embedding"])
+            self._drop(x, x, 0, 0)
+        else:
+            gates_forward(self._gates[0], flat, p["embedding"])
+        for layer in range(config.layers):
+            # Without training all layers share one slot: a layer reads its input whole before it writes its output.
+            slot, name = layer if self.training else 0, f"lstm.{layer}."
+            hs, cs, gates = self._h[slot], self._c[slot], self._gates[slot]
+            to_panels(hs, 0, h[layer])
+            to_panels(cs, 0, c[layer])
+            weights = p.get(name + "x"), p[name + "h"], p[name + "b"].sum(axis=1)
+            lstm_forward(hs, cs, gates, self.operands, x, row, *weights, T, B)
+            from_panels(h[layer], hs, T * B)
+            from_panels(c[layer], cs, T * B)
+            self._inputs.append((x, row))
+            x, row = hs, B
+            if self._mask is not None:
+                x, row = self._dropped[layer], 0
+                self._drop(x, hs, B, layer + 1)
+            if between is not None:
+                between()
+        return x, row
+
+    def _drop(self, out, x, row, place):
+        """Dropout number `place`, of x from `row` on: 0 on the embeddings, l behind layer l."""
+        if self._mask is not None:
+            seed, step, lanes = self._mask
+            arguments = self.config.dropout, lanes, seed, step, place
+            self.operands.team.share(lambda first, last: dropout(out, x, row, first, last, *arguments), len(self._tokens))

@@ -1,0 +1,194 @@
+"""Where the tensors of a model lie: in the flat vectors of the kernels, in panels, and in the standard vector of files.
+
+The flat vectors are laid out in the order in which the backward finishes them (output layer first, embedding last), so that
+what is final is always a prefix and can leave while the rest is still computed. Their blocks are arrays for the kernels:
+
+    output       (ceil((H+1)/R),V,R)    the output weights, with the bias as column H; tied: the embedding too, and last
+    lstm.l.x     (4H/R,D,R)             in panels of gates (kernels/lstm.py); not with one-hot inputs
+    lstm.l.h     (4H/R,H,R)
+    lstm.l.b     (4H/R,biases,R)
+    embedding    (V,E)                  row-major; one-hot inputs: Wx of layer 0, (V,4H)
+
+Panels (kernels/gemm.py) are padded with zeros, which no gradient touches. Outside, a tensor has its usual shape and order
+under its name, and the standard vector holds one after the other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.gemm import width
+
+PART = 1 << 18  # elements, or a row, that are converted at a time
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Elements [start, stop) of a vector, and the shape they have, row-major."""
+
+    start: int
+    stop: int
+    shape: tuple
+
+
+def _append(extents, name, *shape):
+    start = next(reversed(extents.values())).stop if extents else 0
+    extents[name] = Extent(start, start + math.prod(shape), shape)
+    return name
+
+
+class Layout:
+    """The layout of a model.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    vocabulary : int
+        V.
+    dtype : numpy.float32 or numpy.float64
+        Of the flat vectors; decides R.
+
+    Attributes
+    ----------
+    tensors, blocks : dict
+        name -> Extent, in the standard vector and in the flat vectors.
+    parameters, size : int
+        Length of the standard vector and of the flat vectors.
+    table : Extent or None
+        The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied.
+    """
+
+    def __init__(self, config, vocabulary, dtype):
+        self.config, self.dtype, self.R = config, np.dtype(dtype), width(dtype)
+        self.tensors, self.blocks, self._where = {}, {}, {}
+        V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
+        P = -(-H // R)
+        output = -(-(H + 1) // R), V, R
+        if not config.tied:
+            block = _append(self.blocks, "output", *output)
+            self._tensor("output.weight", (V, H), block, "columns")
+        self._tensor("output.bias", (V,), "output", "last column")
+        for layer in reversed(range(config.layers)):
+            D = H if layer else E
+            for kind, rows in (("weight_x", D), ("weight_h", H), ("bias", config.biases)):
+                if rows:
+                    block = _append(self.blocks, f"lstm.{layer}.{kind[-1] if kind != 'bias' else 'b'}", 4 * P, rows, R)
+                    self._tensor(f"lstm.{layer}.{kind}", (rows, 4 * H), block, "gates")
+        if config.tied:
+            block = _append(self.blocks, "output", *output)
+            self._tensor("embedding.weight", (V, E), block, "columns")
+        else:
+            block = _append(self.blocks, "embedding", V, E or 4 * H)
+            self._tensor("embedding.weight", (V, E or 4 * H), block, "whole")
+        self.parameters = self.tensors["embedding.weight"].stop
+        self.size = self.blocks[block].stop
+        self.table = None if config.tied else self.blocks[block]
+
+    def _tensor(self, name, shape, block, kind):
+        _append(self.tensors, name, *shape)
+        self._where[name] = block, kind
+
+    def arrays(self, vector):
+        """name -> view of the flat vector (size,) as a block."""
+        return {name: vector[block.start : block.stop].reshape(block.shape) for name, block in self.blocks.items()}
+
+    def read(self, vector, name):
+        """A copy of the tensor `name` of the flat vector (size,), in its usual shape."""
+        return self._read(self._block(vector, name), name)
+
+    def write(self, vector, name, tensor):
+        """Put a tensor of the usual shape into the flat vector (size,)."""
+        for piece, place in self._pieces(self._block(vector, name), name):
+            piece[...] = tensor[place]
+
+    def cut(self, vector, start, stop):
+        """What of the flat vector (size,) holds elements [start, stop) of the standard vector.
+
+        A list of (name, first row, view of the block with the tensor's rows from there on); a copy of the views is all it
+        takes to read those elements later.
+        """
+        cuts = []
+        for name, first, last in self._overlapping(start, stop):
+            offset, width = self.tensors[name].start, math.prod(self.tensors[name].shape[1:])
+            rows = slice((first - offset) // width, -(-(last - offset) // width))
+            block = self._block(vector, name)
+            cuts.append((name, rows.start, block[rows] if block.ndim == 2 else block[:, rows]))
+        return cuts
+
+    def parts(self, cuts, start, stop):
+        """Elements [start, stop) of the standard vector, of what `cut` gave for them, in arrays one after the other."""
+        for name, row, block in cuts:
+            width, offset, rows = math.prod(self.tensors[name].shape[1:]), self.tensors[name].start, block.shape[-2]
+            some = max(1, PART // width)
+            for first in range(0, rows, some):
+                at = offset + (row + first) * width  # where these rows begin in the standard vector
+                here = np.s_[..., first : first + some, :]
+                yield self._read(block[here], name).reshape(-1)[max(0, start - at) : stop - at]
+
+    def export(self, vector, start, stop):
+        """The same of the flat vector (size,), in one array."""
+        return np.concatenate([np.empty(0, vector.dtype), *self.parts(self.cut(vector, start, stop), start, stop)])
+
+    def load(self, vector, start, part):
+        """Put elements from `start` on of the standard vector into the flat vector (size,)."""
+        for name, first, last in self._overlapping(start, start + len(part)):
+            offset, tensor = self.tensors[name].start, self.read(vector, name)
+            tensor.reshape(-1)[first - offset : last - offset] = part[first - start : last - start]
+            self.write(vector, name, tensor)
+
+    @property
+    def shapes(self):
+        """Of the tensors that lie one after the other in the standard vector, as compression sees them: biases one by one."""
+        shapes = []
+        for name, tensor in self.tensors.items():
+            shapes += (
+                [tensor.shape[1:]] * tensor.shape[0] if name.endswith(".bias") and len(tensor.shape) > 1 else [tensor.shape]
+            )
+        return shapes
+
+    def pack(self, vector):
+        """The standard vector (parameters,) of the flat vector (size,)."""
+        return self.export(vector, 0, self.parameters)
+
+    def unpack(self, standard, vector):
+        """Put all of the standard vector into the flat vector (size,)."""
+        self.load(vector, 0, standard)
+
+    def _overlapping(self, start, stop):
+        for name, tensor in self.tensors.items():
+            first, last = max(start, tensor.start), min(stop, tensor.stop)
+            if first < last:
+                yield name, first, last
+
+    def _block(self, vector, name):
+        extent = self.blocks[self._where[name][0]]
+        return vector[extent.start : extent.stop].reshape(extent.shape)
+
+    def _read(self, block, name):
+        """Rows of the tensor `name` from as many rows of its block."""
+        tensor = np.empty((block.shape[-2], *self.tensors[name].shape[1:]), block.dtype)
+        for piece, place in self._pieces(block, name):
+            tensor[place] = piece
+        return tensor
+
+    def _pieces(self, block, name):
+        """(view of a block, or of some of its rows, its place in the tensor) for all that the tensor consists of."""
+        H, R, kind = self.config.hidden, self.R, self._where[name][1]
+        if kind == "whole":
+            yield block, np.s_[:]
+        elif kind == "last column":
+            yield block[H // R, :, H % R], np.s_[:]
+        else:
+            gates = 4 if kind == "gates" else 1
+            for first in range(0, H, R):
+                columns = min(R, H - first)
+                for gate in range(gates):
+                    place = gate * H + first
+                    yield block[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
+
+    def active(self):
+        """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""
+        products = sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(("weight_x", "weight_h")))
+        output = self.tensors.get("output.weight", self.tensors["embedding.weight"])
+        return products + math.prod(output.shape)

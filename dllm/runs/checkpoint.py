@@ -1,0 +1,205 @@
+"""Checkpoints on disk: a folder with one HDF5 file a rank, each with its slice of the standard vectors (layout.py) and the
+states of its lanes, and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N
+ranks load what any M ranks wrote. How they are written stands in saving.py.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..files import hdf5, storage
+from ..data.lanes import deal
+from ..errors import UserError
+from .state import State
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+OWN = "own."  # before the names of what only one rank has, such as its model where models differ
+LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
+KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of `ranks` ranks has of a checkpoint."""
+
+    name: str  # of its file
+    slice: slice  # of the standard vectors
+    lanes: range
+
+    @classmethod
+    def of(cls, rank, ranks, parameters, lanes):
+        share = deal(parameters, ranks, rank)
+        return cls(f"rank-{rank:05d}-of-{ranks:05d}.h5", slice(share.start, share.stop), deal(lanes, ranks, rank))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest was read; its files are checked when they are."""
+
+    folder: pathlib.Path
+    manifest: dict
+
+    @classmethod
+    def open(cls, folder):
+        """Raises UserError where the manifest is missing or damaged."""
+        manifest = storage.read_json(folder / MANIFEST, KEYS)
+        flaw = _flaw(manifest)
+        if flaw:
+            raise UserError(f"{folder / MANIFEST} {flaw}")
+        return cls(folder, manifest)
+
+    @property
+    def step(self):
+        return self.manifest["scalars"]["step"]
+
+    def parts(self):
+        """(Part, path of its file) of every rank that wrote it."""
+        ranks, parameters, lanes = (self.manifest[name] for name in ("ranks", "parameters", "lanes"))
+        parts = (Part.of(rank, ranks, parameters, lanes) for rank in range(ranks))
+        return [(part, self.folder / part.name) for part in parts]
+
+    def verify(self):
+        """Raise UserError where the sha256 of a file does not hold."""
+        for (_, path), digest in zip(self.parts(), self.manifest["sha256"], strict=True):
+            storage.check_file(path, digest)
+
+    def arrays(self, path):
+        """hdf5.open_arrays of one rank's file. Raises UserError."""
+        moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
+        own = (f"{OWN}{name}" for name in self.manifest["own"][1:])
+        return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments, *own])
+
+
+def folder_of(run, step):
+    return pathlib.Path(run, "checkpoints", f"step-{step:08d}")
+
+
+def seal(manifest):
+    """The sha256 of everything else in a manifest."""
+    rest = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _flaw(manifest):
+    """What is wrong with a manifest, or None."""
+    if manifest["format"] != FORMAT:
+        return f"is of format {manifest['format']!r:.20}, this version of dllm reads {FORMAT}"
+    if seal(manifest) != manifest["seal"]:
+        return "is damaged: its checksum does not hold"
+    for name, limit in LIMITS.items():
+        if not (type(manifest[name]) is int and 0 <= manifest[name] <= limit):
+            return f"has {name} = {manifest[name]!r:.40}; no checkpoint has"
+    digests, scalars = manifest["sha256"], manifest["scalars"]
+    if not (isinstance(digests, list) and len(digests) == manifest["ranks"] > 0):
+        return "does not have a sha256 for each rank"
+    if not (isinstance(scalars, dict) and set(scalars) == set(State.SCALARS)):
+        return "does not have the scalars of a state"
+    if not all(type(value) in (int, float) for value in scalars.values()) or not isinstance(manifest["layout"], dict):
+        return "has scalars that are no numbers"
+    own = manifest["own"]
+    if not (isinstance(own, list) and own and all(isinstance(name, str) for name in own)):
+        return "does not name what each rank has of its own"
+    return None
+
+
+def prune(run, keep):
+    """Remove what is neither among the newest `keep` checkpoints nor the newest best one; unfinished ones too."""
+    found, _ = available(run)
+    best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
+    stay = {checkpoint.folder for checkpoint in [*found[:keep], *best]}
+    for folder in pathlib.Path(run, "checkpoints").glob("step-*"):
+        if folder not in stay:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def available(run):
+    """Checkpoints whose manifest is whole, newest first; and what is wrong with other manifests, a line each."""
+    found, wrong = [], []
+    for folder in sorted(pathlib.Path(run, "checkpoints").glob("step-*"), reverse=True):
+        try:
+            if (folder / MANIFEST).exists():
+                found.append(Checkpoint.open(folder))
+        except UserError as error:
+            wrong.append(str(error))
+    return found, wrong
+
+
+def intact(run, best=False):
+    """The newest checkpoint (the newest best one) all of whose hashes hold, and a warning for each that was passed over.
+
+    Raises UserError where there is none.
+    """
+    found, wrong = available(run)
+    found = sorted(found, key=lambda checkpoint: not checkpoint.manifest["best"]) if best else found
+    for checkpoint in found:
+        try:
+            checkpoint.verify()
+        except UserError as error:
+            wrong.append(str(error))
+        else:
+            return checkpoint, [f"{text}; trying the one before" for text in wrong]
+    if wrong:
+        raise UserError(f"no checkpoint of {run} is whole: {wrong[0]}")
+    raise UserError(f"{run} has no checkpoint to start from")
+
+
+def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
+    """Raise UserError where a checkpoint was made by another model, optimiser, precision or number of lanes."""
+    manifest = checkpoint.manifest
+    expected = {"dtype": np.dtype(dtype).name, "parameters": layout.parameters, "moments": moments, "lanes": lanes}
+    shapes = {name: list(tensor.shape) for name, tensor in layout.tensors.items()}
+    for name in dict.fromkeys([*shapes, *manifest["layout"]]):
+        if shapes.get(name) != manifest["layout"].get(name):
+            raise UserError(
+                f"{checkpoint.folder} is of another shape: {name} is {manifest['layout'].get(name)} there, "
+                f"{shapes.get(name)} here"
+            )
+    for name, value in expected.items():
+        if value is not None and manifest[name] != value:
+            raise UserError(f"{checkpoint.folder} has {name} = {manifest[name]}, this run has {value}")
+
+
+def load_theta(checkpoint, layout, theta):
+    """Fill the flat vector theta from all files."""
+    for part, path in checkpoint.parts():
+        with checkpoint.arrays(path) as array:
+            _load(layout, theta, part, array, "theta")
+
+
+def load(checkpoint, layout, state, lanes):
+    """Fill `state` of a rank that now computes `lanes`, a range, from all files of a checkpoint of any number of ranks."""
+    layers, hidden = checkpoint.manifest["layers"], checkpoint.manifest["hidden"]
+    load_theta(checkpoint, layout, state.theta)
+    for part, path in checkpoint.parts():
+        shape = layers, len(part.lanes), hidden
+        both = range(max(part.lanes.start, lanes.start), min(part.lanes.stop, lanes.stop))
+        with checkpoint.arrays(path) as array:
+            for number, moment in enumerate(state.moments):
+                _load(layout, moment, part, array, f"moment.{number}")
+            if both:
+                here, there = (slice(both.start - one.start, both.stop - one.start) for one in (lanes, part.lanes))
+                state.h[:, here] = array("h", state.h.dtype, shape)[:, there]
+                state.c[:, here] = array("c", state.c.dtype, shape)[:, there]
+                state.lane_loss[here] = array("lane_loss", np.float64, shape[1:2])[there]
+    state.set_scalars(checkpoint.manifest["scalars"])
+
+
+def load_own(checkpoint, rank, ranks, own, made_by):
+    """Fill the vectors of `own`, name -> vector, from this rank's file. Returns whether as many ranks wrote them."""
+    if checkpoint.manifest["ranks"] != ranks or checkpoint.manifest["own"] != [made_by, *sorted(own)]:
+        return False
+    _, path = checkpoint.parts()[rank]
+    with checkpoint.arrays(path) as array:
+        for name, vector in own.items():
+            vector[:] = array(f"{OWN}{name}", vector.dtype, vector.shape)[:]
+    return True
+
+
+def _load(layout, vector, part, array, name):
+    start, stop = part.slice.start, part.slice.stop
+    layout.load(vector, start, array(name, vector.dtype, (stop - start,))[:])

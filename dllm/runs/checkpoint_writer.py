@@ -1,0 +1,236 @@
+"""Checkpoints are written while training goes on: a copy of this rank's slice is taken, a thread writes and verifies it.
+
+    begin    all ranks, at the same step: the copy, a few per cent of a step
+    ...      each rank's thread writes its file in small pieces, with rests between them; steps go on
+    settle   all ranks, at the same step, when nobody writes any more: the first rank's thread writes the manifest
+    settle   once more, when that is there: now the checkpoint counts
+
+The threads never call MPI; who is still writing travels with the control values of a step (comm/averaging.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+from . import checkpoint
+from ..files import hdf5, storage
+from ..comm.runtime import allgather
+
+BUSY = 0.05  # the part of its rank's time that a thread takes at most
+SWITCH = 0.0005  # seconds in which Python's threads take turns while one writes; the default is ten times that
+PATIENCE = 5.0  # seconds that a disk gets when ranks have died
+SHORTEST, LONGEST = 30.0, 1800.0  # seconds between checkpoints where the interval is chosen here
+
+
+class Saver:
+    """Saves the states of a run. Collective: every rank has one and calls the same methods at the same steps.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    claim : Claim
+        On the run's folder.
+    layout : Layout
+    lanes : int
+        Of all ranks.
+    tokenizer : str
+        The hash that names the vocabulary.
+    config : CheckpointConfig
+    warn : callable
+        Takes a line for the user.
+    before : Saver, optional
+        Of the same run with more ranks, which was abandoned.
+    made_by : str
+        What else must be the same for what ranks have of their own to be of use.
+
+    Attributes
+    ----------
+    under_way : bool
+        Whether a checkpoint is; the same on all ranks.
+    step, whole : int, bool
+        Of the newest one, which becomes whole in the end unless something goes wrong; -1, True: there was none.
+    begun : float
+        When that was, by time.monotonic; at first when this was made.
+    count, stalled : int, float
+        How many were begun while training went on, and the seconds that it stood still for them.
+    cost : float or None
+        Seconds of computing that the last one took the slowest rank.
+    on_stage : list of callable
+        Of the class: each is called in the writing thread, with this and "begin", "piece" or "end" of a rank's file.
+    """
+
+    on_stage: ClassVar[list[Callable[[Saver, str], None]]] = []
+
+    def __init__(self, comm, claim, layout, lanes, tokenizer, config, warn, before=None, made_by=""):
+        self.comm, self.claim, self.layout, self.config, self.warn = comm, claim, layout, config, warn
+        self.made_by = made_by
+        self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, lanes)
+        self.facts = {
+            "format": checkpoint.FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes,
+            "layout": {name: list(tensor.shape) for name, tensor in layout.tensors.items()}, "ranks": comm.size,
+        }  # fmt: skip
+        self.step, self.whole, self.under_way = -1, True, False
+        self.begun, self.count, self.stalled, self.cost = time.monotonic(), 0, 0.0, None
+        if before is not None:
+            self.begun = -math.inf if before.under_way else before.begun
+            self.count, self.stalled, self.cost = before.count, before.stalled, before.cost
+        self.thread = self.copies = None
+        self.hurry, self.abandoned = threading.Event(), False
+
+    @property
+    def writing(self):
+        """Whether this rank is not ready to settle."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def interval(self):
+        """Seconds from one checkpoint to the next; 0: none by time.
+
+        Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974.
+        """
+        if self.config.every_minutes >= 0:
+            return self.config.every_minutes * 60
+        cost = 1.0 if self.cost is None else self.cost
+        best = math.sqrt(2 * cost * self.config.mtbf_hours * 3600 / self.comm.size)
+        return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)
+
+    def begin(self, state, best, own):
+        """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns.
+
+        own : dict
+            name -> vector that only this rank has; the same names on all ranks.
+        """
+        begin = time.perf_counter()
+        if self.under_way:
+            self.complete()
+        cuts = self._cuts(state)
+        if self.copies is None:
+            self.copies = [[(name, row, block.copy()) for name, row, block in some] for some in cuts]
+        else:
+            for (_, _, copy), (_, _, block) in zip(itertools.chain(*self.copies), itertools.chain(*cuts), strict=True):
+                copy[...] = block
+        own = {name: vector.copy() for name, vector in own.items()}
+        self._start(state, best, self.copies, (state.h.copy(), state.c.copy(), state.lane_loss.copy()), own)
+        self.count += 1
+        self.stalled += time.perf_counter() - begin
+
+    def save(self, state, best, own):
+        """Save `state` before anything else happens. Nothing is copied."""
+        if self.under_way:
+            self.complete()
+        self._start(state, best, self._cuts(state), (state.h, state.c, state.lane_loss), own)
+        self.complete()
+
+    def complete(self):
+        """Wait until what is under way is whole, or cannot be."""
+        self.hurry.set()
+        while self.under_way:
+            if self.thread is not None:
+                self.thread.join()
+            self.settle()
+
+    def settle(self):
+        """What all ranks do once none of them is writing any more."""
+        self.next()
+
+    def abandon(self):
+        """Leave what is under way unfinished: ranks have died. No communication."""
+        self.abandoned = True
+        self.hurry.set()
+        if self.thread is not None:
+            self.thread.join(PATIENCE)
+
+    def _cuts(self, state):
+        start, stop = self.part.slice.start, self.part.slice.stop
+        return [self.layout.cut(vector, start, stop) for vector in (state.theta, *state.moments)]
+
+    def _start(self, state, best, cuts, lanes, own):
+        start, stop = self.part.slice.start, self.part.slice.stop
+        names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
+        stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
+        arrays = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
+        arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
+        arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
+        self.manifest = self.facts | {
+            "dtype": state.theta.dtype.name, "moments": len(state.moments), "best": bool(best), "layers": state.h.shape[0],
+            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [self.made_by, *sorted(own)],
+        }  # fmt: skip
+        self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
+        self.folder = checkpoint.folder_of(self.claim.run, state.step)
+        self.next = self._all_have_written
+        self._in_background(self._write, arrays)
+
+    def _in_background(self, work, *arguments):
+        self.problem, self.result, self.hurry = None, None, threading.Event()
+        self.thread = threading.Thread(target=self._work, args=(work, *arguments), daemon=True)
+        self.thread.start()
+
+    def _work(self, work, *arguments):
+        interval, self.spent = sys.getswitchinterval(), time.thread_time()
+        sys.setswitchinterval(SWITCH)
+        try:
+            self.result = work(*arguments)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        except Exception as error:  # of HDF5: any; it must not go unnoticed in a thread
+            self.problem = f"{type(error).__name__}: {error}"
+        finally:
+            sys.setswitchinterval(interval)
+
+    def _rest(self):
+        """After a piece of work, so that the thread takes no more than its share."""
+        self._reach("piece")
+        if self.abandoned:
+            raise OSError("abandoned")
+        now = time.thread_time()
+        self.hurry.wait((now - self.spent) * (1 / BUSY - 1))
+        self.spent = time.thread_time()
+
+    def _write(self, arrays):
+        """This rank's file. Returns its sha256 and the seconds it took."""
+        begin = time.thread_time()
+        self._reach("begin")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest = hdf5.write_arrays(self.folder / self.part.name, arrays, self._rest)
+        self._reach("end")
+        return digest, time.thread_time() - begin
+
+    def _reach(self, stage):
+        for hook in self.on_stage:
+            hook(self, stage)
+
+    def _all_have_written(self):
+        everyone = allgather(self.comm, (self.problem, self.result))
+        self.problem = next((problem for problem, _ in everyone if problem), None)
+        if self.problem:
+            self._end()
+            return
+        digests, seconds = zip(*(result for _, result in everyone), strict=True)
+        self.cost, self.manifest["sha256"] = max(seconds), list(digests)
+        self.next = self._manifest_is_there
+        if self.comm.rank == 0:
+            self._in_background(self._write_manifest)
+
+    def _write_manifest(self):
+        """By the first rank: from now on the checkpoint counts, and older ones may go."""
+        if not self.claim.holds():
+            raise OSError("another job has taken over the run")
+        self.manifest["seal"] = checkpoint.seal(self.manifest)
+        storage.write_json(self.folder / checkpoint.MANIFEST, self.manifest)
+        checkpoint.prune(self.claim.run, self.config.keep)
+
+    def _manifest_is_there(self):
+        self.problem = allgather(self.comm, self.problem)[0]
+        self._end()
+
+    def _end(self):
+        self.under_way, self.whole = False, not self.problem
+        if self.problem and self.comm.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.warn(f"no checkpoint at step {self.step}: {self.problem}; training goes on, older ones stay")

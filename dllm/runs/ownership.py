@@ -1,0 +1,54 @@
+"""One job writes to a run's folder: the last that took it. One that was cut off and thought dead learns of it here."""
+
+import contextlib
+import os
+import pathlib
+import uuid
+from dataclasses import dataclass
+
+from ..files import storage
+
+JOB = "DLLM_JOB"  # the variable by which a launcher knows its processes
+FILE = "owner"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right of a job to write to the folder `run`, once it has taken it."""
+
+    run: str
+    token: str
+
+    @classmethod
+    def of_this_job(cls, run):
+        """One rank makes it for all."""
+        return cls(str(run), f"{os.environ.get(JOB, '')}.{uuid.uuid4().hex}")
+
+    def take(self):
+        """By one rank, for all. Raises OSError."""
+        storage.write_text(pathlib.Path(self.run, FILE), self.token)
+
+    def holds(self):
+        """Whether nobody else has taken it since."""
+        return owner(self.run) == self.token
+
+    def beat(self):
+        """Shows that the job is alive."""
+        with contextlib.suppress(OSError):
+            os.utime(pathlib.Path(self.run, FILE))
+
+
+def beaten(run):
+    """When the job that owns the folder was last alive, by time.time(); 0 where none does."""
+    try:
+        return pathlib.Path(run, FILE).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def owner(run):
+    """The token of the job that took the folder last; None where nobody has."""
+    try:
+        return pathlib.Path(run, FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None

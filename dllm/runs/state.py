@@ -1,0 +1,58 @@
+"""Everything that changes from step to step, in one place that can be copied, hashed, saved and swapped."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.gemm import aligned
+
+
+@dataclass
+class State:
+    """The state of a run on one rank. P parameters, L layers, B lanes of this rank, H hidden units."""
+
+    theta: np.ndarray  # (P,) parameters, the same on every rank
+    moments: list  # of (P,) optimiser moments, the same on every rank
+    h: np.ndarray  # (L,B,H) this rank's lanes
+    c: np.ndarray  # (L,B,H)
+    lane_loss: np.ndarray  # (B,) float64, nats since the last line of metrics
+    step: int = 0  # optimiser steps taken
+    epoch: int = 0  # epochs finished
+    window: int = 0  # windows of this epoch done: where every lane stands
+    tokens: int = 0  # of all ranks, since the last line of metrics
+    bytes_sent: int = 0  # by each rank, since the last line of metrics
+    lr_factor: float = 1.0  # what the plateau schedule has made of lr
+    best_loss: float = float("inf")  # validation, nats a token
+    skipped: int = 0  # steps that changed nothing, because the gradient was not finite
+    skipped_in_a_row: int = 0  # the newest ones of these
+
+    SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss", "skipped", "skipped_in_a_row")
+
+    def twin(self):
+        """Another of the same size, whose values are not set."""
+        return State(*(self._like(part) for part in (self.theta, self.moments, self.h, self.c, self.lane_loss)))
+
+    @staticmethod
+    def _like(part):
+        return [State._like(one) for one in part] if isinstance(part, list) else aligned(part.shape, part.dtype)
+
+    def scalars(self):
+        return {name: getattr(self, name) for name in self.SCALARS}
+
+    def set_scalars(self, values):
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def next_window(self, windows, carry):
+        """Move every lane on by one window, from zero states unless carried; behind the last one comes the next epoch."""
+        self.step += 1
+        self.window += 1
+        if self.window == windows:
+            self.window, self.epoch = 0, self.epoch + 1
+        if self.from_zero(carry):
+            self.h[:] = 0
+            self.c[:] = 0
+
+    def from_zero(self, carry):
+        """Whether the next window begins from zero states."""
+        return carry == "window" or (carry == "epoch" and self.window == 0)

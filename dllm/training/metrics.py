@@ -1,0 +1,145 @@
+"""What all ranks together find out about a run while it goes: its metrics, whether they still agree, which of them is slow."""
+
+import math
+import time
+
+import numpy as np
+
+from ..comm.runtime import allgather
+from ..errors import UserError
+
+LINKS = 64  # pairs of neighbours in a line of metrics, the slowest
+BEAT = 5.0  # seconds between signs of life in the run's folder
+SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
+
+
+class Monitor:
+    """Adds up the steps of an interval, for a line of metrics. Collective: every rank has one.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    oversubscribed : bool
+        Ranks share cores: then one that is slow says nothing.
+    averaging
+        With the counters that stand at the top of comm/averaging.py.
+    clock : Clock
+    reporter : Reporter
+    claim : Claim
+    """
+
+    def __init__(self, comm, oversubscribed, averaging, clock, reporter, claim):
+        self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
+        self.reporter, self.claim = reporter, claim
+        self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
+        self.beaten = 0.0
+
+    def begin(self):
+        """An interval begins."""
+        self.seconds = self.exposed = self.flight = 0.0
+        self.tokens = self.steps = 0
+
+    def start(self):
+        """A step begins. What was sent since the last one, for an evaluation or a checkpoint, does not count."""
+        self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def count(self, tokens):
+        """A step was taken; returns its seconds."""
+        seconds = time.perf_counter() - self.started
+        self.seconds += seconds
+        self.exposed += self.averaging.exposed_seconds
+        self.flight += self.averaging.flight_seconds
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+        self.beat()
+        return seconds
+
+    def beat(self):
+        """Shows the launcher that the run goes on."""
+        now = time.monotonic()
+        if self.comm.rank == 0 and now - self.beaten > BEAT:
+            self.claim.beat()
+            self.beaten = now
+
+    def log(self, state, digest, windows, norm, lr):
+        """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.
+
+        digest : str
+            The hash of this rank's parameters.
+        windows : int
+            Of an epoch.
+
+        Raises UserError on all ranks.
+        """
+        times = self.seconds, self.exposed, self.flight
+        own = digest, times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
+        digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
+        losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
+        loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
+        self._check(state.step, digests, loss)
+        self._check_claim(state.step, holds)
+        seconds, exposed, flight = np.mean(times, axis=0)
+        busy = [(one[0] - one[1]) / self.steps for one in times]
+        slowest = int(np.argmax(busy))
+        self._name_straggler(slowest, busy[slowest] / float(np.median(busy)))
+        if state.tokens:  # not where every step was left out
+            self.reporter.log(
+                {
+                    "step": state.step,
+                    "epoch": state.epoch + state.window / windows,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "skipped": state.skipped,
+                    "tokens_per_second": self.tokens / seconds,
+                    "exposed_comm_fraction": exposed / seconds,
+                    "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
+                    "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
+                    "slowest_rank": slowest,
+                    "bytes_sent": sum(sent) // len(sent),
+                    "most_bytes_sent": max(sent),
+                    **self._links(trips),
+                    "parameters": digest,
+                }
+            )
+        self.clock.exposed_seconds += exposed
+        self.clock.logged_seconds += seconds
+        state.lane_loss[:] = 0
+        state.tokens = state.bytes_sent = 0
+        self.begin()
+
+    def _links(self, trips):
+        """The pairs of neighbours whose messages took longest: "rank-rank" -> seconds there and back."""
+        pairs = [(seconds, f"{rank}-{other}") for rank, found in enumerate(trips) for other, seconds in found.items()]
+        return {"neighbour_seconds": {pair: round(s, 6) for s, pair in sorted(pairs, reverse=True)[:LINKS]}} if pairs else {}
+
+    def check_claim(self, step):
+        """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
+        self._check_claim(step, allgather(self.comm, self._holds()))
+
+    def _holds(self):
+        """What the first rank says: whether the run's folder is still this job's."""
+        return self.claim.holds() if self.comm.rank == 0 else None
+
+    def _check_claim(self, step, everyone):
+        if not everyone[0]:
+            raise UserError.of_all(f"another job has taken over {self.claim.run}: this one ends at step {step}")
+
+    def _check(self, step, digests, loss):
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different and self.averaging.identical:
+            problem = f"at step {step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
+        elif not math.isfinite(loss):
+            problem = f"the loss is not finite at step {step}: try a lower train.lr, or train.clip"
+        else:
+            return
+        raise UserError.of_all(problem)
+
+    def _name_straggler(self, rank, times):
+        """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
+        now = time.monotonic()
+        if times < SLOW or self.oversubscribed or self.slow[0] != rank:
+            self.slow = rank, now
+        elif now - self.slow[1] > PATIENCE:
+            self.reporter.warn(f"rank {rank} takes {times:.1f} times as long for a step as the others do")
+            self.slow = rank, math.inf  # once

@@ -1,0 +1,185 @@
+"""Optimisers and learning-rate schedules over flat vectors. Formulas and sources stand in kernels/optim.py.
+
+To add an optimiser: its kernel there, a class here with `moments` and `_update`, a line in `make` and in config.CHOICES.
+"""
+
+import math
+
+import numpy as np
+
+from ..kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
+from ..kernels.team import Team
+
+BLOCK = 1 << 17  # elements that one thread sums, or copies and updates, at a time: they stay in the second-level cache
+
+
+class Optimizer:
+    """Clips the averaged gradient and moves the parameters.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    team : kernels.team.Team, optional
+        Threads that share the work.
+    table : layout.Extent or None
+        The embedding at the end of the flat vectors, whose gradient may be zero but for a few rows.
+    """
+
+    moments = 0  # vectors (P,) of optimiser state
+    sparse = False  # True: a zero gradient changes nothing, so untouched embedding rows are passed over
+
+    def __init__(self, config, table, team=None):
+        self.config, self.table, self.team = config, table, team or Team()
+        self._moved = slice(None)
+
+    def step(self, state, parts, rows, lr, squares=None, release=None, out=None):
+        """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
+
+        Where the norm is not finite nothing moves.
+
+        parts : list of (first element, array)
+            The gradient (P,), one part behind the other. Where rows are given the last part is the embedding's.
+        rows : (n,) int64 or None
+            Rows of the embedding whose gradient may differ from zero; None: all.
+        squares : float, optional
+            The sum of squares of the gradient, without the embedding where `rows` are given; saves a pass.
+        release : callable, optional
+            release(start, stop) is told which elements of the gradient have been read for good.
+        out : State, optional
+            Where the new theta and moments go; `state` stays as it is. It must be what `out` was in the step before.
+        """
+        dense = _blocks(parts if rows is None else parts[:-1])
+        squares = self._squares(dense) if squares is None else squares
+        if rows is not None:
+            width = self.table.shape[1]
+            of_rows = parts[-1][1].reshape(-1, width)[rows].reshape(-1)
+            squares += sum_of_squares(of_rows)
+        norm = math.sqrt(squares)  # NaN stays NaN
+        by_norm = self.config.clip and self.config.clip_by == "norm"
+        factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
+        limit = self.config.clip if self.config.clip and self.config.clip_by == "value" else math.inf
+        common = (state.step + 1, lr, factor, limit)
+        out = out or state
+        if not math.isfinite(norm):
+            self._stay(state, out)
+            return norm
+        self._share(state, out, dense, common, release)
+        if rows is None:
+            return norm
+        if not self.sparse:
+            self._share(state, out, _blocks(parts[-1:]), common)
+            return norm
+        old, new = (version.theta[self.table.start :].reshape(-1, width) for version in (state, out))
+        if out is not state:  # where they differ: in the rows of the step before
+            new[self._moved] = old[self._moved]
+            self._moved = rows
+        theta_of_rows = old[rows].reshape(-1)
+        self._update(theta_of_rows, of_rows, [], *common)
+        new[rows] = theta_of_rows.reshape(-1, width)
+        return norm
+
+    def _stay(self, state, out):
+        if out is not state:
+            for old, new in zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True):
+                new[:] = old
+            self._moved = np.zeros(0, np.int64)
+
+    def _squares(self, blocks):
+        """The sum of squares, block by block whatever the number of threads."""
+        sums = np.zeros(len(blocks))
+
+        def work(first, last):
+            for number in range(first, last):
+                sums[number] = sum_of_squares(blocks[number][1])
+
+        self.team.share(work, len(blocks))
+        return float(sums.sum())
+
+    def _share(self, state, out, blocks, common, release=None):
+        """`_update` of the elements of some blocks, from state to out, each thread a share of them."""
+        vectors = list(zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True))
+
+        def work(first, last):
+            for start, gradient in blocks[first:last]:
+                here = slice(start, start + len(gradient))
+                if out is not state:
+                    for old, new in vectors:
+                        new[here] = old[here]
+                theta, *moments = (new[here] for _, new in vectors)
+                self._update(theta, gradient, moments, *common)
+                if release is not None:
+                    release(here.start, here.stop)
+
+        self.team.share(work, len(blocks))
+
+
+def _blocks(parts):
+    """The same elements in parts of at most BLOCK."""
+    return [(first + at, part[at : at + BLOCK]) for first, part in parts for at in range(0, len(part), BLOCK)]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum or Nesterov's."""
+
+    def __init__(self, config, table, team=None):
+        super().__init__(config, table, team)
+        self.moments = int(config.momentum > 0)
+        self.sparse = config.momentum == 0 and config.weight_decay == 0
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        config, velocity = self.config, moments[0] if moments else np.empty(0, theta.dtype)
+        sgd_update(theta, gradient, velocity, lr, config.momentum, config.nesterov, config.weight_decay, factor, limit)
+
+
+class Adam(Optimizer):
+    """Adam; AdamW where the weight decay is decoupled."""
+
+    moments = 2
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        c, decoupled = self.config, self.config.optimizer == "adamw"
+        betas = c.beta1, c.beta2, c.epsilon
+        adam_update(theta, gradient, *moments, step, lr, *betas, c.weight_decay, decoupled, factor, limit)
+
+
+class RMSprop(Optimizer):
+    """RMSprop as in Torch7's optim: epsilon outside the root, no centring."""
+
+    moments = 1
+
+    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+        c = self.config
+        rmsprop_update(theta, gradient, *moments, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
+
+
+def make(config, table, team=None):
+    """The Optimizer that train.optimizer names."""
+    return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table, team)
+
+
+def learning_rate(config, step, epoch, factor, total_steps):
+    """The rate of one step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    step, epoch : int
+        Steps taken and epochs finished before this one.
+    factor : float
+        What validation has made of the rate so far; see `stalled`.
+    total_steps : int
+        Where the cosine (Loshchilov and Hutter 2017) ends.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, total_steps - config.warmup)
+        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "epochs":
+        return config.lr / config.decay ** max(0, epoch + 1 - config.decay_after)
+    return config.lr * factor
+
+
+def stalled(config, factor, loss, best):
+    """The plateau schedule's factor after an evaluation: divided by `decay` where `loss` is no better than `best`."""
+    return factor / config.decay if config.schedule == "plateau" and not loss < best else factor

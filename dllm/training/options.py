@@ -1,0 +1,56 @@
+"""The options of `train`, which `launch` takes too, and the Config that they mean."""
+
+import os
+
+from .. import cli, config
+from ..comm import topology
+from ..runs.run_folder import read_settings
+
+DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
+EPILOG = """
+examples
+  mpirun -n 8 python -m dllm.train                                  the embedded corpus: Python's standard library
+  mpirun -n 8 python -m dllm.train --data DIR --preset wlm-200      a corpus made by dllm.prepare, a published recipe
+  mpirun -n 4 python -m dllm.train --data 'DIR/site{rank}'          private text: each rank reads its own folder only
+  mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
+  mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
+  mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; README has the ways to average
+
+SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
+passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
+Every key that --set takes is in config.toml in any run's folder; dllm/config.py says what each does.
+"""
+
+
+def train_options(argv, rank=0):
+    parser = cli.Parser("train", DESCRIPTION, EPILOG, rank)
+    parser.add_argument("--preset", default=None, metavar="NAME", help="; ".join(config.preset_names()))
+    parser.add_argument("--config", metavar="FILE", help="a TOML file, laid over the preset")
+    parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare; {rank} in it: one for each rank")
+    parser.add_argument("--out", metavar="RUN", help="new folder for the run (default: runs/PRESET-DATE-TIME)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run")
+    parser.add_argument("--max-steps", type=cli.at_least(1), default=0, metavar="N", help="end when N steps are done")
+    parser.add_argument("--max-seconds", type=cli.at_least(0.001, float), default=0, metavar="S", help="end after S seconds")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting; may be repeated")
+    parser.add_argument("--progress", choices=("auto", "live", "plain", "none"), default="auto", help="default: auto")
+    options = parser.parse_args(argv)
+    if options.resume and (options.preset or options.config or options.out):
+        parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
+    return options
+
+
+def train_config(options):
+    """The Config of the command line, and that of the run which is resumed."""
+    extra = [_lasting(setting) for setting in options.set]
+    if options.data:
+        extra.append(f"data.path={os.path.abspath(options.data)}")
+    if options.resume:
+        return read_settings(options.resume, config.parse_settings(extra))
+    return config.resolve(options.preset or "default", options.config, extra)
+
+
+def _lasting(setting):
+    """A setting as a run can keep it: the path of a topology's file from the root."""
+    key, _, value = setting.partition("=")
+    is_file = key.strip() == "averaging.topology" and value not in topology.NAMES and os.path.isfile(value)
+    return f"{key}={os.path.abspath(value)}" if is_file else setting

@@ -1,0 +1,177 @@
+"""What a run shows and leaves behind: the header, a live line or plain lines, metrics.jsonl, summary.json, loss.png.
+
+One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+from ..files import storage
+
+PROGRESS = ("auto", "live", "plain", "none")
+
+
+class Reporter:
+    """The reporter of a run.
+
+    Parameters
+    ----------
+    speaks : bool
+        Whether this rank reports.
+    progress : str
+        One of PROGRESS. auto: live on a terminal, else plain.
+    before : Reporter, optional
+        This rank's, of the same run with more ranks: what it was to log may not have been written by the one that spoke.
+    """
+
+    def __init__(self, speaks, progress="auto", before=None):
+        self.speaks = speaks
+        self.recent = before.recent if before else collections.deque(maxlen=4)  # the lines of the last two steps
+        live = progress == "live" or (progress == "auto" and _on_terminal())
+        self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
+        self.bar = self.metrics = None
+        self.waiting = b""  # lines for metrics.jsonl
+        self.failed = set()  # files that could not be written
+
+    def say(self, text):
+        """A line, or several, in one write."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif self.mode != "none":
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def warn(self, text):
+        if self.speaks:
+            self.complain(text)
+
+    def complain(self, text):
+        """A line on standard error, whoever speaks."""
+        sys.stderr.write(f"dllm: {text}\n")
+        sys.stderr.flush()
+
+    def begin(self, run, step, total):
+        """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps."""
+        if not self.speaks:
+            return
+        self.run = pathlib.Path(run)
+        path = self.run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        written = {(line["step"], line.get("split")) for line in kept}
+        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
+        self.begun, self.first = time.monotonic(), step
+        self.total = total
+        if self.mode == "live":
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}")
+            console = Console(force_terminal=True, soft_wrap=True)
+            self.bar = Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console, transient=True)
+            self.task = self.bar.add_task("", total=total, completed=step)
+            self.bar.start()
+
+    def log(self, line):
+        """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
+        self.recent.append(line)
+        if not self.speaks:
+            return
+        self.waiting += json.dumps(line).encode() + b"\n"
+        self._attempt("metrics.jsonl", self._write_metrics)
+        text = f"loss {line['loss']:.4f}  perplexity {perplexity(line['loss']):.2f}"
+        if "split" in line:
+            self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
+            return
+        text += f"  {line['tokens_per_second']:,.0f} tokens/s  communication hidden {line['hidden_comm_fraction']:.0%}"
+        if self.mode == "live":
+            self.bar.update(self.task, completed=line["step"], description=text)
+        elif self.mode == "plain":
+            seconds = time.monotonic() - self.begun
+            left = seconds / max(1, line["step"] - self.first) * (self.total - line["step"])
+            self.say(f"step {line['step']}/{self.total}  {text}  eta {_clock(left)}")
+
+    def _write_metrics(self):
+        """Write what waits; on a full disk it goes on waiting."""
+        while self.waiting:
+            self.waiting = self.waiting[self.metrics.write(self.waiting) :]
+
+    def end(self):
+        """Close the live line and the metrics."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if self.metrics is not None:
+            self._attempt("metrics.jsonl", self._write_metrics)
+            self._attempt("metrics.jsonl", self.metrics.close)
+            self.metrics = None
+
+    def summarise(self, summary):
+        if self.speaks:
+            self._attempt("summary.json", storage.write_json, self.run / "summary.json", summary)
+
+    def _attempt(self, name, write, *arguments):
+        """write(*arguments); a full disk is a warning, once for each file: what was computed is worth more than its record."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if name not in self.failed:
+                self.warn(f"cannot write {self.run / name}: {error.strerror}; training goes on")
+            self.failed.add(name)
+
+    def plot(self):
+        """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = _lines(self.run / "metrics.jsonl")
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for split in dict.fromkeys(line.get("split", "train") for line in lines):
+            points = [(line["step"], line["loss"]) for line in lines if line.get("split", "train") == split]
+            axes.plot(*zip(*points, strict=True), label=split, marker="o" if split != "train" else None)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
+        axes.grid(alpha=0.3)
+        if lines:
+            axes.legend()
+        self._attempt("loss.png", lambda: figure.savefig(self.run / "loss.png", dpi=120))
+        pyplot.close(figure)
+        return self.run / "loss.png"
+
+
+def perplexity(loss):
+    """e^loss; infinity where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _on_terminal():
+    """Whether a person watches. Open MPI gives a rank a terminal though mpirun writes to a file: there mpirun's own counts."""
+    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout.isatty()
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    return False
+
+
+def _lines(path):
+    """The lines of metrics; one that a full disk or a crash cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

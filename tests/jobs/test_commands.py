@@ -1,0 +1,160 @@
+"""The commands as users type them: help, evaluate, what a run shows, generate, crashes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launch import REFUSED, Job, complaint, environment, mpirun, train_arguments
+from paths import DATA
+from runs import metrics
+
+import dllm
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
+def test_help_is_printed_once_on_four_ranks(command):
+    done = mpirun(4, "-m", f"dllm.{command}", "--help", check=True)
+    assert done.stdout.count(f"usage: python -m dllm.{command}") == 1
+    assert done.stdout.count("examples") == 1
+    assert complaint(done) == ""
+
+
+def test_the_program_without_a_command_shows_the_commands_and_knows_no_others():
+    usage = mpirun(4, "-m", "dllm", check=True).stdout
+    assert usage.count("usage: dllm COMMAND") == 1
+    for command in ("prepare", "train", "evaluate", "generate"):
+        assert len(re.findall(f"^  {command} ", usage, re.M)) == 1
+        assert f"python -m dllm.{command}" in mpirun(0, "-m", "dllm", command, "--help", check=True).stdout
+    assert mpirun(0, "-m", "dllm", "--version", check=True).stdout.startswith(f"dllm {dllm.__version__}")
+    done = mpirun(4, "-m", "dllm", "fly")
+    assert done.returncode == REFUSED
+    assert re.fullmatch("dllm: there is no command fly; there are prepare, .*\n", complaint(done))
+
+
+def test_evaluate_agrees_with_the_run_on_any_number_of_ranks(world):
+    last = metrics(world / "run", "valid")[-1]
+    for ranks in (0, 2):
+        done = mpirun(
+            ranks, "-m", "dllm.evaluate", "run", "--split", "valid", "--checkpoint", "last", cwd=world, check=True
+        )  # fmt: skip
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert {"split", "tokens", "loss", "perplexity", "bits_per_token"} <= result.keys()
+        assert result["split"] == "valid"
+        assert result["tokens"] == last["tokens"]
+        assert result["loss"] == pytest.approx(last["loss"], rel=1e-6)
+        assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"], rel=1e-6)
+        assert result["bits_per_token"] == pytest.approx(result["loss"] / 0.6931471805599453, rel=1e-6)
+        assert complaint(done) == ""
+
+
+def test_a_short_run_shows_header_sample_and_what_to_type_next_once_and_no_warnings(world, tmp_path):
+    arguments = train_arguments("train-only", tmp_path / "run", "log.every=50", extra=("--max-steps", 3))
+    arguments[arguments.index("none")] = "auto"
+    done = mpirun(2, *arguments, cwd=world, check=True)
+    assert complaint(done) == ""
+    assert "\x1b" not in done.stdout  # nobody watches: lines, not a live display
+    for start in ("dllm ", "data ", "lanes ", "model ", "training ", "run ", "done  ", "sample", "plot ", "generate "):
+        assert len(re.findall(f"^{start}", done.stdout, re.M)) == 1, f"{start}\n{done.stdout}"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    keys = "ranks mpi_library parameters tokens_per_second gflops exposed_comm_fraction peak_rss_bytes steps"
+    assert {*keys.split(), "wall_seconds", "best_valid_perplexity", "config"} <= summary.keys()
+    assert (summary["ranks"], summary["steps"], len(summary["peak_rss_bytes"])) == (2, 3, 2)
+
+
+def generated(world, *options):
+    arguments = "-m", "dllm.generate", "run", "--prompt", "First", "--tokens", 60, *options
+    return mpirun(0, *arguments, cwd=world, check=True).stdout
+
+
+def test_generate_repeats_for_a_seed_and_differs_between_seeds(world):
+    first = generated(world, "--seed", 7)
+    assert first.startswith("First")
+    assert generated(world, "--seed", 7) == first
+    assert generated(world, "--seed", 8) != first
+
+
+def test_generate_at_temperature_0_takes_the_likeliest_token_and_json_holds_what_was_printed(world):
+    coldest = generated(world, "--temperature", 0)
+    assert generated(world, "--top-k", 1, "--seed", 9) == coldest
+    lines = generated(world, "--temperature", 0, "--json").splitlines()
+    assert len(lines) == 1
+    value = json.loads(lines[0])
+    assert value["prompt"] == "First"
+    assert len(value["tokens"]) == 60
+    assert value["prompt"] + value["text"] + "\n" == coldest
+
+
+def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
+    assert generated(world, "--beams", 1) == generated(world, "--temperature", 0)
+    found = generated(world, "--beams", 5)
+    assert found.startswith("First")
+    assert generated(world, "--beams", 5, "--seed", 3) == found
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_chinese_poems_are_learnt_and_continued_in_valid_utf8(tokenizer, tmp_path):
+    text = (DATA / "songci" / "songci.txt").read_bytes()[:240_000].decode(errors="ignore")
+    (tmp_path / "poems.txt").write_text(text[2000:], encoding="utf-8")
+    (tmp_path / "valid.txt").write_text(text[:2000], encoding="utf-8")
+    options = "--train", "poems.txt", "--valid", "valid.txt", "--tokenizer", tokenizer, "--out", "poems"
+    size = ("--vocab-size", 600) if tokenizer == "bpe" else ()
+    mpirun(2, "-m", "dllm.prepare", *options, *size, cwd=tmp_path, check=True)
+    mpirun(2, *train_arguments("poems", "run", extra=("--max-steps", 30)), cwd=tmp_path, check=True)
+    losses = [line["loss"] for line in metrics(tmp_path / "run", "train")]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0]
+    command = [sys.executable, "-m", "dllm.generate", "run", "--prompt", "春", "--tokens", "80", "--temperature", "1"]
+    plain = environment({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=plain, timeout=60, check=True)
+    assert done.stdout.decode("utf-8").startswith("春")
+    assert tokenizer == "bpe" or set(done.stdout.decode()) <= {*text, "<", "u", "n", "k", ">"}
+
+
+CRASH = """
+import os, signal, sys, time
+from dllm import errors, train
+from dllm.training.trainer import Trainer
+
+def crash(trainer):
+    if trainer.comm.rank == 1 and trainer.state.step == 5:
+        {what}
+
+Trainer.before_step.append(crash)
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "says", "codes"),
+    [
+        ("raise RuntimeError('broken')", "dllm: rank 1 failed\nTraceback.*RuntimeError: broken", None),
+        ("raise errors.UserError('no such text')", r"dllm: no such text \(rank 1\)\n", {REFUSED}),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "", None),
+    ],
+)
+def test_one_rank_that_crashes_ends_all_ranks_soon(world, tmp_path, what, says, codes):
+    (tmp_path / "crash.py").write_text(CRASH.format(what=what))
+    arguments = train_arguments("tiny", tmp_path / "run")[2:]
+    with Job(3, tmp_path / "crash.py", *arguments, cwd=world) as job:
+        log = tmp_path / "run" / "metrics.jsonl"
+        job.until(lambda: log.exists() and '"step": 5,' in log.read_text(), "step 5")
+        begin = time.monotonic()
+        done = job.wait()  # fails where a process stays
+        assert time.monotonic() - begin < 20
+    assert done.returncode in codes if codes else done.returncode not in (0, 75)
+    assert re.search(says, done.stderr, re.S), done.stderr
+    assert len(metrics(tmp_path / "run", "train")) == 5
+
+
+def test_an_interrupted_start_leaves_no_process_behind(world, tmp_path):
+    with Job(2, *train_arguments("tiny", tmp_path / "run"), cwd=world) as job:
+        job.until(lambda: len(job.ranks()) == 2, "two ranks")
+        ranks = list(job.ranks().values())
+        job.signal(signal.SIGKILL, [job.launcher()])
+        job.kill()
+        assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in ranks)

@@ -1,0 +1,223 @@
+"""Model folders that are damaged, that lie or are made to harm: refused in one line, exit code 2, before much is read."""
+
+import hashlib
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from models import commands, make
+
+from dllm.data.tokenizers import BPETokenizer
+from dllm.errors import UserError
+from dllm.inference.loaded_model import Bundle
+from dllm.model import torch_weights
+
+
+def says(**facts):
+    """Let config.json say something else; a fact with a dot lies in `model`."""
+
+    def change(folder):
+        path = folder / "config.json"
+        known = json.loads(path.read_text())
+        for name, value in facts.items():
+            (known["model"] if name in known["model"] else known)[name] = value
+        path.write_text(json.dumps(known))
+
+    return change
+
+
+def sealed(folder, data):
+    """Other weights, with the sha256 that they have."""
+    (folder / "model.safetensors").write_bytes(data)
+    says(sha256=hashlib.sha256(data).hexdigest())(folder)
+
+
+def holds(**changes):
+    """Let the weights be others: name (dots as __) -> function of the array, None without it."""
+
+    def change(folder):
+        stored = torch_weights.read(folder / "model.safetensors")
+        arrays = {name: array.copy() for name, (_, array) in stored.items()}
+        for name, function in changes.items():
+            name = name.replace("__", ".")
+            arrays[name] = np.ascontiguousarray(function(arrays.pop(name, None)))
+        sealed(folder, torch_weights.pack({name: array for name, array in arrays.items() if array.dtype != object}))
+
+    return change
+
+
+def without(*names):
+    return holds(**dict.fromkeys(names, lambda array: np.array(None)))
+
+
+def huge(array):
+    return np.copysign(np.float32(3e38), array)
+
+
+def at(value):
+    def put(array):
+        array.flat[3] = value
+        return array
+
+    return put
+
+
+def bytes_of(function):
+    return lambda folder: sealed(folder, function((folder / "model.safetensors").read_bytes()))
+
+
+def header(**changes):
+    """Another header: tensors' names (dots as __) -> what is changed of their entries."""
+
+    def change(data):
+        size = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + size])
+        for name, entry in changes.items():
+            entries[name.replace("__", ".")] |= entry
+        text = json.dumps(entries).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+    return bytes_of(change)
+
+
+def file(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def instead(name, function):
+    def change(folder):
+        (folder / name).unlink()
+        function(folder / name)
+
+    return change
+
+
+def sparse(folder):
+    """A terabyte that takes no space, with a shape that would hold it."""
+    says(hidden=1 << 18, layers=1, embedding=4)(folder)
+    H = 1 << 18
+    size = 4 * (11 * 4 + 4 * H * 4 + 4 * H * H + 8 * H + 11 * H + 11)
+    os.truncate(folder / "model.safetensors", size + 5000)
+
+
+def flipped(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def gap():
+    """A byte-pair encoding of two tokens, one of which has a number far beyond."""
+    value = {"kind": "bpe", "model": json.loads(BPETokenizer._blank().to_str())}
+    value["model"]["model"]["vocab"] = {"a": 0, "b": 4_000_000_000}
+    return json.dumps(value)
+
+
+DEEP = "[" * 200_000
+ATTACKS = {  # what is wrong: (what is done to a folder, what is said of it)
+    "no config": (removed("config.json"), "cannot read .*config.json: No such file"),
+    "no weights": (removed("model.safetensors"), "cannot read .*model.safetensors: No such file"),
+    "no tokenizer": (removed("tokenizer.json"), "cannot read .*tokenizer.json: No such file"),
+    "a pipe for a config": (instead("config.json", os.mkfifo), "config.json: it is not a file"),
+    "a pipe for weights": (instead("model.safetensors", os.mkfifo), "model.safetensors: it is not a file"),
+    "a device for weights": (
+        instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")),
+        "model.safetensors: it is not a file",
+    ),
+    "a pipe for a tokenizer": (instead("tokenizer.json", os.mkfifo), "tokenizer.json: it is not a file"),
+    "config not JSON": (file("config.json", "{"), "config.json is not valid JSON"),
+    "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b'"\xff"'), "config.json is not valid JSON"),
+    "config too deep": (file("config.json", DEEP), "config.json is not valid JSON"),
+    "config a list": (file("config.json", "[1]"), "config.json has no 'format'"),
+    "a huge number": (file("config.json", "9" * 10_000), "config.json is not valid JSON"),
+    "another format": (says(format=2), "format is 2, this version of dllm reads 1"),
+    "unknown weights": (says(weights="fp8"), "weights are 'fp8'"),
+    "weights a list": (says(weights=[["fp32"]]), "weights are "),
+    "no shape": (says(model=[1]), "model does not have embedding"),
+    "more than a shape": (says(model={"embedding": 1, "hiden\nrm -rf": 2}), "model does not have embedding"),
+    "wider": (says(hidden=7), r"is F32\[24, 4\] there, F32\[28, 4\] by its config.json"),
+    "wider by far": (says(hidden=2**31 - 1), "the weights of its config.json take"),
+    "beyond numbers": (says(hidden=10**300), r"model\.hidden = 1000.*"),
+    "a shape of text": (says(hidden="6" * 5000), r"model\.hidden = '666.*"),
+    "not one layer": (says(layers=0), r"model\.layers = 0: it must be at least 1"),
+    "endless layers": (says(layers=2**31 - 1), "no model has so many"),
+    "infinite": (says(window=float("inf")), "train.window = inf"),
+    "tied": (says(tied=True), "model.tied needs"),
+    "one-hot": (says(embedding=0), r"is F32\[24, 4\] there, F32\[24, 11\] by its config.json"),
+    "one bias": (says(biases=1), "is not zero, but by its config.json the model has one bias"),
+    "another vocabulary": (says(vocabulary=12), "tokenizer.json is not the one of its config.json"),
+    "no hash": (says(sha256=None), "model.safetensors is damaged"),
+    "another tokenizer": (says(tokenizer="0" * 64), "tokenizer.json is not the one of its config.json"),
+    "no origin": (says(imported=None, training={"step": "x"}), "does not say where the model comes from"),
+    "stored otherwise": (says(weights="bf16"), r"is F32\[11, 4\] there, BF16\[11, 4\] by its config.json"),
+    "a flipped bit": (flipped, "model.safetensors is damaged"),
+    "cut": (bytes_of(lambda data: data[:-1]), "no whole safetensors file"),
+    "cut to nothing": (bytes_of(lambda data: b""), "has 0 bytes"),
+    "longer": (bytes_of(lambda data: data + b"x"), "no whole safetensors file"),
+    "an endless header": (bytes_of(lambda data: b"\xff" * 8 + data[8:]), "no whole safetensors file: header too large"),
+    "a deep header": (
+        bytes_of(lambda data: (100_000).to_bytes(8, "little") + b'{"a":' + b"[" * 99_995 + data[8:]),
+        "no whole safetensors file",
+    ),
+    "shapes swapped": (
+        header(lstm__weight_hh_l0={"shape": [6, 24]}),
+        r"'lstm.weight_hh_l0' is F32\[6, 24\] there, F32\[24, 6\]",
+    ),
+    "a shape beyond numbers": (header(output__bias={"shape": [2**63, 2**63]}), "no whole safetensors file"),
+    "a type that lies": (header(output__bias={"dtype": "I32"}), "'output.bias' is of I32"),
+    "bytes shared": (header(output__bias={"data_offsets": [0, 44]}), "no whole safetensors file"),
+    "no output": (without("output__bias"), "'output.bias' is not there, F32"),
+    "a stranger": (holds(**{"../x\n": lambda array: np.zeros(1, np.float32)}), r"'\.\./x\\n' is F32\[1\] there, not by"),
+    "not a number": (holds(embedding__weight=at(np.nan)), "'embedding.weight' has values that are not finite"),
+    "infinity": (holds(output__bias=at(np.inf)), "'output.bias' has values that are not finite"),
+    "far too large": (holds(output__weight=huge, output__bias=huge), "numbers are not finite"),
+    "a terabyte": (sparse, "this machine's memory has"),
+    "no tokenizer of ours": (file("tokenizer.json", '{"kind": "os"}'), "holds no tokenizer that this version knows"),
+    "a tokenizer too deep": (file("tokenizer.json", DEEP), "tokenizer.json is not valid JSON"),
+    "numbers for words": (file("tokenizer.json", '{"kind": "word", "units": [1, 2]}'), "holds no tokenizer"),
+    "no text for words": (file("tokenizer.json", '{"kind": "word", "units": ["\\ud800"]}'), "holds no tokenizer"),
+    "a token beyond": (file("tokenizer.json", gap()), "holds no tokenizer"),
+    "no tokens": (file("tokenizer.json", '{"kind": "word", "units": []}'), "tokenizer.json is not the one"),
+}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """case -> (folder, exit code, what was written) of `generate` on every hostile folder, in one process."""
+    world = tmp_path_factory.mktemp("hostile")
+    for number, (attack, _) in enumerate(ATTACKS.values()):
+        make(world / f"model{number}", biases=2)
+        attack(world / f"model{number}")
+    lines = (f"generate model{number} --tokens 2" for number in range(len(ATTACKS)))
+    done = commands(world / "out", *lines, cwd=world)
+    return {case: (world / f"model{number}", *end) for number, (case, end) in enumerate(zip(ATTACKS, done, strict=True))}
+
+
+@pytest.mark.parametrize("case", ATTACKS)
+def test_it_is_refused_in_one_line_with_exit_code_2(ends, case):
+    folder, code, text = ends[case]
+    assert code == 2, text
+    assert re.fullmatch(f"dllm: .*{ATTACKS[case][1]}.*\n", text), text
+    assert len(text) < 500
+    assert folder.name in text or case == "far too large"  # which shows when it is used
+
+
+def test_what_was_not_attacked_is_read(tmp_path):
+    for kind in torch_weights.KINDS:
+        make(tmp_path / kind, stored=kind)
+        assert Bundle.open(tmp_path / kind).config.hidden == 6
+    (tmp_path / "link").symlink_to(tmp_path / "int8")
+    assert Bundle.open(tmp_path / "link").name == "int8"
+
+
+def test_a_scale_that_makes_infinities_is_refused(tmp_path):
+    make(tmp_path / "model", stored="int8")
+    holds(output__weight__scale=at(3e38))(tmp_path / "model")
+    with pytest.raises(UserError, match=r"'output.weight' has values that are not finite"):
+        Bundle.open(tmp_path / "model")

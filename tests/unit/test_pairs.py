@@ -1,0 +1,246 @@
+"""Pairs of texts: their tokens, how lanes hold them, the losses and likeliest targets of each."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launch import write_pairs
+
+from dllm.config import ModelConfig
+from dllm.data import pair_lanes, pairs, shards
+from dllm.data.lanes import Schedule, deal
+from dllm.data.tokenizers import KINDS, load
+from dllm.errors import UserError
+from dllm.inference import answering
+from dllm.kernels.gemm import aligned
+from dllm.model.language_model import LanguageModel
+from dllm.model.layout import Layout
+
+FEW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+TEXTS = st.text("ab <>sepnd/ß宋\t", max_size=12)
+
+
+def built(kind, text):
+    cls = KINDS[kind]
+    tokenizer = cls.build(cls.count(text), 300 if kind == "bpe" else 0)
+    tokenizer.pairs = True
+    return tokenizer
+
+
+# tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_is_encoded_as_what_stands_between_and_behind_the_sides(kind):
+    text = b"<sep> <end> </s> a\tb <unk> sep end \x00"
+    tokenizer = built(kind, text)
+    plain = KINDS[kind].from_json({name: value for name, value in tokenizer.to_json().items() if name != "pairs"})
+    assert (plain.sep, plain.end) == (None, None)
+    assert (tokenizer.sep, tokenizer.end, tokenizer.size) == (plain.size, plain.size + 1, plain.size + 2)
+    tokens = tokenizer.encode(text, False)
+    np.testing.assert_array_equal(tokens, plain.encode(text, False))
+    assert tokens.max() < tokenizer.sep
+    assert tokenizer.decode(tokens) == plain.decode(tokens)
+    again = load(json.loads(json.dumps(tokenizer.to_json())), "tokenizer.json")
+    assert (again.sep, again.end, again.size) == (tokenizer.sep, tokenizer.end, tokenizer.size)
+    assert shards.tokenizer_hash(again) == shards.tokenizer_hash(tokenizer) != shards.tokenizer_hash(plain)
+    shown = tokenizer.decode([*tokens, tokenizer.sep, *tokens, tokenizer.end])
+    assert shown == plain.decode(tokens) + b"\t" + plain.decode(tokens) + b"\n"
+
+
+@FEW
+@given(st.binary(max_size=40))
+def test_lines_are_those_between_newlines(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "lines"
+    path.write_bytes(data)
+    expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs.text, "PIECE", 7)
+        found = pairs.Lines(path)
+    assert [found[number] for number in range(len(found))] == [line.removesuffix(b"\r") for line in expected]
+
+
+EXAMPLES = [(f"q{number}" * (1 + number % 3), "ß" * (number % 5 + 1) + str(number)) for number in range(60)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(pairs, "BLOCK", 7)
+    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    tokenizer = built(kind, " ".join(map(" ".join, EXAMPLES)).encode())
+    files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
+    streams = []
+    for seed in (1, 1, 2):
+        blocks = list(itertools.chain.from_iterable(pairs.plan(files, seed)))
+        assert len(pairs.plan(files, seed)) > 2
+        streams.append(np.concatenate([block.encode(tokenizer) for block in blocks]))
+        assert streams[-1][0] == streams[-1][-1] == tokenizer.end
+    text = [[part.strip() for part in line.split("\t")] for line in tokenizer.decode(streams[0]).decode().split("\n")[1:-1]]
+    assert sorted(map(tuple, text)) == sorted(EXAMPLES)
+    np.testing.assert_array_equal(streams[0], streams[1])
+    assert len(streams[0]) == len(streams[2])
+    assert (streams[0] != streams[2]).any()
+
+
+# lanes
+
+
+def make_corpus(folder, examples, shard_count=3):
+    """A corpus of pairs: (source tokens, target tokens) below 10, in several shards."""
+    tokenizer = KINDS["char"]([chr(0x4E00 + number) for number in range(10)])
+    tokenizer.pairs = True
+    entries, start = [], 0
+    for number, (first, last) in enumerate(itertools.pairwise(np.linspace(0, len(examples), shard_count + 1).astype(int))):
+        stream = [] if number else [tokenizer.end]
+        for source, target in examples[first:last]:
+            stream += [*source, tokenizer.sep, *target, tokenizer.end]
+        path = folder / f"train-{number:05d}.h5"
+        with shards.ShardWriter(path, np.uint8) as shard:
+            shard.append(np.array(stream))
+        entries.append({"name": path.name, "start": start, "stop": start + len(stream), "pairs": int(last - first)})
+        entries[-1]["sha256"] = shards.storage.sha256(path)
+        start += len(stream)
+    longest = max(len(source) + len(target) + 2 for source, target in examples)
+    split = {"tokens": start, "bytes": 1, "shards": entries, "pairs": len(examples), "longest": longest}
+    shards.save_tokenizer(folder, tokenizer)
+    manifest = {"format": shards.FORMAT, "kind": "char", "vocabulary": 12, "dtype": "uint8", "splits": {"train": split}}
+    shards.storage.write_json(folder / "manifest.json", manifest | {"tokenizer": shards.tokenizer_hash(tokenizer)})
+    return shards.Corpus(folder)
+
+
+SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=25), st.data())
+def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_asked_for(tmp_path_factory, examples, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.storage, "flush", lambda path: None)  # which takes most of the time
+        corpus = make_corpus(tmp_path_factory.mktemp("pairs"), examples)
+    sep, end = corpus.tokenizer.sep, corpus.tokenizer.end
+    count = data.draw(st.integers(1, len(examples)))
+    window = corpus.split("train")["longest"] + data.draw(st.integers(0, 3))
+    ranks = data.draw(st.integers(1, count + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_lanes, "GROUP", 4)
+        patch.setattr(pair_lanes, "ORDER", np.array([2, 0, 3, 1]))
+        parts = [pair_lanes.read_lanes(corpus, "train", deal(count, ranks, rank), count, window) for rank in range(ranks)]
+        gather = lambda mine: [max(p.steps, default=0) if isinstance(mine, int) else p.shapes(len(mine[0])) for p in parts]
+        schedule = Schedule(parts[0], gather=gather)
+        assert schedule.windows == -(-len(examples) // count)
+        assert schedule.per_epoch == sum(len(target) + 1 for _, target in examples)
+        found = [[] for _ in range(count)]
+        for number in range(schedule.windows):
+            windows = [part.window(number, schedule.width(number)) for part in parts]
+            tokens, targets = (np.concatenate([window[part] for window in windows], axis=1) for part in (0, 1))
+            assert np.count_nonzero(targets != -1) == schedule.tokens(number)
+            widest = 0
+            for lane in range(count):
+                if (targets[:, lane] == -1).all():
+                    continue
+                stop = int(np.flatnonzero(targets[:, lane] == end)[0]) + 1
+                row, wanted = tokens[:stop, lane].tolist(), targets[:, lane].tolist()
+                middle, widest = row.index(sep), max(widest, stop)
+                assert row[0] == end
+                assert wanted == [-1] * middle + row[middle + 1 :] + [end] + [-1] * (len(wanted) - stop)
+                found[lane].append((row[1:middle], row[middle + 1 :]))
+            assert schedule.width(number) == widest
+    cuts = [len(examples) * lane // count for lane in range(count + 1)]
+    for lane, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        assert sorted(found[lane]) == sorted((list(source), list(target)) for source, target in examples[start:stop])
+
+
+def test_the_pairs_of_a_window_are_about_equally_long(tmp_path):
+    rng = np.random.default_rng(3)
+    corpus = make_corpus(tmp_path, [([1] * rng.integers(1, 40), [2] * rng.integers(1, 40)) for _ in range(2000)])
+    reader = pair_lanes.read_lanes(corpus, "train", range(8), 8, 100)
+    _, widths = reader.shapes(250)
+    assert 8 * widths.sum() < 1.2 * (corpus.split("train")["tokens"] - 1)
+    assert np.abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3  # no order of lengths is left
+
+
+def test_a_window_must_hold_the_longest_pair_and_lanes_need_pairs(tmp_path):
+    corpus = make_corpus(tmp_path, [([1], [2, 3]), ([4] * 5, [6] * 5)])
+    with pytest.raises(UserError, match=r"has a pair of 12 tokens .* --set train.window=12"):
+        pair_lanes.read_lanes(corpus, "train", range(1), 1, 11)
+    with pytest.raises(UserError, match=r"has 2 pairs: too few for 3 lanes"):
+        pair_lanes.read_lanes(corpus, "train", range(3), 3, 20)
+    pair_lanes.read_lanes(corpus, "train", range(2), 2, 12)
+
+
+def test_a_stream_that_is_not_made_of_pairs_is_refused(tmp_path):
+    corpus = make_corpus(tmp_path, [([1], [2, 3]), ([4] * 5, [6, 11, 6])])  # 11: an <end> inside a target
+    with pytest.raises(UserError, match="is not made of pairs"):
+        pair_lanes.read_lanes(corpus, "train", range(1), 1, 30)
+
+
+# losses and targets
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model in float64 with weights that matter, for at most 7 lanes in windows of 5."""
+    config = ModelConfig(embedding=9, hidden=13, layers=2, init=1.2, init_output=1.2)
+    theta = aligned((Layout(config, 12, np.float64).size,), np.float64)
+    model = LanguageModel(config, 12, np.float64, 5, 7, theta, training=False)
+    model.initialise(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(5)
+    side = lambda: rng.integers(0, 10, rng.integers(1, 9)).tolist()
+    return [(side(), side()) for _ in range(40)]
+
+
+def plain_loss(model, tokenizer, source, target):
+    """-log p of a target and its <end>, a token at a time."""
+    h = np.zeros((2, 1, 13))
+    c, loss = np.zeros_like(h), 0.0
+    row = [tokenizer.end, *source, tokenizer.sep, *target, tokenizer.end]
+    for place, token in enumerate(row[:-1]):
+        logits = model.logits(np.array([[token]]), h, c)[0].copy()
+        if place > len(source):
+            loss -= logits[row[place + 1]] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    return loss
+
+
+def test_the_loss_of_a_batch_is_that_of_each_target_by_itself(tmp_path, model, examples):
+    tokenizer = make_corpus(tmp_path, examples).tokenizer
+    for start in range(0, 40, 7):
+        part = examples[start : start + 7]
+        expected = [plain_loss(model, tokenizer, *pair) for pair in part]
+        np.testing.assert_allclose(answering.pair_losses(model, tokenizer, part), expected, rtol=1e-10)
+
+
+def test_targets_do_not_depend_on_the_batch_and_each_token_is_the_likeliest(tmp_path, model, examples):
+    tokenizer = make_corpus(tmp_path, examples).tokenizer
+    prompts = sorted((answering.prompt(tokenizer, np.array(source)) for source, _ in examples), key=len, reverse=True)
+    freely = [answering.greedy(model, tokenizer.end, [tokens], 9)[0] for tokens in prompts]
+    stop = max(range(12), key=lambda token: len({found.index(token) for found in freely if token in found}))  # comes anywhere
+    groups = [prompts[start : start + 7] for start in range(0, 40, 7)]
+    together = [found for group in groups for found in answering.greedy(model, stop, group, 9)]
+    assert len({tuple(found) for found in together}) > 5
+    assert len({len(found) for found in together}) > 2
+    for tokens, found in zip(prompts, together, strict=True):
+        assert answering.greedy(model, stop, [tokens], 9) == [found]
+        h = np.zeros((2, 1, 13))
+        c = np.zeros_like(h)
+        for token in tokens:
+            logits = model.logits(np.array([[token]]), h, c)
+        for token in [*found, *[stop] * (len(found) < 9)]:
+            assert logits.argmax() == token
+            logits = model.logits(np.array([[token]]), h, c)
+
+
+def test_the_first_pairs_of_a_split_are_read_alone(tmp_path, examples):
+    corpus = make_corpus(tmp_path, examples)
+    found = [(source.tolist(), target.tolist()) for source, target, _ in answering.read_split(corpus, "train")]
+    assert found == examples
+    for most in (1, 3, 40):
+        some = answering.read_split(corpus, "train", most)
+        assert [(source.tolist(), target.tolist()) for source, target, _ in some] == examples[:most]
