@@ -6,8 +6,12 @@ Numba notices a change in the file of a kernel but not in the files of what it c
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Not the whole of `fastmath`: NaN and infinity keep their meaning, so that a diverging run is seen. Sums may be
 # reordered, which vectorises them; the order is fixed when the kernel is compiled, so results repeat exactly.
@@ -32,10 +36,11 @@ def _cache_folder():
 CACHE = _cache_folder()
 
 
-def kernel(function):
+def kernel(function: F) -> F:
     """Decorate a kernel: no Python objects, no bounds checks, floating-point flags as FASTMATH says."""
     previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE or "")
     try:
-        return numba.njit(cache=CACHE is not None, **OPTIONS)(function)
+        compiled: F = numba.njit(cache=CACHE is not None, **OPTIONS)(function)
+        return compiled
     finally:
         numba.config.CACHE_DIR = previous
