@@ -16,3 +16,8 @@ class UserError(Exception):
         error = cls(text)
         error.shared = True
         return error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    return getattr(error, "strerror", None) or str(error)

@@ -98,7 +98,7 @@ class Rank:
         claim = Claim.of_this_job(self.run)
         self.run.mkdir(exist_ok=True)
         claim.take()
-        saver = Saver(Alone, claim, LAYOUT, len(LANES), "tokenizer", CheckpointConfig(), print)
+        saver = Saver(Alone, claim, LAYOUT, checkpoint.facts(LAYOUT, len(LANES), "tokenizer", ""), CheckpointConfig(), print)
         saver.save(self.state, False, {})
         assert saver.whole
 

@@ -219,6 +219,7 @@ class RandomK(Sparse):
 
 KINDS = {"top-k": TopK, "random-k": RandomK, "sign": Sign, "qsgd": QSGD, "bf16": BFloat16, "none": Dense}
 NAMES = tuple(KINDS)
+LOSSY = tuple(name for name in NAMES if name != "none")
 
 
 class ErrorFeedback:

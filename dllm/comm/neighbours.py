@@ -7,8 +7,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ..kernels.reduce import weighted_sum
-from .allreduce import sent_by_allreduce
 from .runtime import NAP, wait
+from .traffic import sent_by_allreduce
 
 PROBE, ASK, ANSWER = 1 << 13, 1, 2  # bytes of a probe of a link; tags
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector

@@ -24,6 +24,9 @@ PATIENCE = 20.0  # seconds that survivors may take to find each other
 WATCH, COPY = 101, 102  # tags
 
 
+Failure: type[Exception] = MPI.Exception  # what survivors of a death get from any communication
+
+
 class GiveUp(Exception):
     """The survivors cannot go on in memory. The text says why."""
 

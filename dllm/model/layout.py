@@ -60,7 +60,7 @@ class Layout:
     """
 
     def __init__(self, config, vocabulary, dtype):
-        self.config, self.dtype, self.R = config, np.dtype(dtype), width(dtype)
+        self.config, self.vocabulary, self.dtype, self.R = config, vocabulary, np.dtype(dtype), width(dtype)
         self.tensors, self.blocks, self._where = {}, {}, {}
         V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
         P = -(-H // R)

@@ -3,7 +3,7 @@
 import os
 
 from .. import cli, config
-from ..comm import topology
+from ..comm import methods, topology
 from ..runs.run_folder import read_settings
 
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
@@ -45,8 +45,11 @@ def train_config(options):
     if options.data:
         extra.append(f"data.path={os.path.abspath(options.data)}")
     if options.resume:
-        return read_settings(options.resume, config.parse_settings(extra))
-    return config.resolve(options.preset or "default", options.config, extra)
+        settings = read_settings(options.resume, config.parse_settings(extra))
+    else:
+        settings = config.resolve(options.preset or "default", options.config, extra)
+    methods.check(settings)
+    return settings
 
 
 def _lasting(setting):

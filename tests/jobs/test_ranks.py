@@ -40,7 +40,7 @@ PROBE = """
 import json, pathlib, sys
 from dllm import train
 from dllm.model.language_model import LanguageModel
-from dllm.training import trainer
+from dllm.training import setup
 
 class Probe(LanguageModel):
     seen = []
@@ -50,7 +50,7 @@ class Probe(LanguageModel):
             self.seen.append(targets[targets >= 0].tolist())
         return super().forward(tokens, targets, *rest, **options)
 
-trainer.LanguageModel = Probe
+setup.LanguageModel = Probe
 code = train.main(sys.argv[2:])
 from mpi4py import MPI
 pathlib.Path(sys.argv[1], f"{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(Probe.seen))

@@ -13,6 +13,7 @@ from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
 from runs import checkpoints, column, metrics
 
 from dllm.config import CheckpointConfig
+from dllm.runs.checkpoint import facts
 from dllm.runs.checkpoint_writer import LONGEST, SHORTEST, Saver
 
 STEPS = 40
@@ -182,7 +183,7 @@ module.Trainer.before_step.append(lambda trainer: time.sleep(0.2 if trainer.stat
 def test_the_interval_follows_the_cost_and_the_time_between_failures():
     ranks = types.SimpleNamespace(rank=0, size=4)
     layout = types.SimpleNamespace(parameters=10, tensors={})
-    saver = lambda **settings: Saver(ranks, None, layout, 4, "", CheckpointConfig(**settings), print)
+    saver = lambda **settings: Saver(ranks, None, layout, facts(layout, 4, "", ""), CheckpointConfig(**settings), print)
     assert saver(every_minutes=3.0).interval() == 180
     assert saver(every_minutes=0.0).interval() == 0
     chosen = saver(mtbf_hours=40.0)
