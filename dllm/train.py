@@ -12,6 +12,8 @@ from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
 from .model.precision import check_precision
 from .training.options import train_config, train_options
 
+SAMPLE_PAIRS = 3  # that the sample at the end answers
+
 
 def main(argv=None):
     stopping = []
@@ -193,31 +195,31 @@ def _farewell(reporter, trainer, summary, done):
 
 def _sample(trainer):
     from .inference.generation import sample, start_tokens
+    from .model.decoder import Decoder
     from .model.language_model import LanguageModel
 
     settings, corpus = trainer.config, trainer.corpus
-    model = LanguageModel(
-        settings.model, corpus.vocabulary, trainer.dtype, settings.train.window, 1, trainer.state.theta, training=False
-    )
+    model = LanguageModel(trainer.layout, settings.train.window, 1, theta=trainer.state.theta, training=False)
+    decoder = Decoder(model, SAMPLE_PAIRS)
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, model, settings.log.sample))
+            text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
         else:
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
-            tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+            tokens = list(sample(decoder, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     except UserError as error:  # the run is done, whatever became of the model
         return f"  | {error}"
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus, model, limit):
+def _pairs(corpus, decoder, limit):
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
-    from .inference.answering import as_text, greedy, prompt, read_split
+    from .inference.answering import answers, as_text, read_split
 
-    tokenizer = corpus.tokenizer
-    for source, _, _ in read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", 3):
-        (target,) = greedy(model, tokenizer.end, [prompt(tokenizer, source)], limit)
+    tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+    sources = [source for source, _, _ in read_split(corpus, split, SAMPLE_PAIRS)]
+    for source, target in zip(sources, answers(decoder, tokenizer, sources, limit), strict=True):
         yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, target)}"
 
 

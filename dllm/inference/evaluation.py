@@ -17,6 +17,7 @@ from ..data.shards import Corpus
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
 from ..model.language_model import LanguageModel
+from ..model.layout import Layout
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -69,8 +70,8 @@ class Evaluation:
         sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
         self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
         width = len(self.lanes.starts)
-        shape = config.model, corpus.vocabulary, dtype, window, width
-        self.model = LanguageModel(*shape, training=False, team=team)
+        layout = Layout(config.model, corpus.vocabulary, dtype)
+        self.model = LanguageModel(layout, window, width, training=False, team=team)
 
     def run(self, theta: Array, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
@@ -91,7 +92,7 @@ class Evaluation:
                 totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 beat()
         tokens = self.schedule.per_epoch
-        totals = np.sum(allgather(self.comm, totals), axis=0)
+        totals = sum(allgather(self.comm, totals))
         loss = float(totals.sum()) / tokens
         losses = totals / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
         return {

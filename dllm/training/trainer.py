@@ -85,8 +85,7 @@ class Trainer:
             threadpool_limits(place.threads, "blas")  # more than there are cores stand in each other's way
             bf16 = train.precision == "bf16"
             gradient = memory.mine if plain and memory is not None else None
-            shape = config.model, corpus.vocabulary, self.dtype, train.window, B
-            self.model = LanguageModel(*shape, bf16=bf16, gradient=gradient, team=team)
+            self.model = LanguageModel(self.layout, train.window, B, bf16=bf16, gradient=gradient, team=team)
             self.optimizer = optim.make(train, self.layout.table, team)
             vector = lambda: aligned((self.layout.size,), self.dtype)
             moments = [vector() for _ in range(self.optimizer.moments)]
