@@ -52,7 +52,7 @@ def evaluate(argv, comm):
 
     from .data.preparation import open_corpus
     from .data.shards import tokenizer_hash
-    from .inference.generation import Evaluation
+    from .inference.evaluation import Evaluation
     from .inference.loaded_model import Bundle
     from .kernels.team import Team
     from .training.warmup import warm_up

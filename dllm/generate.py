@@ -46,18 +46,20 @@ def generate(argv):
 
     from .inference.generation import beam_search, sample
     from .inference.loaded_model import Bundle
+    from .model.decoder import Decoder
 
     bundle = Bundle.open(options.model, options.checkpoint == "best")
     tokenizer = bundle.tokenizer
     for warning in bundle.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
-    prompt, temperature, model = _prompt(options, tokenizer), options.temperature, bundle.model(64)
+    prompt, temperature = _prompt(options, tokenizer), options.temperature
+    decoder = Decoder(bundle.model(64), options.beams or 1)
     if temperature is None:
         temperature = 0.8 if options.source is None else 0
     if options.beams:
-        found, _ = beam_search(model, prompt, options.tokens, options.beams, end=tokenizer.end)
+        ((found, _),) = beam_search(decoder, [prompt], options.tokens, options.beams, end=tokenizer.end)
     else:
-        found = sample(model, prompt, options.tokens, options.seed, temperature, options.top_k, options.top_p)
+        found = sample(decoder, prompt, options.tokens, options.seed, temperature, options.top_k, options.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     show = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
     show(options.prompt)

@@ -13,7 +13,8 @@ s_n = sum_v exp(z_nv) and f_n = scale / s_n, dz_nv = f_n p_nv where p_nv = exp(z
     dy_n = f_n (p @ W)_n        dW = p^T @ (f y)        db = p^T @ f, one more column of f y
 
 and the factors go to the narrow y and dy instead of the wide p. exp(z) needs no shift while its sums stay well within
-float32's range; a chunk where one does not is done again with each token's largest logit taken off first.
+float32's range; where one does not, the chunk is done again with the largest logit of that token taken off first. So a
+token's loss is the same whatever tokens are beside it.
 
 All matrices lie in panels (gemm.py). The chunk is kept as p^T (V,N): then all three products take W (V,H) as it lies, and
 only the small y is transposed. The bias is the last column of W: (H+1)/R panels of V rows.
@@ -27,7 +28,7 @@ from numba.extending import overload
 
 from .activations import exp_rows, exp_rows_to_bf16
 from .compile import OPTIONS, kernel
-from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
+from .gemm import aligned, bf16, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
 from .team import share_in_pairs
 from .tiles import ROW
 
@@ -116,7 +117,7 @@ def _by_team(s, function, out, W, yT, targets):
         left, right = (s.left[part], s.right[part]) if operands.bf16 else (W, W)
         logits = s.z[first:last], s.shift[tokens], W, left, right, s.b, yT[first:last], operands.depth(H)
         if function is largest_logits:
-            function(*logits)
+            function(s.sums[tokens], *logits)
             return
         loss, dy, row = out
         words = s.words[first // 2 : (last + 1) // 2] if operands.bf16 else s.words[first:last]
@@ -125,34 +126,6 @@ def _by_team(s, function, out, W, yT, targets):
 
     operands.team.run(work)
     return results
-
-
-def output_logits(y, row, B, W, chunk):
-    """The logits (B,V) of B rows of y (H/R,:,R), from `row` on. W and chunk as in `softmax_cross_entropy`."""
-    H, V, operands = chunk.H, W.shape[1], chunk.operands
-    logits = np.empty((V, B), operands.dtype)
-    if B == 1:
-        operands.team.share(lambda first, last: dot_rows(logits[first:last, 0], W, first, y, row), V, GROUP)
-    else:
-        z = zero_panels(V, B, operands.dtype)
-        operands.multiply(z, 0, W, 0, operands.transposed("yT", y, row, B), V, H, False)
-        from_panels(logits, z, 0)
-    return np.ascontiguousarray(logits.T) + W[H // operands.R, :, H % operands.R]
-
-
-@kernel
-def dot_rows(out, W, first, y, row):
-    """out (N,) = W @ y for N rows of W (:,V,R), from `first` on, and a row of y (H/R,:,R): as fast as W is read."""
-    R = width(W)
-    out[:] = 0
-    for panel in range(y.shape[0]):
-        y_row = y[panel, row]
-        for n in range(out.size):
-            W_row = W[panel, first + n]
-            total = W.dtype.type(0)
-            for j in range(R):
-                total += W_row[j] * y_row[j]
-            out[n] += total
 
 
 @kernel
@@ -185,8 +158,8 @@ def exponentials(loss, sums, words, pairs, dy, dy_row, targets, z, shift, W, lef
 
 
 @kernel
-def largest_logits(z, shift, W, left, right, b, yT, K):
-    """shift (N,) = the largest logit of each token of a chunk."""
+def largest_logits(sums, z, shift, W, left, right, b, yT, K):
+    """shift (N,) = the largest logit of each token of a chunk whose sum is not within the safe range; of others 0."""
     R = width(z)
     shift[:] = -math.inf
     for first in range(0, W.shape[1], GROUP):
@@ -198,6 +171,9 @@ def largest_logits(z, shift, W, left, right, b, yT, K):
                     logit = z[panel, v, j] + b[first + v]
                     if logit > shift[panel * R + j]:
                         shift[panel * R + j] = logit
+    for n in range(shift.size):
+        if SMALL < sums[n] < LARGE:
+            shift[n] = 0
 
 
 def factors(left, right, W, first, count):

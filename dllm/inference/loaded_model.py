@@ -128,10 +128,7 @@ class Bundle:
 
     def model(self, window, lanes=1, team=None):
         """A LanguageModel for inference."""
-        shape = self.config, self.tokenizer.size, self.dtype, window, lanes
-        model = LanguageModel(*shape, training=False, team=team)
-        model.bind(self.theta(model.layout))
-        return model
+        return LanguageModel(self.layout, window, lanes, theta=self.vector, training=False, team=team)
 
     def tensors(self):
         """name -> float32 array, as weights.py has them."""

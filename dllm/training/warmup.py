@@ -10,6 +10,7 @@ from ..comm import compression
 from ..kernels.compress import add_signs, pack_signs
 from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows, weighted_differences, weighted_sum
 from ..model.language_model import LanguageModel
+from ..model.layout import Layout
 from ..model.precision import DTYPES
 from ..runs.state import State
 from . import optim
@@ -27,7 +28,8 @@ def warm_up(config):
     small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
     small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
     dtype = DTYPES[config.train.precision]
-    model = LanguageModel(small, 5, dtype, 2, 1, bf16=config.train.precision == "bf16")
+    layout = Layout(small, 5, dtype)
+    model = LanguageModel(layout, 2, 1, bf16=config.train.precision == "bf16")
     optimizer = optim.make(config.train, model.layout.table)
     P = model.layout.size
     h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
@@ -48,7 +50,7 @@ def warm_up(config):
     for combine in (weighted_sum, weighted_differences):
         combine(vectors[0], 1.0, vectors[0], np.zeros(1), vectors)
     _warm_up_compression(config.averaging, vectors[0])
-    LanguageModel(small, 5, dtype, 2, 1, state.theta, training=False).forward(tokens, tokens, h, c)
+    LanguageModel(layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)
 
 
 def _warm_up_compression(config, vector):

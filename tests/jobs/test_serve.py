@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 from launch import mpirun
+from numerics import reference
 from serving import Server, texts
 
 from dllm.inference.loaded_model import Bundle
@@ -108,21 +109,15 @@ def test_scores_and_states_are_those_of_the_model(client, server, bundle):
 
 
 def oracle(bundle, text):
-    """Tokens (n,) of a text and the log-probabilities (n - 1, V) of what follows each but the last, by LanguageModel."""
+    """Tokens (n,) of a text and the log-probabilities (n - 1, V) of what follows each but the last, by the equations."""
     tokens = bundle.tokenizer.encode(text.encode())
-    model = bundle.model(1)
-    h = np.zeros((bundle.config.layers, 1, bundle.config.hidden), bundle.dtype)
-    c = np.zeros_like(h)
-    logits = np.array([model.logits(token.reshape(1, 1), h, c)[0] for token in tokens[:-1]], np.float64)
+    logits = reference(bundle.model(1), tokens[:-1, None])[0][:, 0]
     top = logits.max(axis=1, keepdims=True)
     return tokens, logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
 
 def state(bundle, tokens):
-    model = bundle.model(len(tokens))
-    h = np.zeros((bundle.config.layers, 1, bundle.config.hidden), bundle.dtype)
-    model.logits(tokens[:, None], h, np.zeros_like(h))
-    return h[-1, 0]
+    return reference(bundle.model(1), tokens[:, None])[1][-1, 0]
 
 
 def test_errors_have_openais_form(client, server):

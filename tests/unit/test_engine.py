@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Bundled, V, build, configured, in_panels
+from numerics import Bundled, V, build, configured, in_panels, reference
 
 from dllm.inference.generation import sample, start_tokens
 from dllm.inference.loaded_model import Bundle
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.kernels.tiles import BF16
+from dllm.model.decoder import Decoder
 from dllm.serving import engine as engines
 from dllm.serving.engine import Engine, Finished, Full, Request, Stopped, Token
 from dllm.serving.prefix import OVERHEAD, PrefixCache
@@ -99,15 +100,15 @@ def log_softmax(logits):
 
 
 def plain(wanted):
-    """The events of a request by LanguageModel in float64, one token at a time."""
+    """The events of a request by the equations in float64, one token at a time."""
     model = build(CONFIG, training=False, lanes=1, window=1)
-    h = np.zeros((CONFIG.layers, 1, CONFIG.hidden))
-    c, events, given = np.zeros_like(h), [], wanted.prompt.tolist()
+    h, c, events, given = None, None, [], wanted.prompt.tolist()
     if wanted.tells_prompt:
         events.append(Token(given[0], None, [], True))
     n, total = len(given), len(given) + wanted.to_generate
     for at in range(total - (wanted.to_generate > 0 or not wanted.want_state)):
-        logits = model.logits(np.array([[given[at]]]), h, c)[0]
+        logits, h, c = reference(model, np.array([[given[at]]]), h, c)
+        logits = logits[0, 0]
         told, logp = at + 1 < n, log_softmax(logits)
         if not told and wanted.to_generate:
             choice = Choice(1)
@@ -191,7 +192,7 @@ def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
     engine = Engine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
-        alone = sample(model, each.prompt, each.max_tokens, each.seed, each.temperature, each.top_k, each.top_p)
+        alone = sample(Decoder(model, 1), each.prompt, each.max_tokens, each.seed, each.temperature, each.top_k, each.top_p)
         assert [event.number for event in events[:-1]] == list(alone)
     engine.stop()
 
