@@ -68,11 +68,6 @@ class Layout:
         The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied.
     """
 
-<<<<<<< HEAD
-    def __init__(self, config, vocabulary, dtype):
-        self.config, self.vocabulary, self.dtype, self.R = config, vocabulary, np.dtype(dtype), width(dtype)
-        self.tensors, self.blocks, self._where = {}, {}, {}
-=======
     def __init__(self, config: ModelConfig, vocabulary: int, dtype: DType) -> None:
         self.config, self.vocabulary = config, vocabulary
         self.dtype: np.dtype[Any] = np.dtype(dtype)
@@ -80,7 +75,6 @@ class Layout:
         self.tensors: dict[str, Extent] = {}
         self.blocks: dict[str, Extent] = {}
         self._where: dict[str, tuple[str, str]] = {}
->>>>>>> inference
         V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
         P = -(-H // R)
         output = -(-(H + 1) // R), V, R

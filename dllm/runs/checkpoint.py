@@ -62,7 +62,8 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return self.manifest["scalars"]["step"]
+        step: int = self.manifest["scalars"]["step"]
+        return step
 
     def parts(self) -> list[tuple[Part, pathlib.Path]]:
         """(Part, path of its file) of every rank that wrote it."""

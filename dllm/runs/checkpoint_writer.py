@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..comm.runtime import allgather
 from ..config import CheckpointConfig
+from ..errors import reason
 from ..files import hdf5, storage
 from ..kernels.types import Array
 from ..model.layout import Layout
@@ -85,7 +86,10 @@ class Saver:
         if before is not None:
             self.begun = -math.inf if before.under_way else before.begun
             self.count, self.stalled, self.cost = before.count, before.stalled, before.cost
-        self.thread = self.copies = None
+        self.thread: threading.Thread | None = None
+        self.copies: list[list[Cut]] | None = None
+        self.problem: str | None = None
+        self.result: Any = None
         self.hurry, self.abandoned = threading.Event(), False
 
     @property
@@ -164,7 +168,7 @@ class Saver:
         start, stop = self.part.slice.start, self.part.slice.stop
         names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
         stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
-        arrays = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
+        arrays: dict[str, Any] = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
         arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {
@@ -187,7 +191,7 @@ class Saver:
         try:
             self.result = work(*arguments)
         except OSError as error:
-            self.problem = error.strerror or str(error)
+            self.problem = reason(error)
         except Exception as error:  # of HDF5: any; it must not go unnoticed in a thread
             self.problem = f"{type(error).__name__}: {error}"
         finally:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import xxhash
+
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
+
+
+def parameters_hash(theta: Array) -> str:
+    """16 characters that name the bits of theta (P,)."""
+    return xxhash.xxh3_64_hexdigest(theta.data)
 
 
 @dataclass

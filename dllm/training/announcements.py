@@ -9,10 +9,13 @@ from .. import __version__
 from ..comm.runtime import mpi_library
 from ..data.shards import Corpus
 from ..errors import UserError
-from ..inference.answering import as_text, greedy, prompt, read_split
+from ..inference.answering import answers, as_text, read_split
 from ..inference.generation import sample, start_tokens
+from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 from .trainer import Trainer
+
+SAMPLE_PAIRS = 3  # that the sample at the end answers
 
 
 def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -> str:
@@ -21,6 +24,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.claim.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     parameters = rank.layout.parameters
+    what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
         f"dllm {__version__}": f"{comm.size} ranks x {node.threads} threads, {node.cores} cores, {mpi_library()}",
@@ -30,7 +34,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
         "averaging": trainer.averaging.describe(),
-        "run": f"{run}  {f'going on from step {trainer.state.step}' if resumed else 'config.toml, metrics.jsonl, checkpoints/'}",
+        "run": f"{run}  {what}",
         "start": f"{starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels",
     }
     return "\n".join(f"{name:11}{text}" for name, text in lines.items())
@@ -64,30 +68,23 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
 
 def _sample(trainer: Trainer) -> str:
     settings, corpus = trainer.config, trainer.corpus
-    model = LanguageModel(
-        settings.model,
-        corpus.vocabulary,
-        trainer.state.theta.dtype,
-        settings.train.window,
-        1,
-        trainer.state.theta,
-        training=False,
-    )
+    model = LanguageModel(trainer.rank.layout, settings.train.window, 1, theta=trainer.state.theta, training=False)
+    decoder = Decoder(model, SAMPLE_PAIRS)
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, model, settings.log.sample))
+            text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
         else:
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
-            tokens = list(sample(model, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+            tokens = list(sample(decoder, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     except UserError as error:  # the run is done, whatever became of the model
         return f"  | {error}"
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus: Corpus, model: LanguageModel, limit: int) -> Iterator[str]:
+def _pairs(corpus: Corpus, decoder: Decoder, limit: int) -> Iterator[str]:
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
-    tokenizer = corpus.tokenizer
-    for source, _, _ in read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", 3):
-        (target,) = greedy(model, tokenizer.end, [prompt(tokenizer, source)], limit)
+    tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+    sources = [source for source, _, _ in read_split(corpus, split, SAMPLE_PAIRS)]
+    for source, target in zip(sources, answers(decoder, tokenizer, sources, limit), strict=True):
         yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, target)}"

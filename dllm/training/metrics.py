@@ -58,7 +58,7 @@ class Metrics:
         self.slow: tuple[int | None, float] = (
             None,
             0.0,
-        )  # the rank that was slowest last, and since when it has been much slower
+        )  # the slowest rank, and since when
         self.shown_alive = 0.0  # when the run's folder was told last
 
     def begin(self) -> None:
@@ -100,11 +100,11 @@ class Metrics:
 
         Raises UserError on all ranks.
         """
-        times = self.seconds, self.exposed, self.flight
-        own = digest, times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
+        own_times = self.seconds, self.exposed, self.flight
+        own = digest, own_times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
         digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
-        losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
-        loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
+        by_lane = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
+        loss = float(by_lane.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
         self._check_claim(state.step, list(holds))
         seconds, exposed, flight = np.mean(times, axis=0)

@@ -53,9 +53,9 @@ def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
     rank, comm = trainer.rank, trainer.comm
     rank.saver.abandon()
     rank.heartbeat.end()
-    communicators, requests = [rank.node.comm], []
-    for some in (trainer.averaging.under_way(), rank.copies.under_way()):
-        communicators, requests = communicators + some[0], requests + some[1]
+    averaging, copies = trainer.averaging.under_way(), rank.copies.under_way()
+    communicators = [*averaging[0], rank.node.comm, *copies[0]]
+    requests = [*averaging[1], *copies[1]]
     new, step, alive = recovery.shrink(comm, communicators, trainer.finished.step, requests, rank.node.pids)
     state = next(version for version in (trainer.state, trainer.spare) if version.step == step)
     lanes = rank.copies.pieces(state, rank.own_lanes.start, alive)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 from threadpoolctl import threadpool_limits
 
 from ..comm import methods
@@ -32,7 +32,7 @@ from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
 from ..runs.ownership import Claim
-from ..runs.state import State
+from ..runs.state import State, parameters_hash
 from . import optim
 from .lane_copies import LaneCopies, NoLaneCopies, Piece, take_lanes
 from .metrics import Clock, Metrics
@@ -166,7 +166,7 @@ def set_up(
         evaluation = Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team)
         validation = Validation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    saver = Saver(comm, claim, layout, facts, config.checkpoint, reporter.warn, survived and survived.saver)
+    saver = Saver(comm, claim, layout, facts, config.checkpoint, reporter.warn, survived.saver if survived else None)
     saver.step = state.step if resume else -1
     return Rank(
         comm, node, config, corpus, claim, reporter, own, lanes, schedule, layout, model, optimizer, state,
@@ -196,8 +196,8 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
     """memory : where the gradient lies, if the ranks of a node add theirs up there."""
     gradient = None if memory is None else memory.mine
-    shape = config.model, layout.vocabulary, layout.dtype, config.train.window, lanes
-    return LanguageModel(*shape, bf16=config.train.precision == "bf16", gradient=gradient, team=team)
+    bf16 = config.train.precision == "bf16"
+    return LanguageModel(layout, config.train.window, lanes, bf16=bf16, gradient=gradient, team=team)
 
 
 def _make_state(config: Config, layout: Layout, lanes: int, moments: int, survived: Survived | None) -> State:
@@ -215,11 +215,11 @@ def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: St
     facts = {"vocabulary": corpus.tokenizer_hash, "splits": " ".join(corpus.manifest["splits"])}
     if not config.data.private:
         facts["corpus"] = corpus.hash
-    check_same(comm, {**facts, "parameters": xxhash.xxh3_64_hexdigest(state.theta), "step": state.step})
+    check_same(comm, {**facts, "parameters": parameters_hash(state.theta), "step": state.step})
 
 
 def _take_own(
-    comm: MPI.Comm, resume: Checkpoint, own: dict[str, Array], made_by: str, config: Config, reporter: Reporter
+    comm: MPI.Comm, resume: Checkpoint, own: Mapping[str, Array], made_by: str, config: Config, reporter: Reporter
 ) -> None:
     """Go on from this rank's own model and memories, where it wrote them; else from the model of all ranks."""
     if own and not checkpoint.load_own(resume, comm.rank, comm.size, own, made_by):

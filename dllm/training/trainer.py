@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-import xxhash
 
 from ..comm.control import Control
 from ..comm.runtime import allgather, mpi_library
 from ..config import as_dict
 from ..errors import UserError
 from ..inference.evaluation import perplexity
-from ..runs.state import State
+from ..runs.state import State, parameters_hash
 from . import optim
 from .setup import Rank
 
@@ -156,7 +155,7 @@ class Trainer:
         """What is due after a step: a line of metrics, an evaluation, a checkpoint. Collective."""
         state, saver, every = self.state, self.rank.saver, self.config.checkpoint.every_steps
         if state.step % self.config.log.every == 0:
-            self.rank.metrics.log(state, xxhash.xxh3_64_hexdigest(state.theta), self.schedule.windows, norm, lr)
+            self.rank.metrics.log(state, parameters_hash(state.theta), self.schedule.windows, norm, lr)
         if saver.under_way and not agreed.writing:
             saver.settle()
         best = self.rank.validation.due(state) and self.rank.validation.run(state)

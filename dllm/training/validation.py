@@ -65,7 +65,7 @@ class Validation(NoValidation):
         own_loss = lambda own: float(self.evaluation.run(own, self.show_alive)["loss"])
         result |= self.averaging.disagreement(state.theta, theta, own_loss)
         self.reporter.log({"step": state.step, **result})
-        loss = result["loss"]
+        loss = float(result["loss"])
         best = loss < state.best_loss
         self.best = min(self.best, state.best_loss, loss)
         if not final:

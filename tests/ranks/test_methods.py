@@ -9,8 +9,10 @@ import pytest
 from counting import Counting
 
 from dllm.comm import runtime, topology
-from dllm.comm.methods import METHODS, make
-from dllm.config import AveragingConfig, TrainConfig
+from dllm.comm.control import Control
+from dllm.comm.methods import METHODS, make_averaging
+from dllm.comm.methods.whole_vector import OneTensor
+from dllm.config import AveragingConfig, Config, TrainConfig
 from dllm.errors import UserError
 from dllm.training import optim
 
@@ -41,6 +43,12 @@ class Quadratics:
         return np.linalg.lstsq(self.A.reshape(-1, P), self.b.reshape(-1), rcond=None)[0]
 
 
+class Vector(OneTensor):
+    """A layout without an embedding."""
+
+    table = None
+
+
 class Run:
     """A method on this rank, driven as the training loop drives it."""
 
@@ -49,21 +57,25 @@ class Run:
         self.x, self.g = self.problem.start.astype(dtype), np.zeros(P, dtype)
         train = TrainConfig(optimizer="sgd", lr=lr, **dict(train))
         config = AveragingConfig(**{"method": name, "bucket_mb": 2e-5, **settings})
-        self.method = make(node, comm, self.x, self.g, None, config, train, True)
+        settings = Config(averaging=config, train=train)
+        place = SimpleNamespace(comm=node, ranks=node.size if node else 1, oversubscribed=True)
+        vectors = {"memory": None, "theta": self.x, "gradient": self.g, "layout": Vector(P)}
+        self.method = make_averaging(settings, comm, place, **vectors)
         self.optimizer = optim.make(train, None)
         moments = [np.zeros(P, dtype) for _ in range(self.optimizer.moments)]
         self.state = SimpleNamespace(theta=self.x, moments=moments, step=0)
 
     def step(self):
-        self.method.begin(np.zeros(0), (0, 0, 0, 0))
-        self.g[:] = self.problem.gradient(self.rank, self.x)
+        self.method.begin(np.zeros(0, np.int64), Control())
+        self.g[:] = self.problem.gradient(self.rank, self.x) * (self.method.scale / self.method.comm.size)
         for part in (slice(0, 3), slice(3, P)):
             self.method.ready(part)
-        parts, rows = self.method.gradient()
-        self.optimizer.step(self.state, parts, rows, self.lr)
+        gradient = self.method.gradient()
+        norm = self.optimizer.step(self.state, gradient.parts, gradient.rows, self.lr)
         self.method.clear()
         self.method.mix(self.x, self.lr)
         self.method.agreed()
+        self.method.verdict(norm, True)
         self.state.step += 1
         return self.x
 
@@ -75,7 +87,7 @@ class Run:
 
 def matrices(run):
     """W of each phase, written down here anew from the topology's edges."""
-    graph = run.method.of_x.neighbours.topology if hasattr(run.method, "of_x") else run.method.neighbours.topology
+    graph = run.method.of_x.neighbours.topology if hasattr(run.method, "of_x") else run.method.neighbourhood.topology
     return [topology.weights(graph, "uniform" if graph.directed else "metropolis")[k] for k in range(len(graph.phases))]
 
 
@@ -235,7 +247,7 @@ def test_every_neighbour_answers(comm):
     for name, graph in (("dpsgd", "ring"), ("dpsgd", "one-peer-exponential"), ("sgp", "star"), ("local-sgd", "")):
         run = Run(comm, name, topology=graph)
         trips = run.method.round_trips()
-        neighbours = run.method.neighbours
+        neighbours = run.method.neighbourhood
         assert set(trips) == (set(itertools.chain(*neighbours.receivers)) if neighbours else set())
         assert all(0 < seconds < 30 for seconds in trips.values())
 
@@ -322,15 +334,15 @@ def test_push_sum_averages_on_a_directed_graph_that_is_not_balanced(comm, tmp_pa
 def test_choco_knows_its_neighbours_to_the_bit(comm, compression):
     run = Run(comm, "choco", compression=compression, consensus=0.1, fraction=0.3, topology="ring")
     method = run.method
-    known = {rank: method.known.copy() for rank in method.neighbours.senders[0]}
+    known = {rank: method.known.copy() for rank in method.around.senders[0]}
     for _ in range(1000):
         run.step()
-        for rank, payload in zip(method.neighbours.senders[0], method.incoming, strict=True):
+        for rank, payload in zip(method.around.senders[0], method.incoming, strict=True):
             method.Q.add(payload, known[rank])
     everyones = comm.allgather(method.known)
-    _, own, others = method.neighbours.at(0)
+    _, own, others = method.around.at(0)
     s = own * everyones[comm.rank]
-    for weight, rank in zip(others, method.neighbours.senders[0], strict=True):
+    for weight, rank in zip(others, method.around.senders[0], strict=True):
         assert np.array_equal(known[rank], everyones[rank])
         s += weight * everyones[rank]
     np.testing.assert_allclose(method.s, s, rtol=1e-9, atol=1e-9)
