@@ -17,7 +17,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from .runtime import allgather, die, survivable
+from .runtime import allgather, kill_self, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
@@ -154,7 +154,7 @@ def _fence(pids):
 @contextlib.contextmanager
 def watchdog():
     """Ends this process where the block takes longer than PATIENCE: a supervisor can start anew, nobody can wait for ever."""
-    timer = threading.Timer(PATIENCE, die)
+    timer = threading.Timer(PATIENCE, kill_self)
     timer.daemon = True
     timer.start()
     try:

@@ -134,7 +134,7 @@ class Server:
         self.engine.stop(0)
         self.log("ended")
         self.gossip.end()
-        runtime.part(self.comm, code)
+        runtime.exit_together(self.comm, code)
 
 
 class _Http(uvicorn.Server):

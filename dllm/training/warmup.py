@@ -57,7 +57,7 @@ def _warm_up_compression(config, vector):
         pack_signs(bits, vector)
         add_signs(vector, bits, 1.0)
     elif config.compression in compression.NAMES:
-        Q = compression.make(config.compression, [vector.shape], vector.dtype, 1.0, feedback=True)
+        Q = compression.make_compressor(config.compression, [vector.shape], vector.dtype, 1.0, feedback=True)
         payload = np.zeros(Q.size, np.uint8)
         compression.ErrorFeedback(Q).encode(vector, payload, 0, 0)
         Q.decode(payload, vector)

@@ -26,7 +26,14 @@ class Choco(OwnSteps):
     def prepare(self):
         config, P = self.config, sum(int(np.prod(shape)) for shape in self.tensors.shapes)
         self.Q = agree(
-            self.comm, compression.make, config.compression, self.tensors.shapes, self.x.dtype, config.fraction, self.seed, True
+            self.comm,
+            compression.make_compressor,
+            config.compression,
+            self.tensors.shapes,
+            self.x.dtype,
+            config.fraction,
+            self.seed,
+            True,
         )
         self.neighbours = self.graph("symmetric")
         self.known, self.s = self.array("known", P), self.array("neighbours_known", P)  # xhat_i, s_i
