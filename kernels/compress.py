@@ -15,7 +15,7 @@ import numpy as np
 
 from .compile import kernel
 from .dropout import philox
-from .types import Array, Int
+from .types import Array, DType, Int
 
 BLOCK = 2048  # values that share a largest magnitude; larger: fewer bytes, coarser levels
 LEVELS = 127  # on either side of zero
@@ -106,6 +106,13 @@ def _bytes_of_signs(out: Array, bits: Array, high: float, add: bool) -> None:
         byte, part = np.int32(bits[i]), out[8 * i : 8 * i + 8]
         for j in range(8):
             part[j] = (high if byte >> np.int32(j) & np.int32(1) else -high) + (part[j] if add else zero)
+
+
+def warm_up_signs(dtype: DType) -> None:
+    """Run what a vote on signs needs once: it is compiled then, or loaded from the cache."""
+    x, bits = np.zeros(8, dtype), np.zeros(1, np.uint8)
+    pack_signs(bits, x)
+    add_signs(x, bits, 1.0)
 
 
 # levels

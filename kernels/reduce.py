@@ -7,7 +7,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import kernel
-from .types import Array
+from .types import Array, DType
 
 BLOCK = 2048  # elements that are added up at a time, in the first-level cache
 
@@ -104,3 +104,14 @@ def _fence(typingctx):
 def fence() -> None:
     """What this rank wrote before is seen by others before what it writes after, and the same of what it reads."""
     _fence()
+
+
+def warm_up(dtype: DType) -> None:
+    """Run every kernel of this file once, for vectors of `dtype`: all are compiled then, or loaded from the cache."""
+    vectors, one = np.zeros((1, 8), dtype), np.zeros(1)
+    sum_ranks(vectors, 0, 0, 8)
+    copy(vectors[0], vectors[0])
+    sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
+    for combine in (weighted_sum, weighted_differences):
+        combine(vectors[0], 1.0, vectors[0], one, vectors)
+    fence()

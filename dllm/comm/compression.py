@@ -305,10 +305,11 @@ class ErrorFeedback:
 
 
 def warm_up(name: str, dtype: DType) -> None:
-    """Run the kernels of a compressor once, with error feedback and without: all are compiled then, or loaded from the cache.
-
-    name : one of NAMES
-    """
+    """Run the kernels of an `averaging.compression` once: all are compiled then, or loaded from the cache."""
+    if name == "signum":
+        compress.warm_up_signs(dtype)
+    if name not in NAMES:  # powersgd has none
+        return
     compressor = make_compressor(name, [(8,)], dtype, 1.0, feedback=True)
     vector, payload = np.zeros(8, dtype), np.zeros(compressor.size, np.uint8)
     ErrorFeedback(compressor).encode(vector, payload, 0, 0)

@@ -14,7 +14,7 @@ import numpy as np
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
 from ..kernels.gemm import Operands, multiply
 from ..kernels.lstm import forward_steps
-from ..kernels.sample import Scratch, draw
+from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states, take_rows
 from ..kernels.team import new_barrier
 from ..kernels.tiles import PANELS
@@ -107,6 +107,14 @@ class Decoder:
     def top(self, slot):
         """The output of the top layer (H,) behind a stream's last token, a copy."""
         return self.states[slot, -1, 0].reshape(-1)[: self.config.hidden].copy()
+
+    def warm_up(self) -> None:
+        """Run every kernel once: all are compiled then, or loaded from the cache. What slot 0 held is lost."""
+        slots, choice = np.zeros(1, np.int64), Choice(1, 1)
+        for T in (2, 1):
+            self.read(np.zeros((T, 1), np.int64), slots)
+            self.choose(choice, slots, slots)
+        self.choose(choice, slots)
 
     def _embed(self, tokens, gates):
         """The embedded tokens (N,) and the row where they begin; None where the gates have taken them in already."""
