@@ -34,7 +34,7 @@ def traffic(kind, size, ranks, degree=0, period=1, times=1):
 
 def degree(name, ranks):
     """Neighbours that a rank sends to in a step, the most of any rank."""
-    graph = topology.make(name, ranks)
+    graph = topology.make_topology(name, ranks)
     return max(len(graph.receivers(phase, rank)) for phase in range(len(graph.phases)) for rank in range(ranks))
 
 

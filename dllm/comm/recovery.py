@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..kernels.types import Array
-from .runtime import allgather, die, survivable
+from .runtime import allgather, kill_self, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
@@ -165,7 +165,7 @@ def _fence(pids: Iterable[int]) -> None:
 @contextlib.contextmanager
 def watchdog() -> Iterator[None]:
     """Ends this process where the block takes longer than PATIENCE: a supervisor can start anew, nobody can wait for ever."""
-    timer = threading.Timer(PATIENCE, die)
+    timer = threading.Timer(PATIENCE, kill_self)
     timer.daemon = True
     timer.start()
     try:

@@ -73,7 +73,7 @@ class Engine:
 
     def start(self):
         """Compile what is needed, and begin."""
-        self._warm_up()
+        self.decoder.warm_up()
         self._marks[0] = time.monotonic(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -124,14 +124,6 @@ class Engine:
             if not stream._ended:
                 self._cancelled.append(stream)
                 self._changed.notify()
-
-    def _warm_up(self):
-        """Run every kernel once. States are zero again afterwards, whatever a slot's next stream finds there."""
-        slots = np.zeros(1, np.int64)
-        for T in (2, 1):
-            self.decoder.read(np.zeros((T, 1), np.int64), slots)
-            self.decoder.choose(self._told, slots, slots)
-        self.decoder.choose(self._choice, slots)
 
     def _run(self):
         message = "the engine is stopping"

@@ -24,7 +24,7 @@ def text(load, answered, table, rank, up):
     """All lines: what this rank's engine and clients do, and what it knows of the others.
 
     load : dict, of the engine
-    table : dict, of Gossip
+    table : dict, of Membership
     up : dict, rank -> whether it answers
     """
     lines, reports = [], sorted({**{other: report for other, (report, _, _) in table.items()}, rank: load}.items())

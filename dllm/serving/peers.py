@@ -34,7 +34,7 @@ class Peers:
     """
     Parameters
     ----------
-    gossip : comm.gossip.Gossip
+    gossip : comm.membership.Membership
     local : streams.Local
     secret : bytes
         That all ranks share.

@@ -13,7 +13,7 @@ import time
 import uvicorn
 
 from ..comm import runtime
-from ..comm.membership import Gossip
+from ..comm.membership import Membership
 from ..errors import UserError
 from .app import Service
 from .limits import LOOPBACK, Connection, Limits, Log
@@ -51,7 +51,7 @@ class Server:
         with runtime.together(comm):
             self.address = ["127.0.0.1" if self.loopback else _address(options.host), 0]
         self.fixed = {"host": socket.gethostname()[:64], "pid": os.getpid()}
-        self.gossip = Gossip(comm, self.report)
+        self.gossip = Membership(comm, self.report)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, tokens=options.max_tokens, requests=options.max_requests,
             connections=options.max_connections, deadline=options.deadline,
@@ -134,7 +134,7 @@ class Server:
         self.engine.stop(0)
         self.log("ended")
         self.gossip.end()
-        runtime.part(self.comm, code)
+        runtime.exit_together(self.comm, code)
 
 
 class _Http(uvicorn.Server):

@@ -84,11 +84,11 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
             comm.Revoke()  # another death meanwhile: once more from where we were
     except recovery.GiveUp as problem:
         before.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
-        runtime.die()
+        runtime.kill_self()
     except UserError as problem:  # such as text that only the dead rank had
         if comm.rank == 0:
             before.reporter.complain(str(problem))
-        runtime.leave(BAD_INPUT)
+        runtime.exit_now(BAD_INPUT)
     step = successor.state.step
     reporter.begin(run, step, successor.total_steps)
     ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES
 
 from dllm.comm import compression, powersgd
-from dllm.comm.compression import NAMES, ErrorFeedback, make
+from dllm.comm.compression import NAMES, ErrorFeedback, make_compressor
 from dllm.comm.powersgd import PowerSGD
 from dllm.errors import UserError
 from dllm.kernels import compress
@@ -311,7 +311,7 @@ def received(compressor, payload):
 
 
 def test_sign_by_hand():
-    compressor = make("sign", [(2, 2), (3,)], np.float64)
+    compressor = make_compressor("sign", [(2, 2), (3,)], np.float64)
     payload = sent(compressor, np.array([1.0, -2, 3, -4, 1, 1, -7]))
     assert payload.size == 16  # two scales, a byte of bits, zeros up to whole 8
     assert payload[:8].view(np.float32).tolist() == [2.5, 3]
@@ -320,7 +320,7 @@ def test_sign_by_hand():
 
 
 def test_the_largest_in_a_payload_by_hand():
-    compressor = make("top-k", [(2, 2), (3,)], np.float32, fraction=0.3)
+    compressor = make_compressor("top-k", [(2, 2), (3,)], np.float32, fraction=0.3)
     payload = sent(compressor, np.float32([1, -2, 3, -4, 1, 1, -7]))
     assert payload[:8].view(np.float32).tolist() == [-4, -7]
     assert payload[8:].view(np.int32).tolist() == [3, 6]
@@ -328,7 +328,7 @@ def test_the_largest_in_a_payload_by_hand():
 
 
 def test_random_k_in_a_payload():
-    sender, receiver = (make("random-k", [(2, 2), (3,)], np.float64, fraction=0.3) for _ in range(2))
+    sender, receiver = (make_compressor("random-k", [(2, 2), (3,)], np.float64, fraction=0.3) for _ in range(2))
     x = np.arange(1.0, 8)
     payload = sent(sender, x, step=5)
     assert payload[:8].view(np.int64)[0] == 5
@@ -342,11 +342,11 @@ def test_random_k_in_a_payload():
 @EVERY_NAME
 @DTYPES
 def test_decode_overwrites_add_adds_and_encode_leaves_the_vector_alone(name, dtype):
-    compressor, x = make(name, SHAPES, dtype, 0.2), numbers(P, dtype)
+    compressor, x = make_compressor(name, SHAPES, dtype, 0.2), numbers(P, dtype)
     before = x.copy()
     payload = sent(compressor, x)
     np.testing.assert_array_equal(x, before)
-    np.testing.assert_array_equal(payload, sent(make(name, SHAPES, dtype, 0.2), x))  # padding too
+    np.testing.assert_array_equal(payload, sent(make_compressor(name, SHAPES, dtype, 0.2), x))  # padding too
     out, total = received(compressor, payload), numbers(P, dtype, 3)
     expected = total.astype(float) - 0.25 * out
     compressor.add(payload, total, -0.25)
@@ -360,7 +360,7 @@ def test_bytes_of_a_payload(name):
     bytes_of = {
         "none": 4 * n, "bf16": 2 * n, "qsgd": 3 * 4 + n, "sign": 8 + -(-n // 8), "top-k": 50 * 8, "random-k": 8 + 50 * 4
     }  # fmt: skip
-    compressor = make(name, shapes, np.float32)
+    compressor = make_compressor(name, shapes, np.float32)
     assert compressor.size == -(-bytes_of[name] // 8) * 8
     assert (compressor.name, compressor.parameters) == (name, n)
 
@@ -368,14 +368,14 @@ def test_bytes_of_a_payload(name):
 @EVERY_NAME
 @pytest.mark.parametrize("shapes", [[], [(0,)], [(1,)], [(0, 3), (1,)]])
 def test_vectors_of_no_and_one_element(name, shapes):
-    compressor = make(name, shapes, np.float32)
+    compressor = make_compressor(name, shapes, np.float32)
     x = np.full(compressor.parameters, 0.75, np.float32)
     np.testing.assert_array_equal(received(compressor, sent(compressor, x)), x)
 
 
 @EVERY_NAME
 def test_payloads_lie_one_behind_the_other(name):
-    compressor = make(name, SHAPES, np.float64, 0.2)
+    compressor = make_compressor(name, SHAPES, np.float64, 0.2)
     everyones = np.zeros((3, compressor.size), np.uint8)
     for rank, payload in enumerate(everyones):
         compressor.encode(numbers(P, seed=rank), payload, 4, rank)
@@ -385,15 +385,15 @@ def test_payloads_lie_one_behind_the_other(name):
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"random-k"}))  # which may not send it
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_arrives_so(name, bad):
-    compressor, x = make(name, SHAPES, np.float32), numbers(P, np.float32)
+    compressor, x = make_compressor(name, SHAPES, np.float32), numbers(P, np.float32)
     x[20] = bad
     assert not np.isfinite(received(compressor, sent(compressor, x))).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if make(name, SHAPES, np.float64).unbiased])
+@pytest.mark.parametrize("name", [name for name in NAMES if make_compressor(name, SHAPES, np.float64).unbiased])
 @DTYPES
 def test_unbiased_ones_are_right_on_average(name, dtype):
-    compressor, x, steps = make(name, SHAPES, dtype, 0.2, seed=3), numbers(P, dtype), 4000
+    compressor, x, steps = make_compressor(name, SHAPES, dtype, 0.2, seed=3), numbers(P, dtype), 4000
     found = np.array([received(compressor, sent(compressor, x, step, step % 3)) for step in range(steps)], float)
     spread = found.std(axis=0) / math.sqrt(steps)
     assert (abs(found.mean(axis=0) - x) <= 5 * spread + 1e-6 * abs(x).max()).all()
@@ -403,7 +403,7 @@ def test_unbiased_ones_are_right_on_average(name, dtype):
 def test_the_errors_of_other_ranks_steps_and_positions_are_independent():
     x = np.full(4096, 0.3137)
     x[::2048] = 1
-    compressor = make("qsgd", [(4096,)], np.float64)
+    compressor = make_compressor("qsgd", [(4096,)], np.float64)
     errors = [received(compressor, sent(compressor, x, step, rank)) - x for step, rank in ((0, 0), (1, 0), (0, 1), (2**32, 0))]
     errors.append(np.roll(errors[0], 1))
     assert (abs(np.corrcoef(errors) - np.eye(5)) < 5 / math.sqrt(4096)).all()
@@ -411,14 +411,14 @@ def test_the_errors_of_other_ranks_steps_and_positions_are_independent():
 
 def test_bad_settings_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"no compression called 'zip'; there are top-k, random-k, sign, qsgd, bf16, none"):
-        make("zip", SHAPES, np.float32)
+        make_compressor("zip", SHAPES, np.float32)
     for fraction in (0, -1, 1.5, math.nan):
         with pytest.raises(UserError, match="above 0 and at most 1"):
-            make("top-k", SHAPES, np.float32, fraction)
+            make_compressor("top-k", SHAPES, np.float32, fraction)
     with pytest.raises(UserError, match="at least 1, not 0"):
         PowerSGD(Workers(1).comm(0), SHAPES, np.float32, 0)
     with pytest.raises(UserError, match="2,147,483,648"):
-        make("top-k", [(2**16, 2**15)], np.float32)
+        make_compressor("top-k", [(2**16, 2**15)], np.float32)
 
 
 # error feedback
@@ -427,7 +427,7 @@ def test_bad_settings_are_refused_in_one_line():
 @EVERY_NAME
 @DTYPES
 def test_all_that_was_sent_and_what_is_remembered_is_all_that_was_to_be_sent(name, dtype):
-    feedback = ErrorFeedback(make(name, SHAPES, dtype, 0.1, feedback=True))
+    feedback = ErrorFeedback(make_compressor(name, SHAPES, dtype, 0.1, feedback=True))
     payload, rng = np.zeros(feedback.compressor.size, np.uint8), np.random.default_rng(4)
     total, arrived = np.zeros(P), np.zeros(P)
     for step in range(100):
@@ -441,7 +441,7 @@ def test_all_that_was_sent_and_what_is_remembered_is_all_that_was_to_be_sent(nam
 
 
 def test_a_vector_that_is_not_finite_leaves_the_memory_alone():
-    feedback = ErrorFeedback(make("sign", SHAPES, np.float32))
+    feedback = ErrorFeedback(make_compressor("sign", SHAPES, np.float32))
     payload, x = np.zeros(feedback.compressor.size, np.uint8), numbers(P, np.float32)
     feedback.encode(x, payload, 0, 0)
     before = feedback.memory.copy()
@@ -453,7 +453,7 @@ def test_a_vector_that_is_not_finite_leaves_the_memory_alone():
 
 def test_error_feedback_of_what_is_no_contraction_is_refused():
     with pytest.raises(ValueError, match="feedback=True"):
-        ErrorFeedback(make("random-k", SHAPES, np.float32, 0.1))
+        ErrorFeedback(make_compressor("random-k", SHAPES, np.float32, 0.1))
 
 
 # PowerSGD
@@ -666,6 +666,6 @@ def test_bytes_of_a_large_model():
     mebibytes = lambda size: size / 2**20
     assert round(mebibytes(4 * 28_949_319), 2) == 110.43
     assert [round(mebibytes(PowerSGD.wire_size(LARGE, rank, 4)), 3) for rank in (1, 2, 4)] == [0.357, 0.544, 0.918]
-    assert round(mebibytes(make("sign", LARGE, np.float32).size), 2) == 3.45
-    assert mebibytes(make("none", LARGE, np.float32).size) == pytest.approx(110.433, abs=1e-3)
+    assert round(mebibytes(make_compressor("sign", LARGE, np.float32).size), 2) == 3.45
+    assert mebibytes(make_compressor("none", LARGE, np.float32).size) == pytest.approx(110.433, abs=1e-3)
     assert compression.NAMES == ("top-k", "random-k", "sign", "qsgd", "bf16", "none")

@@ -190,7 +190,7 @@ CASES = [
 @pytest.mark.parametrize("compression", ["none", "sign"])
 def test_each_step_of_compressed_gossip_is_the_matrix_recursion(comm, graph, compression):
     run = Run(comm, "choco", topology=graph, compression=compression, consensus=0.3)
-    for X in recursion("choco", run.problem, topology.make(graph, comm.size), comm.size, run.method.config, 25):
+    for X in recursion("choco", run.problem, topology.make_topology(graph, comm.size), comm.size, run.method.config, 25):
         np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
 
 
@@ -208,7 +208,7 @@ def test_each_step_is_the_matrix_recursion(comm, name, graph):
     settings = {"topology": graph, "period": 3, "degree": 2}
     run = Run(comm, name, **settings)
     config = run.method.config
-    shape = topology.make(graph or "ring", comm.size, 2, 1)
+    shape = topology.make_topology(graph or "ring", comm.size, 2, 1)
     expected = recursion(name, run.problem, shape, comm.size, config, 25)
     for X in expected:
         np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
@@ -235,7 +235,9 @@ def test_between_nodes_each_step_is_the_matrix_recursion_of_nodes(comm, name, n)
         return
     run = Run(comm, name, node=comm.Split(comm.rank // n, comm.rank), hierarchical=True, period=3)
     nodes = comm.size // n
-    graph = topology.make({"relaysum": "tree"}.get(name, "exponential" if name != "exact-diffusion" else "ring"), nodes, 2, 1)
+    graph = topology.make_topology(
+        {"relaysum": "tree"}.get(name, "exponential" if name != "exact-diffusion" else "ring"), nodes, 2, 1
+    )
     for X in recursion(name, Nodes(run.problem, n), graph, nodes, run.method.config, 12):
         np.testing.assert_allclose(run.step(), X[comm.rank // n], rtol=1e-12, atol=1e-12)
     mean = np.empty(P)

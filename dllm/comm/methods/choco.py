@@ -28,7 +28,14 @@ class Choco(LocalSteps):
     def prepare(self) -> None:
         config, P = self.config, sum(int(np.prod(shape)) for shape in self.tensors.shapes)
         self.Q = agree(
-            self.comm, compression.make, config.compression, self.tensors.shapes, self.x.dtype, config.fraction, self.seed, True
+            self.comm,
+            compression.make_compressor,
+            config.compression,
+            self.tensors.shapes,
+            self.x.dtype,
+            config.fraction,
+            self.seed,
+            True,
         )
         self.around = self.graph("symmetric")
         self.known, self.s = self.array("known", P), self.array("neighbours_known", P)  # xhat_i, s_i

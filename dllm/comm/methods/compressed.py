@@ -40,7 +40,9 @@ class CompressedAllreduce(WholeVector):
             self.momentum = self.array("momentum", self.P)
             self.payloads(-(-self.P // 8) + 1)  # the last byte: this rank's gradient is not finite
         elif kind != "none":
-            self.Q = agree(self.comm, compression.make, kind, self.tensors.shapes, dtype, config.fraction, self.seed, True)
+            self.Q = agree(
+                self.comm, compression.make_compressor, kind, self.tensors.shapes, dtype, config.fraction, self.seed, True
+            )
             self.feedback = compression.ErrorFeedback(self.Q)
             self.arrays["error"] = self.feedback.memory
             self.payloads(self.Q.size)

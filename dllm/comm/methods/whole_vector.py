@@ -112,7 +112,7 @@ class WholeVector(Averaging):
     def graph(self, kind: str) -> Neighbours:
         """The configured topology, or the method's own. kind: "column", or which matrices it takes: "symmetric", "doubly"."""
         name = self.config.topology or self.default_topology
-        graph = agree(self.comm, topology.make, name, self.comm.size, self.config.degree, self.seed)
+        graph = agree(self.comm, topology.make_topology, name, self.comm.size, self.config.degree, self.seed)
         if kind == "column":
             return self._neighbours(graph, agree(self.comm, topology.weights, graph, "column"))
         if kind == "symmetric" and (graph.directed or len(graph.phases) > 1):
