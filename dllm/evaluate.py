@@ -28,8 +28,7 @@ needs pip install 'dllm[tasks]'.
 
 
 def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: evaluate(argv, comm), argv, comm)
+    return cli.collective(evaluate, argv)
 
 
 def evaluate(argv, comm):

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 
 from . import cli, config
-from .comm import runtime
 from .comm.node_info import find_node
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
@@ -44,8 +43,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: export(argv, comm), argv, comm)
+    return cli.collective(export, argv)
 
 
 def export(argv, comm):

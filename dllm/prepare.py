@@ -34,8 +34,7 @@ tokenizers
 
 
 def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: prepare(argv, comm), argv, comm)
+    return cli.collective(prepare, argv)
 
 
 def prepare(argv, comm):

@@ -16,8 +16,7 @@ from .training.options import train_config, train_options
 def main(argv=None):
     stopping = []
     signal.signal(signal.SIGUSR1, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
-    comm = runtime.world()
-    return cli.run(lambda argv: train(argv, comm, stopping), argv, comm)
+    return cli.collective(lambda argv, comm: train(argv, comm, stopping), argv)
 
 
 def train(argv, comm, stopping):

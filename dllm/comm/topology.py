@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files.storage import check_regular
 
 # networkx is imported where it is needed: that takes half a second, and most runs do without.
@@ -119,7 +119,7 @@ class Topology:
         try:
             figure.savefig(path, dpi=120)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot draw {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"cannot draw {path}: {reason(error)}") from None
         finally:
             pyplot.close(figure)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from . import text
 
 BLOCK = 2048  # pairs that are encoded at a time
@@ -30,7 +30,7 @@ class Lines:
                     at += len(block)
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"cannot read {path}: {reason(error)}") from None
         self._starts = np.concatenate(places)
         if self._starts[-1] != size:
             self._starts = np.append(self._starts, size)

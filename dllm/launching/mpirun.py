@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -25,6 +25,7 @@ DETECTOR = {
     "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
 }
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
+RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
 HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
 
@@ -73,7 +74,7 @@ def read_hosts(path):
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the hosts in {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read the hosts in {path}: {reason(error)}") from None
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if text:
@@ -84,6 +85,14 @@ def read_hosts(path):
     if not hosts:
         raise UserError(f"{path} names no host")
     return hosts
+
+
+def launched_rank():
+    """This process's rank as what has launched it says, with no need of MPI; None: it was started by hand, or by a script."""
+    rank = next((os.environ[name] for name in RANK if name in os.environ), None)
+    if rank is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun without MPI; batch scripts have no such step
+        rank = os.environ.get("SLURM_PROCID")
+    return None if rank is None else int(rank)
 
 
 def is_here(host):

@@ -22,6 +22,7 @@ from typing import ClassVar
 from . import checkpoint
 from ..files import hdf5, storage
 from ..comm.runtime import allgather
+from ..errors import reason
 
 BUSY = 0.05  # the part of its rank's time that a thread takes at most
 SWITCH = 0.0005  # seconds in which Python's threads take turns while one writes; the default is ten times that
@@ -177,7 +178,7 @@ class Saver:
         try:
             self.result = work(*arguments)
         except OSError as error:
-            self.problem = error.strerror or str(error)
+            self.problem = reason(error)
         except Exception as error:  # of HDF5: any; it must not go unnoticed in a thread
             self.problem = f"{type(error).__name__}: {error}"
         finally:
