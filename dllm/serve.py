@@ -80,12 +80,13 @@ def main(argv=None):
 
 def start(words):
     """As a command of its own, without mpirun."""
-    from .launching.supervisor import keep
+    from .launching.server import ServerSupervisor
 
     options = arguments(words)
     read_token(options)  # what is wrong with it is said here, once
     check(options)
-    return keep(options, words, [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ])
+    pass_on = [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ]
+    return ServerSupervisor(options, words, pass_on).supervise()
 
 
 def serve(argv, comm, stopping):

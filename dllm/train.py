@@ -29,7 +29,7 @@ def train(argv, comm, stopping):
 
     from .data.preparation import open_corpus
     from .runs import checkpoint, run_folder
-    from .runs.ownership import Claim
+    from .runs.ownership import Ownership
     from .training import progress
     from .training.trainer import Trainer
     from .training.warmup import code_hash, warm_up
@@ -40,7 +40,7 @@ def train(argv, comm, stopping):
     with runtime.together(comm):
         run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
         resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
-    claim = comm.bcast(Claim.of_this_job(run) if comm.rank == 0 else None)
+    claim = comm.bcast(Ownership.of_this_job(run) if comm.rank == 0 else None)
     run = claim.run
     for warning in warnings:
         reporter.warn(warning)
@@ -54,7 +54,7 @@ def train(argv, comm, stopping):
     trainer = Trainer(comm, place, configuration, corpus, claim, reporter, resume)
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if comm.rank == 0:
-            run_folder.make(run, configuration, corpus.tokenizer)
+            run_folder.create(run, configuration, corpus.tokenizer)
             claim.take()
     reporter.say(_header(comm, place, trainer, corpus, run, compiling, time.monotonic() - begin, resume))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
@@ -97,7 +97,7 @@ def _finish(trainer, done, summary):
     if reporter.mode != "none":
         _farewell(reporter, trainer, summary, done)
     code = DONE if done else STOPPED_EARLY
-    if comm.rank == 0 and done and trainer.claim.holds():
+    if comm.rank == 0 and done and trainer.claim.is_held():
         try:
             run_folder.done(run, summary["steps"])
         except OSError as error:

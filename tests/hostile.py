@@ -22,7 +22,7 @@ from dllm.files import storage
 from dllm.model.layout import Layout
 from dllm.runs import checkpoint
 from dllm.runs.checkpoint_writer import Saver
-from dllm.runs.ownership import Claim
+from dllm.runs.ownership import Ownership
 from dllm.runs.state import State
 
 VOCABULARY, LANES, SECONDS, MEMORY = 256, range(3), 20, 1 << 30
@@ -95,7 +95,7 @@ class Rank:
         return theta, moments
 
     def write(self):
-        claim = Claim.of_this_job(self.run)
+        claim = Ownership.of_this_job(self.run)
         self.run.mkdir(exist_ok=True)
         claim.take()
         saver = Saver(Alone, claim, LAYOUT, len(LANES), "tokenizer", CheckpointConfig(), print)

@@ -36,7 +36,7 @@ class Saver:
     Parameters
     ----------
     comm : MPI.Comm
-    claim : Claim
+    claim : Ownership
         On the run's folder.
     layout : Layout
     lanes : int
@@ -220,7 +220,7 @@ class Saver:
 
     def _write_manifest(self):
         """By the first rank: from now on the checkpoint counts, and older ones may go."""
-        if not self.claim.holds():
+        if not self.claim.is_held():
             raise OSError("another job has taken over the run")
         self.manifest["seal"] = checkpoint.seal(self.manifest)
         storage.write_json(self.folder / checkpoint.MANIFEST, self.manifest)

@@ -25,7 +25,7 @@ class Monitor:
         With the counters that stand at the top of comm/averaging.py.
     clock : Clock
     reporter : Reporter
-    claim : Claim
+    claim : Ownership
     """
 
     def __init__(self, comm, oversubscribed, averaging, clock, reporter, claim):
@@ -58,7 +58,7 @@ class Monitor:
         """Shows the launcher that the run goes on."""
         now = time.monotonic()
         if self.comm.rank == 0 and now - self.beaten > BEAT:
-            self.claim.beat()
+            self.claim.show_alive()
             self.beaten = now
 
     def log(self, state, digest, windows, norm, lr):
@@ -119,7 +119,7 @@ class Monitor:
 
     def _holds(self):
         """What the first rank says: whether the run's folder is still this job's."""
-        return self.claim.holds() if self.comm.rank == 0 else None
+        return self.claim.is_held() if self.comm.rank == 0 else None
 
     def _check_claim(self, step, everyone):
         if not everyone[0]:

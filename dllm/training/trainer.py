@@ -52,7 +52,7 @@ class Trainer:
     config : Config
     corpus : Corpus
         This rank's own where config.data.path has {rank}.
-    claim : Claim
+    claim : Ownership
         On the run's folder, before it is taken.
     reporter : Reporter
     resume : Checkpoint, optional
@@ -87,7 +87,7 @@ class Trainer:
             gradient = memory.mine if plain and memory is not None else None
             shape = config.model, corpus.vocabulary, self.dtype, train.window, B
             self.model = LanguageModel(*shape, bf16=bf16, gradient=gradient, team=team)
-            self.optimizer = optim.make(train, self.layout.table, team)
+            self.optimizer = optim.make_optimizer(train, self.layout.table, team)
             vector = lambda: aligned((self.layout.size,), self.dtype)
             moments = [vector() for _ in range(self.optimizer.moments)]
             states = zeros(L, B, H), zeros(L, B, H), zeros(B, dtype=np.float64)

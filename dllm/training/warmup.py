@@ -28,7 +28,7 @@ def warm_up(config):
     small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
     dtype = DTYPES[config.train.precision]
     model = LanguageModel(small, 5, dtype, 2, 1, bf16=config.train.precision == "bf16")
-    optimizer = optim.make(config.train, model.layout.table)
+    optimizer = optim.make_optimizer(config.train, model.layout.table)
     P = model.layout.size
     h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
     moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]

@@ -50,7 +50,7 @@ class Run:
         train = TrainConfig(optimizer="sgd", lr=lr, **dict(train))
         config = AveragingConfig(**{"method": name, "bucket_mb": 2e-5, **settings})
         self.method = make(node, comm, self.x, self.g, None, config, train, True)
-        self.optimizer = optim.make(train, None)
+        self.optimizer = optim.make_optimizer(train, None)
         moments = [np.zeros(P, dtype) for _ in range(self.optimizer.moments)]
         self.state = SimpleNamespace(theta=self.x, moments=moments, step=0)
 
