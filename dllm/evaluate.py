@@ -49,8 +49,8 @@ def evaluate(argv, comm):
     runtime.check_same(comm, vars(options))
     place = find_node(comm)
 
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
     from .inference.generation import Evaluation
     from .inference.loaded_model import Bundle
     from .kernels.team import Team
@@ -81,8 +81,8 @@ def evaluate(argv, comm):
 
 
 def _evaluate_pairs(comm, place, options, bundle):
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
     from .files import storage
     from .inference import answering
     from .kernels.team import Team

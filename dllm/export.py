@@ -107,8 +107,8 @@ def _average(options, source, layout):
 
 def _corpus(options, source, comm, place):
     """The Corpus to measure on, or None, and then it was said why: where the user names one, it must be there."""
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
 
     path = options.data or source.data
     try:

@@ -27,7 +27,7 @@ def train(argv, comm, stopping):
         check_precision(configuration.train.precision)
     place = find_node(comm, configuration.train.threads)
 
-    from .data.preparation import open_corpus
+    from .data.corpus import open_corpus
     from .runs import checkpoint, run_folder
     from .runs.ownership import Ownership
     from .training import progress

@@ -16,7 +16,7 @@ import tomli_w
 from . import checkpoint, ownership
 from .. import config
 from ..files import storage
-from ..data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..errors import UserError, reason
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
