@@ -2,7 +2,7 @@
 
 import sys
 
-from dllm.data import shards
+from dllm.data.corpus import Corpus
 
 from .results import Table
 from .runs import metrics, run, train
@@ -40,7 +40,7 @@ def papers(options):
     interval = max(1, steps // 30)
     steps += -steps % interval  # bytes are told at its multiples
     corpus = _corpus(options)
-    epoch = shards.Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
+    epoch = Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
     table = Table(
         f"WikiText-2 in lower case, {RANKS} ranks, {steps} steps, which is {steps / epoch:.2f} epochs",
         [("method", 12), ("perplexity", 12), ("exp of the loss", 17), ("MiB a step", 12)],

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 from dllm.data import shards
+from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import WordTokenizer
 from dllm.files import storage
 
@@ -43,7 +44,7 @@ def random_corpus(folder, vocabulary, tokens):
     """A prepared corpus of uniformly random tokens."""
     folder.mkdir(parents=True)
     tokenizer = WordTokenizer([f"w{number}" for number in range(vocabulary)])
-    shards.save_tokenizer(folder, tokenizer)
+    save_tokenizer(folder, tokenizer)
     dtype = shards.token_dtype(vocabulary)
     with shards.ShardWriter(folder / "train-00000.h5", dtype) as shard:
         shard.append(np.random.default_rng(1).integers(0, vocabulary, tokens).astype(dtype))
@@ -53,7 +54,7 @@ def random_corpus(folder, vocabulary, tokens):
         "kind": tokenizer.kind,
         "vocabulary": vocabulary,
         "dtype": dtype.name,
-        "tokenizer": shards.tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "splits": {"train": {"tokens": tokens, "bytes": tokens, "shards": [part]}},
     }
     storage.write_json(folder / "manifest.json", manifest)

@@ -28,8 +28,7 @@ needs pip install 'dllm[tasks]'.
 
 
 def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: evaluate(argv, comm), argv, comm)
+    return cli.collective(evaluate, argv)
 
 
 def evaluate(argv, comm):
@@ -50,8 +49,8 @@ def evaluate(argv, comm):
     runtime.check_same(comm, vars(options))
     place = find_node(comm)
 
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
     from .inference.evaluation import Evaluation
     from .inference.loaded_model import Bundle
     from .kernels.team import Team
@@ -82,8 +81,8 @@ def evaluate(argv, comm):
 
 
 def _evaluate_pairs(comm, place, options, bundle):
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
     from .files import storage
     from .inference import answering
     from .kernels.team import Team

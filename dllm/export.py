@@ -6,7 +6,6 @@ import sys
 import numpy as np
 
 from . import cli, config
-from .comm import runtime
 from .comm.node_info import find_node
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
@@ -44,8 +43,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: export(argv, comm), argv, comm)
+    return cli.collective(export, argv)
 
 
 def export(argv, comm):
@@ -109,8 +107,8 @@ def _average(options, source, layout):
 
 def _corpus(options, source, comm, place):
     """The Corpus to measure on, or None, and then it was said why: where the user names one, it must be there."""
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
 
     path = options.data or source.data
     try:

@@ -12,7 +12,8 @@ import sys
 from . import cli
 from .comm import runtime
 from .comm.node_info import find_node, leader_first
-from .errors import UserError
+from .errors import UserError, reason
+from .launching.mpirun import launched_rank
 from .model.precision import check_precision
 from .runs import ownership
 
@@ -69,23 +70,23 @@ def arguments(argv, rank=0):
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    if not _is_rank() and any(word.startswith(("-n", "--ranks")) for word in words):
+    if launched_rank() is None and any(word.startswith(("-n", "--ranks")) for word in words):
         return cli.run(start, words)
     stopping = []
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
-    comm = runtime.world()
-    return cli.run(lambda argv: serve(argv, comm, stopping), words, comm)
+    return cli.collective(lambda argv, comm: serve(argv, comm, stopping), words)
 
 
 def start(words):
     """As a command of its own, without mpirun."""
-    from .launching.supervisor import keep
+    from .launching.server import ServerSupervisor
 
     options = arguments(words)
     read_token(options)  # what is wrong with it is said here, once
     check(options)
-    return keep(options, words, [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ])
+    pass_on = [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ]
+    return ServerSupervisor(options, words, pass_on).supervise()
 
 
 def serve(argv, comm, stopping):
@@ -125,7 +126,7 @@ def read_token(options):
         try:
             token = pathlib.Path(options.token_file).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --token-file {options.token_file}: {getattr(error, 'strerror', error)}") from None
+            raise UserError(f"cannot read --token-file {options.token_file}: {reason(error)}") from None
     if token is not None and (len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError(f"the token must be at least {LEAST_TOKEN} printable ASCII characters without spaces")
     if token is None and not is_loopback(options.host):
@@ -156,12 +157,7 @@ def listen(host, port, shared=False):
         listener.bind((host, port))
         return listener
     except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-
-
-def _is_rank():
-    """Whether mpirun has started this process already."""
-    return any(name in os.environ for name in (ownership.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+        raise UserError(f"cannot listen on {host} port {port}: {reason(error)}") from None
 
 
 def check(options):

@@ -24,8 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     stopping: list[bool] = []
     signal.signal(signal.SIGUSR1, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
-    comm = runtime.world()
-    return cli.run(lambda argv: train(argv, comm, stopping), argv, comm)
+    return cli.collective(lambda argv, comm: train(argv, comm, stopping), argv)
 
 
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
@@ -37,9 +36,9 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         check_precision(configuration.train.precision)
     node = find_node(comm, configuration.train.threads)
 
-    from .data.preparation import open_corpus
+    from .data.corpus import open_corpus
     from .runs import checkpoint, run_folder
-    from .runs.ownership import Claim
+    from .runs.ownership import Ownership
     from .training import announcements, resilient
     from .training.progress import Reporter
     from .training.setup import set_up
@@ -52,8 +51,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
         resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
-    claim = comm.bcast(Claim.of_this_job(run) if comm.rank == 0 else None)
-    run = claim.run
+    ownership = comm.bcast(Ownership.of_this_job(run) if comm.rank == 0 else None)
+    run = ownership.run
     for warning in warnings:
         reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say)
@@ -63,11 +62,11 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with leader_first(node):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
-    trainer = Trainer(set_up(comm, node, configuration, corpus, claim, reporter, resume))
+    trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume))
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if comm.rank == 0:
-            run_folder.make(run, configuration, corpus.tokenizer)
-            claim.take()
+            run_folder.create(run, configuration, corpus.tokenizer)
+            ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps)
     if comm.rank == 0:
@@ -84,18 +83,18 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     from .runs import run_folder
     from .training import announcements
 
-    comm, reporter, claim = trainer.comm, trainer.rank.reporter, trainer.rank.claim
+    comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
     trainer.close()
     reporter.end()
     reporter.summarise(summary)
     if reporter.mode != "none":
         announcements.farewell(trainer, summary, done)
     code = DONE if done else STOPPED_EARLY
-    if comm.rank == 0 and done and claim.holds():
+    if comm.rank == 0 and done and ownership.is_held():
         try:
-            run_folder.done(claim.run, summary["steps"])
+            run_folder.done(ownership.run, summary["steps"])
         except OSError as error:
-            reporter.warn(f"cannot write {claim.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
+            reporter.warn(f"cannot write {ownership.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
     runtime.finish(comm, code if trainer.deaths else None)
     return code
 

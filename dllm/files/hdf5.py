@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from . import storage
 
 os.environ["HDF5_PLUGIN_PRELOAD"] = "::"  # no file makes HDF5 load a plugin; read when h5py is imported
@@ -42,8 +42,7 @@ def open_arrays(path, names=None):
                 _check_names(path, file, set(names))
             yield lambda name, dtype, shape: _dataset(path, file, name, np.dtype(dtype), tuple(shape), spans)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises any of them on a damaged file
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "it is damaged")
-        raise UserError(f"cannot read {path}: {reason}") from None
+        raise UserError(f"cannot read {path}: {reason(error) or 'it is damaged'}") from None
 
 
 def _check_names(path, file, names):

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from .. import __version__, config
-from ..data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..errors import UserError
 from ..files import storage
 from ..kernels.gemm import aligned

@@ -26,7 +26,7 @@ from ..files import hdf5, storage
 from ..kernels.types import Array
 from ..model.layout import Layout
 from . import checkpoint
-from .ownership import Claim
+from .ownership import Ownership
 from .state import State
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Saver:
     Parameters
     ----------
     comm : MPI.Comm
-    claim : Claim
+    ownership : Ownership
         On the run's folder.
     layout : Layout
     facts : dict
@@ -75,10 +75,10 @@ class Saver:
     on_stage: ClassVar[list[Callable[[Saver, str], None]]] = []
 
     def __init__(
-        self, comm: MPI.Comm, claim: Claim, layout: Layout, facts: dict[str, Any], config: CheckpointConfig,
+        self, comm: MPI.Comm, ownership: Ownership, layout: Layout, facts: dict[str, Any], config: CheckpointConfig,
         warn: Callable[[str], None], before: Saver | None = None,
     ) -> None:  # fmt: skip
-        self.comm, self.claim, self.layout, self.config, self.warn = comm, claim, layout, config, warn
+        self.comm, self.ownership, self.layout, self.config, self.warn = comm, ownership, layout, config, warn
         self.facts = {**facts, "ranks": comm.size}
         self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, facts["lanes"])
         self.step, self.whole, self.under_way = -1, True, False
@@ -176,7 +176,7 @@ class Saver:
             "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [*self.facts["own"], *sorted(own)],
         }  # fmt: skip
         self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
-        self.folder = checkpoint.folder_of(self.claim.run, state.step)
+        self.folder = checkpoint.folder_of(self.ownership.run, state.step)
         self.next = self._all_have_written
         self._in_background(self._write, arrays)
 
@@ -233,11 +233,11 @@ class Saver:
 
     def _write_manifest(self) -> None:
         """By the first rank: from now on the checkpoint counts, and older ones may go."""
-        if not self.claim.holds():
+        if not self.ownership.is_held():
             raise OSError("another job has taken over the run")
         self.manifest["seal"] = checkpoint.seal(self.manifest)
         storage.write_json(self.folder / checkpoint.MANIFEST, self.manifest)
-        checkpoint.prune(self.claim.run, self.config.keep)
+        checkpoint.prune(self.ownership.run, self.config.keep)
 
     def _manifest_is_there(self) -> None:
         self.problem = allgather(self.comm, self.problem)[0]

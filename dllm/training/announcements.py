@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import __version__
 from ..comm.runtime import mpi_library
-from ..data.shards import Corpus
+from ..data.corpus import Corpus
 from ..errors import UserError
 from ..inference.answering import answers, as_text, read_split
 from ..inference.generation import sample, start_tokens
@@ -21,7 +21,7 @@ SAMPLE_PAIRS = 3  # that the sample at the end answers
 def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -> str:
     """Ten lines that say what is about to happen. compiling, starting : seconds that this took."""
     rank, model, train = trainer.rank, trainer.config.model, trainer.config.train
-    comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.claim.run
+    comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     parameters = rank.layout.parameters
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
@@ -42,7 +42,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
 
 def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     """The end: what came out, a sample, the plot, and what to type next."""
-    reporter, run, ranks = trainer.rank.reporter, trainer.rank.claim.run, summary["ranks"]
+    reporter, run, ranks = trainer.rank.reporter, trainer.rank.ownership.run, summary["ranks"]
     if not done and not trainer.rank.saver.whole:
         reporter.say(f"stopped at step {summary['steps']} without a checkpoint of it; older ones, if any, are in {run}")
         return

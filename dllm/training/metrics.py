@@ -12,7 +12,7 @@ import numpy as np
 from ..comm.averaging import Averaging
 from ..comm.runtime import allgather
 from ..errors import UserError
-from ..runs.ownership import Claim
+from ..runs.ownership import Ownership
 from ..runs.state import State
 from .progress import Reporter
 
@@ -47,14 +47,14 @@ class Metrics:
         With its counters.
     clock : Clock
     reporter : Reporter
-    claim : Claim
+    ownership : Ownership
     """
 
     def __init__(
-        self, comm: MPI.Comm, oversubscribed: bool, averaging: Averaging, clock: Clock, reporter: Reporter, claim: Claim
+        self, comm: MPI.Comm, oversubscribed: bool, averaging: Averaging, clock: Clock, reporter: Reporter, ownership: Ownership
     ) -> None:
         self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
-        self.reporter, self.claim = reporter, claim
+        self.reporter, self.ownership = reporter, ownership
         self.slow: tuple[int | None, float] = (
             None,
             0.0,
@@ -87,7 +87,7 @@ class Metrics:
         """Show the launcher that the run goes on."""
         now = time.monotonic()
         if self.comm.rank == 0 and now - self.shown_alive > BEAT:
-            self.claim.beat()
+            self.ownership.show_alive()
             self.shown_alive = now
 
     def log(self, state: State, digest: str, windows: int, norm: float, lr: float) -> None:
@@ -101,12 +101,12 @@ class Metrics:
         Raises UserError on all ranks.
         """
         own_times = self.seconds, self.exposed, self.flight
-        own = digest, own_times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
+        own = digest, own_times, state.lane_loss, self._is_held(), self.averaging.round_trips(), state.bytes_sent
         digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
         by_lane = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
         loss = float(by_lane.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
-        self._check_claim(state.step, list(holds))
+        self._check_owner(state.step, list(holds))
         seconds, exposed, flight = np.mean(times, axis=0)
         busy = [(one[0] - one[1]) / self.steps for one in times]
         slowest = int(np.argmax(busy))
@@ -142,17 +142,17 @@ class Metrics:
         pairs = [(seconds, f"{rank}-{other}") for rank, found in enumerate(trips) for other, seconds in found.items()]
         return {"neighbour_seconds": {pair: round(s, 6) for s, pair in sorted(pairs, reverse=True)[:LINKS]}} if pairs else {}
 
-    def check_claim(self, step: int) -> None:
+    def check_owner(self, step: int) -> None:
         """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
-        self._check_claim(step, allgather(self.comm, self._holds()))
+        self._check_owner(step, allgather(self.comm, self._is_held()))
 
-    def _holds(self) -> bool | None:
+    def _is_held(self) -> bool | None:
         """What the first rank says: whether the run's folder is still this job's."""
-        return self.claim.holds() if self.comm.rank == 0 else None
+        return self.ownership.is_held() if self.comm.rank == 0 else None
 
-    def _check_claim(self, step: int, everyone: list[bool | None]) -> None:
+    def _check_owner(self, step: int, everyone: list[bool | None]) -> None:
         if not everyone[0]:
-            raise UserError.of_all(f"another job has taken over {self.claim.run}: this one ends at step {step}")
+            raise UserError.of_all(f"another job has taken over {self.ownership.run}: this one ends at step {step}")
 
     def _check(self, step: int, digests: tuple[str, ...], loss: float) -> None:
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]

@@ -66,7 +66,7 @@ def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
 def _go_on(trainer: Trainer, progress: str) -> Trainer:
     """The survivors' Trainer, at the last step that all of them had finished. Collective over the survivors."""
     begin, before = time.monotonic(), trainer.rank
-    run = before.claim.run
+    run = before.ownership.run
     before.reporter.end()
     try:
         while True:
@@ -77,7 +77,7 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
             with recovery.watchdog(), contextlib.suppress(recovery.Failure):
                 reporter = Reporter(comm.rank == 0, progress, before.reporter)
                 node = find_node(comm, before.node.threads)
-                made = set_up(comm, node, before.config, before.corpus, before.claim, reporter, survived=survived)
+                made = set_up(comm, node, before.config, before.corpus, before.ownership, reporter, survived=survived)
                 successor = Trainer(made)
             if recovery.all_agree(comm, successor is not None) and successor is not None:
                 break

@@ -17,9 +17,9 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import allgather, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
 from ..config import Config
+from ..data.corpus import Corpus
 from ..data.lanes import Lanes, Schedule, deal
 from ..data.pair_lanes import read_lanes
-from ..data.shards import Corpus
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
 from ..kernels.gemm import aligned
@@ -31,7 +31,7 @@ from ..model.precision import DTYPES
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
-from ..runs.ownership import Claim
+from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
 from .lane_copies import LaneCopies, NoLaneCopies, Piece, take_lanes
@@ -76,7 +76,7 @@ class Rank:
     node: NodeInfo
     config: Config
     corpus: Corpus
-    claim: Claim
+    ownership: Ownership
     reporter: Reporter
     own_lanes: range
     lanes: Lanes
@@ -100,7 +100,7 @@ def set_up(
     node: NodeInfo,
     config: Config,
     corpus: Corpus,
-    claim: Claim,
+    ownership: Ownership,
     reporter: Reporter,
     resume: Checkpoint | None = None,
     survived: Survived | None = None,
@@ -114,7 +114,7 @@ def set_up(
     config : Config
     corpus : Corpus
         This rank's own where config.data.private.
-    claim : Claim
+    ownership : Ownership
         On the run's folder, before it is taken.
     reporter : Reporter
     resume : Checkpoint, optional
@@ -134,7 +134,7 @@ def set_up(
         team = Team(node.threads)
         threadpool_limits(node.threads, "blas")  # more than there are cores stand in each other's way
         model = _make_model(config, layout, len(own), team, memory if plain else None)
-        optimizer = optim.make(config.train, layout.table, team)
+        optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
         if resume is not None:
@@ -160,16 +160,16 @@ def set_up(
     heartbeat = NoHeartbeat()
     if memory is not None:
         heartbeat = Heartbeat(node, memory, config.resilience.deadline, reporter.complain)
-    metrics = Metrics(comm, node.oversubscribed, averaging, survived.clock if survived else Clock(), reporter, claim)
+    metrics = Metrics(comm, node.oversubscribed, averaging, survived.clock if survived else Clock(), reporter, ownership)
     validation = NoValidation()
     if "valid" in corpus.manifest["splits"]:
         evaluation = Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team)
         validation = Validation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    saver = Saver(comm, claim, layout, facts, config.checkpoint, reporter.warn, survived.saver if survived else None)
+    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, survived.saver if survived else None)
     saver.step = state.step if resume else -1
     return Rank(
-        comm, node, config, corpus, claim, reporter, own, lanes, schedule, layout, model, optimizer, state,
+        comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies, heartbeat, validation, saver, metrics,
     )  # fmt: skip
 

@@ -79,7 +79,7 @@ class Trainer:
             self._leave_out_if_spoilt(norm, tokens)
             metrics.count(tokens, settled=self.state.step > first + SETTLED)
             self._write_down(agreed, norm, lr)
-        metrics.check_claim(self.state.step)
+        metrics.check_owner(self.state.step)
         stopped = agreed.stop and self.state.step < end
         validation = self.rank.validation
         best = not stopped and not validation.due(self.state) and validation.run(self.state, final=True)

@@ -42,7 +42,7 @@ def _one_step(config: Config, dtype: DType) -> None:
     layout = Layout(small, 5, dtype)
     model = LanguageModel(layout, 2, 1, bf16=bf16)
     P, table = model.layout.size, model.layout.table
-    optimizer = optim.make(config.train, table)
+    optimizer = optim.make_optimizer(config.train, table)
     h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
     moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]
     state = State(np.zeros(P, dtype), moments, h, c, np.zeros(1))

@@ -14,6 +14,7 @@ from paths import DATA
 from runs import metrics
 
 import dllm
+from dllm import config
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
@@ -22,6 +23,20 @@ def test_help_is_printed_once_on_four_ranks(command):
     assert done.stdout.count(f"usage: python -m dllm.{command}") == 1
     assert done.stdout.count("examples") == 1
     assert complaint(done) == ""
+
+
+def test_settings_are_shown_once_as_the_other_options_set_them():
+    words = ["--settings", "--preset", "wlm-200", "--set", "train.seed=7"]
+    alone, under_mpirun = (mpirun(ranks, "-m", "dllm.train", *words, check=True) for ranks in (0, 3))
+    assert alone.stdout == under_mpirun.stdout
+    assert complaint(under_mpirun) == ""
+    for name in config.FIELDS:
+        assert len(re.findall(f"^{re.escape(name)} ", alone.stdout, re.M)) == 1, name
+    assert re.search(r"^train\.seed +7 +not negative +\w", alone.stdout, re.M)
+    assert re.search(r"^model\.hidden +200 +at least 1 +\w", alone.stdout, re.M)
+    refused = mpirun(3, "-m", "dllm.train", "--settings", "--set", "train.lr=0")
+    assert refused.returncode == REFUSED
+    assert complaint(refused) == "dllm: train.lr = 0.0: it must be above 0\n"
 
 
 def test_the_program_without_a_command_shows_the_commands_and_knows_no_others():

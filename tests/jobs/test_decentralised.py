@@ -9,7 +9,7 @@ import pytest
 from launch import complaint, mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
 
-from dllm.data.shards import Corpus
+from dllm.data.corpus import Corpus
 
 STEPS, RANKS = 40, 3
 COMMON = (

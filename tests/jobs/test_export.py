@@ -12,7 +12,7 @@ from numerics import EVERY_KIND, V, relative
 from runs import arrays, checkpoints
 
 from dllm import import_
-from dllm.data.shards import save_tokenizer
+from dllm.data.tokenizer_files import save_tokenizer
 from dllm.inference.loaded_model import Bundle
 from dllm.model import torch_weights
 from dllm.model.layout import Layout

@@ -161,7 +161,7 @@ def command(*others, before=module.mpirun.command):
 module.mpirun.command = command
 """
     words = ["-m", "dllm", "launch", *launch(tiny, tmp_path / "run")[2:]]
-    done = mpirun(0, *words, env=fault(tmp_path, "dllm.launch", daemons), check=True)
+    done = mpirun(0, *words, env=fault(tmp_path, "dllm.launching.supervisor", daemons), check=True)
     assert "no rank was there after 5 s" in done.stderr
     assert done.stderr.count("starting it again") == 1
     check(tmp_path / "run", undisturbed)

@@ -11,7 +11,7 @@ from launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
 from runs import arrays, metrics, same_losses
 from serving import Server
 
-from dllm.data import shards
+from dllm.data.corpus import Corpus
 from dllm.inference import answering
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -59,7 +59,7 @@ def straight(small):
 
 def test_any_number_of_ranks_prepares_the_same_corpus_of_all_pairs(small, tmp_path):
     mpirun(3, *prepare_arguments(small, tmp_path / "same"), check=True)
-    corpora = [shards.Corpus(folder) for folder in (small / "corpus", tmp_path / "same")]
+    corpora = [Corpus(folder) for folder in (small / "corpus", tmp_path / "same")]
     assert corpora[0].hash == corpora[1].hash
     lines = sorted(zip(*((small / f"train.{suffix}").read_text().splitlines() for suffix in ("src", "tgt")), strict=True))
     for corpus in corpora:
@@ -95,7 +95,7 @@ def test_the_losses_of_a_split_count_targets_alone_and_are_those_of_each_pair_by
     alone = last_line(mpirun(1, "-m", "dllm.evaluate", straight, "--pairs", check=True))
     np.testing.assert_allclose(alone["loss"], plain["loss"], rtol=1e-10)
     training = metrics(straight, "train")
-    assert training[0]["loss"] == pytest.approx(np.log(shards.Corpus(small / "corpus").vocabulary), rel=0.05)
+    assert training[0]["loss"] == pytest.approx(np.log(Corpus(small / "corpus").vocabulary), rel=0.05)
 
 
 PREPARE = "dllm.prepare --tokenizer char --out new"
@@ -171,7 +171,7 @@ def test_pairs_with_an_empty_side_and_long_ones_are_left_out_and_told_of(tmp_pat
     done = mpirun(0, *prepare_arguments(tmp_path, tmp_path / "out", "--longest", 9, splits=["train"]), check=True)
     assert f"2 of 5 pairs are left out, since a side is empty, the first at {tmp_path}/train.src line 2" in done.stdout
     assert "1 of 3 train pairs are left out: they have more than 9 tokens" in done.stdout
-    corpus = shards.Corpus(tmp_path / "out")
+    corpus = Corpus(tmp_path / "out")
     assert (corpus.split("train")["pairs"], corpus.split("train")["longest"]) == (2, 5)
     assert sorted(pair[2].strip() for pair in answering.read_split(corpus, "train")) == ["c", "g"]
 
@@ -182,7 +182,7 @@ def test_each_rank_may_have_pairs_of_its_own(tmp_path):
         write_pairs(tmp_path / str(rank), [(f"a{number}", f"b{number % 3}") for number in range(10 * rank, 10 * rank + 12)])
     out = tmp_path / "corpus{rank}"
     mpirun(2, *prepare_arguments(tmp_path / "{rank}", out, splits=["train"]), check=True)
-    assert [shards.Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
+    assert [Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
     mpirun(2, *train_arguments(out, tmp_path / "run", *SMALL, extra=("--max-steps", 4)), check=True)
     assert len(metrics(tmp_path / "run", "train")) == 4
 

@@ -10,8 +10,8 @@ from launch import mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
 
 from dllm.config import ModelConfig
+from dllm.data.corpus import Corpus
 from dllm.data.lanes import deal
-from dllm.data.shards import Corpus
 from dllm.model.layout import Layout
 
 RANKS = (1, 2, 4, 8)

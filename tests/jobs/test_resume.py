@@ -16,7 +16,7 @@ from faults import fault
 from launch import Job, complaint, flavour, mpirun, train_arguments
 from runs import arrays, checkpoints, column, metrics
 
-from dllm.data.shards import Corpus
+from dllm.data.corpus import Corpus
 
 STOPPED_EARLY = 75
 SETTINGS = (

@@ -21,6 +21,7 @@ from dllm.errors import UserError
 
 pytestmark = pytest.mark.mpi
 SEEDS = range(5)
+NOTHING = Control()
 EVERYWHERE = pytest.mark.parametrize("nodes", [0, 1, 2])
 
 
@@ -79,7 +80,7 @@ class Case:
             mine[self.dense :].reshape(self.V, self.E)[unused] = 0
         return mine, tokens
 
-    def step(self, mine, tokens, control=Control()):
+    def step(self, mine, tokens, control=NOTHING):
         """A training step's calls; like a backward, it writes a part of the gradient just before it announces it."""
         averaging, own, P = self.averaging, self.own, self.P
         averaging.begin(tokens, control)

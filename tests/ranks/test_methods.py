@@ -61,7 +61,7 @@ class Run:
         place = SimpleNamespace(comm=node, ranks=node.size if node else 1, oversubscribed=True)
         vectors = {"memory": None, "theta": self.x, "gradient": self.g, "layout": Vector(P)}
         self.method = make_averaging(settings, comm, place, **vectors)
-        self.optimizer = optim.make(train, None)
+        self.optimizer = optim.make_optimizer(train, None)
         moments = [np.zeros(P, dtype) for _ in range(self.optimizer.moments)]
         self.state = SimpleNamespace(theta=self.x, moments=moments, step=0)
 

@@ -3,11 +3,15 @@ that names the key.
 """
 
 import dataclasses
+import math
+import re
+import tomllib
 
 import pytest
 import tomli_w
 
 from dllm import config
+from dllm.config.bounds import RULES, in_words
 from dllm.errors import UserError
 
 
@@ -22,7 +26,7 @@ def test_every_preset_loads_and_survives_being_written(name):
     found = config.resolve(name)
     assert isinstance(found, config.Config)
     assert config.from_dict(config.as_dict(found)) == found
-    assert config.from_dict(config.tomllib.loads(tomli_w.dumps(config.as_dict(found)))) == found
+    assert config.from_dict(tomllib.loads(tomli_w.dumps(config.as_dict(found)))) == found
     settings = [  # as the user would type it
         f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
         for section, values in config.as_dict(found).items()
@@ -186,7 +190,64 @@ def test_an_unknown_preset_is_named_with_those_there_are():
         config.resolve("../default")
 
 
-def test_every_checked_key_exists():
-    names = {f"{section}.{key}" for section, values in config.as_dict(config.Config()).items() for key in values}
-    lists = config.AT_LEAST_ONE, config.POSITIVE, config.BELOW_ONE, config.MAY_BE_NEGATIVE, config.CHOICES
-    assert set().union(*lists) <= names
+def test_every_setting_says_its_effect_and_its_bounds():
+    assert list(config.FIELDS) == list(config.flat(config.Config()))
+    for name, entry in config.FIELDS.items():
+        assert entry.metadata["doc"], name
+        assert set(entry.metadata["bounds"]) <= set(RULES), name
+        assert entry.default in (entry.metadata["choices"] or [entry.default]), name
+
+
+def outside(name):
+    """Values just beyond each bound of a setting, with the words for that bound."""
+    metadata, kind = config.FIELDS[name].metadata, config.FIELDS[name].type
+    for rule, limit in metadata["bounds"].items():
+        if math.isfinite(limit):
+            beyond = {"at_least": limit - 1, "above": limit, "at_most": limit + 1, "below": limit}[rule]
+            yield kind(beyond - (beyond == metadata["also"])), in_words(rule, limit)
+
+
+@pytest.mark.parametrize("name", config.FIELDS)
+def test_a_message_says_the_bound_in_the_words_of_the_table(name):
+    (row,) = (row for row in config.settings_table() if row.name == name)
+    section, key = name.split(".")
+    for value, words in outside(name):
+        assert words in row.bounds
+        with pytest.raises(UserError) as error:
+            config.from_dict({section: {key: value}})
+        assert str(error.value) == f"{name} = {value}: it must be {words}".replace("be not", "not be")
+    if row.bounds.startswith("one of"):
+        with pytest.raises(UserError) as error:
+            config.from_dict({section: {key: 99 if row.kind == "a whole number" else "nothing"}})
+        assert str(error.value).endswith(f": it is {row.bounds}")
+
+
+def test_a_value_beyond_the_bounds_may_have_a_meaning():
+    assert config.from_dict({"checkpoint": {"every_minutes": -1}}).checkpoint.every_minutes == -1
+    (row,) = (row for row in config.settings_table() if row.name == "checkpoint.every_minutes")
+    assert row.bounds == "not negative, or -1"
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_the_table_has_every_setting_with_its_value_as_toml(preset):
+    rows = config.settings_table(preset, settings=["train.seed=7"])
+    written = "\n".join(f"{row.name} = {row.value}" for row in rows)
+    expected = config.resolve(preset, settings=["train.seed=7"])
+    assert config.from_dict(tomllib.loads(written)) == expected
+    assert [row.name for row in rows] == list(config.flat(expected))
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_the_table_fits_on_a_screen(width):
+    text = config.settings_text(config.settings_table(), width)
+    assert max(map(len, text.splitlines())) <= max(width, 104)
+    words = " ".join(text.split())
+    assert all(f" {name} " in words for name in config.FIELDS)
+
+
+def test_the_table_as_markdown_has_a_line_for_each_setting_under_its_section():
+    text = config.settings_markdown()
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(config.SECTIONS)
+    names = re.findall(r"^\| `([a-z]+\.[a-z0-9_]+)` \|", text, re.MULTILINE)
+    assert names == list(config.FIELDS)
+    assert all(line.count(" | ") == 3 for line in text.splitlines() if line.startswith("| `"))

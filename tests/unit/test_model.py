@@ -135,7 +135,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind, precision):
         model.initialise(1)
         h, c = states(config, 9).astype(dtype)
         losses, gradient = run(model, tokens, targets, h, c, 0.1, (1, 2, np.arange(9)))
-        optimizer = optim.make(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
+        optimizer = optim.make_optimizer(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
         state = State(theta, [np.zeros_like(theta), np.zeros_like(theta)], h, c, np.zeros(9))
         norm = optimizer.step(state, [(0, gradient)], None, 0.1)
         results.append((losses.tobytes(), gradient.tobytes(), theta.tobytes(), norm))
