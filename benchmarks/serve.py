@@ -15,7 +15,8 @@ import numpy as np
 
 from dllm.config import ModelConfig
 from dllm.model.language_model import LanguageModel
-from dllm.serving.engine import Engine, Request, Token
+from dllm.serving.engine import Engine
+from dllm.serving.requests import Request, Token
 
 from .sizes import SIZES
 
