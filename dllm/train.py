@@ -194,7 +194,7 @@ def _farewell(reporter, trainer, summary, done):
 
 
 def _sample(trainer):
-    from .inference.generation import sample, start_tokens
+    from .inference.generation import Sampling, sample, start_tokens
     from .model.decoder import Decoder
     from .model.language_model import LanguageModel
 
@@ -206,7 +206,7 @@ def _sample(trainer):
             text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
         else:
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
-            tokens = list(sample(decoder, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+            tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     except UserError as error:  # the run is done, whatever became of the model
         return f"  | {error}"

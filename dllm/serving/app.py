@@ -33,7 +33,7 @@ class Service:
 
     Parameters
     ----------
-    bundle : Bundle
+    bundle : LoadedModel
     local : streams.Local
     peers : peers.Peers
     limits : limits.Limits

@@ -32,7 +32,7 @@ class Server:
         Collective.
     place : NodeInfo
         Of comm.node_info.
-    bundle : Bundle
+    bundle : LoadedModel
     engine : Engine
         Started.
     options : namespace
