@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from dllm.config import ModelConfig
-from dllm.inference.generation import sample
+from dllm.inference.generation import Sampling, sample
 from dllm.model.decoder import Decoder
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
@@ -28,7 +28,7 @@ def main():
     model.initialise(1)
     for _ in range(2):  # the first is for warming up
         begin = time.perf_counter()
-        for _ in sample(Decoder(model, 1), np.zeros(1, np.int64), count, temperature=0):
+        for _ in sample(Decoder(model, 1), np.zeros(1, np.int64), count, Sampling(temperature=0)):
             pass
         seconds = time.perf_counter() - begin
     print(json.dumps({"tokens_per_second": count / seconds}))

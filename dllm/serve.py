@@ -119,7 +119,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
 
-    from .inference.loaded_model import Bundle
+    from .inference.loaded_model import LoadedModel
     from .serving.engine import Engine
     from .serving.server import Server
 
@@ -128,7 +128,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     port = runtime.allgather(node.comm, listener and listener.getsockname()[1])[0]
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
-    bundle = runtime.agree(comm, Bundle.open, options.model)
+    bundle = runtime.agree(comm, LoadedModel.open, options.model)
     runtime.check_same(comm, {"model": bundle.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
     threads = options.threads or node.threads
     engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)

@@ -9,7 +9,8 @@ from numerics import V, build, configured, reference
 
 from dllm.config import Config
 from dllm.data.tokenizers import CharTokenizer
-from dllm.inference import loaded_model
+from dllm.files import safetensors
+from dllm.inference import model_folder
 from dllm.model import torch_weights
 
 TOKENIZER = CharTokenizer(list("abcdefghijk\n")[-V:])
@@ -19,9 +20,9 @@ def make(out, kind="untied", stored="fp32", tokenizer=TOKENIZER, **changes):
     """A model folder with random parameters. Returns its LanguageModel, of one lane."""
     config = configured(kind, **changes)
     model = build(config, lanes=1, dtype=np.float32, training=False)
-    data = torch_weights.pack(torch_weights.encode(torch_weights.read_vector(model.layout, model.theta), stored))
-    facts = loaded_model.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
-    loaded_model.write(out, data, tokenizer, facts)
+    data = safetensors.pack(torch_weights.encode(torch_weights.read_vector(model.layout, model.theta), stored))
+    facts = model_folder.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
+    model_folder.write(out, data, tokenizer, facts)
     return model
 
 

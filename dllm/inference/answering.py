@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..comm.runtime import allgather, together
+from ..data.corpus import Corpus
 from ..data.pairs import PairFiles
-from ..data.shards import Corpus
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.softmax import IGNORE

@@ -1,4 +1,4 @@
-"""The loss of a trained model over a split, by all ranks together, and its perplexity."""
+"""The loss and perplexity of a trained model over a split, by all ranks together, and the corpus that it is measured on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..comm.node_info import NodeInfo
 from ..comm.runtime import allgather, together
-from ..config import Config
+from ..config import Config, is_private
+from ..data.corpus import Corpus, open_corpus
 from ..data.lanes import Schedule, deal
 from ..data.pair_lanes import read_lanes
-from ..data.shards import Corpus
+from ..data.tokenizer_files import tokenizer_hash
+from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
+from .loaded_model import LoadedModel
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -28,6 +32,38 @@ LARGEST_LOSS = 700.0  # nats; a diverged model's perplexity stays a number that 
 def perplexity(loss: float) -> float:
     """exp(loss) of a loss in nats a token, at most exp(700)."""
     return math.exp(min(loss, LARGEST_LOSS))
+
+
+def corpus_of(
+    comm: MPI.Comm, node: NodeInfo, model: LoadedModel, name: str, *, data: str | None, split: str, otherwise: str = ""
+) -> tuple[Corpus, bool]:
+    """This rank's corpus to measure a model on, and whether it is a private one. Collective.
+
+    Parameters
+    ----------
+    model : LoadedModel
+    name : str
+        What the user calls it.
+    data : str or None
+        A corpus of the user's choice, as data.path names it; None: that of the model's run.
+    split : str
+        Must be there.
+    otherwise : str
+        Options other than --data that would do, for the message where no corpus is known.
+
+    Raises
+    ------
+    UserError
+        On all ranks, where there is no such corpus, or it has another vocabulary than the model.
+    """
+    path = data or model.data
+    if path is None:
+        raise UserError.of_all(f"{name} does not say where its corpus is: give one by --data DIR{otherwise}")
+    corpus = open_corpus(comm, node, path, lambda text: None)
+    with together(comm):
+        corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
+        corpus.split(split)
+    return corpus, is_private(path)
 
 
 class Evaluation:
@@ -92,9 +128,9 @@ class Evaluation:
                 totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 beat()
         tokens = self.schedule.per_epoch
-        totals = sum(allgather(self.comm, totals))
-        loss = float(totals.sum()) / tokens
-        losses = totals / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
+        everyones: Array = functools.reduce(np.add, allgather(self.comm, totals))
+        loss = float(everyones.sum()) / tokens
+        losses = everyones / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
         return {
             "split": self.split, "tokens": tokens, "loss": loss, "perplexity": perplexity(loss),
             "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),

@@ -4,8 +4,9 @@ does not depend on what else is continued at the same time, to the bit.
 
 from __future__ import annotations
 
+import codecs
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,20 @@ from ..errors import UserError
 from ..kernels.sample import BAD, Choice
 from ..kernels.types import Array
 from ..model.decoder import Decoder
+from .loaded_model import LoadedModel
 
 NOT_FINITE = "the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr"
+WINDOW = 64  # tokens of a prompt that are read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn (kernels/sample.py)."""
+
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # among the k most likely; 0: among all
+    top_p: float = 1.0  # among the most likely that together have this probability (Holtzman et al. 2020)
+    seed: int = 1
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
@@ -31,15 +44,26 @@ def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
     return tokens
 
 
-def sample(
-    decoder: Decoder,
-    prompt: Array,
-    tokens: int,
-    seed: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Iterator[int]:
+def continuation(model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None) -> Iterator[int]:
+    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts."""
+    decoder = Decoder(model.model(WINDOW), beams or 1)
+    if beams:
+        ((found, _),) = beam_search(decoder, [prompt], tokens, beams, end=model.tokenizer.end)
+        return iter(found)
+    return sample(decoder, prompt, tokens, sampling)
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[tuple[int | None, str]]:
+    """Yield each token before <end> with the text that it completes, then None with the rest: characters may take several."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token == tokenizer.end:
+            break
+        yield token, decoder.decode(tokenizer.decode([token]))
+    yield None, decoder.decode(b"", final=True)
+
+
+def sample(decoder: Decoder, prompt: Array, tokens: int, sampling: Sampling) -> Iterator[int]:
     """Yield token numbers that continue a prompt.
 
     Parameters
@@ -49,13 +73,7 @@ def sample(
     prompt : (n,) int64, n at least 1
     tokens : int
         How many to yield.
-    seed : int
-    temperature : float
-        0: always the most likely token.
-    top_k : int
-        Choose among the k most likely; 0: among all.
-    top_p : float
-        Choose among the most likely that together have this probability (Holtzman et al. 2020).
+    sampling : Sampling
 
     Raises
     ------
@@ -63,7 +81,8 @@ def sample(
         Where the model's numbers are not finite.
     """
     choice, slot = Choice(1), np.zeros(1, np.int64)
-    choice.temperature[:], choice.top_k[:], choice.top_p[:], choice.seed[:] = temperature, top_k, top_p, seed % 2**64
+    choice.temperature[:], choice.seed[:] = sampling.temperature, sampling.seed % 2**64
+    choice.top_k[:], choice.top_p[:] = sampling.top_k, sampling.top_p
     _begin(decoder, [prompt], slot)
     for position in range(tokens):
         choice.position[:] = position
@@ -131,7 +150,7 @@ class _Search:
 
 def penalised(text: Sequence[int], logprob: float, length_penalty: float) -> float:
     """What a beam search compares: a log-probability over ((5 + n) / 6)^length_penalty of n tokens (Wu et al. 2016)."""
-    return logprob / ((5 + len(text)) / 6) ** length_penalty
+    return float(logprob / ((5 + len(text)) / 6) ** length_penalty)
 
 
 def beam_search(
@@ -184,13 +203,13 @@ def beam_search(
         decoder.states[slots] = decoder.states[sources]
         decoder.read(np.array([[text[-1] for search in searches for text, _ in search.kept]]), slots)
     every = [search.ended + search.kept for search in searches]
-    return [max(texts, key=lambda one: penalised(*one, length_penalty)) for texts in every]
+    return [max(texts, key=lambda one: penalised(one[0], one[1], length_penalty)) for texts in every]
 
 
-def choose(decoder: Decoder, choice: Choice, slots: Array) -> None:
+def choose(decoder: Decoder, choice: Choice, wants: Array, rows: Array | None = None) -> None:
     """`Decoder.choose`, but a UserError where a stream has no distribution."""
-    decoder.choose(choice, slots)
-    if (choice.token[slots] == BAD).any():
+    decoder.choose(choice, wants, rows)
+    if (choice.token[wants] == BAD).any():
         raise UserError(NOT_FINITE)
 
 

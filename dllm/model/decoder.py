@@ -52,9 +52,9 @@ class Decoder:
         H, p, R = self.config.hidden, self.layout.arrays(model.theta), self.layout.R
         self._layers: list[tuple[Array | None, Array, Array]] = []
         for layer in range(self.config.layers):
-            Wx, Wh, b = (p.get(f"lstm.{layer}.{kind}") for kind in "xhb")
+            Wx, Wh, b = p.get(f"lstm.{layer}.x"), p[f"lstm.{layer}.h"], p[f"lstm.{layer}.b"].sum(axis=1)
             x = None if Wx is None else self._right(f"{layer}x", Wx)  # one-hot inputs have none
-            self._layers.append((x, self._right(f"{layer}h", Wh), b.sum(axis=1)))
+            self._layers.append((x, self._right(f"{layer}h", Wh), b))
         W = p["output"]
         self._table = W if self.config.tied else p["embedding"]
         self._W, self._b = self.operands.transposed("output", W, 0, self.vocabulary), W[H // R, :, H % R].copy()
@@ -84,7 +84,7 @@ class Decoder:
         gates = operands.empty("gates", (4 * P, T * B, R), dtype)
         (x, row), K = self._embed(tokens.reshape(-1), gates), self.config.embedding
         for layer, (Wx, Wh, b) in enumerate(self._layers):
-            if x is not None:
+            if x is not None and Wx is not None:
                 self._multiply(gates, x, row, Wx, T * B, K)
             load_states(h, c, self.states, slots, layer)
             left, team = operands.like("left", h), operands.team
@@ -101,7 +101,7 @@ class Decoder:
             going = np.flatnonzero(lengths > start)
             left = np.minimum(lengths[going] - start, self.window)
             tokens = np.zeros((left.max(), len(going)), np.int64)
-            for column, (number, count) in enumerate(zip(going, left, strict=True)):
+            for column, (number, count) in enumerate(zip(going.tolist(), left.tolist(), strict=True)):
                 tokens[:count, column] = texts[number][start : start + count]
             self.read(tokens, slots[going], left)
 

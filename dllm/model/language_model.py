@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -149,10 +149,9 @@ class LanguageModel:
         """
         T, B = tokens.shape
         y, row = self._hidden(tokens, h, c, mask, between)
-        losses, W, outputs = self._losses[: T * B], self._p["output"], (None, None)
-        if self.training:
-            outputs = self._dy, self._d["output"]
-        softmax_cross_entropy(losses, *outputs, self._chunk, y, row, W, targets.reshape(-1), scale, between)
+        losses, W = self._losses[: T * B], self._p["output"]
+        dy, dW = (self._dy, self._d["output"]) if self.training else (None, None)
+        softmax_cross_entropy(losses, dy, dW, self._chunk, y, row, W, targets.reshape(-1), scale, between)
         return losses.reshape(T, B)
 
     def backward(self, on_ready: Callable[[slice], object] | None = None, between: Callable[[], object] | None = None) -> None:
@@ -206,7 +205,8 @@ class LanguageModel:
         config, p = self.config, self._p
         self._tokens, self._mask, self._inputs = tokens, mask if config.dropout else None, []
         flat = tokens.reshape(-1)
-        x, row = None, 0
+        x: Any = None
+        row = 0
         if config.embedding:
             x = self._x
             if config.tied:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from ..errors import UserError
-from ..inference.loaded_model import Bundle
+from ..inference.loaded_model import LoadedModel
 from . import metrics, openapi, scoring
 from .completions import CompletionRun, EventStream
 from .errors import Disconnected, Refused
@@ -41,7 +41,7 @@ class Service:
 
     Parameters
     ----------
-    bundle : Bundle
+    bundle : LoadedModel
     local : streams.LocalStreams
     peers : peers.Peers
     limits : limits.Limits
@@ -56,7 +56,7 @@ class Service:
     """
 
     def __init__(
-        self, bundle: Bundle, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
+        self, bundle: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
     ) -> None:
         self.name, self.vocabulary = bundle.name, Vocabulary(bundle.tokenizer)
         self.engine, self.peers, self.limits = local.engine, peers, limits

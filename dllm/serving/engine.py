@@ -31,7 +31,7 @@ SCORED = 64  # tokens of prompts whose log-probabilities are computed at a time
 
 
 class Servable(Protocol):
-    """What makes the model that an engine works with: a Bundle of inference/loaded_model.py, or whatever else can."""
+    """What makes the model that an engine works with: a LoadedModel of inference/loaded_model.py, or whatever else can."""
 
     def model(self, window: int, lanes: int, team: Team) -> LanguageModel:
         """A LanguageModel with parameters."""

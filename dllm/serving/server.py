@@ -20,7 +20,7 @@ from ..comm import runtime
 from ..comm.membership import Membership
 from ..comm.node_info import NodeInfo
 from ..errors import UserError
-from ..inference.loaded_model import Bundle
+from ..inference.loaded_model import LoadedModel
 from .app import Service
 from .connection import Connection
 from .engine import Engine
@@ -45,7 +45,7 @@ class Server:
         Collective.
     node : NodeInfo
         Where this rank is.
-    bundle : Bundle
+    bundle : LoadedModel
     engine : Engine
         Started.
     options : argparse.Namespace
@@ -57,9 +57,15 @@ class Server:
     """
 
     def __init__(
-        self, comm: MPI.Comm, node: NodeInfo, bundle: Bundle, engine: Engine, options: argparse.Namespace, token: str | None,
+        self,
+        comm: MPI.Intracomm,
+        node: NodeInfo,
+        bundle: LoadedModel,
+        engine: Engine,
+        options: argparse.Namespace,
+        token: str | None,
         listener: socket.socket,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.comm, self.bundle, self.engine, self.options, self.token = comm, bundle, engine, options, token
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()

@@ -10,7 +10,7 @@ from ..comm.runtime import mpi_library
 from ..data.corpus import Corpus
 from ..errors import UserError
 from ..inference.answering import answers, as_text, read_split
-from ..inference.generation import sample, start_tokens
+from ..inference.generation import Sampling, sample, start_tokens
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 from .trainer import Trainer
@@ -75,7 +75,7 @@ def _sample(trainer: Trainer) -> str:
             text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
         else:
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
-            tokens = list(sample(decoder, prompt, settings.log.sample, seed=settings.train.seed, temperature=0.7))
+            tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
     except UserError as error:  # the run is done, whatever became of the model
         return f"  | {error}"

@@ -14,7 +14,7 @@ from launch import mpirun
 from numerics import reference
 from serving import Server, texts
 
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.loaded_model import LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def bundle(world):
-    return Bundle.open(world / "run")
+    return LoadedModel.open(world / "run")
 
 
 def test_openai_client_completes(client, bundle):

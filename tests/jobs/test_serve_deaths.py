@@ -14,7 +14,7 @@ import pytest
 from launch import mpirun
 from serving import SURVIVES, Server, texts
 
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.loaded_model import LoadedModel
 from dllm.serving.engine import Engine
 from dllm.serving.peers import Peers
 from dllm.serving.requests import Finished, Request
@@ -160,7 +160,7 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, f
     """It goes on from where it broke off, the same to the bit."""
 
     async def compare():
-        bundle = Bundle.open(world / "run")
+        bundle = LoadedModel.open(world / "run")
         one, two = Rank(bundle, 0), Rank(bundle, 1)
         writers = []
 
@@ -197,7 +197,7 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, f
 
 def test_nothing_is_handed_to_the_loopback_of_another_host(world):
     async def choose():
-        bundle = Bundle.open(world / "run")
+        bundle = LoadedModel.open(world / "run")
         one, two = Rank(bundle, 0), Rank(bundle, 1)
         one.hear_of(one, 0)
         blocker = Inbox()
@@ -215,7 +215,7 @@ def test_nothing_is_handed_to_the_loopback_of_another_host(world):
 @pytest.mark.parametrize("words", [b"16 %s %s\n" % (2 * (b"0" * 64,)), b"16\n", b"\n", b"x" * 100_000])
 def test_who_does_not_know_the_secret_gets_nothing(world, words):
     async def knock():
-        rank = Rank(Bundle.open(world / "run"), 0)
+        rank = Rank(LoadedModel.open(world / "run"), 0)
         port = await rank.peers.listen("127.0.0.1")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         await reader.readline()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import Bundled, V, build, configured, in_panels, reference
 
-from dllm.inference.generation import sample, start_tokens
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.generation import Sampling, sample, start_tokens
+from dllm.inference.loaded_model import LoadedModel
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.kernels.tiles import BF16
@@ -185,13 +185,14 @@ def test_a_prompt_that_goes_on_where_another_ended_starts_from_its_state(start):
 
 
 def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
-    trained = Bundle.open(world / "run")
+    trained = LoadedModel.open(world / "run")
     model, rng = trained.model(16), np.random.default_rng(14)
     wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
     engine = Engine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
-        alone = sample(Decoder(model, 1), each.prompt, each.max_tokens, each.seed, each.temperature, each.top_k, each.top_p)
+        wants = Sampling(temperature=each.temperature, top_k=each.top_k, top_p=each.top_p, seed=each.seed)
+        alone = sample(Decoder(model, 1), each.prompt, each.max_tokens, wants)
         assert [event.number for event in events[:-1]] == list(alone)
     engine.stop()
 

@@ -8,7 +8,7 @@ import pytest
 from numerics import V, build, configured, reference
 
 from dllm.errors import UserError
-from dllm.inference.generation import beam_search, greedy, sample
+from dllm.inference.generation import Sampling, beam_search, greedy, sample
 from dllm.kernels.sample import probabilities_reference
 from dllm.model.decoder import Decoder
 
@@ -47,7 +47,7 @@ def test_one_beam_takes_the_most_likely_token_each_time_and_more_find_no_worse(m
     prompt = np.array([2, 7])
     decoder = Decoder(model, 20)
     ((one, total),) = beam_search(decoder, [prompt], 8, 1)
-    assert one == list(sample(decoder, prompt, 8, temperature=0)) == greedy(decoder, [prompt], 8)[0]
+    assert one == list(sample(decoder, prompt, 8, Sampling(temperature=0))) == greedy(decoder, [prompt], 8)[0]
     for beams in (4, 11, 20):
         ((found, better),) = beam_search(decoder, [prompt], 8, beams)
         assert len(found) == 8
@@ -60,7 +60,7 @@ def test_samples_come_as_often_as_the_model_says(model):
     prompt, wants = np.arange(9), {"temperature": 0.7, "top_k": 8, "top_p": 0.9}
     count = 3000
     decoder = Decoder(model, 1)
-    first = [next(sample(decoder, prompt, 1, seed, **wants)) for seed in range(count)]
+    first = [next(sample(decoder, prompt, 1, Sampling(seed=seed, **wants))) for seed in range(count)]
     p = probabilities_reference(next_logits(model, prompt), **wants)
     expected, observed = count * p, np.bincount(first, minlength=V)
     assert not observed[p == 0].any()
@@ -71,7 +71,10 @@ def test_a_model_that_is_not_finite_is_refused():
     broken = build(CONFIG, lanes=1, training=False)
     broken.theta[:] = np.nan
     decoder = Decoder(broken, 2)
-    finds = lambda: list(sample(decoder, [1], 2)), lambda: beam_search(decoder, [[1]], 2, 2), lambda: greedy(decoder, [[1]], 2)
-    for find in finds:
+    for find in (
+        lambda: list(sample(decoder, [1], 2, Sampling())),
+        lambda: beam_search(decoder, [[1]], 2, 2),
+        lambda: greedy(decoder, [[1]], 2),
+    ):
         with pytest.raises(UserError, match="not finite"):
             find()
