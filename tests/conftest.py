@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launch import mpirun, train_arguments
+from helpers.launch import mpirun, train_arguments
 from paths import DATA
 
 

@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-from launch import REFUSED, Job, complaint, environment, mpirun, train_arguments
+from helpers.launch import REFUSED, Job, complaint, environment, mpirun, train_arguments
+from helpers.run_files import metrics
 from paths import DATA
-from runs import metrics
 
 import dllm
 

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from launch import complaint, mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.launch import complaint, mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
 
 from dllm.data.shards import Corpus
 

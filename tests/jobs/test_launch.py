@@ -6,9 +6,9 @@ import re
 import signal
 
 import pytest
-from faults import fault
-from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
-from runs import checkpoints, metrics, same_losses
+from helpers.faults import fault
+from helpers.launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import checkpoints, metrics, same_losses
 
 from dllm.errors import UserError
 from dllm.launching.mpirun import read_hosts

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
-from runs import arrays, metrics, same_losses
-from serving import Server
+from helpers.launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
+from helpers.run_files import arrays, metrics, same_losses
+from helpers.server import Server
 
 from dllm.data import shards
 from dllm.inference import answering

@@ -6,8 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from launch import mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.launch import mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
 
 from dllm.config import ModelConfig
 from dllm.data.lanes import deal

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from launch import Job, flavour, train_arguments
-from runs import same_losses
+from helpers.launch import Job, flavour, train_arguments
+from helpers.run_files import same_losses
 
 RUNS = int(os.environ.get("DLLM_CHAOS", 4))
 STEPS = 60

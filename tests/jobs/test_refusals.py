@@ -7,8 +7,8 @@ import re
 import shutil
 
 import pytest
-from launch import REFUSED, complaint, mpirun
-from runs import flip
+from helpers.launch import REFUSED, complaint, mpirun
+from helpers.run_files import flip
 
 import dllm
 

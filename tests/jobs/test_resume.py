@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from faults import fault
-from launch import Job, complaint, flavour, mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.faults import fault
+from helpers.launch import Job, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
 
 from dllm.data.shards import Corpus
 

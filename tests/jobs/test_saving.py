@@ -8,9 +8,9 @@ import types
 
 import numpy as np
 import pytest
-from faults import fault
-from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
-from runs import checkpoints, column, metrics
+from helpers.faults import fault
+from helpers.launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import checkpoints, column, metrics
 
 from dllm.config import CheckpointConfig
 from dllm.runs.checkpoint_writer import LONGEST, SHORTEST, Saver

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from launch import mpirun
-from serving import Server, texts
+from helpers.launch import mpirun
+from helpers.server import Server, texts
 
 from dllm.inference.loaded_model import Bundle
 

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from faults import fault
-from launch import REFUSED, complaint, flavour, mpirun, train_arguments
-from runs import arrays, column, metrics
+from helpers.faults import fault
+from helpers.launch import REFUSED, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import arrays, column, metrics
 
 STEPS = 12
 SETTINGS = "train.precision=fp64", f"train.max_steps={STEPS}", "log.sample=0", "model.dropout=0.1"

@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
-from launch import Job, flavour, mpirun, train_arguments
-from runs import column, metrics, same_losses
+from helpers.launch import Job, flavour, mpirun, train_arguments
+from helpers.run_files import column, metrics, same_losses
 
 from benchmarks import hosts as network
 

@@ -2,11 +2,11 @@
 
 import re
 
-import cluster as slurm
 import pytest
-from faults import fault
-from launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
-from runs import same_losses
+from helpers import slurm_cluster as slurm
+from helpers.faults import fault
+from helpers.launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
+from helpers.run_files import same_losses
 
 from dllm.kernels.compile import CACHE
 

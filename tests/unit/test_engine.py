@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 import pytest
+from helpers.numerics import Bundled, V, build, configured, in_panels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Bundled, V, build, configured, in_panels
 
 from dllm.inference.generation import sample, start_tokens
 from dllm.inference.loaded_model import Bundle

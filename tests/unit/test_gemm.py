@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_of_panels, padding, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_of_panels, padding, relative
 
 from dllm.kernels import gemm, tiles
 

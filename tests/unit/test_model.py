@@ -4,7 +4,7 @@ precisions and numbers of threads, padding, and lanes that are split or carried 
 
 import numpy as np
 import pytest
-from numerics import EVERY_KIND, KINDS, B, T, V, build, configured, run, states, text
+from helpers.numerics import EVERY_KIND, KINDS, B, T, V, build, configured, run, states, text
 
 from dllm.config import TrainConfig
 from dllm.kernels import lstm, tiles

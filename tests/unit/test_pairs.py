@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers.launch import write_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import write_pairs
 
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards

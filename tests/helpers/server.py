@@ -5,7 +5,8 @@ import re
 import time
 
 import httpx
-from launch import Job, flavour
+
+from helpers.launch import Job, flavour
 
 FT = {  # what mpirun --with-ft ulfm sets
     "OMPI_MCA_mpi_ft_enable": "1", "PRTE_MCA_state_base_recoverable": "1", "PRTE_MCA_state_base_notify_errors": "1",

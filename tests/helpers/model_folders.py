@@ -4,13 +4,13 @@ import json
 import pathlib
 
 import numpy as np
-from launch import mpirun
-from numerics import V, build, configured
 
 from dllm.config import Config
 from dllm.data.tokenizers import CharTokenizer
 from dllm.inference import loaded_model
 from dllm.model import torch_weights
+from helpers.launch import mpirun
+from helpers.numerics import V, build, configured
 
 TOKENIZER = CharTokenizer(list("abcdefghijk\n")[-V:])
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import Job, mpirun
+from helpers.launch import Job, mpirun
 
 HERE = Path(__file__).parents[1]
 OPTIONS = ("--with-mpi", "-m", "mpi", "-q", "-p", "no:cacheprovider", "--timeout", "100")
