@@ -28,32 +28,32 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help=text)
 
 
-def _is_named(config, path):
-    """Whether the command line names this file, or a folder below tests/ that holds it."""
+def _named(config):
+    """The files and folders below tests/ that the command line names."""
     if config.args_source is not config.ArgsSource.ARGS:
-        return False
+        return []
     named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
-    return any(TESTS in one.parents and one in (path, *path.parents) for one in named)
+    return [path for path in named if TESTS in path.parents]
 
 
-def _is_for_full(item, kind):
-    """Whether a test that nobody named waits for --full."""
-    if "mpi" in item.keywords:  # the plain run starts them by test_start_ranks.py
-        return not item.config.getoption("--with-mpi")
+def _is_left_out(item, kind, named, full):
+    if "mpi" in item.keywords and not item.config.getoption("--with-mpi"):
+        return item.path not in named  # test_start_ranks.py starts them
+    if full or not {item.path, *item.path.parents}.isdisjoint(named):
+        return False
     return "slow" in item.keywords or kind == "system" or (kind == "jobs" and item.path.name != SMOKE)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    kept, left_out = [], []
+    named, full, kept, left_out = _named(config), config.getoption("--full"), [], []
+    if not full and any(TESTS / "system" in (path, *path.parents) for path in named):
+        raise pytest.UsageError("tests/system mounts, makes network namespaces or starts Slurm: it needs --full")
     for item in items:
         kind = next((name for name in KINDS if TESTS / name in item.path.parents), None)
         if kind:
             item.add_marker(kind)
-        if kind == "system" and not config.getoption("--full") and _is_named(config, item.path):
-            raise pytest.UsageError("tests/system mounts, makes network namespaces or starts Slurm: it needs --full")
-        waits = not config.getoption("--full") and not _is_named(config, item.path) and _is_for_full(item, kind)
-        (left_out if waits else kept).append(item)
+        (left_out if _is_left_out(item, kind, named, full) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
