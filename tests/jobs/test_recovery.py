@@ -1,6 +1,6 @@
 """Ranks die while they train, at random: the run goes on, and every loss is that of the undisturbed run.
 
-DLLM_CHAOS=100 python -m pytest tests/test_recovery.py     more runs than the few of every day
+DLLM_CHAOS=100 python -m pytest tests/jobs/test_recovery.py     more runs than the few of every day
 """
 
 import os
