@@ -83,8 +83,7 @@ def test_transposes_of_any_shape(dtype, K, N, row):
     assert not out[:, N:].any()
 
 
-@pytest.mark.slow  # compiles every product anew
-@pytest.mark.parametrize("hidden", ["avx512f,avx512bf16", "avx512f,avx512bf16,avx2"])
+@pytest.mark.parametrize("hidden", ["avx512f,avx512bf16", pytest.param("avx512f,avx512bf16,avx2", marks=pytest.mark.slow)])
 def test_products_and_activations_with_narrower_vectors(hidden):
     """What a processor without these features would run."""
     program = """
