@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
-from runs import arrays, metrics, same_losses
-from serving import Server
+from helpers.launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
+from helpers.run_files import arrays, metrics, same_losses
+from helpers.server import Server
+from helpers.several_commands import run_several
 
 from dllm.data.corpus import Corpus
 from dllm.inference import answering
@@ -49,11 +50,10 @@ SMALL = (
 def straight(small):
     """70 steps of 3 ranks, and beside it the run `resumed`, 31 steps; an epoch of 10 lanes has 54."""
     commands = [
-        train_arguments(small / "corpus", small / name, *SMALL, extra=("--max-steps", str(steps)))[2:]
+        train_arguments(small / "corpus", small / name, *SMALL, extra=("--max-steps", steps))[1:]
         for name, steps in (("straight", 70), ("resumed", 31))
     ]
-    (small / "commands.json").write_text(json.dumps(commands, default=str))
-    mpirun(3, pathlib.Path(__file__).parents[1] / "several.py", small / "commands.json", check=True)
+    run_several(small / "out", 3, commands, check=True)
     return small / "straight"
 
 
@@ -127,28 +127,23 @@ REFUSALS = {  # command: what the message says
 
 @pytest.fixture(scope="module")
 def refused(small, straight, tmp_path_factory):
-    """case -> (what two ranks wrote, exit codes), and whether something was made; all cases in one start."""
+    """case -> how two ranks ended, and whether something was made; all cases in one start."""
     files = {"two": b"a\nb\n", "one": b"a\n", "none": b"", "blank": b" \n", "latin": b"a\n\xff\n", "gap": b"en\n\nde\n"}
     for name, data in files.items():
         (small / name).write_bytes(data)
     folder, before = tmp_path_factory.mktemp("refused"), set(small.iterdir())
-    (folder / "commands.json").write_text(json.dumps([command.split() for command, _ in REFUSALS.values()]))
-    script = pathlib.Path(__file__).parents[1] / "refusals.py"
-    mpirun(2, script, folder / "commands.json", folder, cwd=small, check=True)
-    ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    texts = [[(folder / f"{number}-{rank}.txt").read_text() for rank in range(2)] for number in range(len(REFUSALS))]
-    found = {case: (texts[number], {end[number][0] for end in ends}) for number, case in enumerate(REFUSALS)}
-    return found, set(small.iterdir()) == before
+    ends = run_several(folder / "out", 2, [command.split() for command, _ in REFUSALS.values()], cwd=small)
+    return dict(zip(REFUSALS, ends, strict=True)), set(small.iterdir()) == before
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_does_not_suit_pairs_is_refused_in_one_line(refused, case):
-    texts, codes = refused[0][case]
-    text = "".join(texts if "generate" not in REFUSALS[case][0] else texts[:1])  # generate knows nothing of ranks
+    end = refused[0][case]
+    text = "".join(end.texts if "generate" not in REFUSALS[case][0] else end.texts[:1])  # generate knows nothing of ranks
     lines = [line for line in text.splitlines() if not re.match("counting|building|encoding|.* are left out", line)]
     assert len(lines) == 1
     assert REFUSALS[case][1] in lines[0]
-    assert codes == {REFUSED}
+    assert end.codes == {REFUSED}
 
 
 def test_nothing_is_left_of_what_was_refused(refused):

@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from launch import mpirun
-from numerics import reference
-from serving import Server, texts
+from helpers.launch import mpirun
+from helpers.numerics import reference
+from helpers.server import Server, texts
 
 from dllm.inference.loaded_model import LoadedModel
 

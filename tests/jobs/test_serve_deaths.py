@@ -11,8 +11,8 @@ import time
 import httpx
 import numpy as np
 import pytest
-from launch import mpirun
-from serving import SURVIVES, Server, texts
+from helpers.launch import mpirun
+from helpers.server import SURVIVES, Server, texts
 
 from dllm.inference.loaded_model import LoadedModel
 from dllm.serving.engine import Engine

@@ -10,8 +10,8 @@ import time
 
 import httpx
 import pytest
-from launch import BIN
-from serving import Server, texts
+from helpers.launch import BIN
+from helpers.server import Server, texts
 
 TOKEN = "a-token-for-these-tests"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"

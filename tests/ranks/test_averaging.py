@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from counting import Counting
+from helpers.counting_comm import Counting
 
 from dllm.comm import runtime, shared_memory
 from dllm.comm.allreduce import Allreduce

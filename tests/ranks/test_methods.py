@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from counting import Counting
+from helpers.counting_comm import Counting
 
 from dllm.comm import runtime, topology
 from dllm.comm.control import Control

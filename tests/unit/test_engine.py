@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 import pytest
+from helpers.numerics import Bundled, V, build, configured, in_panels, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Bundled, V, build, configured, in_panels, reference
 
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel

@@ -4,7 +4,17 @@ optimiser updates by PyTorch's, and compiled functions against their own Python.
 
 import numpy as np
 import pytest
-from numerics import CLOSE, DTYPES, gate_panels, in_panels, nan_panels, out_of_gate_panels, out_of_panels, padding, relative
+from helpers.numerics import (
+    CLOSE,
+    DTYPES,
+    gate_panels,
+    in_panels,
+    nan_panels,
+    out_of_gate_panels,
+    out_of_panels,
+    padding,
+    relative,
+)
 
 from dllm.kernels import dropout, embedding, gemm, optim
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.launch import write_pairs
+from helpers.numerics import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import write_pairs
-from numerics import reference
 
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards

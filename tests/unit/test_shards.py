@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers.run_files import flip, place_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import flip, place_of
 
 from dllm.data import lanes, shards
 from dllm.data.corpus import Corpus

@@ -1,17 +1,14 @@
 """Small model folders and state dicts for tests, and commands run one after another in one process."""
 
-import json
-import pathlib
-
 import numpy as np
-from launch import mpirun
-from numerics import V, build, configured, reference
 
 from dllm.config import Config
 from dllm.data.tokenizers import CharTokenizer
 from dllm.files import safetensors
 from dllm.inference import model_folder
 from dllm.model import torch_weights
+from helpers.numerics import V, build, configured, reference
+from helpers.several_commands import run_several
 
 TOKENIZER = CharTokenizer(list("abcdefghijk\n")[-V:])
 
@@ -33,11 +30,6 @@ def logits(model, tokens):
 
 def commands(folder, *lines, cwd):
     """(exit code, what it wrote) of commands, as one types them after `dllm`, in one process."""
-    folder.mkdir()
     parts = [line.split() for line in lines]
     words = [[f"dllm.{'import_' if name == 'import' else name}", *rest] for name, *rest in parts]
-    (folder / "commands.json").write_text(json.dumps(words))
-    script = pathlib.Path(__file__).with_name("refusals.py")
-    mpirun(0, script, folder / "commands.json", folder, cwd=cwd, timeout=200, check=True)
-    codes = [code for code, _ in json.loads((folder / "0.json").read_text())]
-    return [(code, (folder / f"{number}-0.txt").read_text()) for number, code in enumerate(codes)]
+    return [(*end.codes, end.text) for end in run_several(folder, 0, words, cwd=cwd, timeout=200)]

@@ -1,6 +1,7 @@
 """A corpus of one shard and a checkpoint of one rank, small and made without a run, and what reads them back.
 
-As a script, reads seeded mutations of one of them and writes how each ended: python hostile.py KIND FOLDER HASH FIRST LAST.
+As a script, reads seeded mutations of one of them and writes how each ended:
+python mutated_files.py KIND FOLDER HASH FIRST LAST.
 KIND: shard or rank. HASH: 1 to check the manifest's sha256 first, as every command does, 0 to go straight to HDF5.
 """
 
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from dllm.config import CheckpointConfig, ModelConfig
 from dllm.data import shards
