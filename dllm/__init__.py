@@ -1,3 +1,3 @@
 """dllm: decentralised training of LSTM language models over MPI ranks. The README shows the commands."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
