@@ -8,17 +8,13 @@ The pages of commands, settings, HTTP and modules are written anew in each build
 """
 
 import ast
-import dataclasses
 import html
-import inspect
-import io
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import textwrap
-import tokenize
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
@@ -27,6 +23,7 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the site describes this tree, not another one that is installed
 ROOMS = {  # in the order in which one imports from the other
+    "config": "Every setting of a run, with its bounds.",
     "kernels": "Operators: arrays in, arrays out.",
     "files": "Files that are whole or not there.",
     "comm": "Messages between ranks: start, averaging, topologies, recovery.",
@@ -110,48 +107,27 @@ def _commands():
 
 
 def _settings():
-    """Every setting with its type, default and effect, and what each preset changes."""
+    """Every setting with its bounds and effect, and what each preset changes."""
     from dllm import config
 
     lines = ["# Settings", "", "`--set section.key=value` changes a setting. `--config file.toml` changes several.",
-             "A preset sets some of them first. The `config.toml` of a run holds them all.", ""]  # fmt: skip
-    if hasattr(config, "settings_table"):
-        lines += ["## The default preset", "", _shown(config.settings_table("default")), ""]
-    sections = {part.name: part.default_factory for part in dataclasses.fields(config.Config)}
-    for section, kind in sections.items():
-        comments = _comments(kind)
-        lines += [f"## {section}", "", "| setting | type | default | effect |", "| --- | --- | --- | --- |"]
-        for entry in dataclasses.fields(kind):
-            effect = next(iter(entry.metadata.values()), None) or comments.get(entry.name, "")
-            kind_name = entry.type if isinstance(entry.type, str) else entry.type.__name__
-            row = f"`{section}.{entry.name}`", kind_name, f"`{entry.default!r}`", str(effect)
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
-        lines.append("")
+             "A preset sets some of them first. The `config.toml` of a run holds them all.",
+             "The values below are those of the preset `default`.", ""]  # fmt: skip
+    if hasattr(config, "settings_markdown"):
+        lines += [config.settings_markdown("default"), ""]
+    else:
+        lines += [
+            "```text",
+            *(f"{name} = {value!r}" for name, value in config.flat(config.resolve("default")).items()),
+            "```",
+            "",
+        ]
     plain = config.flat(config.Config())
     lines += ["## Presets", "", "A preset changes these settings and leaves the others at their defaults.", ""]
     for preset in config.preset_names():
         changed = {name: value for name, value in config.flat(config.resolve(preset)).items() if value != plain[name]}
         lines += [f"### {preset}", "", "```text", *(f"{name} = {value!r}" for name, value in changed.items()), "```", ""]
     return "\n".join(lines)
-
-
-def _shown(table):
-    return f"```text\n{table if isinstance(table, str) else chr(10).join(map(str, table))}\n```"
-
-
-def _comments(kind):
-    """field -> the comment behind it, in the source of a dataclass."""
-    source = textwrap.dedent(inspect.getsource(kind))
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            lines = range(node.lineno, node.end_lineno + 1)
-            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
-    return found
 
 
 def _http():
@@ -221,7 +197,7 @@ def _modules():
 def _room(room, what):
     folder = ROOT / "dllm" / room
     lines = [f"# dllm.{room}", "", what, ""]
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.name != "__init__.py":
             lines += [f"::: {module}", ""]
