@@ -157,10 +157,11 @@ class Page:
                     stderr=out,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             )
         while True:
-            assert self.servers[-1].poll() is None and time.monotonic() < self.end, f"{command}\n{log.read_text()}"
+            assert self.servers[-1].poll() is None, f"{command} has ended\n{log.read_text()}"
+            assert time.monotonic() < self.end, f"{command} does not answer\n{log.read_text()}"
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
                 return
@@ -184,7 +185,7 @@ def texts(folder):
     (folder / "texts").mkdir()
     for rank in range(4):
         (folder / "texts" / f"site{rank}.txt").write_text("".join(lines[1000 * rank : 1000 * (rank + 1)]), encoding="utf-8")
-    words = "the a house garden river small old green is was".split()
+    words = ("the", "a", "house", "garden", "river", "small", "old", "green", "is", "was")
     for split, count in {"train": 400, "valid": 100}.items():
         for language, mark in {"en": "", "de": "x"}.items():
             pairs = (" ".join(words[(line * k) % len(words)] + mark for k in (1, 3, 7)) for line in range(1, count + 1))
@@ -273,6 +274,13 @@ def test_readme_is_one_page():
     assert len(text.split()) < 1200
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), f"README links to {target}, which is not there"
+
+
+def test_architecture_names_what_is_there():
+    named = re.findall(r"`([\w.-]+/[\w./-]*)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+    lost = [name for name in dict.fromkeys(named) if not any((top / name).exists() for top in (ROOT, ROOT / "dllm"))]
+    assert not lost, f"ARCHITECTURE.md names {', '.join(lost)}"
+    assert len(named) > 30
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
