@@ -93,7 +93,7 @@ class Steps:
         self.work, self.corpus, self.turn = work, work / f"{name}-{ranks}", 0
         random_corpus(self.corpus, size.vocabulary, (self.count + 1) * size.window * size.lanes * ranks)
 
-    def dllm(self, precision: str = "fp32", survive: bool = False, **settings) -> dict[str, Any]:
+    def dllm(self, precision: str = "fp32", survive: bool = False, **settings: object) -> dict[str, Any]:
         """summary.json of a run. settings: section__key=value"""
         size, self.turn = self.size, self.turn + 1
         settings = {
