@@ -40,7 +40,13 @@ class Allreduce(Averaging):
     """
 
     def __init__(
-        self, comm: MPI.Comm, gradient: Array, table: Table | None, tokens: int, bucket_bytes: int, oversubscribed: bool = False
+        self,
+        comm: MPI.Comm,
+        gradient: Array,
+        table: Table | None,
+        tokens: int,
+        bucket_bytes: int,
+        oversubscribed: bool = False,
     ) -> None:
         super().__init__(comm, gradient, oversubscribed)
         start, shape = (gradient.size, (0, 1)) if table is None else (table.start, table.shape)
@@ -135,7 +141,7 @@ class Allreduce(Averaging):
         total = buffer[: bucket.stop - bucket.start]
         squares = sum_of_squares(total)
         self._suspect(squares, self.vector[bucket])
-        self.squares += squares
+        self.squares = (self.squares or 0.0) + squares
         self.vector[bucket] = total
         self.free.append(buffer)
 

@@ -48,7 +48,7 @@ class Membership(threading.Thread):
         rank -> (how many reports it has made, the newest one).
     """
 
-    def __init__(self, comm: MPI.Intracomm, report: Callable[[], Report]) -> None:
+    def __init__(self, comm: MPI.Comm, report: Callable[[], Report]) -> None:
         super().__init__(name="gossip", daemon=True)
         self.comm, self.report = comm.Dup(), report
         self.over = threading.Event()

@@ -6,10 +6,9 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-from mpi4py import MPI
 
 from ..kernels.reduce import weighted_sum
 from ..kernels.types import Array, DType
@@ -17,7 +16,10 @@ from .runtime import NAP, wait
 from .topology import Topology
 from .traffic import sent_by_allreduce
 
-Place: TypeAlias = tuple[MPI.Distgraphcomm, float, Array]  # communicator, own weight, weights of the senders (d,)
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Place: TypeAlias = "tuple[MPI.Distgraphcomm, float, Array]"  # communicator, own weight, weights of the senders (d,)
 Combine: TypeAlias = Callable[[Array, float, Array, Array, Array], None]  # of kernels/reduce.py
 PROBE, ASK, ANSWER = 1 << 13, 1, 2  # bytes of a probe of a link; tags
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
@@ -40,7 +42,7 @@ class Neighbours:
         Of each phase.
     """
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology, matrices: Sequence[Array]) -> None:
+    def __init__(self, comm: MPI.Comm, topology: Topology, matrices: Sequence[Array]) -> None:
         self.topology = topology
         rank, numbers = comm.rank, range(len(topology.phases))
         self.senders = [topology.senders(number, rank) for number in numbers]
@@ -83,7 +85,8 @@ class Neighbours:
                 del answers[rank]
             if oversubscribed:
                 time.sleep(NAP)
-        MPI.Request.Waitall(answering)
+        for request in answering:
+            request.Wait()
         return found
 
     def duplicate(self) -> Neighbours:

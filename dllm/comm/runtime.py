@@ -35,7 +35,7 @@ T = TypeVar("T")
 NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 
-def world() -> MPI.Intracomm:
+def world() -> MPI.Comm:
     """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
     mpi4py.rc.thread_level = "serialized"
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.

@@ -6,9 +6,6 @@ from there.
 
 from .bounds import LARGEST
 from .loading import (
-    COMPRESSED,
-    PERIODIC,
-    WITHOUT_NEIGHBOURS,
     from_dict,
     load_toml,
     merge,
@@ -36,7 +33,7 @@ from .sections import (
 from .table import SettingRow, settings_markdown, settings_table, settings_text
 
 __all__ = [
-    "COMPRESSED", "FIELDS", "LARGEST", "PERIODIC", "SECTIONS", "WITHOUT_NEIGHBOURS", "AveragingConfig", "CheckpointConfig",
+    "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig",
     "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "TrainConfig", "as_dict", "flat",
     "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
     "settings_markdown", "settings_table", "settings_text",

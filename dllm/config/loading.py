@@ -12,32 +12,9 @@ from typing import Any
 
 from ..errors import UserError, reason
 from .bounds import KINDS, LARGEST, RULES, choices_in_words, in_words
-from .sections import FIELDS, SECTIONS, AveragingConfig, Config, flat
+from .sections import FIELDS, SECTIONS, Config, flat
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
-CHOICES = {
-    "averaging.method": (
-        "allreduce",
-        "dpsgd",
-        "dpsgd-atc",
-        "sgp",
-        "gradient-tracking",
-        "exact-diffusion",
-        "qg-momentum",
-        "relaysum",
-        "local-sgd",
-        "diloco",
-        "choco",
-        "async-gossip",
-    ),
-    "averaging.compression": ("none", "powersgd", "sign", "signum", "top-k", "random-k", "qsgd", "bf16"),
-}
-WITHOUT_NEIGHBOURS = ("allreduce", "local-sgd", "diloco")
-PERIODIC = ("local-sgd", "diloco", "async-gossip")  # methods whose ranks are alone between meetings
-COMPRESSED: dict[str, tuple[str, ...]] = {
-    "allreduce": ("powersgd", "sign", "signum", "top-k", "random-k", "qsgd", "bf16"),
-    "choco": ("sign", "top-k", "random-k", "qsgd", "bf16"),
-}
 
 
 def resolve(preset: str = "default", file: str | pathlib.Path | None = None, settings: Iterable[str] = ()) -> Config:
@@ -133,29 +110,12 @@ def _check(config: Config) -> None:
         raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
     if train.nesterov and train.momentum == 0:
         raise UserError("train.nesterov needs train.momentum above 0")
-    _check_averaging(config.averaging)
     if train.schedule == "plateau" and train.decay <= 1:
         raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
 
 
-def _check_averaging(averaging: AveragingConfig) -> None:
-    method, compression = averaging.method, averaging.compression
-    if compression not in ("none", *COMPRESSED.get(method, ())):
-        able = COMPRESSED.get(method)
-        instead = f"it takes {', '.join(able)}" if able else "allreduce and choco compress"
-        raise UserError(f"averaging.compression = {compression} does not go with averaging.method = {method}: {instead}")
-    if averaging.topology and method in WITHOUT_NEIGHBOURS:
-        raise UserError(f"averaging.method = {method} has no neighbours: leave out averaging.topology")
-    if averaging.weights and method in (*WITHOUT_NEIGHBOURS, "sgp", "async-gossip"):
-        raise UserError(f"averaging.method = {method} has no choice of weights: leave out averaging.weights")
-    if averaging.hierarchical and (method in ("allreduce", "choco", "async-gossip")):
-        raise UserError(f"averaging.hierarchical does not go with averaging.method = {method}; with dpsgd, for example")
-    if averaging.period > 1 and method not in PERIODIC:
-        raise UserError(f"averaging.period goes with {', '.join(PERIODIC)}, not with averaging.method = {method}")
-
-
 def _check_value(name: str, value: Any) -> None:
-    if (choices := choices_of(name)) and value not in choices:
+    if (choices := FIELDS[name].metadata["choices"]) and value not in choices:
         raise UserError(f"{name} = {value}: it is {choices_in_words(choices)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -164,8 +124,3 @@ def _check_value(name: str, value: Any) -> None:
     for rule, limit in FIELDS[name].metadata["bounds"].items():
         if not RULES[rule][1](value, limit) and value != FIELDS[name].metadata["also"]:
             raise UserError(f"{name} = {value}: it must be {in_words(rule, limit)}".replace("be not", "not be"))
-
-
-def choices_of(name: str) -> tuple[Any, ...]:
-    """The values among which "section.key" chooses; empty where it is free within its bounds."""
-    return CHOICES.get(name) or tuple(FIELDS[name].metadata["choices"])

@@ -3,12 +3,11 @@
 import json
 import math
 import textwrap
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from .bounds import KINDS, choices_in_words, in_words
-from .loading import choices_of, resolve
-from .sections import FIELDS, SECTIONS, flat
+from .sections import FIELDS, SECTIONS, Config, flat
 
 COLUMNS = (25, 16, 30)  # widths of name, value and bounds; the effect gets what is left of the line
 LEAST = 30  # characters of that
@@ -24,21 +23,21 @@ class SettingRow(NamedTuple):
     doc: str  # its effect
 
 
-def settings_table(preset: str = "default", file: str | None = None, settings: Iterable[str] = ()) -> list[SettingRow]:
-    """Every setting, with the value that `resolve` gives it for the same arguments. Raises UserError."""
-    values = flat(resolve(preset, file, settings))
+def settings_table(config: Config, choices: Mapping[str, tuple[Any, ...]]) -> list[SettingRow]:
+    """Every setting, with its value in a Config. choices : "section.key" -> what it may be, where that is known elsewhere."""
+    values = flat(config)
     rows = []
     for name, entry in FIELDS.items():
         value = json.dumps(values[name], ensure_ascii=False)
-        rows.append(SettingRow(name, KINDS[entry.type], value, bounds_of(name), entry.metadata["doc"]))
+        rows.append(SettingRow(name, KINDS[entry.type], value, bounds_of(name, choices), entry.metadata["doc"]))
     return rows
 
 
-def bounds_of(name: str) -> str:
+def bounds_of(name: str, choices: Mapping[str, tuple[Any, ...]]) -> str:
     """What "section.key" may be, in the words of the messages."""
-    if choices := choices_of(name):
-        return choices_in_words(choices)
     metadata = FIELDS[name].metadata
+    if some := choices.get(name) or metadata["choices"]:
+        return choices_in_words(some)
     words = [in_words(rule, limit) for rule, limit in metadata["bounds"].items() if math.isfinite(limit)]
     return " and ".join(words) + ("" if metadata["also"] is None else f", or {metadata['also']:g}")
 
@@ -61,9 +60,9 @@ def settings_text(rows: Iterable[SettingRow], width: int = 120) -> str:
     return "\n".join(lines)
 
 
-def settings_markdown(preset: str = "default") -> str:
-    """The table as Markdown: a heading and a table for each section. Raises UserError."""
-    rows, lines = settings_table(preset), []
+def settings_markdown(rows: Iterable[SettingRow]) -> str:
+    """The table as Markdown: a heading and a table for each section."""
+    rows, lines = list(rows), []
     for section, kind in SECTIONS.items():
         lines += [f"## {section}", "", kind.__doc__ or "", ""]
         lines += ["| setting | default | it may be | effect |", "| --- | --- | --- | --- |"]

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..files import hdf5, storage
 from ..data.lanes import deal
 from ..errors import UserError
+from ..files import hdf5, storage
 from ..kernels.types import Array, DType
 from ..model.layout import Layout
 from .state import State

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tomli_w
 
-from . import checkpoint, ownership
 from .. import config
-from ..files import storage
 from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..errors import UserError, reason
+from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
+from . import checkpoint, ownership
 
 if TYPE_CHECKING:
     from ..data.tokenizers import Tokenizer

@@ -58,7 +58,7 @@ class Server:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        comm: MPI.Comm,
         node: NodeInfo,
         bundle: LoadedModel,
         engine: Engine,

@@ -51,7 +51,13 @@ class Metrics:
     """
 
     def __init__(
-        self, comm: MPI.Comm, oversubscribed: bool, averaging: Averaging, clock: Clock, reporter: Reporter, ownership: Ownership
+        self,
+        comm: MPI.Comm,
+        oversubscribed: bool,
+        averaging: Averaging,
+        clock: Clock,
+        reporter: Reporter,
+        ownership: Ownership,
     ) -> None:
         self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
         self.reporter, self.ownership = reporter, ownership

@@ -47,7 +47,7 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
     if options.settings:
         if rank == 0:
-            rows = config.settings_table(options.preset or "default", options.config, options.set)
+            rows = config.settings_table(train_config(options), methods.choices())
             print(config.settings_text(rows, shutil.get_terminal_size((120, 24)).columns))
         sys.exit(DONE)
     return options

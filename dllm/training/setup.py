@@ -125,11 +125,10 @@ def set_up(
     Raises UserError on all ranks.
     """
     own, lanes, schedule = _deal_lanes(comm, config, corpus)
-    dtype = DTYPES[config.train.precision]
-    layout = Layout(config.model, corpus.vocabulary, dtype)
+    layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
-    memory = share(comm, node.comm, layout.size if plain else 1, dtype)
+    memory = share(comm, node.comm, layout.size if plain else 1, layout.dtype)
     with together(comm):
         team = Team(node.threads)
         threadpool_limits(node.threads, "blas")  # more than there are cores stand in each other's way
@@ -138,17 +137,15 @@ def set_up(
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
         if resume is not None:
-            checkpoint.check_fits(resume, layout, dtype, len(state.moments), config.train.lanes)
+            checkpoint.check_fits(resume, layout, layout.dtype, len(state.moments), config.train.lanes)
             checkpoint.load(resume, layout, state, own)
         elif survived is None:
             model.initialise(config.train.seed)
-    copies = NoLaneCopies()
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
-    if resilient:
-        copies = LaneCopies(comm, config, dtype)
-        copies.send(state.step, state.h, state.c, state.lane_loss)
-        copies.complete()
+    copies = LaneCopies(comm, config, layout.dtype) if resilient else NoLaneCopies()
+    copies.send(state.step, state.h, state.c, state.lane_loss)
+    copies.complete()
     _check_ranks_agree(comm, config, corpus, state)
     averaging = methods.make_averaging(
         config, comm, node, memory=memory, theta=state.theta, gradient=model.gradient, layout=layout
@@ -157,21 +154,33 @@ def set_up(
     made_by = methods.made_by(config.averaging, node)
     if resume is not None:
         _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
-    heartbeat = NoHeartbeat()
-    if memory is not None:
-        heartbeat = Heartbeat(node, memory, config.resilience.deadline, reporter.complain)
-    metrics = Metrics(comm, node.oversubscribed, averaging, survived.clock if survived else Clock(), reporter, ownership)
-    validation = NoValidation()
-    if "valid" in corpus.manifest["splits"]:
-        evaluation = Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team)
-        validation = Validation(evaluation, averaging, config.train, reporter, metrics.show_alive)
+    clock = survived.clock if survived else Clock()
+    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, survived.saver if survived else None)
+    before = survived.saver if survived else None
+    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
     saver.step = state.step if resume else -1
     return Rank(
         comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
-        state.empty_like() if resilient else state, resilient, averaging, copies, heartbeat, validation, saver, metrics,
+        state.empty_like() if resilient else state, resilient, averaging, copies,
+        _make_heartbeat(config, node, memory, reporter), _make_validation(comm, config, corpus, layout, team, metrics),
+        saver, metrics,
     )  # fmt: skip
+
+
+def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> NoHeartbeat:
+    if memory is None:
+        return NoHeartbeat()
+    return Heartbeat(node, memory, config.resilience.deadline, reporter.complain)
+
+
+def _make_validation(
+    comm: MPI.Comm, config: Config, corpus: Corpus, layout: Layout, team: Team, metrics: Metrics
+) -> NoValidation:
+    if "valid" not in corpus.manifest["splits"]:
+        return NoValidation()
+    evaluation = Evaluation(comm, corpus, "valid", config, layout.dtype, config.data.private, team)
+    return Validation(evaluation, metrics.averaging, config.train, metrics.reporter, metrics.show_alive)
 
 
 def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, Lanes, Schedule]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers.launch import environment, mpirun, train_arguments
 from helpers.run_files import metrics
-from helpers.paths import DATA
+from paths import DATA
 
 from dllm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
 

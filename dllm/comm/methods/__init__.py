@@ -82,12 +82,17 @@ def check(config: Config) -> None:
         raise UserError(f"{prefix} needs train.optimizer = sgd{extra}")
 
 
+def choices() -> dict[str, tuple[str, ...]]:
+    """What a Config may choose from: averaging.method, averaging.compression."""
+    able = dict.fromkeys(one for name in METHODS for one in method(name).compressions)
+    return {"averaging.method": tuple(METHODS), "averaging.compression": ("none", *able)}
+
+
 def _refuse_compression(averaging: AveragingConfig, kind: type[Averaging]) -> None:
-    name = averaging.compression
-    able = {other: method(other).compressions for other in METHODS if method(other).compressions}
-    known = dict.fromkeys(("none", *(one for some in able.values() for one in some)))
+    name, known = averaging.compression, choices()["averaging.compression"]
     if name not in known:
         raise UserError(f"averaging.compression = {name}: it is one of {', '.join(known)}")
+    able = [other for other in METHODS if method(other).compressions]
     instead = f"it takes {', '.join(kind.compressions)}" if kind.compressions else f"{' and '.join(able)} compress"
     raise UserError(f"averaging.compression = {name} does not go with averaging.method = {averaging.method}: {instead}")
 

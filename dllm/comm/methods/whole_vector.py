@@ -236,5 +236,5 @@ class WholeVector(Averaging):
         communicators, requests = super().under_way()
         for mixing in self.mixings:
             more = mixing.under_way()
-            communicators, requests = communicators + more[0], requests + more[1]
+            communicators, requests = [*communicators, *more[0]], [*requests, *more[1]]
         return communicators, requests
