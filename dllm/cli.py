@@ -6,7 +6,7 @@ import argparse
 import atexit
 import sys
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Any, Never
 
 from .comm import runtime
 from .errors import BAD_INPUT, UserError
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError."""
         raise UserError(f"{message}; {self.prog} --help shows the options")
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         if self.rank == 0:
             super()._print_message(message, file)
 

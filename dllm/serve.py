@@ -125,7 +125,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 
     with runtime.together(comm):
         listener = listen(options.host, options.port) if node.rank == 0 else None
-    port = runtime.allgather(node.comm, listener and listener.getsockname()[1])[0]
+    port = runtime.allgather(node.comm, listener.getsockname()[1] if listener else 0)[0]
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     bundle = runtime.agree(comm, LoadedModel.open, options.model)

@@ -49,8 +49,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
     reporter = Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
-        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else None)
-        resume, warnings = checkpoint.intact(run) if options.resume else (None, [])
+        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
+        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
     ownership = comm.bcast(Ownership.of_this_job(run) if comm.rank == 0 else None)
     run = ownership.run
     for warning in warnings:

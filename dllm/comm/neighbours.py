@@ -49,7 +49,7 @@ class Neighbours:
         self.receivers = [topology.receivers(number, rank) for number in numbers]
         self.phases: list[Place] = []
         for senders, receivers, W in zip(self.senders, self.receivers, matrices, strict=True):
-            graph = comm.Create_dist_graph_adjacent(list(senders), list(receivers))
+            graph = comm.Create_dist_graph_adjacent(list(senders), list(receivers))  # type: ignore[attr-defined]
             self.phases.append((graph, W[rank, rank], W[rank, list(senders)]))
 
     def at(self, step: int) -> Place:

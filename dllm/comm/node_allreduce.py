@@ -148,8 +148,8 @@ class NodeAllreduce(Allreduce):
     def _shard(self, bucket: int, rank: int) -> slice:
         """Which part of a bucket a rank of this node adds up."""
         start, stop = self.buckets[bucket].start, self.buckets[bucket].stop
-        edge = lambda part: start + (stop - start) * part // self.node.size
-        return slice(edge(rank), edge(rank + 1))
+        first, last = (start + (stop - start) * part // self.node.size for part in (rank, rank + 1))
+        return slice(first, last)
 
     def _sum_rows(self) -> None:
         """The same for the rows of the table that any rank uses: one stage more, in which a shard is some of the rows."""

@@ -11,18 +11,18 @@ import pathlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from ..data.lanes import deal
 from ..errors import UserError
 from ..files import hdf5, storage
+from ..files.storage import Path
 from ..kernels.types import Array, DType
 from ..model.layout import Layout
 from .state import State
 
-Path: TypeAlias = str | pathlib.Path
 FORMAT = 3
 MANIFEST = "manifest.json"
 OWN = "own."  # before the names of what only one rank has, such as its model where models differ

@@ -167,8 +167,10 @@ class Saver:
     ) -> None:
         start, stop = self.part.slice.start, self.part.slice.stop
         names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
-        stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
-        arrays: dict[str, Any] = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
+        arrays: dict[str, Any] = {
+            name: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
+            for name, some in zip(names, cuts, strict=True)
+        }
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
         arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {

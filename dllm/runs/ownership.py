@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 
 from ..files import storage
+from ..files.storage import Path
 
 JOB = "DLLM_JOB"  # the variable by which a launcher knows its processes
 FILE = "owner"
@@ -22,7 +23,7 @@ class Ownership:
     token: str
 
     @classmethod
-    def of_this_job(cls, run: str | os.PathLike[str]) -> Ownership:
+    def of_this_job(cls, run: Path) -> Ownership:
         """One rank makes it for all."""
         return cls(str(run), f"{os.environ.get(JOB, '')}.{uuid.uuid4().hex}")
 
@@ -40,7 +41,7 @@ class Ownership:
             os.utime(pathlib.Path(self.run, FILE))
 
 
-def last_alive(run: str | os.PathLike[str]) -> float:
+def last_alive(run: Path) -> float:
     """When the job that owns the folder last showed that it is alive, by time.time(); 0 where none does."""
     try:
         return pathlib.Path(run, FILE).stat().st_mtime
@@ -48,7 +49,7 @@ def last_alive(run: str | os.PathLike[str]) -> float:
         return 0.0
 
 
-def owner(run: str | os.PathLike[str]) -> str | None:
+def owner(run: Path) -> str | None:
     """The token of the job that took the folder last; None where nobody has."""
     try:
         return pathlib.Path(run, FILE).read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from .. import config
 from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..errors import UserError, reason
 from ..files import storage
+from ..files.storage import Path
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
 from . import checkpoint, ownership
@@ -46,7 +46,7 @@ def new_name(out: str | None, preset: str) -> str:
     return run
 
 
-def create(run: str | os.PathLike[str], settings: config.Config, tokenizer: Tokenizer) -> None:
+def create(run: Path, settings: config.Config, tokenizer: Tokenizer) -> None:
     """Write config.toml and tokenizer.json to the folder, which may be there already. Raises UserError."""
     try:
         pathlib.Path(run).mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def create(run: str | os.PathLike[str], settings: config.Config, tokenizer: Toke
         raise UserError(f"cannot write to the run folder {run}: {reason(error)}") from None
 
 
-def begin_anew(run: str | os.PathLike[str]) -> None:
+def begin_anew(run: Path) -> None:
     """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays."""
     folder = pathlib.Path(run)
     if not folder.exists():
@@ -71,29 +71,29 @@ def _is_of_a_run(name: str) -> bool:
     return name in FILES or (name.startswith(".") and name.endswith(".tmp"))
 
 
-def done(run: str | os.PathLike[str], step: int) -> None:
+def done(run: Path, step: int) -> None:
     """Mark a run as finished: the one thing that a supervisor believes, since mpirun's exit code may be anything."""
     storage.write_text(pathlib.Path(run, "DONE"), f"{step}\n")
 
 
-def is_done(run: str | os.PathLike[str]) -> bool:
+def is_done(run: Path) -> bool:
     """Whether the run has come to its end."""
     return pathlib.Path(run, "DONE").exists()
 
 
-def not_done(run: str | os.PathLike[str]) -> None:
+def not_done(run: Path) -> None:
     """Take the mark away: the run goes on."""
     pathlib.Path(run, "DONE").unlink(missing_ok=True)
 
 
-def request_resize(run: str | os.PathLike[str], ranks: int) -> pathlib.Path:
+def request_resize(run: Path, ranks: int) -> pathlib.Path:
     """Ask the launcher of a run to go on with another number of ranks. Returns the file, which is gone once it was taken in."""
     path = pathlib.Path(run, "resize")
     storage.write_text(path, f"{ranks}\n")
     return path
 
 
-def take_resize_request(run: str | os.PathLike[str]) -> int | None:
+def take_resize_request(run: Path) -> int | None:
     """The number of ranks that somebody wants, once; None where nobody does."""
     path = pathlib.Path(run, "resize")
     try:
@@ -104,13 +104,13 @@ def take_resize_request(run: str | os.PathLike[str]) -> int | None:
         return None
 
 
-def newest_step(run: str | os.PathLike[str]) -> int | None:
+def newest_step(run: Path) -> int | None:
     """The step of the newest checkpoint, None where there is none."""
     found, _ = checkpoint.available(run)
     return found[0].step if found else None
 
 
-def read_settings(run: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> config.Config:
+def read_settings(run: Path, extra: Mapping[str, Any] | None = None) -> config.Config:
     """The Config of a run, overlaid by `extra`, nested dicts. Raises UserError."""
     path = pathlib.Path(run, "config.toml")
     if not path.exists():
@@ -129,13 +129,13 @@ class Trained:
     warnings: list[str]
 
     @classmethod
-    def open(cls, run: str, best: bool = True) -> Trained:
+    def open(cls, run: Path, best: bool = True) -> Trained:
         """Raises UserError where the folder is no run, or has no checkpoint whose hashes hold."""
         settings, tokenizer = read_settings(run), load_tokenizer(run)
         found, warnings = checkpoint.intact(run, best)
         if found.manifest["tokenizer"] != tokenizer_hash(tokenizer):
             raise UserError(f"{run}/tokenizer.json is not the one that the run was trained with")
-        return cls(run, settings, tokenizer, found, warnings)
+        return cls(str(run), settings, tokenizer, found, warnings)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -41,8 +41,9 @@ class State:
 
     def empty_like(self) -> State:
         """Another of the same size, whose values are not set."""
-        like = lambda vector: aligned(vector.shape, vector.dtype)
-        return State(like(self.theta), [*map(like, self.moments)], like(self.h), like(self.c), like(self.lane_loss))
+        vectors = self.theta, *self.moments, self.h, self.c, self.lane_loss
+        theta, *moments, h, c, lane_loss = (aligned(vector.shape, vector.dtype) for vector in vectors)
+        return State(theta, moments, h, c, lane_loss)
 
     def scalars(self) -> dict[str, Any]:
         """name -> value of SCALARS."""
