@@ -10,6 +10,7 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ..inference.evaluation import perplexity
 from ..kernels.types import Array
 from .errors import Refused
 from .openai import Fields, Json, json_number, read_json, usage
@@ -40,7 +41,7 @@ async def score(service: Service, request: HttpRequest) -> Response:
     loss = -math.fsum(known) / len(known) if known else None
     return await service.answer({
         "object": "score", "model": service.name, "loss": loss,
-        "perplexity": None if loss is None else math.exp(min(loss, 700)),
+        "perplexity": None if loss is None else perplexity(loss),
         "tokens": [service.vocabulary.name(token.number) for token in tokens],
         "token_ids": [token.number for token in tokens], "token_logprobs": values, "usage": usage(len(prompts[0]), 0),
     }, headers)  # fmt: skip

@@ -154,10 +154,9 @@ def set_up(
     made_by = methods.made_by(config.averaging, node)
     if resume is not None:
         _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
-    clock = survived.clock if survived else Clock()
+    clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
     metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    before = survived.saver if survived else None
     saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
     saver.step = state.step if resume else -1
     return Rank(
