@@ -16,7 +16,8 @@ import numpy as np
 from dllm.config import ModelConfig
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
-from dllm.serving.engine import Engine, Request, Token
+from dllm.serving.engine import Engine
+from dllm.serving.requests import Request, Token
 
 from .sizes import SIZES
 

@@ -6,7 +6,7 @@ In Python, `load` a trained model to let it generate, answer, score and embed, a
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Model", "Score", "UserError", "__version__", "load", "metrics"]
 
 if TYPE_CHECKING:

@@ -37,8 +37,8 @@ needs pip install 'dllm[tasks]'.
 
 
 def main(argv: list[str] | None = None) -> int:
-    comm = runtime.world()
-    return cli.run(lambda argv: evaluate(argv, comm), argv, comm)
+    """The command. Returns its exit code."""
+    return cli.collective(evaluate, argv)
 
 
 def evaluate(argv: list[str], comm: MPI.Comm) -> int:
@@ -108,7 +108,8 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         if not options.pairs and is_private(options.data or model.data or ""):
             raise UserError("every rank has pairs of its own, which stay there: give --pairs SRC TGT, or --data DIR")
     if options.pairs:
-        pairs = runtime.agree(comm, answering.read_files, *options.pairs, tokenizer)
+        source, target = options.pairs
+        pairs = runtime.agree(comm, answering.read_files, source, target, tokenizer)
     else:
         known = {"data": options.data, "split": options.split, "otherwise": ", or --pairs SRC TGT"}
         corpus, _ = corpus_of(comm, node, model, options.model, **known)

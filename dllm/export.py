@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import cli, config
-from .comm import runtime
 from .comm.node_info import NodeInfo, find_node
+from .data.corpus import Corpus
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
-from .data.shards import Corpus
 from .errors import DONE, UserError
 from .files import safetensors
 from .inference import model_card, model_folder
@@ -53,8 +52,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    comm = runtime.world()
-    return cli.run(lambda argv: export(argv, comm), argv, comm)
+    """The command. Returns its exit code."""
+    return cli.collective(export, argv)
 
 
 def export(argv: list[str], comm: MPI.Comm) -> int:
@@ -173,7 +172,7 @@ def _origin(
 def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
     """Tokens that training has predicted when the checkpoint was written."""
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
-    return scalars["epoch"] * schedule.per_epoch + sum(map(schedule.tokens, range(scalars["window"])))
+    return int(scalars["epoch"]) * schedule.per_epoch + sum(schedule.tokens(window) for window in range(scalars["window"]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from . import cli, config
-from .data import shards, tokenizers
+from .data import tokenizer_files, tokenizers
 from .errors import DONE, UserError
 from .files import safetensors, storage
 from .inference import model_folder
@@ -57,7 +57,7 @@ def import_(argv: list[str]) -> int:
 def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Of a tokenizer.json or of a folder that has one."""
     if pathlib.Path(path).is_dir():
-        return shards.load_tokenizer(path)
+        return tokenizer_files.load_tokenizer(path)
     return tokenizers.load(storage.read_json(path, ["kind"]), path)
 
 

@@ -39,7 +39,7 @@ def unpack(data: bytes, path: str | os.PathLike[str]) -> Stored:
     """What the bytes of a safetensors file hold. Raises UserError that names `path`."""
     found: Stored = {}
     try:
-        items: list[tuple[str, dict[str, Any]]] = deserialize(data)
+        items: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise UserError(f"{path} is no whole safetensors file: {str(error).rpartition(': ')[2]:.200}") from None
     for name, item in items:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..comm.runtime import allgather, together
+from ..data.corpus import Corpus
 from ..data.pairs import PairFiles
-from ..data.shards import Corpus
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
@@ -40,8 +40,8 @@ def read_files(source: str, target: str, tokenizer: Tokenizer) -> list[Pair]:
     files, pairs = PairFiles(source, target), list[Pair]()
     for number in range(len(files)):
         files.check(number)
-        both = files.apply(lambda side: tokenizer.encode(side, False), number)
-        pairs.append((*both, files[number][1].decode(errors="replace")))
+        source_tokens, target_tokens = files.apply(lambda side: tokenizer.encode(side, False), number)
+        pairs.append((source_tokens, target_tokens, files[number][1].decode(errors="replace")))
     if not pairs:
         raise UserError(f"{source} is empty")
     return pairs
@@ -61,7 +61,7 @@ def read_split(corpus: Corpus, split: str, most: int = 0) -> list[Pair]:
     return pairs[: most or None]
 
 
-def as_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+def as_text(tokenizer: Tokenizer, tokens: Sequence[int] | Array) -> str:
     """What tokens say; bytes that are not UTF-8 become U+FFFD."""
     return tokenizer.decode(tokens).decode(errors="replace")
 

@@ -12,10 +12,10 @@ import numpy as np
 from ..comm.node_info import NodeInfo
 from ..comm.runtime import allgather, together
 from ..config import Config, is_private
+from ..data.corpus import Corpus, open_corpus
 from ..data.lanes import Schedule, deal
 from ..data.pair_lanes import read_lanes
-from ..data.preparation import open_corpus
-from ..data.shards import Corpus, tokenizer_hash
+from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from ..config import Config, ModelConfig
-from ..data.shards import tokenizer_hash
+from ..data.tokenizer_files import tokenizer_hash
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.team import Team

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, config
-from ..data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError, reason
 from ..files import storage

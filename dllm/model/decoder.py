@@ -130,6 +130,14 @@ class Decoder:
         top: Array = self.states[slot, -1, 0].reshape(-1)[: self.config.hidden].copy()
         return top
 
+    def warm_up(self) -> None:
+        """Run every kernel once: all are compiled then, or loaded from the cache. What slot 0 held is lost."""
+        slots, choice = np.zeros(1, np.int64), Choice(1, 1)
+        for T in (2, 1):
+            self.read(np.zeros((T, 1), np.int64), slots)
+            self.choose(choice, slots, slots)
+        self.choose(choice, slots)
+
     def _embed(self, tokens: Array, gates: Array) -> tuple[Array | None, int]:
         """The embedded tokens (N,) and the row where they begin; None where the gates have taken them in already."""
         E, R = self.config.embedding, self.layout.R

@@ -187,9 +187,9 @@ class LanguageModel:
             ready(name + "b")
         tokens = self._tokens.reshape(-1)
         if config.tied:
-            tied_embedding_backward(d["output"], tokens, dx, config.embedding)
+            tied_embedding_backward(d["output"], tokens, self._dx, config.embedding)
         elif config.embedding:
-            embedding_backward(d["embedding"], tokens, dx)
+            embedding_backward(d["embedding"], tokens, self._dx)
         else:
             gates_backward(d["embedding"], tokens, self._gates[0])
         ready("output" if config.tied else "embedding")

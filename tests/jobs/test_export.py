@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from launch import mpirun, train_arguments
-from models import TOKENIZER, commands, logits, make
-from numerics import EVERY_KIND, V, relative
-from runs import arrays, checkpoints
+from helpers.launch import mpirun, train_arguments
+from helpers.model_folders import TOKENIZER, commands, logits, make
+from helpers.numerics import EVERY_KIND, V, relative
+from helpers.run_files import arrays, checkpoints
 
 from dllm import import_
-from dllm.data.shards import save_tokenizer
+from dllm.data.tokenizer_files import save_tokenizer
 from dllm.inference.loaded_model import LoadedModel
 from dllm.model import torch_weights
 from dllm.model.layout import Layout

@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from launch import mpirun
-from numerics import reference
-from serving import Server, texts
+from helpers.launch import mpirun
+from helpers.numerics import reference
+from helpers.server import Server, texts
 
 from dllm.inference.loaded_model import LoadedModel
 
@@ -152,6 +152,18 @@ def test_health_and_metrics_show_what_is_done(server):
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
     assert any(name.startswith("dllm_requests_total{") and value > 0 for name, value in values.items())
     assert sum(value for name, value in values.items() if name.startswith("dllm_peer_up")) == 2
+
+
+def test_a_prompt_that_comes_again_is_found_in_the_cache_which_metrics_count(server):
+    for _ in range(3):  # twice at one of the ranks
+        server.complete("Whoever comes again", max_tokens=1)
+
+    def counted(name):
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()  # of any rank
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    server.until(lambda: counted("dllm_cache_hits_total{") > 0, "a rank that has found a prefix", 20)
+    server.until(lambda: counted("dllm_cache_bytes{") > 0, "a rank that keeps states", 20)
 
 
 def test_the_log_has_a_line_for_each_request_and_no_prompts(server):

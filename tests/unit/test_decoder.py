@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured, reference
+from helpers.numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured, reference
 
 from dllm.kernels.sample import Choice
 from dllm.kernels.team import Team

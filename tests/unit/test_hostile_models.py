@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from models import commands, make
+from helpers.model_folders import commands, make
 
 from dllm.data.tokenizers import BPETokenizer
 from dllm.errors import UserError

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from numerics import V, build, configured, reference
+from helpers.numerics import V, build, configured, reference
 
 from dllm.errors import UserError
 from dllm.inference.generation import Sampling, beam_search, greedy, sample

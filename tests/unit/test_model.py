@@ -4,7 +4,7 @@ precisions and numbers of threads, padding, and lanes that are split or carried 
 
 import numpy as np
 import pytest
-from numerics import EVERY_KIND, KINDS, B, T, V, build, configured, reference, run, states, text
+from helpers.numerics import EVERY_KIND, KINDS, B, T, V, build, configured, reference, run, states, text
 
 from dllm.config import TrainConfig
 from dllm.kernels import lstm, tiles
@@ -106,6 +106,7 @@ def test_float32_model_follows_the_float64_one():
 
 
 @pytest.mark.skipif(not tiles.BF16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.slow  # compiles all of a model's kernels for it
 @EVERY_KIND
 def test_bfloat16_model_follows_the_float32_one(kind):
     changes = {"hidden": 40, "dropout": 0.3} | ({"embedding": 40} if KINDS[kind].get("tied") else {})
@@ -135,7 +136,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind, precision):
         model.initialise(1)
         h, c = states(config, 9).astype(dtype)
         losses, gradient = run(model, tokens, targets, h, c, 0.1, (1, 2, np.arange(9)))
-        optimizer = optim.make(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
+        optimizer = optim.make_optimizer(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
         state = State(theta, [np.zeros_like(theta), np.zeros_like(theta)], h, c, np.zeros(9))
         norm = optimizer.step(state, [(0, gradient)], None, 0.1)
         results.append((losses.tobytes(), gradient.tobytes(), theta.tobytes(), norm))

@@ -7,16 +7,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.launch import write_pairs
+from helpers.numerics import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import write_pairs
-from numerics import reference
 
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards
+from dllm.data.corpus import Corpus
 from dllm.data.lanes import Schedule, deal
+from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
+from dllm.files import storage
 from dllm.inference import answering
 from dllm.inference.generation import beam_search, greedy
 from dllm.kernels.gemm import aligned
@@ -51,7 +54,7 @@ def test_no_text_is_encoded_as_what_stands_between_and_behind_the_sides(kind):
     assert tokenizer.decode(tokens) == plain.decode(tokens)
     again = load(json.loads(json.dumps(tokenizer.to_json())), "tokenizer.json")
     assert (again.sep, again.end, again.size) == (tokenizer.sep, tokenizer.end, tokenizer.size)
-    assert shards.tokenizer_hash(again) == shards.tokenizer_hash(tokenizer) != shards.tokenizer_hash(plain)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer) != tokenizer_hash(plain)
     shown = tokenizer.decode([*tokens, tokenizer.sep, *tokens, tokenizer.end])
     assert shown == plain.decode(tokens) + b"\t" + plain.decode(tokens) + b"\n"
 
@@ -79,8 +82,8 @@ def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, ki
     files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
     streams = []
     for seed in (1, 1, 2):
-        blocks = list(itertools.chain.from_iterable(pairs.plan(files, seed)))
-        assert len(pairs.plan(files, seed)) > 2
+        blocks = list(itertools.chain.from_iterable(pairs.plan_pairs(files, pairs.Pairing(seed))))
+        assert len(pairs.plan_pairs(files, pairs.Pairing(seed))) > 2
         streams.append(np.concatenate([block.encode(tokenizer) for block in blocks]))
         assert streams[-1][0] == streams[-1][-1] == tokenizer.end
     text = [[part.strip() for part in line.split("\t")] for line in tokenizer.decode(streams[0]).decode().split("\n")[1:-1]]
@@ -106,14 +109,14 @@ def make_corpus(folder, examples, shard_count=3):
         with shards.ShardWriter(path, np.uint8) as shard:
             shard.append(np.array(stream))
         entries.append({"name": path.name, "start": start, "stop": start + len(stream), "pairs": int(last - first)})
-        entries[-1]["sha256"] = shards.storage.sha256(path)
+        entries[-1]["sha256"] = storage.sha256(path)
         start += len(stream)
     longest = max(len(source) + len(target) + 2 for source, target in examples)
     split = {"tokens": start, "bytes": 1, "shards": entries, "pairs": len(examples), "longest": longest}
-    shards.save_tokenizer(folder, tokenizer)
+    save_tokenizer(folder, tokenizer)
     manifest = {"format": shards.FORMAT, "kind": "char", "vocabulary": 12, "dtype": "uint8", "splits": {"train": split}}
-    shards.storage.write_json(folder / "manifest.json", manifest | {"tokenizer": shards.tokenizer_hash(tokenizer)})
-    return shards.Corpus(folder)
+    storage.write_json(folder / "manifest.json", manifest | {"tokenizer": tokenizer_hash(tokenizer)})
+    return Corpus(folder)
 
 
 SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -123,7 +126,7 @@ SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=25), st.data())
 def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_asked_for(tmp_path_factory, examples, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.storage, "flush", lambda path: None)  # which takes most of the time
+        patch.setattr(storage, "flush", lambda path: None)  # which takes most of the time
         corpus = make_corpus(tmp_path_factory.mktemp("pairs"), examples)
     sep, end = corpus.tokenizer.sep, corpus.tokenizer.end
     count = data.draw(st.integers(1, len(examples)))

@@ -1,0 +1,64 @@
+"""A server for tests: real ranks, a free port, clients that reach any of them."""
+
+import json
+import re
+import time
+
+import httpx
+
+from helpers.launch import ULFM, Job, flavour
+
+SURVIVES = flavour() == "openmpi"
+
+
+class Server(Job):
+    """`dllm serve MODEL` on some ranks, by mpirun; keep: by its own launcher instead. Entering its `with` waits for it."""
+
+    def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200):
+        words = ["-m", "dllm", "serve", model, "--port", 0, *options, *(["-n", ranks] if keep else [])]
+        super().__init__(
+            0 if keep else ranks,
+            *words,
+            timeout=timeout,
+            env=(ULFM if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
+        )
+        self.size, self.headers = ranks, {"Authorization": f"Bearer {token}"} if token else {}
+
+    def __enter__(self):
+        self.url = self.wait_for_url()
+        self.until(lambda: len(self.alive()) == self.size, "ranks that know each other")
+        return self
+
+    def wait_for_url(self, after=0):
+        """The address that the server has printed, of its start number `after`."""
+        found = lambda: re.findall(r"^dllm: .* at (http://\S+),", self.out, re.MULTILINE)
+        self.until(lambda: len(found()) > after, "server")
+        return found()[after]
+
+    def health(self):
+        """/health of any rank, once one answers."""
+        end = time.monotonic() + 10
+        while True:
+            try:
+                return httpx.get(f"{self.url}/health", headers=self.headers, timeout=5).json()
+            except httpx.TransportError:
+                assert time.monotonic() < end, f"nobody answers\n{self}"
+                time.sleep(0.05)
+
+    def alive(self):
+        """rank -> pid of those that are well, as any of them sees it."""
+        return {entry["rank"]: entry["pid"] for entry in self.health()["ranks"] if entry["state"] == "ok"}
+
+    def complete(self, prompt="To be", **body):
+        return httpx.post(f"{self.url}/v1/completions", json={"prompt": prompt, **body}, headers=self.headers, timeout=60)
+
+    def log(self, event="request"):
+        """Lines of the log, dicts."""
+        lines = [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
+
+
+def texts(response):
+    """The texts of an answer, by index."""
+    assert response.status_code == 200, response.text
+    return [choice["text"] for choice in response.json()["choices"]]
