@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from launch import mpirun, train_arguments, write_pairs
-from models import commands, make
-from numerics import reference
+from helpers.launch import mpirun, train_arguments, write_pairs
+from helpers.model_folders import commands, make
+from helpers.numerics import reference
 
 import dllm
+from dllm.data.corpus import Corpus
 from dllm.inference.loaded_model import LoadedModel
 
 TEXT = "To be, or not to be: that is the question. " * 4
@@ -65,8 +66,6 @@ def test_a_score_is_that_of_a_forward_pass_and_of_the_equations(model, folder):
 
 def test_a_split_s_score_is_its_evaluation(model, folder, world):
     """The test split from end to end, in one lane."""
-    from dllm.data.shards import Corpus
-
     words = "-m", "dllm.evaluate", folder, "--data", world / "tiny", "--lanes", 1
     told = json.loads(mpirun(1, *words, check=True).stdout.splitlines()[-1])
     corpus = Corpus(world / "tiny")
