@@ -62,6 +62,7 @@ def test_a_score_is_that_of_a_forward_pass_and_of_the_equations(model, folder):
     np.testing.assert_allclose(score.logprobs, exact, atol=1e-5)
     assert score.loss == pytest.approx(forward.mean(), abs=1e-6)
     assert score.perplexity == pytest.approx(np.exp(score.loss))
+    assert repr(score).startswith(f"<dllm score of {n} tokens: loss {score.loss:.4f}, ")
 
 
 def test_a_split_s_score_is_its_evaluation(model, folder, world):
@@ -141,7 +142,7 @@ def test_errors_are_one_line(tmp_path, model):
         (lambda: model.generate("x", top_k=-1), "top_k is -1"),
         (lambda: model.generate("x", top_p=1.5), "it is a probability"),
         (lambda: model.generate("x", beams=0), "beams is 0"),
-        (lambda: model.score("x"), "a score takes at least two"),
+        (lambda: model.score("x"), "is too short to score"),
         (lambda: model.embed(["x", ""]), "an empty text has no embedding"),
     ):
         with pytest.raises(dllm.UserError, match=text) as error:
