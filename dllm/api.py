@@ -37,7 +37,7 @@ from .model.decoder import Decoder
 EMBED_TOGETHER = 64  # texts that are read at the same time
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Score:
     """How likely a text is to a model.
 
@@ -51,6 +51,9 @@ class Score:
 
     tokens: Array
     logprobs: Array
+
+    def __repr__(self) -> str:
+        return f"<dllm score of {len(self.tokens)} tokens: loss {self.loss:.4f}, perplexity {self.perplexity:.2f}>"
 
     @property
     def loss(self) -> float:
@@ -164,7 +167,7 @@ class Model:
             raise UserError(f"{self.name} was trained on pairs: dllm evaluate {self.name} --pairs SRC TGT gives their loss")
         tokens = self._encode(text)
         if len(tokens) < 2:
-            raise UserError(f"{text!r:.60} has {len(tokens)} tokens: a score takes at least two, each but the first has one")
+            raise UserError(f"{text!r:.60} is too short to score: it takes two tokens at least, since the first has no score")
         decoder, slot = Decoder(self._loaded.model(WINDOW), 1), np.zeros(1, np.int64)
         logprobs = np.empty(len(tokens) - 1)
         for start in range(0, len(logprobs), WINDOW):

@@ -172,7 +172,9 @@ def _origin(
 def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
     """Tokens that training has predicted when the checkpoint was written."""
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
-    return int(scalars["epoch"]) * schedule.per_epoch + sum(schedule.tokens(window) for window in range(scalars["window"]))
+    this_epoch = sum(schedule.tokens(window) for window in range(scalars["window"]))
+    seen: int = scalars["epoch"] * schedule.per_epoch + this_epoch
+    return seen
 
 
 if __name__ == "__main__":

@@ -109,11 +109,11 @@ class Evaluation:
         layout = Layout(config.model, corpus.vocabulary, dtype)
         self.model = LanguageModel(layout, window, width, training=False, team=team)
 
-    def run(self, theta: Array, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    def run(self, theta: Array, between: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
 
         loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
-        papers have it. beat() is called after each window.
+        papers have it. between() is called after each window.
         """
         B, config = len(self.lanes.starts), self.model.config
         self.model.bind(theta)
@@ -126,7 +126,7 @@ class Evaluation:
                 if self.fresh:
                     h[:], c[:] = 0, 0
                 totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
-                beat()
+                between()
         tokens = self.schedule.per_epoch
         everyones: Array = functools.reduce(np.add, allgather(self.comm, totals))
         loss = float(everyones.sum()) / tokens
