@@ -51,7 +51,7 @@ def evaluate(argv, comm):
 
     from .data.corpus import open_corpus
     from .data.tokenizer_files import tokenizer_hash
-    from .inference.generation import Evaluation
+    from .inference.evaluation import Evaluation
     from .inference.loaded_model import Bundle
     from .kernels.team import Team
     from .training.warmup import warm_up

@@ -129,7 +129,7 @@ def _corpus(options, source, comm, place):
 
 def _measure(split, source, result, corpus, comm, place):
     """Perplexity before and after, as an entry of config.json; printed."""
-    from .inference.generation import Evaluation
+    from .inference.evaluation import Evaluation
     from .kernels.team import Team
 
     settings, team, found = source.settings, Team(place.threads), []

@@ -4,7 +4,6 @@ Every pair is alone, from zero states, and what comes out does not depend on the
 """
 
 import importlib.util
-import math
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from ..comm.runtime import allgather, together
 from ..data.pairs import PairFiles
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
+from .evaluation import perplexity
 
 
 def prompt(tokenizer, source):
@@ -144,5 +144,5 @@ def measure(pairs, texts, losses):
         "bleu": sacrebleu.corpus_bleu(texts, [wanted]).score,
         "rougeL": 100 * float(np.mean([scorer.score(*both)["rougeL"].fmeasure for both in zip(wanted, texts, strict=True)])),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": perplexity(loss),
     }

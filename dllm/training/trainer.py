@@ -22,7 +22,7 @@ from ..config import as_dict
 from ..data.lanes import Schedule, deal
 from ..data.pair_lanes import read_lanes
 from ..errors import UserError
-from ..inference.generation import Evaluation
+from ..inference.evaluation import Evaluation
 from ..kernels.gemm import aligned
 from ..kernels.team import Team
 from ..model.language_model import LanguageModel
