@@ -33,11 +33,11 @@ from .sections import (
     is_private,
     path_of_rank,
 )
-from .table import SettingRow, settings_markdown, settings_table, settings_text
+from .table import SettingRow, settings_markdown, settings_rows, settings_table, settings_text
 
 __all__ = [
     "COMPRESSED", "FIELDS", "LARGEST", "PERIODIC", "SECTIONS", "WITHOUT_NEIGHBOURS", "AveragingConfig", "CheckpointConfig",
     "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "TrainConfig", "as_dict", "flat",
     "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
-    "settings_markdown", "settings_table", "settings_text",
+    "settings_markdown", "settings_rows", "settings_table", "settings_text",
 ]  # fmt: skip

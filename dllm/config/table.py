@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .bounds import KINDS, choices_in_words, in_words
 from .loading import choices_of, resolve
-from .sections import FIELDS, SECTIONS, flat
+from .sections import FIELDS, SECTIONS, Config, flat
 
 COLUMNS = (25, 16, 30)  # widths of name, value and bounds; the effect gets what is left of the line
 LEAST = 30  # characters of that
@@ -24,9 +24,14 @@ class SettingRow(NamedTuple):
     doc: str  # its effect
 
 
-def settings_table(preset: str = "default", file: str | None = None, settings: Iterable[str] = ()) -> list[SettingRow]:
-    """Every setting, with the value that `resolve` gives it for the same arguments. Raises UserError."""
-    values = flat(resolve(preset, file, settings))
+def settings_table(preset: str = "default") -> list[SettingRow]:
+    """Every setting, with its value in a preset. Raises UserError."""
+    return settings_rows(resolve(preset))
+
+
+def settings_rows(config: Config) -> list[SettingRow]:
+    """Every setting, with its value in `config`."""
+    values = flat(config)
     rows = []
     for name, entry in FIELDS.items():
         value = json.dumps(values[name], ensure_ascii=False)
