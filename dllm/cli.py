@@ -6,12 +6,13 @@ import argparse
 import atexit
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
 from .errors import BAD_INPUT, UserError
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
     from mpi4py import MPI
 
 
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError."""
         raise UserError(f"{message}; {self.prog} --help shows the options")
 
-    def _print_message(self, message: str, file: Any = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if self.rank == 0:
             super()._print_message(message, file)
 

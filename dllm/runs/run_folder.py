@@ -146,6 +146,6 @@ class Trained:
     def theta(self, layout: Layout) -> Array:
         """The parameters (P,) of `layout`, which must be the checkpoint's."""
         checkpoint.check_fits(self.checkpoint, layout, self.dtype)
-        theta = aligned((layout.size,), self.dtype)
+        theta: Array = aligned((layout.size,), self.dtype)
         checkpoint.load_theta(self.checkpoint, layout, theta)
         return theta

@@ -3,17 +3,30 @@
 To add an optimiser: its kernel there, a class here with `moments` and `_update`, its name in `make_optimizer` and TrainConfig.
 """
 
+from __future__ import annotations
+
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
 from ..kernels.team import Team
+from ..kernels.types import Array
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
+    from ..model.layout import Extent
+    from ..runs.state import State
 
 BLOCK = 1 << 17  # elements that one thread sums, or copies and updates, at a time: they stay in the second-level cache
+Parts = list[tuple[int, Array]]  # of a vector: (first element, its elements from there on)
+Common = tuple[int, float, float, float]  # step, lr, factor and limit of the gradient, the same for all elements
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Clips the averaged gradient and moves the parameters.
 
     Parameters
@@ -28,11 +41,20 @@ class Optimizer:
     moments = 0  # vectors (P,) of optimiser state
     sparse = False  # True: a zero gradient changes nothing, so untouched embedding rows are passed over
 
-    def __init__(self, config, table, team=None):
+    def __init__(self, config: TrainConfig, table: Extent | None, team: Team | None = None) -> None:
         self.config, self.table, self.team = config, table, team or Team()
-        self._moved = slice(None)
+        self._moved: Array | slice = slice(None)  # rows of the embedding that the step before has moved
 
-    def step(self, state, parts, rows, lr, squares=None, release=None, out=None):
+    def step(
+        self,
+        state: State,
+        parts: Parts,
+        rows: Array | None,
+        lr: float,
+        squares: float | None = None,
+        release: Callable[[int, int], None] | None = None,
+        out: State | None = None,
+    ) -> float:
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
         Where the norm is not finite nothing moves.
@@ -51,8 +73,7 @@ class Optimizer:
         dense = _blocks(parts if rows is None else parts[:-1])
         squares = self._squares(dense) if squares is None else squares
         if rows is not None:
-            width = self.table.shape[1]
-            of_rows = parts[-1][1].reshape(-1, width)[rows].reshape(-1)
+            of_rows = self._rows(parts[-1][1])[rows].reshape(-1)
             squares += sum_of_squares(of_rows)
         norm = math.sqrt(squares)  # NaN stays NaN
         by_norm = self.config.clip and self.config.clip_by == "norm"
@@ -69,37 +90,56 @@ class Optimizer:
         if not self.sparse:
             self._share(state, out, _blocks(parts[-1:]), common)
             return norm
-        old, new = (version.theta[self.table.start :].reshape(-1, width) for version in (state, out))
+        old, new = (self._rows(version.theta[parts[-1][0] :]) for version in (state, out))
         if out is not state:  # where they differ: in the rows of the step before
             new[self._moved] = old[self._moved]
             self._moved = rows
         theta_of_rows = old[rows].reshape(-1)
         self._update(theta_of_rows, of_rows, [], *common)
-        new[rows] = theta_of_rows.reshape(-1, width)
+        new[rows] = self._rows(theta_of_rows)
         return norm
 
-    def _stay(self, state, out):
+    @abstractmethod
+    def _update(
+        self, theta: Array, gradient: Array, moments: list[Array], step: int, lr: float, factor: float, limit: float
+    ) -> None:
+        """Move some elements of the parameters and of the moments, (n,) each, in place."""
+
+    def _rows(self, values: Array) -> Array:
+        """Values of the embedding as its rows, (n, E)."""
+        if self.table is None:
+            raise ValueError("rows are of an embedding, and there is none at the end of the vectors")
+        return values.reshape(-1, self.table.shape[1])
+
+    def _stay(self, state: State, out: State) -> None:
         if out is not state:
             for old, new in zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True):
                 new[:] = old
             self._moved = np.zeros(0, np.int64)
 
-    def _squares(self, blocks):
+    def _squares(self, blocks: Parts) -> float:
         """The sum of squares, block by block whatever the number of threads."""
         sums = np.zeros(len(blocks))
 
-        def work(first, last):
+        def work(first: int, last: int) -> None:
             for number in range(first, last):
                 sums[number] = sum_of_squares(blocks[number][1])
 
         self.team.share(work, len(blocks))
         return float(sums.sum())
 
-    def _share(self, state, out, blocks, common, release=None):
+    def _share(
+        self,
+        state: State,
+        out: State,
+        blocks: Parts,
+        common: Common,
+        release: Callable[[int, int], None] | None = None,
+    ) -> None:
         """`_update` of the elements of some blocks, from state to out, each thread a share of them."""
         vectors = list(zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True))
 
-        def work(first, last):
+        def work(first: int, last: int) -> None:
             for start, gradient in blocks[first:last]:
                 here = slice(start, start + len(gradient))
                 if out is not state:
@@ -113,7 +153,7 @@ class Optimizer:
         self.team.share(work, len(blocks))
 
 
-def _blocks(parts):
+def _blocks(parts: Parts) -> Parts:
     """The same elements in parts of at most BLOCK."""
     return [(first + at, part[at : at + BLOCK]) for first, part in parts for at in range(0, len(part), BLOCK)]
 
@@ -121,12 +161,14 @@ def _blocks(parts):
 class SGD(Optimizer):
     """Stochastic gradient descent, with momentum or Nesterov's."""
 
-    def __init__(self, config, table, team=None):
+    def __init__(self, config: TrainConfig, table: Extent | None, team: Team | None = None) -> None:
         super().__init__(config, table, team)
         self.moments = int(config.momentum > 0)
         self.sparse = config.momentum == 0 and config.weight_decay == 0
 
-    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+    def _update(
+        self, theta: Array, gradient: Array, moments: list[Array], step: int, lr: float, factor: float, limit: float
+    ) -> None:
         config, velocity = self.config, moments[0] if moments else np.empty(0, theta.dtype)
         sgd_update(theta, gradient, velocity, lr, config.momentum, config.nesterov, config.weight_decay, factor, limit)
 
@@ -136,10 +178,13 @@ class Adam(Optimizer):
 
     moments = 2
 
-    def _update(self, theta, gradient, moments, step, lr, factor, limit):
+    def _update(
+        self, theta: Array, gradient: Array, moments: list[Array], step: int, lr: float, factor: float, limit: float
+    ) -> None:
         c, decoupled = self.config, self.config.optimizer == "adamw"
+        mean, square = moments
         betas = c.beta1, c.beta2, c.epsilon
-        adam_update(theta, gradient, *moments, step, lr, *betas, c.weight_decay, decoupled, factor, limit)
+        adam_update(theta, gradient, mean, square, step, lr, *betas, c.weight_decay, decoupled, factor, limit)
 
 
 class RMSprop(Optimizer):
@@ -147,17 +192,20 @@ class RMSprop(Optimizer):
 
     moments = 1
 
-    def _update(self, theta, gradient, moments, step, lr, factor, limit):
-        c = self.config
-        rmsprop_update(theta, gradient, *moments, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
+    def _update(
+        self, theta: Array, gradient: Array, moments: list[Array], step: int, lr: float, factor: float, limit: float
+    ) -> None:
+        c, (square,) = self.config, moments
+        rmsprop_update(theta, gradient, square, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
 
 
-def make_optimizer(config, table, team=None):
+def make_optimizer(config: TrainConfig, table: Extent | None, team: Team | None = None) -> Optimizer:
     """The Optimizer that train.optimizer names."""
-    return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table, team)
+    kinds: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}
+    return kinds[config.optimizer](config, table, team)
 
 
-def learning_rate(config, step, epoch, factor, total_steps):
+def learning_rate(config: TrainConfig, step: int, epoch: int, factor: float, total_steps: int) -> float:
     """The rate of one step.
 
     Parameters
@@ -180,6 +228,6 @@ def learning_rate(config, step, epoch, factor, total_steps):
     return config.lr * factor
 
 
-def stalled(config, factor, loss, best):
+def stalled(config: TrainConfig, factor: float, loss: float, best: float) -> float:
     """The plateau schedule's factor after an evaluation: divided by `decay` where `loss` is no better than `best`."""
     return factor / config.decay if config.schedule == "plateau" and not loss < best else factor

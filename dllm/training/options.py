@@ -46,8 +46,8 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     if options.resume and (options.preset or options.config or options.out):
         parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
     if options.settings:
+        rows = config.settings_table(train_config(options), methods.choices())  # on every rank, so that all see what is wrong
         if rank == 0:
-            rows = config.settings_table(train_config(options), methods.choices())
             print(config.settings_text(rows, shutil.get_terminal_size((120, 24)).columns))
         sys.exit(DONE)
     return options

@@ -3,19 +3,28 @@
 One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
+import functools
 import json
-import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any
 
+from ..errors import reason
 from ..files import storage
+from ..inference.evaluation import perplexity
 from ..launching.mpirun import launched_rank
 
-PROGRESS = ("auto", "live", "plain", "none")
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Line = dict[str, Any]  # of metrics.jsonl
 
 
 class Reporter:
@@ -26,21 +35,22 @@ class Reporter:
     speaks : bool
         Whether this rank reports.
     progress : str
-        One of PROGRESS. auto: live on a terminal, else plain.
+        auto, live, plain or none. auto: live on a terminal, else plain.
     before : Reporter, optional
         This rank's, of the same run with more ranks: what it was to log may not have been written by the one that spoke.
     """
 
-    def __init__(self, speaks, progress="auto", before=None):
+    def __init__(self, speaks: bool, progress: str = "auto", before: Reporter | None = None) -> None:
         self.speaks = speaks
-        self.recent = before.recent if before else collections.deque(maxlen=4)  # the lines of the last two steps
+        self.recent: collections.deque[Line] = before.recent if before else collections.deque(maxlen=4)  # of two steps
         live = progress == "live" or (progress == "auto" and _on_terminal())
         self.mode = "none" if not speaks or progress == "none" else "live" if live else "plain"
-        self.bar = self.metrics = None
+        self.bar: Progress | None = None
+        self.metrics: IO[bytes] | None = None
         self.waiting = b""  # lines for metrics.jsonl
-        self.failed = set()  # files that could not be written
+        self.failed: set[str] = set()  # files that could not be written
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """A line, or several, in one write."""
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
@@ -48,16 +58,17 @@ class Reporter:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
-    def warn(self, text):
+    def warn(self, text: str) -> None:
+        """A line on standard error, of the rank that speaks."""
         if self.speaks:
             self.complain(text)
 
-    def complain(self, text):
+    def complain(self, text: str) -> None:
         """A line on standard error, whoever speaks."""
         sys.stderr.write(f"dllm: {text}\n")
         sys.stderr.flush()
 
-    def begin(self, run, step, total):
+    def begin(self, run: str | os.PathLike[str], step: int, total: int) -> None:
         """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps."""
         if not self.speaks:
             return
@@ -72,7 +83,7 @@ class Reporter:
         self.total = total
         if self.mode == "live":
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
 
             columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}")
             console = Console(force_terminal=True, soft_wrap=True)
@@ -80,7 +91,7 @@ class Reporter:
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
-    def log(self, line):
+    def log(self, line: Line) -> None:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
         self.recent.append(line)
         if not self.speaks:
@@ -92,19 +103,21 @@ class Reporter:
             self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
             return
         text += f"  {line['tokens_per_second']:,.0f} tokens/s  communication hidden {line['hidden_comm_fraction']:.0%}"
-        if self.mode == "live":
+        if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], description=text)
         elif self.mode == "plain":
             seconds = time.monotonic() - self.begun
             left = seconds / max(1, line["step"] - self.first) * (self.total - line["step"])
             self.say(f"step {line['step']}/{self.total}  {text}  eta {_clock(left)}")
 
-    def _write_metrics(self):
+    def _write_metrics(self) -> None:
         """Write what waits; on a full disk it goes on waiting."""
+        if self.metrics is None:
+            raise ValueError("metrics.jsonl is not open: begin() opens it")
         while self.waiting:
             self.waiting = self.waiting[self.metrics.write(self.waiting) :]
 
-    def end(self):
+    def end(self) -> None:
         """Close the live line and the metrics."""
         if self.bar is not None:
             self.bar.stop()
@@ -114,20 +127,21 @@ class Reporter:
             self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
 
-    def summarise(self, summary):
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
         if self.speaks:
             self._attempt("summary.json", storage.write_json, self.run / "summary.json", summary)
 
-    def _attempt(self, name, write, *arguments):
+    def _attempt(self, name: str, write: Callable[..., object], *arguments: object) -> None:
         """write(*arguments); a full disk is a warning, once for each file: what was computed is worth more than its record."""
         try:
             write(*arguments)
         except OSError as error:
             if name not in self.failed:
-                self.warn(f"cannot write {self.run / name}: {error.strerror}; training goes on")
+                self.warn(f"cannot write {self.run / name}: {reason(error)}; training goes on")
             self.failed.add(name)
 
-    def plot(self):
+    def plot(self) -> pathlib.Path | None:
         """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
         try:
             import matplotlib
@@ -145,17 +159,12 @@ class Reporter:
         axes.grid(alpha=0.3)
         if lines:
             axes.legend()
-        self._attempt("loss.png", lambda: figure.savefig(self.run / "loss.png", dpi=120))
+        self._attempt("loss.png", functools.partial(figure.savefig, dpi=120), self.run / "loss.png")
         pyplot.close(figure)
         return self.run / "loss.png"
 
 
-def perplexity(loss):
-    """e^loss; infinity where that is beyond a float."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _on_terminal():
+def _on_terminal() -> bool:
     """Whether a person watches. Open MPI gives a rank a terminal though mpirun writes to a file: there mpirun's own counts."""
     if not sys.stdout.isatty() or launched_rank() is None:
         return sys.stdout.isatty()
@@ -164,15 +173,15 @@ def _on_terminal():
     return False
 
 
-def _lines(path):
+def _lines(path: pathlib.Path) -> list[Line]:
     """The lines of metrics; one that a full disk or a crash cut short is left out."""
-    lines = []
+    lines: list[Line] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
 
 
-def _clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
