@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config, items):
         (left_out if _is_left_out(item, kind, named, full) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+    # Unit tests go first: one process compiles the kernels then, and ranks find them in the cache.
+    items[:] = sorted(kept, key=lambda item: [TESTS / name in item.path.parents for name in KINDS], reverse=True)
 
 
 def _world(config):

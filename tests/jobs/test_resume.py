@@ -23,8 +23,8 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def corpus(prepare, text):
-    """So small that an epoch of 6 lanes ends within a run of 60 steps."""
-    return prepare("char", train=text[:2_200], valid=text[-2_000:])
+    """So small that an epoch of 6 lanes ends within a run of 60 steps. Its valid text is learnt by heart: the loss falls."""
+    return prepare("char", train=text[:2_200], valid=text[200:2_200])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from helpers.launch import Job, mpirun
 
 HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
-OPTIONS = ("--with-mpi", "-m", "mpi", "-q", "-p", "no:cacheprovider", "--timeout", "100")
+OPTIONS = ("--with-mpi", "-m", "mpi", "-q", "-p", "no:cacheprovider", "--timeout", "200")
 FAILING = """
 import time
 import pytest
@@ -23,7 +23,7 @@ def test_last_rank():
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_tests_marked_mpi_pass_on_this_many_ranks(ranks):
-    with Job(ranks, "-m", "pytest", *OPTIONS, HERE, timeout=200, cwd=TESTS.parent) as job:
+    with Job(ranks, "-m", "pytest", *OPTIONS, HERE, timeout=280, cwd=TESTS.parent) as job:
         done = job.wait()
         passed = dict(re.findall(r"^rank (\d+) passed (\d+) tests$", done.stdout, re.M))
         assert done.returncode == 0, str(job)
