@@ -1,5 +1,6 @@
 """The measurements: each takes the options of the command line and returns (Table, what was measured, how to draw it)."""
 
+import argparse
 import json
 import sys
 import time
@@ -8,7 +9,7 @@ from statistics import quantiles
 
 from dllm.kernels.tiles import BF16
 
-from .results import Table, bars, middle, ratio, roofline, spread
+from .results import Measured, Table, bars, middle, ratio, roofline, spread
 from .runs import PEERS, Steps, installed, last_json, on_ranks, run, train
 from .sizes import SIZES
 
@@ -16,12 +17,12 @@ MIB = 2**20
 STREAMS, PROMPT = 64, 50  # of serving; tokens of a prompt, where streams come and go
 
 
-def ceilings(ranks):
+def ceilings(ranks: int) -> dict[str, float]:
     """GFLOP/s and GB/s that the machine can do with all ranks at it."""
     return last_json(run(on_ranks(ranks, "benchmarks.ceilings"), {"OPENBLAS_NUM_THREADS": "1"}))
 
 
-def step(options):
+def step(options: argparse.Namespace) -> Measured:
     """A training step against PyTorch's, Keras's and JAX's, in fp32 and bf16, and against what the machine can do."""
     columns = [("size", 18), ("dllm GFLOP/s", 24), ("of ceiling", 12), ("PyTorch DDP", 18), ("Keras", 18), ("JAX", 18)]
     columns += [("exposed comm", 14), ("MB a rank", 11), ("PyTorch", 9)]
@@ -63,7 +64,7 @@ def step(options):
     return table, data, partial(bars, "GFLOP/s", groups)
 
 
-def kernels(options):
+def kernels(options: argparse.Namespace) -> Measured:
     """The matrix products of a step, one by one on one core, against BLAS on the same factors."""
     columns = [("product", 34), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("BLAS", 22), ("ratio", 9), ("bf16", 22)]
     table = Table("Matrix products of a training step, one core", columns)
@@ -80,7 +81,7 @@ def kernels(options):
     return table, {"ceilings": limits, "products": data}, partial(roofline, limits, points)
 
 
-def scaling(options):
+def scaling(options: argparse.Namespace) -> Measured:
     """Weak scaling: tokens a second of one rank and of several, each with the same lanes."""
     columns = [("size", 18), ("1 rank GFLOP/s", 24), (f"{options.ranks} ranks", 24), ("efficiency", 12)]
     table = Table(f"Weak scaling from 1 rank to {options.ranks}", columns)
@@ -97,7 +98,7 @@ def scaling(options):
     return table, data, partial(bars, "efficiency", groups)
 
 
-def overlap(options):
+def overlap(options: argparse.Namespace) -> Measured:
     """How much of the communication the backward hides, by size of bucket."""
     table = Table(
         f"Exposed communication, {options.ranks} ranks", [("size", 14), ("bucket MB", 12), ("exposed", 22), ("GFLOP/s", 24)]
@@ -116,7 +117,7 @@ def overlap(options):
     return table, data, partial(bars, "% of the step that waits", groups)
 
 
-def startup(options):
+def startup(options: argparse.Namespace) -> Measured:
     """Seconds from the command to its end for a run of one step, with a warm and a cold cache of kernels."""
     table, data, turns = Table("Start-up", [("what", 34), ("seconds", 24)]), {}, iter(range(1000))
     corpus = Steps(options.work, "char", SIZES["char"], 1, 0).corpus
@@ -139,7 +140,7 @@ def startup(options):
     return table, data, partial(bars, "seconds", {name: {"seconds": middle(values)} for name, values in data.items()})
 
 
-def memory(options):
+def memory(options: argparse.Namespace) -> Measured:
     """Peak resident memory of a rank, against PyTorch's."""
     table = Table(
         f"Peak memory a rank, {options.ranks} ranks", [("size", 18), ("dllm MB", 14), ("PyTorch DDP MB", 18), ("ratio", 9)]
@@ -155,7 +156,7 @@ def memory(options):
     return table, data, partial(bars, "MiB", groups)
 
 
-def generation(options):
+def generation(options: argparse.Namespace) -> Measured:
     """Tokens a second of one stream on one thread, against PyTorch's nn.LSTM token by token."""
     columns = [("size", 18), ("dllm tokens/s", 26), ("PyTorch", 26), ("ratio", 9)]
     table, data, groups = Table("Generation of one stream, one thread", columns), {}, {}
@@ -174,7 +175,7 @@ def generation(options):
     return table, data, partial(bars, "tokens/s", groups)
 
 
-def serving(options):
+def serving(options: argparse.Namespace) -> Measured:
     """Tokens a second of 64 streams and a token's time of one, by the serving engine and by a core of PyTorch's nn.LSTM."""
     columns = [("size, threads", 24), (f"{STREAMS} streams fp32", 26), ("bf16", 26), ("PyTorch", 24), ("fp32", 9), ("bf16", 9)]
     columns += [
@@ -219,7 +220,7 @@ def serving(options):
     return table, data, partial(bars, f"tokens/s, {STREAMS} streams", groups)
 
 
-def quality(options):
+def quality(options: argparse.Namespace) -> Measured:
     """Validation loss of bf16 against fp32: a short run on tinyshakespeare and an epoch of wlm-200 on WikiText-2."""
     if options.data is None:
         sys.exit("say where the text is: --data FOLDER, with tinyshakespeare/ and wikitext-2/ in it")

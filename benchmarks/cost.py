@@ -8,12 +8,14 @@ messages and (n - 1) S bytes, by doubling; to each neighbour one message of S by
 also combine a few control values, by an Allreduce of no size worth counting.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from dllm.comm import topology
 
 
-def traffic(kind, size, ranks, degree=0, period=1, times=1):
+def traffic(kind: str, size: float, ranks: int, degree: int = 0, period: int = 1, times: int = 1) -> tuple[float, float]:
     """(messages, bytes) of a rank in a step.
 
     kind : allreduce | allgather | neighbours
@@ -32,13 +34,13 @@ def traffic(kind, size, ranks, degree=0, period=1, times=1):
     return (times * messages + 2 * rounds) / period, parts * size / period
 
 
-def degree(name, ranks):
+def degree(name: str, ranks: int) -> int:
     """Neighbours that a rank sends to in a step, the most of any rank."""
-    graph = topology.make(name, ranks)
+    graph = topology.make_topology(name, ranks)
     return max(len(graph.receivers(phase, rank)) for phase in range(len(graph.phases)) for rank in range(ranks))
 
 
-def fit(points):
+def fit(points: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
     """(a, b), not negative, of points (seconds beyond computing, messages, bytes): least squares of relative errors."""
     seconds, messages, amounts = (np.array(values, float) for values in zip(*points, strict=True))
     columns = np.stack([messages, amounts], axis=1) / seconds[:, None]

@@ -1,5 +1,6 @@
 """Averaging methods side by side: what a model is worth after as many steps or seconds, and what was sent for it."""
 
+import argparse
 import collections
 import concurrent.futures
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 from dllm.launching import mpirun
 
 from . import cost, hosts
-from .results import Table
+from .results import Measured, Table
 from .runs import PEERS, last_json, metrics, on_ranks, run, train
 from .sizes import NETWORK
 
@@ -58,12 +59,12 @@ UNEVEN = {  # exact where texts differ, and D-PSGD on the same graphs
 }
 
 
-def decentralised(options):
+def decentralised(options: argparse.Namespace) -> Measured:
     """Averaging methods on tinyshakespeare by characters: validation loss after equal steps, and bytes that a rank sends."""
     return _compare(options, "tinyshakespeare", _corpus(options), CONTESTANTS)
 
 
-def uneven(options):
+def uneven(options: argparse.Namespace) -> Measured:
     """Methods for texts that differ: tinyshakespeare by characters, every speaker's lines on one rank."""
     return _compare(options, "tinyshakespeare split by speaker", _by_speaker(options), UNEVEN)
 
@@ -114,7 +115,7 @@ ON_NETWORK = {  # settings of averaging, how a step sends what it sends, and how
 SCALES = (8, 64, 512, 4096)
 
 
-def network(options):
+def network(options: argparse.Namespace) -> Measured:
     """Averaging methods on four hosts with links of 1 Gbit/s, 100 Mbit/s: time and bytes of a step, loss over time; as root.
 
     What sends less than allreduce gets twice as many steps, to see when it comes to the loss where allreduce ends. On the link

@@ -12,8 +12,10 @@ import time
 import numpy as np
 
 from dllm.config import ModelConfig
-from dllm.inference.generation import sample
+from dllm.inference.generation import Sampling, sample
+from dllm.model.decoder import Decoder
 from dllm.model.language_model import LanguageModel
+from dllm.model.layout import Layout
 
 from .sizes import SIZES
 
@@ -21,12 +23,12 @@ from .sizes import SIZES
 def main():
     size, count = SIZES[sys.argv[1]], int(sys.argv[2])
     config = ModelConfig(embedding=size.hidden, hidden=size.hidden, layers=size.layers)
-    model = LanguageModel(config, size.vocabulary, np.float32, 1, 1, training=False)
+    model = LanguageModel(Layout(config, size.vocabulary, np.float32), 1, 1, training=False)
     model.bind(np.zeros(model.layout.size, np.float32))
     model.initialise(1)
     for _ in range(2):  # the first is for warming up
         begin = time.perf_counter()
-        for _ in sample(model, np.zeros(1, np.int64), count, temperature=0):
+        for _ in sample(Decoder(model, 1), np.zeros(1, np.int64), count, Sampling(temperature=0)):
             pass
         seconds = time.perf_counter() - begin
     print(json.dumps({"tokens_per_second": count / seconds}))

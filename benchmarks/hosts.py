@@ -1,5 +1,7 @@
 """Four hosts on this machine: network namespaces on one switch, with names, addresses, and links that can be slow or cut."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -18,7 +20,7 @@ exec ip netns exec "$host" unshare -u /bin/bash -c "hostname $host; $*"
 """
 
 
-def missing():
+def missing() -> str | None:
     """Why there can be no hosts here; None where there can."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "ip and unshare are not installed: apt-get install iproute2 util-linux"
@@ -34,7 +36,7 @@ def missing():
 class Hosts:
     """Up from its making to the end of its `with`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | pathlib.Path) -> None:
         self.folder, tag = pathlib.Path(folder), f"{os.getpid():x}"
         self.names = [f"h{number}-{tag}" for number in range(1, COUNT + 1)]
         self.switch, self.agent, self.file = f"switch-{tag}", self.folder / "agent", self.folder / "hosts"
@@ -42,7 +44,7 @@ class Hosts:
         self.agent.write_text(AGENT.replace("{switch}", self.switch))
         self.agent.chmod(0o755)
 
-    def __enter__(self):
+    def __enter__(self) -> Hosts:
         with contextlib.ExitStack() as self.stack:  # which undoes what was done where this fails
             self._add(self.switch)
             _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
@@ -61,22 +63,23 @@ class Hosts:
             self.stack = self.stack.pop_all()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def _add(self, name):
+    def _add(self, name: str) -> None:
         _ip("netns", "add", name)
         self.stack.callback(_ip, "netns", "del", name)
         _ip("-n", name, "link", "set", "lo", "up")
 
-    def cut(self, number):
+    def cut(self, number: int) -> None:
         """Cut the link of host `number`, from 1."""
         _ip("-n", self.switch, "link", "set", f"p{number}", "down")
 
-    def heal(self, number):
+    def heal(self, number: int) -> None:
+        """Undo `cut`."""
         _ip("-n", self.switch, "link", "set", f"p{number}", "up")
 
-    def limit(self, megabits):
+    def limit(self, megabits: float) -> None:
         """Let every link carry so many Mbit/s each way; 0: whatever it can."""
         for number, name in enumerate(self.names, 1):
             for space, device in ((name, "e0"), (self.switch, f"p{number}")):
@@ -86,18 +89,18 @@ class Hosts:
                     shape = ["tbf", "rate", f"{megabits}mbit", "burst", "256kb", "latency", "200ms"]
                     subprocess.run([*tc, "add", "dev", device, "root", *shape], check=True, timeout=20)
 
-    def sent(self):
+    def sent(self) -> list[int]:
         """Bytes that each host has sent over its link until now."""
         show = [["ip", "-n", name, "-s", "-j", "link", "show", "e0"] for name in self.names]
         found = [subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout for words in show]
         return [json.loads(text)[0]["stats64"]["tx"]["bytes"] for text in found]
 
-    def on(self, number):
+    def on(self, number: int) -> list[str]:
         """The words before a command that runs it on host `number`."""
         name = self.names[number - 1]
         return ["ip", "netns", "exec", name, "unshare", "-u", "/bin/bash", "-c", 'hostname "$0"; exec "$@"', name]
 
-    def environment(self):
+    def environment(self) -> dict[str, object]:
         """Variables that make both MPIs use these hosts' network."""
         return {
             "PRTE_MCA_plm_ssh_agent": self.agent, "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1",
@@ -107,5 +110,5 @@ class Hosts:
         }  # fmt: skip
 
 
-def _ip(*words):
+def _ip(*words: object) -> None:
     subprocess.run(["ip", *words], check=True, timeout=20)

@@ -1,10 +1,11 @@
 """The language model of PowerSGD's and CHOCO-SGD's tables, by their recipe, as far as this machine goes."""
 
+import argparse
 import sys
 
-from dllm.data import shards
+from dllm.data.corpus import Corpus
 
-from .results import Table
+from .results import Measured, Table
 from .runs import metrics, run, train
 
 RANKS = 4  # fewer than their 16: a ring needs more than 2
@@ -26,7 +27,7 @@ CONTESTANTS = {  # in the order of their tables
 }  # fmt: skip
 
 
-def papers(options):
+def papers(options: argparse.Namespace) -> Measured:
     """The 3-layer, 650-wide model of PowerSGD's and CHOCO-SGD's papers on WikiText-2: perplexity after equal steps.
 
     Vogels, Karimireddy, Jaggi 2019, "PowerSGD: practical low-rank gradient compression"; Koloskova, Lin, Stich, Jaggi 2020,
@@ -40,7 +41,7 @@ def papers(options):
     interval = max(1, steps // 30)
     steps += -steps % interval  # bytes are told at its multiples
     corpus = _corpus(options)
-    epoch = shards.Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
+    epoch = Corpus(corpus).split("train")["tokens"] / (MODEL["train.lanes"] * MODEL["train.window"])
     table = Table(
         f"WikiText-2 in lower case, {RANKS} ranks, {steps} steps, which is {steps / epoch:.2f} epochs",
         [("method", 12), ("perplexity", 12), ("exp of the loss", 17), ("MiB a step", 12)],

@@ -1,5 +1,6 @@
 """What it costs that ranks may die and that checkpoints are written, and how long it takes to go on after a death."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from functools import partial
 
 from dllm.launching.mpirun import OPENMPI, flavour
 
-from .results import Table, bars, middle, spread
+from .results import Measured, Table, bars, middle, spread
 from .runs import LIMIT, Steps, random_corpus
 from .sizes import SIZES
 
@@ -21,7 +22,7 @@ ALWAYS = 1e-9  # minutes between checkpoints: a new one begins as soon as the on
 RANK = re.compile(rb"(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)")
 
 
-def resilience(options):
+def resilience(options: argparse.Namespace) -> Measured:
     """Throughput where ranks may die (Open MPI), and while checkpoints are written all the time, against neither."""
     table = Table(
         f"The cost of resilience, {options.ranks} ranks",
@@ -53,7 +54,7 @@ def resilience(options):
     return table, data, partial(bars, "GFLOP/s", groups)
 
 
-def recovery(options):
+def recovery(options: argparse.Namespace) -> Measured:
     """Seconds from the death of a rank, in memory (Open MPI), and of all ranks, by the launcher, to the next step."""
     table, data = Table("From a death to the next step, 4 ranks", [("what", 26), ("seconds", 28)]), {}
     corpus = options.work / "corpus"

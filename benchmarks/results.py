@@ -6,28 +6,30 @@ import os
 import pathlib
 import platform
 import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 
-def hardware():
+def hardware() -> str:
     """One line that names the machine."""
     cpu = pathlib.Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def middle(values):
+def middle(values: Sequence[float]) -> float | None:
     """The median of what was measured, None of nothing."""
     return statistics.median(values) if values else None
 
 
-def spread(values, digits=1):
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Median (least - most) of what was measured."""
     if not values:
         return "-"
     return f"{middle(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
-def ratio(one, other):
+def ratio(one: Sequence[float], other: Sequence[float]) -> str:
     """How many times `other` goes into `one`, as text; of medians."""
     return f"{middle(one) / middle(other):.2f} x" if one and other else "-"
 
@@ -38,19 +40,23 @@ class Table:
     columns : (name, width) each
     """
 
-    def __init__(self, title, columns):
+    def __init__(self, title: str, columns: Sequence[tuple[str, int]]) -> None:
         self.title, self.columns, self.rows = title, columns, []
         print(f"\n{title}\n")
         print("".join(f"{name:>{width}}" if i else f"{name:{width}}" for i, (name, width) in enumerate(columns)), flush=True)
 
-    def row(self, *cells):
+    def row(self, *cells: object) -> None:
+        """Show and keep a row."""
         self.rows.append(dict(zip((name for name, _ in self.columns), cells, strict=True)))
         widths = [width for _, width in self.columns]
         pairs = enumerate(zip(cells, widths, strict=True))
         print("".join(f"{cell:>{width}}" if i else f"{cell:{width}}" for i, (cell, width) in pairs), flush=True)
 
 
-def save(folder, command, table, data, draw):
+Measured: TypeAlias = tuple[Table, dict[str, Any], Callable[[Any], object]]  # what was measured, and how to draw it
+
+
+def save(folder: pathlib.Path, command: str, table: Table, data: Any, draw: Callable[[Any], object]) -> list[pathlib.Path]:
     """Write `command`.json and, where matplotlib is there, `command`.png into a folder. Returns the paths.
 
     data : what was measured, as it was measured
@@ -78,7 +84,7 @@ def save(folder, command, table, data, draw):
     return paths
 
 
-def bars(label, groups, axes):
+def bars(label: str, groups: dict[str, dict[str, float | None]], axes: Any) -> None:
     """Bars in groups: name -> {series: value}; label of the axis."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     for i, name in enumerate(series):
@@ -90,7 +96,7 @@ def bars(label, groups, axes):
     axes.set_ylabel(label)
 
 
-def roofline(limits, points, axes):
+def roofline(limits: dict[str, float], points: dict[str, list[tuple[float, float]]], axes: Any) -> None:
     """Speed over operations a byte of memory, below what the machine can do (Williams, Waterman and Patterson 2009).
 
     limits : of ceilings.py; points : series -> [(operations a byte, GFLOP/s)]

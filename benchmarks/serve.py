@@ -15,7 +15,9 @@ import numpy as np
 
 from dllm.config import ModelConfig
 from dllm.model.language_model import LanguageModel
-from dllm.serving.engine import Engine, Request, Token
+from dllm.model.layout import Layout
+from dllm.serving.engine import Engine
+from dllm.serving.requests import Request, Token
 
 from .sizes import SIZES
 
@@ -30,7 +32,7 @@ class Random:
         )
 
     def model(self, window, lanes, team):
-        model = LanguageModel(self.config, self.vocabulary, np.float32, window, lanes, training=False, team=team)
+        model = LanguageModel(Layout(self.config, self.vocabulary, np.float32), window, lanes, training=False, team=team)
         model.bind(np.zeros(model.layout.size, np.float32))
         model.initialise(1)
         return model

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
+    """A language model with as many embedding as hidden units, and what a rank computes of it in a step."""
+
     vocabulary: int
     hidden: int
     layers: int
@@ -11,7 +13,7 @@ class Size(NamedTuple):
     window: int
 
     @property
-    def flops(self):
+    def flops(self) -> int:
         """Floating-point operations of a step on one rank: 6 x active parameters x tokens."""
         active = 8 * self.layers * self.hidden**2 + self.vocabulary * self.hidden
         return 6 * active * self.lanes * self.window

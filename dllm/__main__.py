@@ -2,11 +2,11 @@
 
 import importlib
 import keyword
-import os
 import sys
 
 from . import __version__
 from .errors import BAD_INPUT, DONE
+from .launching.mpirun import launched_rank
 
 COMMANDS = {
     "prepare": "text, or pairs of texts, to a corpus of tokens",
@@ -19,17 +19,17 @@ COMMANDS = {
     "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
     "import": "the same of a PyTorch nn.LSTM",
 }
-RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # where a launcher says it; nothing here needs MPI itself
 
 
-def main():
+def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         module = f"{name}_" if keyword.iskeyword(name) else name
-        return importlib.import_module(f"dllm.{module}").main(sys.argv[2:])
+        code: int = importlib.import_module(f"dllm.{module}").main(sys.argv[2:])
+        return code
     lines = [f"dllm {__version__}: decentralised training of LSTM language models", "", "usage: dllm COMMAND ..."]
     lines += [f"  {command:10}{text}" for command, text in COMMANDS.items()]
-    speaks = next((os.environ[name] for name in RANK if name in os.environ), "0") == "0"
+    speaks = launched_rank() in (None, 0)
     if name in ("-h", "--help", "--version"):
         if speaks:
             print("\n".join(lines[:1] if name == "--version" else [*lines, "", "dllm COMMAND --help tells more."]))

@@ -1,34 +1,50 @@
 """What all commands share: arguments that fail in one line, exit codes, and one rank that speaks."""
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Never
 
+from .comm import runtime
 from .errors import BAD_INPUT, UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print usage and exit; silent on all ranks but 0."""
 
-    def __init__(self, command, description, epilog, rank=0):
+    def __init__(self, command: str, description: str | None, epilog: str, rank: int = 0) -> None:
         super().__init__(
-            prog=f"python -m dllm.{command}", description=description, epilog=epilog, allow_abbrev=False,
+            prog=f"python -m dllm.{command}",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         self.rank = rank
 
-    def error(self, message):
+    def error(self, message: str) -> Never:
+        """Raise UserError."""
         raise UserError(f"{message}; {self.prog} --help shows the options")
 
-    def _print_message(self, message, file=None):
+    def _print_message(self, message: str, file: Any = None) -> None:
         if self.rank == 0:
             super()._print_message(message, file)
 
 
-def run(command, argv=None, comm=None):
-    """command(argv) with its exit code; a UserError that all ranks share is printed by rank 0, and all leave with 2."""
+def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, comm: MPI.Comm | None = None) -> int:
+    """command(argv) with its exit code; a UserError that all ranks share is printed by rank 0, and all leave with 2.
+
+    argv : the arguments; None: those of the process
+    comm : of the ranks that run the command; None: it is the work of one process
+    """
     try:
-        return command(sys.argv[1:] if argv is None else argv)
+        return command(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
@@ -43,14 +59,20 @@ def run(command, argv=None, comm=None):
             atexit.unregister(colorama.reset_all)
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number of at least `least`."""
+def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None) -> int:
+    """`run` of a command that all ranks of a job run together: command(argv, comm), with MPI's world."""
+    comm = runtime.world()
+    return run(lambda words: command(words, comm), argv, comm)
 
-    def convert(text):
+
+def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `least`, whole where kind is int."""
+
+    def convert(text: str) -> float:
         value = kind(text)
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
         return value
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = getattr(kind, "__name__", "number")  # argparse's message names it
     return convert

@@ -1,14 +1,23 @@
 """Measure a trained model on a split: mpirun -n N python -m dllm.evaluate MODEL. The last line is JSON."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from . import cli
 from .comm import runtime
-from .comm.node_info import find_node, leader_first
+from .comm.node_info import NodeInfo, find_node, leader_first
 from .config import is_private
-from .errors import DONE, UserError
+from .errors import DONE, UserError, reason
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from .inference.loaded_model import LoadedModel
 
 EPILOG = """
 examples
@@ -27,103 +36,100 @@ needs pip install 'dllm[tasks]'.
 """
 
 
-def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: evaluate(argv, comm), argv, comm)
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    return cli.collective(evaluate, argv)
 
 
-def evaluate(argv, comm):
+def evaluate(argv: list[str], comm: MPI.Comm) -> int:
+    """Measure a model on a split, or on pairs. Collective."""
     with runtime.together(comm):
-        parser = cli.Parser("evaluate", __doc__, EPILOG, comm.rank)
-        parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
-        parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare (default: the run's)")
-        parser.add_argument("--split", default="test", help="default: test")
-        parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")
-        parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
-        parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
-        parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, a line for each source")
-        options = parser.parse_args(argv)
-        if options.pairs is not None and len(options.pairs) not in (0, 2):
-            parser.error("argument --pairs: it takes SRC and TGT, or nothing")
-        if options.write and options.pairs is None:
-            parser.error("--write goes with --pairs")
+        options = _options(argv, comm.rank)
     runtime.check_same(comm, vars(options))
-    place = find_node(comm)
+    node = find_node(comm)
 
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
-    from .inference.generation import Evaluation
-    from .inference.loaded_model import Bundle
-    from .kernels.team import Team
-    from .training.warmup import warm_up
+    from .inference.loaded_model import LoadedModel
 
-    bundle = runtime.agree(comm, Bundle.open, options.model, options.checkpoint == "best")
-    settings = bundle.settings
-    if options.pairs is not None:
-        return _evaluate_pairs(comm, place, options, bundle)
-    if options.lanes:
-        settings = replace(settings, train=replace(settings.train, eval_lanes=options.lanes))
-    path = options.data or bundle.data
-    if path is None:
-        raise UserError.of_all(f"{options.model} does not say where its corpus is: give one by --data DIR")
-    corpus = open_corpus(comm, place, path, lambda text: None)
-    with runtime.together(comm):
-        corpus.check_vocabulary(tokenizer_hash(bundle.tokenizer), options.model)
-        corpus.split(options.split)
-    with leader_first(place):
-        warm_up(settings)
-    evaluation = Evaluation(comm, corpus, options.split, settings, bundle.dtype, is_private(path), Team(place.threads))
-    result = evaluation.run(bundle.theta(evaluation.model.layout))
-    if comm.rank == 0:
-        print(f"{options.model}, {bundle.origin}, {options.split} split in windows of {settings.train.window}")
-        print(json.dumps(result), flush=True)
+    model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
+    measure = _measure_split if options.pairs is None else _measure_pairs
+    measure(comm, node, options, model)
     runtime.finish(comm)
     return DONE
 
 
-def _evaluate_pairs(comm, place, options, bundle):
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
-    from .files import storage
-    from .inference import answering
+def _options(argv: list[str], rank: int) -> argparse.Namespace:
+    parser = cli.Parser("evaluate", __doc__, EPILOG, rank)
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
+    parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare (default: the run's)")
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
+    parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
+    parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, a line for each source")
+    options = parser.parse_args(argv)
+    if options.pairs is not None and len(options.pairs) not in (0, 2):
+        parser.error("argument --pairs: it takes SRC and TGT, or nothing")
+    if options.write and options.pairs is None:
+        parser.error("--write goes with --pairs")
+    return options
+
+
+def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
+    """Print the loss of a split."""
+    from .inference.evaluation import Evaluation, corpus_of
     from .kernels.team import Team
     from .training.warmup import warm_up
 
-    settings, tokenizer = bundle.settings, bundle.tokenizer
-    path = options.data or bundle.data
+    settings, split = model.settings, options.split
+    if options.lanes:
+        settings = replace(settings, train=replace(settings.train, eval_lanes=options.lanes))
+    corpus, private = corpus_of(comm, node, model, options.model, data=options.data, split=split)
+    with leader_first(node):
+        warm_up(settings)
+    result = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads)).run(model.vector)
+    if comm.rank == 0:
+        print(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}")
+        print(json.dumps(result), flush=True)
+
+
+def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
+    """Print how good the targets are that the model gives, and write them to a file where that is wanted."""
+    from .files import storage
+    from .inference import answering
+    from .inference.evaluation import corpus_of
+    from .kernels.team import Team
+    from .training.warmup import warm_up
+
+    tokenizer, train = model.tokenizer, model.settings.train
     with runtime.together(comm):
         answering.check_scorers()
         if not tokenizer.pairs:
             raise UserError(f"{options.model} was not trained on pairs: dllm.prepare --pairs makes data for that")
-        if not options.pairs and path is None:
-            raise UserError(f"{options.model} does not say where its corpus is: give one by --data DIR, or --pairs SRC TGT")
-        if not options.pairs and is_private(path):
+        if not options.pairs and is_private(options.data or model.data or ""):
             raise UserError("every rank has pairs of its own, which stay there: give --pairs SRC TGT, or --data DIR")
     if options.pairs:
-        pairs = runtime.agree(comm, answering.read_files, *options.pairs, tokenizer)
+        source, target = options.pairs
+        pairs = runtime.agree(comm, answering.read_files, source, target, tokenizer)
     else:
-        corpus = open_corpus(comm, place, path, lambda text: None)
-        with runtime.together(comm):
-            corpus.check_vocabulary(tokenizer_hash(tokenizer), options.model)
-            pairs = answering.read_split(corpus, options.split)
-    with leader_first(place):
-        warm_up(settings)
-    lanes, window = options.lanes or settings.train.eval_lanes or settings.train.lanes, settings.train.window
+        known = {"data": options.data, "split": options.split, "otherwise": ", or --pairs SRC TGT"}
+        corpus, _ = corpus_of(comm, node, model, options.model, **known)
+        pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
+    with leader_first(node):
+        warm_up(model.settings)
+    lanes = options.lanes or train.eval_lanes or train.lanes
     with runtime.together(comm):
-        model = bundle.model(window, lanes, Team(place.threads))
-    texts, losses = answering.solve(comm, model, tokenizer, pairs, lanes, limit=window)
+        language_model = model.model(train.window, lanes, Team(node.threads))
+    texts, losses = answering.solve(comm, language_model, tokenizer, pairs, lanes, limit=train.window)
     with runtime.together(comm):
         if comm.rank == 0:
             if options.write:
                 try:
                     storage.write_text(options.write, "".join(text + "\n" for text in texts))
                 except OSError as error:
-                    raise UserError(f"cannot write --write {options.write}: {error.strerror}") from None
+                    raise UserError(f"cannot write --write {options.write}: {reason(error)}") from None
             what = options.pairs[0] if options.pairs else options.split
-            print(f"{options.model}, {bundle.origin}, {len(pairs):,} pairs of {what}, at most {window} tokens each")
+            print(f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each")
             print(json.dumps({"split": what, **answering.measure(pairs, texts, losses)}), flush=True)
-    runtime.finish(comm)
-    return DONE
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
 """Make a model folder of a run, for use anywhere: python -m dllm.export RUN --out MODEL."""
 
+from __future__ import annotations
+
+import argparse
 import pathlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import cli, config
-from .comm import runtime
-from .comm.node_info import find_node
+from .comm.node_info import NodeInfo, find_node
+from .data.corpus import Corpus
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
 from .errors import DONE, UserError
-from .inference import loaded_model as folders
-from .inference import model_card
-from .inference.loaded_model import Bundle
+from .files import safetensors
+from .inference import model_card, model_folder
+from .inference.loaded_model import LoadedModel
 from .kernels.gemm import aligned
+from .kernels.types import Array
 from .model import torch_weights
 from .model.layout import Layout
 from .runs import checkpoint
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 EPILOG = """
 examples
@@ -31,7 +39,7 @@ model comes from. Perplexity is measured before and after on the run's corpus, w
 """
 
 
-def arguments(argv):
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("export", __doc__, EPILOG)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model")
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
@@ -43,49 +51,51 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: export(argv, comm), argv, comm)
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    return cli.collective(export, argv)
 
 
-def export(argv, comm):
+def export(argv: list[str], comm: MPI.Comm) -> int:
+    """Write the model folder of a run; on one rank."""
     if comm.size > 1:
         raise UserError.of_all("export is the work of one process: start it without mpirun")
     options = arguments(argv)
-    folders.check_free(options.out)
-    source = Bundle.open(options.run, options.checkpoint == "best")
+    model_folder.check_free(options.out)
+    source = LoadedModel.open(options.run, options.checkpoint == "best")
     for warning in source.warnings:
         _say(warning)
-    layout = Layout(source.config, source.tokenizer.size, source.dtype)
+    layout = source.layout
     vector, step = source.vector, source.scalars.get("step")
     if options.average:
         vector, step = _average(options, source, layout)
     tensors = torch_weights.read_vector(layout, vector)
     torch_weights.check_finite(options.run, tensors)
-    data = torch_weights.pack(torch_weights.encode(tensors, options.weights))
-    result = folders.flat(source.config, source.tokenizer.size, torch_weights.decode(torch_weights.unpack(data, options.out)))
+    data = safetensors.pack(torch_weights.encode(tensors, options.weights))
+    stored = torch_weights.decode(safetensors.unpack(data, options.out))
+    result = model_folder.flat(source.config, source.tokenizer.size, stored)
 
-    place = find_node(comm)
-    corpus = _corpus(options, source, comm, place)
-    measured = [] if corpus is None else [_measure(options.split or "valid", source, result, corpus, comm, place)]
-    facts = folders.describe(source.settings, source.tokenizer, options.weights, data)
+    node = find_node(comm)
+    corpus = _corpus(options, source, comm, node)
+    measured = [] if corpus is None else [_measure(options.split or "valid", source, result, corpus, comm, node)]
+    facts = model_folder.describe(source.settings, source.tokenizer, options.weights, data)
     facts |= _origin(source, step, options.average or 1, None if options.data else corpus, measured)
-    folders.write(options.out, data, source.tokenizer, facts)
+    model_folder.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{options.out}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
     print(f"try it: python -m dllm.generate {options.out} {model_card.question(source.tokenizer)}")
     return DONE
 
 
-def _say(text):
+def _say(text: str) -> None:
     print(f"dllm: {text}", file=sys.stderr)
 
 
-def _average(options, source, layout):
+def _average(options: argparse.Namespace, source: LoadedModel, layout: Layout) -> tuple[Array, int]:
     """The mean of a run's last K checkpoints, added up in float64, and the step of the newest."""
     if not source.scalars:
         raise UserError(f"--average: {options.run} is a model folder, it has no checkpoints")
-    total, newest, count = np.zeros(layout.size), None, 0
+    total, newest, count = np.zeros(layout.size), 0, 0
     for found in checkpoint.available(options.run)[0]:
         try:
             found.verify()
@@ -98,7 +108,7 @@ def _average(options, source, layout):
         total += theta
         newest, count = newest or found.step, count + 1
         if count == options.average:
-            mean = aligned((layout.size,), source.dtype)
+            mean: Array = aligned((layout.size,), source.dtype)
             mean[:] = total / count
             return mean, newest
     raise UserError(
@@ -107,20 +117,15 @@ def _average(options, source, layout):
     )
 
 
-def _corpus(options, source, comm, place):
+def _corpus(options: argparse.Namespace, source: LoadedModel, comm: MPI.Comm, node: NodeInfo) -> Corpus | None:
     """The Corpus to measure on, or None, and then it was said why: where the user names one, it must be there."""
-    from .data.preparation import open_corpus
-    from .data.shards import tokenizer_hash
+    from .inference.evaluation import corpus_of
 
-    path = options.data or source.data
     try:
-        if path is None:
-            raise UserError(f"{options.run} does not say where its corpus is; --data DIR would")
-        if config.is_private(path):
+        path = options.data or source.data
+        if path and config.is_private(path):
             raise UserError(f"the corpus {path} is in parts; --data DIR would name one")
-        corpus = open_corpus(comm, place, path, lambda text: None)
-        corpus.check_vocabulary(tokenizer_hash(source.tokenizer), options.run)
-        corpus.split(options.split or "valid")
+        corpus, _ = corpus_of(comm, node, source, options.run, data=options.data, split=options.split or "valid")
         return corpus
     except UserError as error:
         if options.data or options.split:
@@ -129,12 +134,12 @@ def _corpus(options, source, comm, place):
         return None
 
 
-def _measure(split, source, result, corpus, comm, place):
+def _measure(split: str, source: LoadedModel, result: Array, corpus: Corpus, comm: MPI.Comm, node: NodeInfo) -> dict[str, Any]:
     """Perplexity before and after, as an entry of config.json; printed."""
-    from .inference.generation import Evaluation
+    from .inference.evaluation import Evaluation
     from .kernels.team import Team
 
-    settings, team, found = source.settings, Team(place.threads), []
+    settings, team, found = source.settings, Team(node.threads), list[dict[str, Any]]()
     for vector in (source.vector, result):
         evaluation = Evaluation(comm, corpus, split, settings, vector.dtype, team=team)
         found.append(evaluation.run(vector))
@@ -143,10 +148,14 @@ def _measure(split, source, result, corpus, comm, place):
     return {"split": split, "tokens": found[0]["tokens"], "before": before, "after": after, "corpus": corpus.hash}
 
 
-def _origin(source, step, averaged, corpus, measured):
+def _origin(
+    source: LoadedModel, step: int | None, averaged: int, corpus: Corpus | None, measured: list[dict[str, Any]]
+) -> dict[str, Any]:
     """What config.json says of where the model comes from. Paths of this machine are not in it."""
     if source.facts:
-        known = {name: source.facts[name] for name in ("embedded", "training", "imported") if name in source.facts}
+        known: dict[str, Any] = {
+            name: source.facts[name] for name in ("embedded", "training", "imported") if name in source.facts
+        }
         if "training" in known:
             known["training"] = known["training"] | {"measured": measured or known["training"]["measured"]}
         return known
@@ -160,10 +169,10 @@ def _origin(source, step, averaged, corpus, measured):
     return {"embedded": path == "", "training": training}
 
 
-def _tokens_seen(train, scalars, corpus):
+def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
     """Tokens that training has predicted when the checkpoint was written."""
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
-    return scalars["epoch"] * schedule.per_epoch + sum(map(schedule.tokens, range(scalars["window"])))
+    return int(scalars["epoch"]) * schedule.per_epoch + sum(schedule.tokens(window) for window in range(scalars["window"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
 """Continue a text with a trained model: python -m dllm.generate MODEL --prompt "..."."""
 
-import codecs
+from __future__ import annotations
+
+import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from . import cli
 from .errors import DONE, UserError
+
+if TYPE_CHECKING:
+    from .data.tokenizers import Tokenizer
+    from .kernels.types import Array
 
 EPILOG = """
 examples
@@ -17,11 +24,43 @@ examples
 """
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     return cli.run(generate, argv)
 
 
-def generate(argv):
+def generate(argv: list[str]) -> int:
+    """Print what follows a prompt or a source, token by token or as JSON."""
+    options = _options(argv)
+
+    from .inference.generation import Sampling, continuation, decode
+    from .inference.loaded_model import LoadedModel
+
+    model = LoadedModel.open(options.model, options.checkpoint == "best")
+    for warning in model.warnings:
+        print(f"dllm: {warning}", file=sys.stderr)
+    prompt, temperature = _prompt(options, model.tokenizer), options.temperature
+    if temperature is None:
+        temperature = Sampling.temperature if options.source is None else 0
+    sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+
+    def show(text: str) -> None:
+        if not options.json:
+            print(text, end="", flush=True)
+
+    show(options.prompt)
+    text, tokens = "", []
+    for token, piece in decode(model.tokenizer, continuation(model, prompt, options.tokens, sampling, options.beams)):
+        show(piece)
+        text += piece
+        tokens += [] if token is None else [token]
+    show("\n")
+    if options.json:
+        given = {"prompt": options.prompt} if options.source is None else {"source": options.source}
+        print(json.dumps({**given, "text": text, "tokens": tokens}, ensure_ascii=False))
+    return DONE
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("generate", __doc__, EPILOG)
     parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: the start of a line)")
@@ -43,41 +82,10 @@ def generate(argv):
         parser.error("give either --prompt or --source")
     if options.top_p > 1:
         parser.error("argument --top-p: it is a probability, at most 1")
-
-    from .inference.generation import beam_search, sample
-    from .inference.loaded_model import Bundle
-
-    bundle = Bundle.open(options.model, options.checkpoint == "best")
-    tokenizer = bundle.tokenizer
-    for warning in bundle.warnings:
-        print(f"dllm: {warning}", file=sys.stderr)
-    prompt, temperature, model = _prompt(options, tokenizer), options.temperature, bundle.model(64)
-    if temperature is None:
-        temperature = 0.8 if options.source is None else 0
-    if options.beams:
-        found, _ = beam_search(model, prompt, options.tokens, options.beams, end=tokenizer.end)
-    else:
-        found = sample(model, prompt, options.tokens, options.seed, temperature, options.top_k, options.top_p)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
-    show = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
-    show(options.prompt)
-    text, tokens = "", []
-    for token in found:
-        if token == tokenizer.end:
-            break
-        tokens.append(token)
-        piece = decoder.decode(tokenizer.decode([token]))
-        show(piece)
-        text += piece
-    text += (rest := decoder.decode(b"", final=True))
-    show(rest + "\n")
-    if options.json:
-        given = {"prompt": options.prompt} if options.source is None else {"source": options.source}
-        print(json.dumps({**given, "text": text, "tokens": tokens}, ensure_ascii=False))
-    return DONE
+    return options
 
 
-def _prompt(options, tokenizer):
+def _prompt(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
     """Token numbers that the model reads before it says anything. Raises UserError."""
     from .inference.answering import prompt
     from .inference.generation import start_tokens

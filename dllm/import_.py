@@ -1,5 +1,7 @@
 """Make a model folder of a PyTorch model: dllm import MODULE.safetensors --tokenizer FILE --out MODEL."""
 
+from __future__ import annotations
+
 import pathlib
 import re
 import sys
@@ -7,11 +9,12 @@ import sys
 import numpy as np
 
 from . import cli, config
-from .data import shards, tokenizers
+from .data import tokenizer_files, tokenizers
 from .errors import DONE, UserError
-from .files import storage
-from .inference import loaded_model as folders
+from .files import safetensors, storage
+from .inference import model_folder
 from .model import torch_weights
+from .model.torch_weights import Tensors
 
 EPILOG = """
 MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, named embedding, lstm and output, or encoder,
@@ -25,46 +28,47 @@ OURS = {"embedding": "embedding", "encoder": "embedding", "output": "output", "d
 KNOWN = re.compile(r"lstm\.(weight|bias)_(ih|hh)_l\d+|embedding\.weight|output\.(weight|bias)")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     return cli.run(import_, argv)
 
 
-def import_(argv):
+def import_(argv: list[str]) -> int:
+    """Write the model folder of a state dict."""
     parser = cli.Parser("import_", __doc__, EPILOG)
     parser.add_argument("module", metavar="MODULE.safetensors", help="the state dict")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a tokenizer.json, or a folder that has one")
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
     options = parser.parse_args(argv)
-    folders.check_free(options.out)
+    model_folder.check_free(options.out)
     tokenizer = _tokenizer(options.tokenizer)
-    tensors = _renamed(torch_weights.decode(torch_weights.read(options.module)), options.module)
+    tensors = _renamed(torch_weights.decode(safetensors.read(options.module)), options.module)
     torch_weights.check_finite(options.module, tensors)
     settings, tensors = _complete(tensors, options.module)
     vocabulary = len(tensors["output.bias"])
     if vocabulary != tokenizer.size:
         raise UserError(f"{options.module} has a vocabulary of {vocabulary}, {options.tokenizer} one of {tokenizer.size}")
-    data = torch_weights.pack(tensors)
-    facts = folders.describe(settings, tokenizer, "fp32", data) | {"imported": pathlib.Path(options.module).name}
-    folders.write(options.out, data, tokenizer, facts)
+    data = safetensors.pack(tensors)
+    facts = model_folder.describe(settings, tokenizer, "fp32", data) | {"imported": pathlib.Path(options.module).name}
+    model_folder.write(options.out, data, tokenizer, facts)
     print(f"{options.out}: {facts['parameters']:,} parameters, of {facts['model']}")
     return DONE
 
 
-def _tokenizer(path):
+def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Of a tokenizer.json or of a folder that has one."""
     if pathlib.Path(path).is_dir():
-        return shards.load_tokenizer(path)
+        return tokenizer_files.load_tokenizer(path)
     return tokenizers.load(storage.read_json(path, ["kind"]), path)
 
 
-def _renamed(tensors, source):
-    """The tensors under the names of weights.py. Raises UserError that names the first that cannot be."""
+def _renamed(tensors: Tensors, source: str) -> Tensors:
+    """The tensors under PyTorch's names here (model/torch_weights.py). Raises UserError that names the first that cannot be."""
     first = [name for name in tensors if name.endswith("weight_hh_l0")]
     if len(first) != 1:
         raise UserError(f"{source} has {len(first)} tensors named weight_hh_l0, a model with an LSTM has one")
     lstm = first[0].removesuffix("weight_hh_l0")
     above = lstm[:-1].rpartition(".")[0]
-    prefix, found = above and above + ".", {}
+    prefix, found = above and above + ".", Tensors()
     for name, tensor in tensors.items():
         if "_reverse" in name:
             raise UserError(f"{source} has {name!r:.80}: a bidirectional LSTM sees what comes next, it cannot predict it")
@@ -79,17 +83,18 @@ def _renamed(tensors, source):
     return found
 
 
-def _our_name(name, lstm, prefix):
+def _our_name(name: str, lstm: str, prefix: str) -> str:
+    """PyTorch's name here of a tensor; lstm, prefix: what stands before the names of the LSTM, and of all modules."""
     if name.startswith(lstm):
         return "lstm." + name.removeprefix(lstm)
     module, _, rest = name.removeprefix(prefix).rpartition(".")
     return f"{OURS.get(module, module)}.{rest}"
 
 
-def _complete(tensors, source):
-    """The Config that the shapes say, and all tensors in the order of weights.py; biases that are not there are zeros."""
+def _complete(tensors: Tensors, source: str) -> tuple[config.Config, Tensors]:
+    """The Config that the shapes say, and all tensors in the order of files; biases that are not there are zeros."""
     settings, V = _settings(tensors, source)
-    wanted, found = torch_weights.shapes(settings.model, V), {}
+    wanted, found = torch_weights.shapes(settings.model, V), Tensors()
     for name, shape in wanted.items():
         if name not in tensors and ".bias" not in name:
             raise UserError(f"{source} has no {name}")
@@ -102,7 +107,7 @@ def _complete(tensors, source):
     return settings, found
 
 
-def _settings(tensors, source):
+def _settings(tensors: Tensors, source: str) -> tuple[config.Config, int]:
     """The Config of the model that has these shapes, and V."""
     for name, tensor in tensors.items():
         if tensor.ndim != (1 if ".bias" in name else 2) or not tensor.size:
@@ -115,7 +120,7 @@ def _settings(tensors, source):
     if embedding is None and output is None:
         raise UserError(f"{source} has no output.weight: it takes an output layer to predict a token")
     tied = output is None or (embedding is not None and np.array_equal(embedding, output))
-    V, E = len(embedding if tied else output), 0 if embedding is None else embedding.shape[1]
+    V, E = len(tensors["embedding.weight" if tied else "output.weight"]), 0 if embedding is None else embedding.shape[1]
     if tied and E != H:
         raise UserError(f"{source} has no output.weight, and an embedding of {E} cannot serve where H is {H}")
     second = any(tensor.any() for name, tensor in tensors.items() if "bias_hh" in name)

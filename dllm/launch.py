@@ -1,15 +1,17 @@
 """Start a training job under mpirun, watch it, and bring it back until it is done: dllm launch -n N -- TRAIN ARGUMENTS."""
 
-import math
-import signal
+from __future__ import annotations
+
+import argparse
 import sys
-import time
+from collections.abc import Sequence
 
 from . import cli
-from .errors import BAD_INPUT, DONE, STOPPED_EARLY, UserError
+from .errors import DONE, UserError
 from .launching import mpirun
-from .launching.job import LONGER, START, Job
-from .runs import ownership, run_folder
+from .launching.supervisor import say
+from .launching.training import TrainingSupervisor
+from .runs import run_folder
 from .training.options import train_config, train_options
 
 EPILOG = """
@@ -24,11 +26,10 @@ Under Open MPI the job goes on without a rank that dies. Where that is not possi
 anew from its newest whole checkpoint, on the hosts that answer. Ctrl-C once: a checkpoint, then the end (exit code 75); twice:
 the end now. `dllm resize RUN -n M` goes on with M ranks.
 """
-PAUSE = 1.0  # seconds before a job is started anew
-GRACE = 10.0  # seconds that a job gets to end by itself once its end is due
 
 
-def arguments(argv):
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, read. Raises UserError."""
     parser = cli.Parser("launch", __doc__, EPILOG)
     parser.add_argument(
         "-n", "--ranks", type=cli.at_least(1), metavar="N", help="default: one a core, or as the hosts have slots"
@@ -48,11 +49,13 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
     return cli.run(launch, argv)
 
 
-def launch(argv):
+def launch(argv: Sequence[str]) -> int:
+    """Exit code of the supervisor. Raises UserError where the job need not be started to know that it cannot be."""
     options = arguments(argv)
     wanted = train_options(options.train)
     if wanted.resume:
@@ -64,120 +67,14 @@ def launch(argv):
     if options.run and (options.resume or wanted.out):
         raise UserError("--run RUN names the folder: leave out --resume and --out")
     if options.run and run_folder.is_done(options.run):
-        say(f"{options.run} is done")
+        say("launch", f"{options.run} is done")
         return DONE
     train_config(wanted)  # what is wrong with them is said here, once
     hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
     run = options.run or options.resume or run_folder.new_name(wanted.out, wanted.preset or "default")
     if options.resume:
         run_folder.not_done(run)  # an older end is not this job's
-    launcher = Launcher(options, wanted, hosts, run)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: launcher.job.stop())
-    return launcher.supervise()
-
-
-class Launcher:
-    """The training job of a run, started as often as it takes."""
-
-    def __init__(self, options, wanted, hosts, run):
-        self.options, self.wanted, self.hosts, self.run = options, wanted, hosts, run
-        self.cores = mpirun.cores()
-        self.ranks, self.before = options.ranks or sum(hosts.values()) or self.cores, None  # before a resize
-        self.job = Job(say)
-
-    def supervise(self):
-        """Exit code of the launcher: DONE, STOPPED_EARLY, BAD_INPUT, or 1 where it gave up."""
-        failures, last, hosts = 0, run_folder.newest_step(self.run), self.hosts
-        while True:
-            begin, ranks, owner = time.monotonic(), self.ranks, ownership.owner(self.run)
-            code = self._once(hosts, START * min(2**failures, LONGER))
-            step = run_folder.newest_step(self.run)
-            if run_folder.is_done(self.run):
-                return DONE
-            if self.job.stops:
-                return STOPPED_EARLY if step is not None else 1
-            if ownership.owner(self.run) not in (None, owner) and not self._is_ours():
-                say(f"another job has taken over {self.run}: this one ends")
-                return BAD_INPUT
-            whence = "from the beginning" if step is None else f"from step {step}"
-            if self.ranks != ranks:
-                say(f"going on with {self.ranks} ranks {whence}")
-                failures, last = 0, step
-                continue
-            if code == STOPPED_EARLY:
-                return STOPPED_EARLY
-            if self.before and step == last:
-                say(f"{self.ranks} ranks get nowhere; going back to {self.before}")
-                self.ranks, self.before = self.before, None
-                continue
-            if code == BAD_INPUT and step == last:
-                return BAD_INPUT
-            if step != last:
-                failures, last, self.before = 0, step, None
-            failures += 1
-            what = f"after {time.monotonic() - begin:.0f} s (mpirun's exit code {code})"
-            if failures > self.options.retries:
-                say(f"the job ended {what}, {failures} times without getting further: giving up; see the messages above")
-                return 1
-            say(f"the job ended {what}; starting it again {whence}, attempt {failures} of {self.options.retries}")
-            time.sleep(PAUSE)
-            hosts = self._answering()
-
-    def _answering(self):
-        """The hosts to start on again."""
-        found = mpirun.answering(self.hosts) if self.hosts else {}
-        if set(found) != set(self.hosts):
-            say(f"going on without {', '.join(sorted(set(self.hosts) - set(found)))}, which did not answer")
-        return found or self.hosts
-
-    def _once(self, hosts, patience):
-        """Run mpirun to its end. Returns its exit code."""
-        ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
-        command = [*mpirun.command(ranks, self.cores, hosts, ownership.JOB), sys.executable, "-m", "dllm.train"]
-        self.done = math.inf  # when the run was
-        words, variables = [*command, *self._train_arguments()], mpirun.environment(detect=len(hosts) > 1)
-        return self.job.run(words, variables, hosts, self._due, patience)
-
-    def _due(self, lasted):
-        """Whether a job that was started so many seconds ago shall be ended."""
-        if run_folder.is_done(self.run):
-            self.done = min(self.done, lasted)
-            return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
-        self._take_wish()
-        silence = min(lasted, time.time() - ownership.beaten(self.run) if self._is_ours() else math.inf)
-        if silence > self.options.silence:
-            say(f"nothing was heard of the job for {silence:.0f} s: ending it")
-        return silence > self.options.silence
-
-    def _take_wish(self):
-        """Somebody wants another number of ranks: dllm resize."""
-        wanted = run_folder.take_wish(self.run)
-        if wanted and wanted != self.ranks:
-            self.before, self.ranks = self.ranks, wanted
-            self.job.ask()  # a checkpoint, then the end
-
-    def _is_ours(self):
-        """Whether the run's folder was last taken by a job of this launcher."""
-        return (ownership.owner(self.run) or "").startswith(f"{self.job.mark}.")
-
-    def _train_arguments(self):
-        wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
-        for name, value in (("--max-steps", wanted.max_steps), ("--max-seconds", wanted.max_seconds), ("--data", wanted.data)):
-            words += [name, str(value)] if value else []
-        for setting in wanted.set:
-            words += ["--set", setting]
-        if self.options.resume or run_folder.newest_step(self.run) is not None:
-            return [*words, "--resume", self.run]
-        run_folder.begin_anew(self.run)
-        for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
-            words += [name, value] if value else []
-        return [*words, "--out", self.run]
-
-
-def say(text):
-    sys.stderr.write(f"dllm launch: {text}\n")
-    sys.stderr.flush()
+    return TrainingSupervisor(options, wanted, hosts, run).supervise()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
 """Turn text, or pairs of texts, into a corpus: manifest.json, tokenizer.json, HDF5 shards. Under mpirun ranks share it."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import cli, config
 from .comm import runtime
+from .data import text
+from .data.corpus import Corpus
+from .data.pairs import Pairing
+from .data.preparation import prepare_corpus
 from .data.tokenizers import KINDS
 from .errors import DONE, UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 SPLITS = ("train", "valid", "test")
 EPILOG = """
@@ -33,46 +45,47 @@ tokenizers
 """
 
 
-def main(argv=None):
-    comm = runtime.world()
-    return cli.run(lambda argv: prepare(argv, comm), argv, comm)
+def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, dict[str, list[Any]]]:
+    """The options, and {split: paths}, with --pairs {split: (source, target) paths}. Raises UserError."""
+    parser = cli.Parser("prepare", __doc__, EPILOG, rank)
+    for split in SPLITS:
+        parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
+    for split in SPLITS:
+        name = "--pairs" if split == "train" else f"--{split}-pairs"
+        parser.add_argument(
+            name, nargs=2, action="append", default=[], metavar=("SRC", "TGT"), help=f"{split} pairs; may be repeated"
+        )
+    parser.add_argument("--tokenizer", choices=list(KINDS), required=True)
+    parser.add_argument("--vocab-size", type=cli.at_least(1), default=0, metavar="N", help="at most N tokens")
+    parser.add_argument("--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out")
+    parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs (default 1)")
+    parser.add_argument(
+        "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
+    options = parser.parse_args(argv)
+    return options, _splits(parser, options)
 
 
-def prepare(argv, comm):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command. Collective."""
+    return cli.collective(prepare, argv)
+
+
+def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
+    """Exit code once the corpus is there. Collective. Raises UserError."""
     with runtime.together(comm):
-        parser = cli.Parser("prepare", __doc__, EPILOG, comm.rank)
-        for split in SPLITS:
-            parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
-        for split in SPLITS:
-            name = "--pairs" if split == "train" else f"--{split}-pairs"
-            parser.add_argument(
-                name, nargs=2, action="append", default=[], metavar=("SRC", "TGT"), help=f"{split} pairs; may be repeated"
-            )
-        parser.add_argument("--tokenizer", choices=list(KINDS), required=True)
-        parser.add_argument("--vocab-size", type=cli.at_least(1), default=0, metavar="N", help="at most N tokens")
-        parser.add_argument(
-            "--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out"
-        )
-        parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
-        parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs (default 1)")
-        parser.add_argument(
-            "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
-        )
-        parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
-        options = parser.parse_args(argv)
-        splits = _splits(parser, options)
-        private = config.is_private(options.out)
+        options, splits = arguments(argv, comm.rank)
+    private = config.is_private(options.out)
     if private:
-        splits = {name: _with_rank(paths, comm.rank) for name, paths in splits.items()}
+        splits = {name: _of_rank(paths, comm.rank) for name, paths in splits.items()}
     if options.deal:
         splits = runtime.agree(comm, _deal, splits, comm.size, options)[comm.rank]
-    out = options.out.replace("{rank}", str(comm.rank))
-    pairing = {"seed": options.seed, "longest": options.longest} if options.pairs else None
+    out = config.path_of_rank(options.out, comm.rank)
+    pairing = Pairing(options.seed, options.longest) if options.pairs else None
 
-    from .data.preparation import prepare as prepare_corpus
-    from .data.shards import Corpus
-
-    def say(text):
+    def say(text: str) -> None:
         if comm.rank == 0:
             print(text, flush=True)
 
@@ -97,8 +110,8 @@ def prepare(argv, comm):
     return DONE
 
 
-def _splits(parser, options):
-    """{split: paths}, with --pairs {split: (source, target) paths}. Raises UserError where options contradict each other."""
+def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Raises UserError where options contradict each other."""
     if bool(options.train) == bool(options.pairs):
         parser.error("give either --train or --pairs")
     suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
@@ -119,23 +132,22 @@ def _splits(parser, options):
     return splits
 
 
-def _with_rank(paths, rank):
-    """Paths, or pairs of paths, with the rank's number for {rank}."""
-    return [path.replace("{rank}", str(rank)) if isinstance(path, str) else _with_rank(path, rank) for path in paths]
+def _of_rank(paths: list[Any], rank: int) -> list[Any]:
+    """Paths, or pairs of paths, as they are on a rank."""
+    return [config.path_of_rank(path, rank) if isinstance(path, str) else _of_rank(path, rank) for path in paths]
 
 
-def _deal(splits, ranks, options):
-    """For each rank {split: spans}."""
-    from .data import text
-
-    shares = {
-        "evenly": text.evenly,
-        "files": text.by_file,
-        "dirichlet": lambda paths, ranks: text.by_dirichlet(paths, ranks, options.alpha, options.seed),
-    }
+def _deal(splits: dict[str, list[str]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
+    """For each rank {split: spans}. Raises UserError."""
     dealt = {}
     for name, paths in splits.items():
-        dealt[name] = text.deal_out(paths, shares[options.deal if name == "train" else "evenly"](paths, ranks))
+        if name != "train" or options.deal == "evenly":
+            shares = text.evenly(paths, ranks)
+        elif options.deal == "files":
+            shares = text.by_file(paths, ranks)
+        else:
+            shares = text.by_dirichlet(paths, ranks, options.alpha, options.seed)
+        dealt[name] = text.deal_out(paths, shares)
         empty = next((rank for rank, spans in enumerate(dealt[name]) if not spans), None)
         if empty is not None:
             hint = {"evenly": "", "files": ", or more files", "dirichlet": ", or a larger --alpha"}[options.deal]

@@ -1,10 +1,14 @@
 """Go on with another number of ranks: dllm resize RUN -n M, while `dllm launch` watches RUN."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from . import cli
-from .errors import DONE, UserError
+from .errors import DONE, UserError, reason
 from .runs import run_folder
 
 PATIENCE = 10.0  # seconds that the launcher gets to notice
@@ -14,18 +18,21 @@ The job writes a checkpoint and comes back with M ranks, under the same launcher
 """
 
 
-def arguments(argv):
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, read. Raises UserError."""
     parser = cli.Parser("resize", __doc__, EPILOG)
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("-n", "--ranks", type=cli.at_least(1), required=True, metavar="M", help="how many from now on")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
     return cli.run(resize, argv)
 
 
-def resize(argv):
+def resize(argv: Sequence[str]) -> int:
+    """Exit code once the launcher has taken the request in. Raises UserError."""
     options = arguments(argv)
     lanes = run_folder.read_settings(options.run).train.lanes
     if options.ranks > lanes:
@@ -33,9 +40,9 @@ def resize(argv):
     if run_folder.is_done(options.run):
         raise UserError(f"{options.run} is done")
     try:
-        path = run_folder.wish(options.run, options.ranks)
+        path = run_folder.request_resize(options.run, options.ranks)
     except OSError as error:
-        raise UserError(f"cannot write to {options.run}: {error.strerror}") from None
+        raise UserError(f"cannot write to {options.run}: {reason(error)}") from None
     end = time.monotonic() + PATIENCE
     while path.exists():
         if time.monotonic() > end:

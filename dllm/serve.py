@@ -1,20 +1,30 @@
 """Serve a model over HTTP from all ranks: mpirun -n 4 python -m dllm.serve MODEL, or dllm serve MODEL -n 4."""
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import importlib.util
 import ipaddress
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import cli
 from .comm import runtime
 from .comm.node_info import find_node, leader_first
-from .errors import UserError
+from .errors import UserError, reason
+from .launching.mpirun import launched_rank
 from .model.precision import check_precision
 from .runs import ownership
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 EPILOG = """
 examples
@@ -29,10 +39,12 @@ none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way
 A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN.
 """
 TOKEN = "DLLM_TOKEN"
-LEAST_TOKEN = 16  # characters
+MIN_TOKEN = 16  # characters
+RANKS_OPTION = re.compile(r"-n(=?\d+)?|--ranks(=.*)?")
 
 
-def arguments(argv, rank=0):
+def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
+    """The options of the command. Raises UserError; rank 0 alone prints help."""
     parser = cli.Parser("serve", __doc__, EPILOG, rank)
     positive, seconds = cli.at_least(1), cli.at_least(0.01, float)
     for name, kind, default, metavar, text in (
@@ -67,81 +79,98 @@ def arguments(argv, rank=0):
     return options
 
 
-def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    if not _is_rank() and any(word.startswith(("-n", "--ranks")) for word in words):
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if launched_rank() is None and has_ranks_option(words):
         return cli.run(start, words)
-    stopping = []
+    stopping: list[bool] = []
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
-    comm = runtime.world()
-    return cli.run(lambda argv: serve(argv, comm, stopping), words, comm)
+    return cli.collective(lambda argv, comm: serve(argv, comm, stopping), words)
 
 
-def start(words):
-    """As a command of its own, without mpirun."""
-    from .launching.supervisor import keep
+def has_ranks_option(words: Sequence[str]) -> bool:
+    """Whether these arguments of the command say how many ranks shall be started."""
+    options = words[: words.index("--")] if "--" in words else words
+    return any(RANKS_OPTION.fullmatch(word) for word in options)
+
+
+def start(words: list[str]) -> int:
+    """Start the ranks under mpirun and keep them up; returns the exit code. Raises UserError."""
+    from .launching.server import ServerSupervisor
 
     options = arguments(words)
     read_token(options)  # what is wrong with it is said here, once
     check(options)
-    return keep(options, words, [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ])
+    pass_on = [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ]
+    return ServerSupervisor(options, words, pass_on).supervise()
 
 
-def serve(argv, comm, stopping):
+def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
+    """One rank, until it is told to stop; then the process ends with the exit code. Collective. Raises UserError.
+
+    stopping : not empty: told already
+    """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
         token = read_token(options)
         check(options)
     runtime.check_same(comm, vars(options))
-    place = find_node(comm)
+    node = find_node(comm)
 
-    from .inference.loaded_model import Bundle
+    from .inference.loaded_model import LoadedModel
     from .serving.engine import Engine
     from .serving.server import Server
 
     with runtime.together(comm):
-        listener = listen(options.host, options.port) if place.rank == 0 else None
-    port = runtime.allgather(place.comm, listener and listener.getsockname()[1])[0]
+        listener = listen(options.host, options.port) if node.rank == 0 else None
+    port = runtime.allgather(node.comm, listener.getsockname()[1] if listener else 0)[0]
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
-    bundle = runtime.agree(comm, Bundle.open, options.model)
+    bundle = runtime.agree(comm, LoadedModel.open, options.model)
     runtime.check_same(comm, {"model": bundle.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
-    threads = options.threads or place.threads
+    threads = options.threads or node.threads
     engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
-    with leader_first(place):
+    with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, place, bundle, engine, options, token, listener)
+    server = Server(comm, node, bundle, engine, options, token, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dllm: {bundle.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
-    server.leave(server.run(stopping))
+    code = server.run(stopping)
+    server.leave(code)
+    return code
 
 
-def read_token(options):
+def read_token(options: argparse.Namespace) -> str | None:
     """The token, None where there is none. Raises UserError where there has to be one."""
     token = os.environ.get(TOKEN) or None
     if options.token_file:
         try:
             token = pathlib.Path(options.token_file).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --token-file {options.token_file}: {getattr(error, 'strerror', error)}") from None
-    if token is not None and (len(token) < LEAST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
-        raise UserError(f"the token must be at least {LEAST_TOKEN} printable ASCII characters without spaces")
+            raise UserError(f"cannot read --token-file {options.token_file}: {reason(error)}") from None
+    if token is not None and (len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
+        raise UserError(f"the token must be at least {MIN_TOKEN} printable ASCII characters without spaces")
     if token is None and not is_loopback(options.host):
         raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {TOKEN}")
     return token
 
 
-def is_loopback(host):
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def listen(host, port, shared=False):
-    """A listening socket that ranks of this host share. shared: others of them have it already. Raises UserError."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A bound socket that ranks of this host share. port 0: a free one; shared: others of them have it already.
+
+    Raises UserError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         if port and not shared:  # sharing a port with a server of somebody else would go unnoticed
@@ -156,15 +185,10 @@ def listen(host, port, shared=False):
         listener.bind((host, port))
         return listener
     except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+        raise UserError(f"cannot listen on {host} port {port}: {reason(error)}") from None
 
 
-def _is_rank():
-    """Whether mpirun has started this process already."""
-    return any(name in os.environ for name in (ownership.JOB, "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
-
-
-def check(options):
+def check(options: argparse.Namespace) -> None:
     """Raise UserError where something is missing here."""
     check_precision(options.precision)
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):

@@ -109,19 +109,13 @@ def _commands():
 def _settings():
     """Every setting with its bounds and effect, and what each preset changes."""
     from dllm import config
+    from dllm.comm import methods
 
     lines = ["# Settings", "", "`--set section.key=value` changes a setting. `--config file.toml` changes several.",
              "A preset sets some of them first. The `config.toml` of a run holds them all.",
              "The values below are those of the preset `default`.", ""]  # fmt: skip
-    if hasattr(config, "settings_markdown"):
-        lines += [config.settings_markdown("default"), ""]
-    else:
-        lines += [
-            "```text",
-            *(f"{name} = {value!r}" for name, value in config.flat(config.resolve("default")).items()),
-            "```",
-            "",
-        ]
+    rows = config.settings_table(config.resolve("default"), methods.choices())
+    lines += [config.settings_markdown(rows), ""]
     plain = config.flat(config.Config())
     lines += ["## Presets", "", "A preset changes these settings and leaves the others at their defaults.", ""]
     for preset in config.preset_names():

@@ -12,6 +12,9 @@ gives vectors. In float64 the kernels use the C library's functions, in loops th
 NaN goes through all of them. Addresses are plain integers, as in vectors.py.
 """
 
+from collections.abc import Callable, Sequence
+from typing import no_type_check
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -37,6 +40,7 @@ _TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.8
 
 
 @intrinsic
+@no_type_check
 def exp_rows(typingctx, pair, z, b, shift, sums):
     """A row of 16 float32 at z, where `pair` two, becomes exp(z_vn + b_v - shift_n), which is added to sums_n.
 
@@ -57,6 +61,7 @@ def exp_rows(typingctx, pair, z, b, shift, sums):
 
 
 @intrinsic
+@no_type_check
 def exp_rows_to_bf16(typingctx, pair, z, other, b, shift, sums, words, pairs, other_pairs):
     """The same for a row, or a pair, of two panels, z and `other` (0: there is none), as bfloat16: words and pairs of both.
 
@@ -90,6 +95,7 @@ def exp_rows_to_bf16(typingctx, pair, z, other, b, shift, sums, words, pairs, ot
 
 
 @intrinsic
+@no_type_check
 def cell_forward_row(typingctx, gates, jump, b, c, c_next, h):
     """16 units of one lane, one step of the LSTM (lstm.py): four rows at gates, `jump` apart, plus four at b become i, f, g, o;
     the row c gives c_next and h.
@@ -109,6 +115,7 @@ def cell_forward_row(typingctx, gates, jump, b, c, c_next, h):
 
 
 @intrinsic
+@no_type_check
 def cell_backward_row(typingctx, gates, jump, db, c, c_next, dc, dh_next, dh):
     """The same row one step back: the gates become da, which is added to four rows at db; dc becomes dc_{t-1}."""
 
@@ -138,7 +145,7 @@ def cell_backward_row(typingctx, gates, jump, db, c, c_next, dc, dh_next, dh):
     return types.void(*[types.int64] * 8), generate
 
 
-def exp(builder, x):
+def exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e^x."""
     # Far out r would be rounding errors; without AVX-512 the power of two is put together by hand and must be one.
     x = _clamp(builder, x, -150.0, 150.0) if AVX512 else _clamp(builder, x, -87.0, 88.0)
@@ -153,7 +160,7 @@ def exp(builder, x):
     return builder.fmul(power, builder.bitcast(builder.shl(bits, ir.Constant(whole, [23] * 16)), FLOATS))
 
 
-def tanh(builder, x):
+def tanh(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """tanh(x)."""
     x = _clamp(builder, x, -_TANH_LIMIT, _TANH_LIMIT)
     square = builder.fmul(x, x)
@@ -166,13 +173,13 @@ def tanh(builder, x):
     return builder.fmul(p, _multiply_add(builder, estimate, error, estimate))
 
 
-def sigmoid(builder, x):
+def sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """The logistic sigma(x) = 1 / (1 + e^-x)."""
     half = _vector(0.5)
     return _multiply_add(builder, half, tanh(builder, builder.fmul(half, x)), half)
 
 
-def _exp_rows(builder, z, count, b, shift, sums):
+def _exp_rows(builder: ir.IRBuilder, z: ir.Value, count: int, b: ir.Value, shift: ir.Value, sums: ir.Value) -> list[ir.Value]:
     """The exponentials of `count` rows, which are added to sums."""
     offset, rows, total = load(builder, shift), [], load(builder, sums)
     for row in range(count):
@@ -183,7 +190,7 @@ def _exp_rows(builder, z, count, b, shift, sums):
     return rows
 
 
-def _branch(builder, condition, then, otherwise):
+def _branch(builder: ir.IRBuilder, condition: ir.Value, then: Callable[[], object], otherwise: Callable[[], object]) -> None:
     with builder.if_else(condition) as (yes, no):
         with yes:
             then()
@@ -191,20 +198,20 @@ def _branch(builder, condition, then, otherwise):
             otherwise()
 
 
-def _vector(number):
+def _vector(number: float) -> ir.Value:
     return ir.Constant(FLOATS, [float(np.float32(number))] * 16)
 
 
-def _call(builder, name, *arguments):
+def _call(builder: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
     kind = ir.FunctionType(FLOATS, [argument.type for argument in arguments])
     return builder.call(builder.module.declare_intrinsic(name, (), kind), arguments)
 
 
-def _multiply_add(builder, a, b, c):
+def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     return _call(builder, "llvm.fma.v16f32", a, b, c)
 
 
-def _polynomial(builder, x, coefficients):
+def _polynomial(builder: ir.IRBuilder, x: ir.Value, coefficients: Sequence[float]) -> ir.Value:
     """By Horner's rule, the highest power first."""
     value = _vector(coefficients[0])
     for coefficient in coefficients[1:]:
@@ -212,7 +219,7 @@ def _polynomial(builder, x, coefficients):
     return value
 
 
-def _clamp(builder, x, low, high):
+def _clamp(builder: ir.IRBuilder, x: ir.Value, low: float, high: float) -> ir.Value:
     low, high = _vector(low), _vector(high)  # compared this way round, NaN stays NaN in one instruction each
     x = builder.select(builder.fcmp_ordered(">", low, x), low, x)
     return builder.select(builder.fcmp_ordered("<", high, x), high, x)

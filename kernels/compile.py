@@ -7,7 +7,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -16,10 +16,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Not the whole of `fastmath`: NaN and infinity keep their meaning, so that a diverging run is seen. Sums may be
 # reordered, which vectorises them; the order is fixed when the kernel is compiled, so results repeat exactly.
 FASTMATH = {"contract", "nsz", "reassoc", "arcp"}
-OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": FASTMATH}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": FASTMATH}
 
 
-def _cache_folder():
+def _cache_folder() -> pathlib.Path | None:
     """A writable folder for this version of the kernels, or None: then they are compiled anew in each process."""
     sources = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
     sources += os.environ.get("DLLM_HIDE_FEATURES", "").encode()  # tiles.py writes other code then
@@ -38,9 +38,9 @@ CACHE = _cache_folder()
 
 def kernel(function: F) -> F:
     """Decorate a kernel: no Python objects, no bounds checks, floating-point flags as FASTMATH says."""
-    previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE or "")
+    config: Any = numba.config  # whose names are made when it is imported
+    previous, config.CACHE_DIR = config.CACHE_DIR, str(CACHE or "")
     try:
-        compiled: F = numba.njit(cache=CACHE is not None, **OPTIONS)(function)
-        return compiled
+        return cast(F, numba.njit(cache=CACHE is not None, **OPTIONS)(function))
     finally:
-        numba.config.CACHE_DIR = previous
+        config.CACHE_DIR = previous

@@ -9,10 +9,13 @@ x (n,) are the values, `out` (n,) is what the receiver makes of them: decoded va
 is True, else instead of what was there. What is not finite in x is not finite in `out`, unless it was not sent.
 """
 
+from typing import Any
+
 import numpy as np
 
 from .compile import kernel
 from .dropout import philox
+from .types import Array, DType, Int
 
 BLOCK = 2048  # values that share a largest magnitude; larger: fewer bytes, coarser levels
 LEVELS = 127  # on either side of zero
@@ -25,7 +28,7 @@ _32, _16, _8 = np.uint64(32), np.uint64(16), np.uint64(8)
 
 
 @kernel
-def add_values(out, x, weight, add):
+def add_values(out: Array, x: Array, weight: float, add: bool) -> None:
     """out = x, in full."""
     weight, zero = out.dtype.type(weight), out.dtype.type(0)
     for i in range(out.size):
@@ -36,7 +39,7 @@ def add_values(out, x, weight, add):
 
 
 @kernel
-def sum_of_magnitudes(x):
+def sum_of_magnitudes(x: Array) -> float:
     """sum_i |x_i|, added up in float64 by blocks of 4096."""
     total = 0.0
     for start in range(0, x.size, 4096):
@@ -49,7 +52,7 @@ def sum_of_magnitudes(x):
 
 
 @kernel
-def pack_signs(bits, x):
+def pack_signs(bits: Array, x: Array) -> None:
     """bits (ceil(n/8),) uint8: bit i mod 8, the lowest first, of byte i div 8 is 1 where x_i >= 0. Bits beyond n are 0."""
     whole = x.size // 8
     for i in range(whole):
@@ -59,27 +62,27 @@ def pack_signs(bits, x):
 
 
 @kernel
-def _byte(x, length):
-    byte = 0
+def _byte(x: Array, length: int) -> int:
+    byte: Any = 0
     for j in range(length):
         byte |= np.int64(x[j] >= 0) << j
     return byte
 
 
 @kernel
-def unpack_signs(out, bits, scale, first=0):
+def unpack_signs(out: Array, bits: Array, scale: float, first: int = 0) -> None:
     """out = scale where a bit is 1, -scale where it is 0, by n bits of which the first is number `first`."""
     _signs(out, bits, scale, first, False)
 
 
 @kernel
-def add_signs(out, bits, scale, first=0):
+def add_signs(out: Array, bits: Array, scale: float, first: int = 0) -> None:
     """out += scale where a bit is 1, -scale where it is 0."""
     _signs(out, bits, scale, first, True)
 
 
 @kernel
-def _signs(out, bits, scale, first, add):
+def _signs(out: Array, bits: Array, scale: float, first: int, add: bool) -> None:
     high = out.dtype.type(scale)
     head = min(-first % 8, out.size)  # values before the first whole byte
     tail = out.size - (out.size - head) % 8
@@ -89,7 +92,7 @@ def _signs(out, bits, scale, first, add):
 
 
 @kernel
-def _some_signs(out, bits, first, high, add):
+def _some_signs(out: Array, bits: Array, first: int, high: float, add: bool) -> None:
     for i in range(out.size):
         place = first + i
         value = high if bits[place // 8] >> (place % 8) & 1 else -high
@@ -97,7 +100,7 @@ def _some_signs(out, bits, first, high, add):
 
 
 @kernel
-def _bytes_of_signs(out, bits, high, add):
+def _bytes_of_signs(out: Array, bits: Array, high: float, add: bool) -> None:
     zero = out.dtype.type(0)
     for i in range(out.size // 8):
         byte, part = np.int32(bits[i]), out[8 * i : 8 * i + 8]
@@ -105,11 +108,18 @@ def _bytes_of_signs(out, bits, high, add):
             part[j] = (high if byte >> np.int32(j) & np.int32(1) else -high) + (part[j] if add else zero)
 
 
+def warm_up_signs(dtype: DType) -> None:
+    """Run what a vote on signs needs once: it is compiled then, or loaded from the cache."""
+    x, bits = np.zeros(8, dtype), np.zeros(1, np.uint8)
+    pack_signs(bits, x)
+    add_signs(x, bits, 1.0)
+
+
 # levels
 
 
 @kernel
-def quantise(q, norms, x, seed, step, rank):
+def quantise(q: Array, norms: Array, x: Array, seed: int, step: int, rank: int) -> None:
     """q (n,) int8 = floor(127 x / m + u) by blocks of 2048, m in norms (ceil(n/2048),) float32, u even in (0, 1).
 
     So E[m q / 127] = x, to 2^-17 of a level, and whole levels stay what they are. QSGD in its form with the largest magnitude
@@ -135,7 +145,7 @@ def quantise(q, norms, x, seed, step, rank):
 
 
 @kernel
-def dequantise(out, q, norms, weight, add):
+def dequantise(out: Array, q: Array, norms: Array, weight: float, add: bool) -> None:
     """out = m q / 127."""
     real = out.dtype.type
     for b in range(norms.size):
@@ -145,7 +155,7 @@ def dequantise(out, q, norms, weight, add):
 
 
 @kernel
-def largest_magnitude(x):
+def largest_magnitude(x: Array) -> np.float32:
     """max |x_i| as a float32; not a number where any is not."""
     largest = np.uint32(0)  # bits, ordered like magnitudes, NaN last
     for i in range(x.size):
@@ -155,7 +165,7 @@ def largest_magnitude(x):
 
 
 @kernel
-def uniforms(noise, group, seed, step, rank):
+def uniforms(noise: Array, group: int, seed: int, step: int, rank: int) -> None:
     """noise (128,) = random odd multiples of 2^-17 in (0, 1): their sum with 127 is exact in float32, and below 128."""
     c2, c3, k0, k1 = _counter(seed, step)
     real, unit, half = noise.dtype.type, noise.dtype.type(2.0**-16), noise.dtype.type(2.0**-17)
@@ -167,7 +177,7 @@ def uniforms(noise, group, seed, step, rank):
 
 
 @kernel
-def _counter(seed, step):
+def _counter(seed: Int, step: Int) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Two words of a counter of philox (dropout.py), and its key."""
     seed, step = np.uint64(seed), np.uint64(step)
     return step & _WORD, np.uint64(STREAM) | ((step >> _32) << _8), seed & _WORD, seed >> _32
@@ -177,7 +187,7 @@ def _counter(seed, step):
 
 
 @kernel
-def round_bf16(halves, x):
+def round_bf16(halves: Array, x: Array) -> None:
     """halves (n,) uint16 = x to the nearest bfloat16, to even; float64 by way of float32. NaN stays NaN.
 
     By whole numbers, unlike vectors.py: the instruction there makes zeros of subnormals, and not all processors have it.
@@ -190,7 +200,7 @@ def round_bf16(halves, x):
 
 
 @kernel
-def widen_bf16(out, halves, weight, add):
+def widen_bf16(out: Array, halves: Array, weight: float, add: bool) -> None:
     """out = the values of halves (n,) uint16."""
     real = out.dtype.type
     weight = real(weight)
@@ -203,7 +213,7 @@ def widen_bf16(out, halves, weight, add):
 
 
 @kernel
-def select_largest(indices, values, x, words, counts):
+def select_largest(indices: Array, values: Array, x: Array, words: Array, counts: Array) -> None:
     """indices (k,) int32, ascending, and values (k,) of the k largest magnitudes; of equal ones the first; NaN is largest.
 
     words (n,): the bits of x as unsigned integers, which without the sign are ordered like magnitudes.
@@ -229,7 +239,7 @@ def select_largest(indices, values, x, words, counts):
 
 
 @kernel
-def kth_largest(counts, words, k):
+def kth_largest(counts: Array, words: Array, k: int) -> tuple[np.uint64, int]:
     """The k-th largest of words (n,) without their first bit, and how many equal to it are among the k. Radix selection:
     each pass counts the next 16 bits of those words that begin like it.
     """
@@ -252,7 +262,7 @@ def kth_largest(counts, words, k):
 
 
 @kernel
-def random_indices(indices, n, seed, step):
+def random_indices(indices: Array, n: int, seed: int, step: int) -> None:
     """indices (k,) int32: k different ones of 0 .. n - 1, each with probability k / n exactly, by (seed, step) alone.
 
     One at random in each of k stretches that divide the n, then all are turned by the same random distance, around the end:
@@ -271,7 +281,7 @@ def random_indices(indices, n, seed, step):
 
 
 @kernel
-def gather(values, indices, x, weight):
+def gather(values: Array, indices: Array, x: Array, weight: float) -> None:
     """values (k,) = weight x[indices]."""
     weight = x.dtype.type(weight)
     for j in range(indices.size):
@@ -279,7 +289,7 @@ def gather(values, indices, x, weight):
 
 
 @kernel
-def scatter_add(out, indices, values, weight):
+def scatter_add(out: Array, indices: Array, values: Array, weight: float) -> None:
     """out[indices] += weight values (k,)."""
     weight = out.dtype.type(weight)
     for j in range(indices.size):

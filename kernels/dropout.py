@@ -7,9 +7,12 @@ The random word of element (t, lane, k) of a layer is Philox4x32-10 (Salmon et a
 One call makes four words: of each 64 units, word w serves the w-th 16, which keeps every loop within a panel (gemm.py).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .compile import kernel
+from .types import Array
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -18,7 +21,9 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
 @kernel
-def philox(c0, c1, c2, c3, k0, k1):
+def philox(
+    c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Philox4x32-10: four 32-bit words, each held in an uint64, from four counter and two key words."""
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1
@@ -28,7 +33,9 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @kernel
-def dropout(y, x, x_row, begin, end, p, lanes, seed, step, layer):
+def dropout(
+    y: Array, x: Array, x_row: int, begin: int, end: int, p: float, lanes: Array, seed: int, step: int, layer: int
+) -> None:
     """y = x * mask / (1 - p), time steps begin to end - 1: of B rows each of y (H/R,:,R), and of x (H/R,:,R) from x_row on.
 
     lanes (B,) int64 are global lane numbers; seed, step, layer are not negative. The gradient is the same call on dy.
@@ -57,7 +64,7 @@ def dropout(y, x, x_row, begin, end, p, lanes, seed, step, layer):
                         y[panel, row, j] = x[panel, x_row + row, j] * (keep if words[block, first + j] >= threshold else zero)
 
 
-def dropout_reference(x, p, lanes, seed, step, layer):
+def dropout_reference(x: Array, p: float, lanes: Array, seed: int, step: int, layer: int) -> Array:
     """The same for x (T,B,H), an element at a time in Python's own integers."""
     T, B, H = x.shape
     y, groups = np.zeros_like(x), (H + 63) // 64
@@ -70,7 +77,7 @@ def dropout_reference(x, p, lanes, seed, step, layer):
     return y
 
 
-def philox_reference(counter, key):
+def philox_reference(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
     """Philox4x32-10 by Python integers. counter: four words, key: two words. Returns four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

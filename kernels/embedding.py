@@ -9,10 +9,11 @@ import numpy as np
 
 from .compile import kernel
 from .gemm import width
+from .types import Array
 
 
 @kernel
-def embedding_forward(x, tokens, table):
+def embedding_forward(x: Array, tokens: Array, table: Array) -> None:
     """x (E/R,N,R) = table (V,E)[tokens (N,)]."""
     E, R = table.shape[1], width(x)
     for n in range(tokens.shape[0]):
@@ -21,7 +22,7 @@ def embedding_forward(x, tokens, table):
 
 
 @kernel
-def embedding_backward(dtable, tokens, dx):
+def embedding_backward(dtable: Array, tokens: Array, dx: Array) -> None:
     """dtable (V,E)[tokens (N,)] += dx (E/R,N,R), in order of n; rows of other tokens are not touched."""
     E, R = dtable.shape[1], width(dx)
     for n in range(tokens.shape[0]):
@@ -30,7 +31,7 @@ def embedding_backward(dtable, tokens, dx):
 
 
 @kernel
-def tied_embedding_forward(x, tokens, W, E):
+def tied_embedding_forward(x: Array, tokens: Array, W: Array, E: int) -> None:
     """x (E/R,N,R) = W (:,V,R)[:, tokens (N,)], of which E columns count."""
     R = width(x)
     for n in range(tokens.shape[0]):
@@ -39,7 +40,7 @@ def tied_embedding_forward(x, tokens, W, E):
 
 
 @kernel
-def tied_embedding_backward(dW, tokens, dx, E):
+def tied_embedding_backward(dW: Array, tokens: Array, dx: Array, E: int) -> None:
     """dW (:,V,R)[:, tokens (N,)] += dx (E/R,N,R), in order of n, in the first E columns."""
     R = width(dx)
     for n in range(tokens.shape[0]):
@@ -48,7 +49,7 @@ def tied_embedding_backward(dW, tokens, dx, E):
 
 
 @kernel
-def gates_forward(gates, tokens, table):
+def gates_forward(gates: Array, tokens: Array, table: Array) -> None:
     """gates (4H/R,N,R) = table (V,4H)[tokens (N,)]: gate q of unit k to panel 4 (k div R) + q."""
     H, R = table.shape[1] // 4, width(gates)
     for n in range(tokens.shape[0]):
@@ -58,7 +59,7 @@ def gates_forward(gates, tokens, table):
 
 
 @kernel
-def gates_backward(dtable, tokens, da):
+def gates_backward(dtable: Array, tokens: Array, da: Array) -> None:
     """dtable (V,4H)[tokens (N,)] += da (4H/R,N,R), in order of n."""
     H, R = dtable.shape[1] // 4, width(da)
     for n in range(tokens.shape[0]):
@@ -67,6 +68,6 @@ def gates_backward(dtable, tokens, da):
                 dtable[tokens[n], q * H + k] += da[4 * (k // R) + q, n, k % R]
 
 
-def embedding_backward_reference(dtable, tokens, dx):
+def embedding_backward_reference(dtable: Array, tokens: Array, dx: Array) -> None:
     """The same by NumPy, for dx (N,E)."""
     np.add.at(dtable, tokens, dx)

@@ -26,6 +26,8 @@ bfloat16: a word of an operand is a pair of bfloat16, neighbours along k, in 32 
 are needed; for float32 and float64 it hands on what it gets.
 """
 
+from typing import no_type_check
+
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -33,13 +35,14 @@ from numba.extending import overload
 from .compile import OPTIONS, kernel
 from .team import Team
 from .tiles import PANELS, ROW, ROWS, multiply_tile, multiply_tile_transposed
+from .types import Array, DType
 from .vectors import round_rows, round_to_bf16, transpose_block, transpose_block_of_pairs
 
 DEPTH, HEIGHT = 512, 224  # multiples of every R, and HEIGHT of every ROWS but 6 and 3
 TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel
 
 
-def width(x):
+def width(x: Array | DType) -> int:
     """R, the columns of a panel: 16 of float32, 8 of float64. x: an array or a dtype; in kernels, where R is then a constant,
     an array.
     """
@@ -47,18 +50,19 @@ def width(x):
 
 
 @overload(width, inline="always")
+@no_type_check
 def _width(x):
     R = ROW // np.dtype(str(x.dtype)).itemsize
     return lambda x: R
 
 
-def zero_panels(M, N, dtype):
+def zero_panels(M: int, N: int, dtype: DType) -> Array:
     """Zeros for a matrix (M,N): (ceil(N/R),M,R)."""
     R = width(dtype)
     return aligned((-(-N // R), M, R), dtype)
 
 
-def aligned(shape, dtype):
+def aligned(shape: tuple[int, ...], dtype: DType) -> Array:
     """Zeros that begin at a line of the cache, so that no row of a panel lies on two."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(size + ROW, np.uint8)
@@ -67,7 +71,7 @@ def aligned(shape, dtype):
 
 
 @kernel
-def to_panels(panels, first, x):
+def to_panels(panels: Array, first: int, x: Array) -> None:
     """Rows `first` and on of panels (N/R,:,R) = x (M,N); what lies beyond column N stays as it is."""
     M, N = x.shape
     R = width(panels)
@@ -78,7 +82,7 @@ def to_panels(panels, first, x):
 
 
 @kernel
-def from_panels(x, panels, first):
+def from_panels(x: Array, panels: Array, first: int) -> None:
     """x (M,N) = rows `first` and on of panels (N/R,:,R), without what lies beyond column N."""
     M, N = x.shape
     R = width(panels)
@@ -89,7 +93,7 @@ def from_panels(x, panels, first):
 
 
 @kernel
-def multiply(c, c_row, a, a_row, b, M, K, add):
+def multiply(c: Array, c_row: int, a: Array, a_row: int, b: Array, M: int, K: int, add: bool) -> None:
     """c = a @ b, or c += a @ b where `add`: M rows of c and of a, from c_row and a_row on; K rows of b.
 
     c (N/R,:,R), a (:,:,R) of at least K columns, b (N/R,:,R). K counts words.
@@ -120,7 +124,7 @@ def multiply(c, c_row, a, a_row, b, M, K, add):
 
 
 @kernel
-def multiply_transposed(c, c_row, a, a_row, b, b_row, M, K, add):
+def multiply_transposed(c: Array, c_row: int, a: Array, a_row: int, b: Array, b_row: int, M: int, K: int, add: bool) -> None:
     """c = a^T @ b, or c += a^T @ b where `add`: M rows of c and columns of a; K rows of a and of b.
 
     c (N/R,:,R), a (M/R,:,R), b (N/R,:,R), from rows c_row, a_row, b_row on. K counts words.
@@ -149,7 +153,7 @@ def multiply_transposed(c, c_row, a, a_row, b, b_row, M, K, add):
 
 
 @kernel
-def transpose(out, x, x_row, K):
+def transpose(out: Array, x: Array, x_row: int, K: int) -> None:
     """out (K/R,N,R) = the transpose of K rows of x (N/R,:,R), from x_row on. N is a multiple of R."""
     R = width(x)
     zero = x.dtype.type(0)
@@ -167,13 +171,13 @@ def transpose(out, x, x_row, K):
 
 
 @kernel
-def bf16(x):
+def bf16(x: np.float32) -> np.uint32:
     """The bits (uint32) of a float32 rounded to the nearest bfloat16, ties to even; what is below 2^-126 may become zero."""
     return round_to_bf16(x)
 
 
 @kernel
-def to_words(words, row, x, x_row, rows):
+def to_words(words: Array, row: int, x: Array, x_row: int, rows: int) -> None:
     """bfloat16 for the left of a product: rows of words (N/2R,:,R) uint32 from `row` on = rows of x (N/R,:,R) float32."""
     for panel in range(0, x.shape[0], 2):
         one = x.ctypes.data + panel * x.strides[0] + x_row * ROW
@@ -184,7 +188,7 @@ def to_words(words, row, x, x_row, rows):
 
 
 @kernel
-def to_pairs(pairs, row, x, x_row, rows):
+def to_pairs(pairs: Array, row: int, x: Array, x_row: int, rows: int) -> None:
     """bfloat16 for the right, or transposed: rows of pairs (N/R,:,R) uint32 = pairs of rows of x (N/R,:,R) float32."""
     for panel in range(x.shape[0]):
         source = x.ctypes.data + panel * x.strides[0] + x_row * ROW
@@ -196,7 +200,7 @@ def to_pairs(pairs, row, x, x_row, rows):
 
 
 @kernel
-def transpose_to_pairs(out, x, x_row, K):
+def transpose_to_pairs(out: Array, x: Array, x_row: int, K: int) -> None:
     """out (K/R,N/2,R) uint32 = pairs of rows of the transpose of K rows of x (N/R,:,R) float32, from x_row on.
 
     N is a multiple of 2 R.
@@ -219,11 +223,12 @@ def transpose_to_pairs(out, x, x_row, K):
                     out[K // R, panel * R // 2 + j, k] = word if real else np.uint32(0)
 
 
-def keep_left(left, x, row, rows):
+def keep_left(left: Array, x: Array, row: int, rows: int) -> None:
     """Bring rows of `left`, which Operands.like made for x, up to date with x."""
 
 
 @overload(keep_left, jit_options=OPTIONS)
+@no_type_check
 def _keep_left(left, x, row, rows):
     def bfloat16(left, x, row, rows):
         to_words(left, row, x, row, rows)
@@ -244,15 +249,16 @@ class Operands:
         The threads that share the work; none: the caller alone.
     """
 
-    def __init__(self, dtype, bf16=False, team=None):
+    def __init__(self, dtype: DType, bf16: bool = False, team: Team | None = None) -> None:
         self.dtype, self.bf16, self.team = np.dtype(dtype), bf16, team or Team()
-        self.R, self._memory = width(dtype), {}
+        self.R = width(dtype)
+        self._memory: dict[str, Array] = {}
 
-    def depth(self, K):
+    def depth(self, K: int) -> int:
         """Words along k for K elements."""
         return (K + 1) // 2 if self.bf16 else K
 
-    def words(self, name, x, row, rows):
+    def words(self, name: str, x: Array, row: int, rows: int) -> tuple[Array, int]:
         """Rows of x (N/R,:,R) as the left factor. Returns an array and the row in it where they begin."""
         if not self.bf16:
             return x, row
@@ -260,7 +266,7 @@ class Operands:
         self.team.share(lambda first, last: to_words(out, first, x, row + first, last - first), rows)
         return out, 0
 
-    def pairs(self, name, x, row, rows):
+    def pairs(self, name: str, x: Array, row: int, rows: int) -> tuple[Array, int]:
         """Rows of x (N/R,:,R) as the right factor, or as the transposed left one. Returns an array and its first row."""
         if not self.bf16:
             return x, row
@@ -268,7 +274,7 @@ class Operands:
         self.team.share(lambda first, last: to_pairs(out, first // 2, x, row + first, last - first), rows, 2)
         return out, 0
 
-    def transposed(self, name, x, row, rows):
+    def transposed(self, name: str, x: Array, row: int, rows: int) -> Array:
         """The transpose of rows of x (N/R,:,R) as the right factor."""
         panels, N = -(-rows // self.R), len(x) * self.R
         if not self.bf16:
@@ -280,21 +286,23 @@ class Operands:
         self.team.share(by_rows, rows, self.R)
         return out
 
-    def multiply(self, c, c_row, a, a_row, b, M, K, add):
+    def multiply(self, c: Array, c_row: int, a: Array, a_row: int, b: Array, M: int, K: int, add: bool) -> None:
         """`multiply` by the team."""
         rows = lambda first, last: multiply(c, c_row + first, a, a_row + first, b, last - first, K, add)
         self.team.share(rows, M, ROWS)
 
-    def multiply_transposed(self, c, c_row, a, a_row, b, b_row, M, K, add):
+    def multiply_transposed(
+        self, c: Array, c_row: int, a: Array, a_row: int, b: Array, b_row: int, M: int, K: int, add: bool
+    ) -> None:
         """`multiply_transposed` by the team."""
         panels = lambda first, last: multiply_transposed(c[first:last], c_row, a, a_row, b[first:last], b_row, M, K, add)
         self.team.share(panels, len(c), PANELS)
 
-    def like(self, name, x):
+    def like(self, name: str, x: Array) -> Array:
         """A left factor with the rows of x (N/R,:,R), to be filled by `keep_left`."""
         return self.empty(name, ((len(x) + 1) // 2, *x.shape[1:]), np.uint32) if self.bf16 else x
 
-    def empty(self, name, shape, dtype):
+    def empty(self, name: str, shape: tuple[int, ...], dtype: DType) -> Array:
         """Memory for an array; what an earlier one of that name held is lost where it was smaller."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if name not in self._memory or self._memory[name].nbytes < size:

@@ -33,6 +33,8 @@ first-level cache. Units beyond H have zero weights, and stay zero: tanh(0) = 0 
 """
 
 import math
+from collections.abc import Callable
+from typing import no_type_check
 
 import numpy as np
 from numba import types
@@ -40,14 +42,27 @@ from numba.extending import overload, register_jitable
 
 from .activations import cell_backward_row, cell_forward_row
 from .compile import OPTIONS, kernel
-from .gemm import keep_left, multiply, width
+from .gemm import Operands, keep_left, multiply, width
 from .team import meet, new_barrier, share_in_pairs
 from .tiles import ROW
+from .types import Array
 
 STRIDE = 1 << 27  # operations that a thread does going back, about a millisecond's, before `between` is called
 
 
-def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
+def lstm_forward(
+    h: Array,
+    c: Array,
+    gates: Array,
+    operands: Operands,
+    x: Array | None,
+    x_row: int,
+    Wx: Array | None,
+    Wh: Array,
+    b: Array,
+    T: int,
+    B: int,
+) -> None:
     """Run the window; fill slots 1 to T of h and c, and gates.
 
     Parameters
@@ -59,12 +74,12 @@ def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
     operands : gemm.Operands
     x, x_row : (D/R,:,R), int; or None
         The inputs, from row x_row on. None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row
-        of Wx.
+        of Wx, which is not looked at.
     Wx, Wh, b : (4H/R,D,R), (4H/R,H,R), (4H/R,R)
     T, B : int
         Steps and lanes; h, c and gates may be longer.
     """
-    if x is not None:
+    if x is not None and Wx is not None:
         left, row = operands.words("x", x, x_row, T * B)
         right, _ = operands.pairs("W", Wx, 0, Wx.shape[1])
         operands.multiply(gates, 0, left, row, right, T * B, operands.depth(Wx.shape[1]), False)
@@ -74,7 +89,26 @@ def lstm_forward(h, c, gates, operands, x, x_row, Wx, Wh, b, T, B):
     operands.team.run(lambda part: forward_steps(*arguments, part))
 
 
-def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, h, c, Wx, Wh, T, B, between=None):
+def lstm_backward(
+    dx: Array | None,
+    dWx: Array | None,
+    dWh: Array,
+    db: Array,
+    gates: Array,
+    dh_next: Array,
+    dc: Array,
+    operands: Operands,
+    dh: Array,
+    x: Array | None,
+    x_row: int,
+    h: Array,
+    c: Array,
+    Wx: Array | None,
+    Wh: Array,
+    T: int,
+    B: int,
+    between: Callable[[], object] | None = None,
+) -> None:
     """The gradients of `lstm_forward`; no gradient flows into the window from behind it (truncated, Williams and Peng 1990).
 
     Parameters
@@ -94,7 +128,7 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
     between : callable, optional
         Called every millisecond or time step, whichever is longer, so that the caller can keep communication moving.
     """
-    D, H, all_gates = 0 if x is None else Wx.shape[1], Wh.shape[1], operands.depth(len(gates) * operands.R)
+    H, all_gates = Wh.shape[1], operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
     right = operands.transposed("W", Wh, 0, H)
     da, team = operands.like("da", gates), operands.team
@@ -106,7 +140,8 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
         if between is not None:
             between()
     da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
-    if x is not None:
+    if x is not None and Wx is not None and dx is not None and dWx is not None:
+        D = Wx.shape[1]
         operands.multiply(dx, 0, da, 0, operands.transposed("W", Wx, 0, D), T * B, all_gates, False)
         pairs, row = operands.pairs("x", x, x_row, T * B)
         operands.multiply_transposed(dWx, 0, pairs, row, da_pairs, da_row, D, operands.depth(T * B), False)
@@ -115,7 +150,20 @@ def lstm_backward(dx, dWx, dWh, db, gates, dh_next, dc, operands, dh, x, x_row, 
 
 
 @kernel
-def forward_steps(h, c, gates, left, Wh, K, b, T, B, barrier, threads, part):
+def forward_steps(
+    h: Array,
+    c: Array,
+    gates: Array,
+    left: Array,
+    Wh: Array,
+    K: int,
+    b: Array,
+    T: int,
+    B: int,
+    barrier: Array,
+    threads: int,
+    part: int,
+) -> None:
     """The recurrence of `lstm_forward`, of one thread's share of the units: gates holds x @ Wx.
 
     left is h as a left factor, kept up with it.
@@ -131,11 +179,12 @@ def forward_steps(h, c, gates, left, Wh, K, b, T, B, barrier, threads, part):
         keep_left(left[first // 2 : (last + 1) // 2], h[first:last], (t + 1) * B, B)
 
 
-def cell_forward(h, c, gates, b, t, B):
+def cell_forward(h: Array, c: Array, gates: Array, b: Array, t: int, B: int) -> None:
     """R units, one time step: gates (4,TB,R) + b (4,R) become i, f, g, o; slot t+1 of h and c ((T+1)B,R) is written."""
 
 
 @overload(cell_forward, jit_options=OPTIONS)
+@no_type_check
 def _cell_forward(h, c, gates, b, t, B):
     def float32(h, c, gates, b, t, B):
         for n in range(t * B, t * B + B):
@@ -158,7 +207,23 @@ def _cell_forward(h, c, gates, b, t, B):
 
 
 @kernel
-def backward_steps(dh_next, dc, db, gates, left, dh, c, WhT, K, begin, end, B, barrier, threads, part):
+def backward_steps(
+    dh_next: Array,
+    dc: Array,
+    db: Array,
+    gates: Array,
+    left: Array,
+    dh: Array,
+    c: Array,
+    WhT: Array,
+    K: int,
+    begin: int,
+    end: int,
+    B: int,
+    barrier: Array,
+    threads: int,
+    part: int,
+) -> None:
     """Time steps end - 1 down to begin of `lstm_backward`, of one thread's share of the units.
 
     Slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1.
@@ -173,11 +238,12 @@ def backward_steps(dh_next, dc, db, gates, left, dh, c, WhT, K, begin, end, B, b
             multiply(dh_next[first:last], 0, left, t * B, WhT[first:last], B, K, False)
 
 
-def cell_backward(gates, db, dc, dh_next, dh, c, t, B):
+def cell_backward(gates: Array, db: Array, dc: Array, dh_next: Array, dh: Array, c: Array, t: int, B: int) -> None:
     """R units, one time step back: slot t of gates (4,TB,R) becomes da, which db (4,R) adds up; dc (B,R) becomes dc_{t-1}."""
 
 
 @overload(cell_backward, jit_options=OPTIONS)
+@no_type_check
 def _cell_backward(gates, db, dc, dh_next, dh, c, t, B):
     def float32(gates, db, dc, dh_next, dh, c, t, B):
         for n in range(B):
@@ -207,12 +273,12 @@ def _cell_backward(gates, db, dc, dh_next, dh, c, t, B):
 
 
 @register_jitable
-def sigmoid(x):
+def sigmoid(x: Array) -> Array:
     """The logistic function of float64, or of an array of any dtype, complex too: tanh has no branch that a step could miss."""
     return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
-def lstm_forward_reference(x, h0, c0, Wx, Wh, b):
+def lstm_forward_reference(x: Array, h0: Array, c0: Array, Wx: Array, Wh: Array, b: Array) -> tuple[Array, Array, Array]:
     """The equations as they stand, any dtype, complex too. Returns h (T+1,B,H), c (T+1,B,H), gates (T,B,4H)."""
     h, c, gates = [h0], [c0], []
     for x_t in x:
@@ -224,7 +290,9 @@ def lstm_forward_reference(x, h0, c0, Wx, Wh, b):
     return np.stack(h), np.stack(c), np.stack(gates)
 
 
-def lstm_backward_reference(dh, gates, x, h, c, Wx, Wh):
+def lstm_backward_reference(
+    dh: Array, gates: Array, x: Array, h: Array, c: Array, Wx: Array, Wh: Array
+) -> tuple[Array, Array, Array, Array]:
     """The gradients as they stand. Returns dx (T,B,D), dWx, dWh, db."""
     dx, dWx, dWh, db = np.empty_like(x), np.zeros_like(Wx), np.zeros_like(Wh), np.zeros_like(Wh[0])
     dh_next, dc = np.zeros_like(h[0]), np.zeros_like(h[0])

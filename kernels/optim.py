@@ -9,10 +9,11 @@ import math
 import numpy as np
 
 from .compile import kernel
+from .types import Array
 
 
 @kernel
-def sum_of_squares(vector):
+def sum_of_squares(vector: Array) -> float:
     """sum_i vector_i^2 of a (P,) array, added up in float64 by blocks of 4096."""
     total = 0.0
     for start in range(0, vector.size, 4096):
@@ -25,14 +26,24 @@ def sum_of_squares(vector):
 
 
 @kernel
-def clamp(x, limit):
+def clamp(x: float, limit: float) -> float:
     """x within [-limit, limit]; NaN stays NaN."""
     x = limit if x > limit else x
     return -limit if x < -limit else x
 
 
 @kernel
-def sgd_update(theta, gradient, velocity, lr, momentum, nesterov, decay, factor, limit):
+def sgd_update(
+    theta: Array,
+    gradient: Array,
+    velocity: Array,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    decay: float,
+    factor: float,
+    limit: float,
+) -> None:
     """Stochastic gradient descent (Sutskever et al. 2013, in PyTorch's form).
 
     g += decay theta;  v = momentum v + g;  theta -= lr (g + momentum v if nesterov else v).
@@ -57,7 +68,21 @@ def sgd_update(theta, gradient, velocity, lr, momentum, nesterov, decay, factor,
 
 
 @kernel
-def adam_update(theta, gradient, mean, square, step, lr, beta1, beta2, epsilon, decay, decoupled, factor, limit):
+def adam_update(
+    theta: Array,
+    gradient: Array,
+    mean: Array,
+    square: Array,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+    decoupled: bool,
+    factor: float,
+    limit: float,
+) -> None:
     """Adam (Kingma and Ba 2015); decoupled: AdamW (Loshchilov and Hutter 2019). step counts from 1.
 
     m = beta1 m + (1 - beta1) g;  s = beta2 s + (1 - beta2) g^2
@@ -81,7 +106,17 @@ def adam_update(theta, gradient, mean, square, step, lr, beta1, beta2, epsilon, 
 
 
 @kernel
-def rmsprop_update(theta, gradient, square, lr, alpha, epsilon, decay, factor, limit):
+def rmsprop_update(
+    theta: Array,
+    gradient: Array,
+    square: Array,
+    lr: float,
+    alpha: float,
+    epsilon: float,
+    decay: float,
+    factor: float,
+    limit: float,
+) -> None:
     """RMSprop (Tieleman and Hinton 2012, in the form of Torch7's optim).
 
     s = alpha s + (1 - alpha) g^2;  theta -= lr g / (sqrt(s) + epsilon)
@@ -96,14 +131,28 @@ def rmsprop_update(theta, gradient, square, lr, alpha, epsilon, decay, factor, l
         theta[i] -= lr * g / (math.sqrt(s) + epsilon)
 
 
-def sgd_reference(theta, g, v, lr, momentum, nesterov, decay):
+def sgd_reference(
+    theta: Array, g: Array, v: Array, lr: float, momentum: float, nesterov: bool, decay: float
+) -> tuple[Array, Array]:
     """One step by NumPy. Returns theta and velocity."""
     g = g + decay * theta
     v = momentum * v + g
     return theta - lr * (g + momentum * v if nesterov else v), v
 
 
-def adam_reference(theta, g, m, s, step, lr, beta1, beta2, epsilon, decay, decoupled):
+def adam_reference(
+    theta: Array,
+    g: Array,
+    m: Array,
+    s: Array,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+    decoupled: bool,
+) -> tuple[Array, Array, Array]:
     """One step by NumPy. Returns theta, m and s."""
     g = g if decoupled else g + decay * theta
     m = beta1 * m + (1 - beta1) * g
@@ -112,7 +161,9 @@ def adam_reference(theta, g, m, s, step, lr, beta1, beta2, epsilon, decay, decou
     return theta - lr * (m / (1 - beta1**step)) / (np.sqrt(s / (1 - beta2**step)) + epsilon), m, s
 
 
-def rmsprop_reference(theta, g, s, lr, alpha, epsilon, decay):
+def rmsprop_reference(
+    theta: Array, g: Array, s: Array, lr: float, alpha: float, epsilon: float, decay: float
+) -> tuple[Array, Array]:
     """One step by NumPy. Returns theta and s."""
     g = g + decay * theta
     s = alpha * s + (1 - alpha) * g**2

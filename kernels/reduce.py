@@ -1,16 +1,19 @@
 """Sums over ranks that can read each other's memory, always in the order of the ranks, and a fence between such ranks."""
 
+from typing import no_type_check
+
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from .compile import kernel
+from .types import Array, DType
 
 BLOCK = 2048  # elements that are added up at a time, in the first-level cache
 
 
 @kernel
-def sum_ranks(vectors, rank, start, stop):
+def sum_ranks(vectors: Array, rank: int, start: int, stop: int) -> float:
     """vectors (n,P)[rank, start:stop] = the sum over ranks of that part. Returns the sum of its squares."""
     squares, total = 0.0, np.empty(BLOCK, vectors.dtype)
     for first in range(start, stop, BLOCK):
@@ -22,7 +25,7 @@ def sum_ranks(vectors, rank, start, stop):
 
 
 @kernel
-def copy(target, source):
+def copy(target: Array, source: Array) -> float:
     """target (n,) = source. Returns the sum of its squares, like optim.sum_of_squares by blocks."""
     squares = 0.0
     for start in range(0, target.size, BLOCK):
@@ -36,7 +39,7 @@ def copy(target, source):
 
 
 @kernel
-def add_ranks(total, vectors, first):
+def add_ranks(total: Array, vectors: Array, first: int) -> None:
     """total (k,) = the sum over ranks of vectors (n,P)[:, first : first + k]."""
     zero = vectors[0, first : first + total.size]
     if vectors.shape[0] == 1:
@@ -53,7 +56,7 @@ def add_ranks(total, vectors, first):
 
 
 @kernel
-def sum_ranks_of_rows(total, vectors, start, rows):
+def sum_ranks_of_rows(total: Array, vectors: Array, start: int, rows: Array) -> None:
     """total (n,E) = the sum over ranks of some rows of the table (V,E) at vectors (n,P)[:, start:]."""
     E = total.shape[1]
     for n in range(rows.size):
@@ -61,7 +64,7 @@ def sum_ranks_of_rows(total, vectors, start, rows):
 
 
 @kernel
-def weighted_sum(out, own, x, weights, others):
+def weighted_sum(out: Array, own: float, x: Array, weights: Array, others: Array) -> None:
     """out (k,) = own x (k,) + sum_j weights_j others_j (d,k). out may be x."""
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
@@ -75,7 +78,7 @@ def weighted_sum(out, own, x, weights, others):
 
 
 @kernel
-def weighted_differences(out, own, x, weights, others):
+def weighted_differences(out: Array, own: float, x: Array, weights: Array, others: Array) -> None:
     """out (k,) = sum_j weights_j (others_j - x): over ranks with equal weights both ways these add up to 0. own has no part."""
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
@@ -88,6 +91,7 @@ def weighted_differences(out, own, x, weights, others):
 
 
 @intrinsic
+@no_type_check
 def _fence(typingctx):
     def generate(context, builder, signature, arguments):
         builder.fence("seq_cst")
@@ -97,6 +101,17 @@ def _fence(typingctx):
 
 
 @kernel
-def fence():
+def fence() -> None:
     """What this rank wrote before is seen by others before what it writes after, and the same of what it reads."""
     _fence()
+
+
+def warm_up(dtype: DType) -> None:
+    """Run every kernel of this file once, for vectors of `dtype`: all are compiled then, or loaded from the cache."""
+    vectors, one = np.zeros((1, 8), dtype), np.zeros(1)
+    sum_ranks(vectors, 0, 0, 8)
+    copy(vectors[0], vectors[0])
+    sum_ranks_of_rows(np.zeros((1, 2), dtype), vectors, 0, np.zeros(1, np.int64))
+    for combine in (weighted_sum, weighted_differences):
+        combine(vectors[0], 1.0, vectors[0], one, vectors)
+    fence()

@@ -25,6 +25,8 @@ from .activations import exp_rows
 from .compile import kernel
 from .dropout import philox
 from .gemm import width
+from .team import Team
+from .types import Array, Real
 
 BAD = -1  # the token of a row that has no distribution
 BLOCK = 1024  # tokens whose sum is kept, a multiple of LANES
@@ -44,8 +46,10 @@ class Choice:
     tokens, logprobs : (rows,most)      the most likely, -1 behind the last
     """
 
-    def __init__(self, rows, most=0):
-        make = lambda kind, value, *shape: np.full((rows, *shape), value, kind)
+    def __init__(self, rows: int, most: int = 0) -> None:
+        def make(kind: type[np.generic], value: float, *shape: int) -> Array:
+            return np.full((rows, *shape), value, kind)
+
         self.temperature, self.top_p = make(np.float64, 1), make(np.float64, 1)
         self.top_k, self.given = make(np.int64, 0), make(np.int64, -1)
         self.seed, self.position = make(np.uint64, 0), make(np.uint64, 0)
@@ -60,13 +64,13 @@ class Choice:
 class Scratch:
     """Memory for `threads` threads that draw from V tokens each."""
 
-    def __init__(self, V, threads=1):
+    def __init__(self, V: int, threads: int = 1) -> None:
         padded = -(-V // LANES) * LANES
         self.logits, self.e = (np.zeros((threads, padded), np.float32) for _ in range(2))
         self.keys, self.other = (np.zeros((threads, padded), np.uint64) for _ in range(2))
 
 
-def draw(choice, rows, z, b, scratch, team):
+def draw(choice: Choice, rows: Array, z: Array, b: Array, scratch: Scratch, team: Team) -> None:
     """Fill token, logprob, tokens and logprobs of rows of a Choice.
 
     Parameters
@@ -79,7 +83,7 @@ def draw(choice, rows, z, b, scratch, team):
     """
     N = len(rows)
 
-    def work(part):
+    def work(part: int) -> None:
         first, last = N * part // team.size, N * (part + 1) // team.size
         memory = scratch.logits[part], scratch.e[part], scratch.keys[part], scratch.other[part]
         if first < last:
@@ -90,9 +94,10 @@ def draw(choice, rows, z, b, scratch, team):
 
 @kernel
 def draw_rows(
-    token, logprob, tokens, logprobs, temperature, top_k, top_p, seed, position, given, wanted,
-    rows, z, b, logits, e, keys, other, first, last,
-):  # fmt: skip
+    token: Array, logprob: Array, tokens: Array, logprobs: Array, temperature: Array, top_k: Array, top_p: Array, seed: Array,
+    position: Array, given: Array, wanted: Array, rows: Array, z: Array, b: Array, logits: Array, e: Array, keys: Array,
+    other: Array, first: int, last: int,
+) -> None:  # fmt: skip
     """Rows first to last - 1 of `draw`."""
     V = b.size
     sums = np.zeros((V + BLOCK - 1) // BLOCK, np.float64)
@@ -131,7 +136,7 @@ def draw_rows(
 
 
 @kernel
-def take_logits(logits, z, n, b):
+def take_logits(logits: Array, z: Array, n: int, b: Array) -> float:
     """logits (Vp,) = row n of z + b, -inf beyond V. Returns the largest."""
     R, V = width(z), b.size
     for panel in range(V // R):
@@ -148,7 +153,7 @@ def take_logits(logits, z, n, b):
 
 
 @kernel
-def weigh(e, sums, logits, largest, factor):
+def weigh(e: Array, sums: Array, logits: Array, largest: float, factor: Real) -> float:
     """e (Vp,) = exp((logits - largest) factor); sums of each BLOCK. Returns the sum of all, NaN where some logit is."""
     zero, column = np.zeros(1, np.float32), np.zeros((2, LANES), np.float32)
     factor = np.float32(min(factor, 1e30))  # so that 0 times it is 0
@@ -167,7 +172,7 @@ def weigh(e, sums, logits, largest, factor):
 
 
 @kernel
-def uniform(seed, position):
+def uniform(seed: np.uint64, position: np.uint64) -> float:
     """A number in [0,1) of 53 bits."""
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     zero = np.uint64(0)
@@ -176,7 +181,7 @@ def uniform(seed, position):
 
 
 @kernel
-def draw_from_all(e, sums, total, V, u):
+def draw_from_all(e: Array, sums: Array, total: float, V: int, u: float) -> int:
     """The token where the running sum of e passes u total."""
     rest, block = u * total, 0
     while block < sums.size - 1 and rest >= sums[block]:
@@ -198,7 +203,9 @@ def draw_from_all(e, sums, total, V, u):
 
 
 @kernel
-def draw_within(keys, other, maxima, logits, e, V, top_k, top_p, total, u):
+def draw_within(
+    keys: Array, other: Array, maxima: Array, logits: Array, e: Array, V: int, top_k: int, top_p: float, total: float, u: float
+) -> int:
     """The same among the top_k most likely, of these among the most likely that hold top_p."""
     if 0 < top_k < V:
         keep_largest(keys, other, maxima, logits, V, top_k)
@@ -226,7 +233,7 @@ def draw_within(keys, other, maxima, logits, e, V, top_k, top_p, total, u):
 
 
 @kernel
-def keep_nucleus(keys, other, e, count, wanted):
+def keep_nucleus(keys: Array, other: Array, e: Array, count: int, wanted: float) -> tuple[int, float]:
     """Of `count` keys bring to the front the fewest of the largest whose e add up to `wanted`. Returns how many, their sum."""
     inside, sure, unsure = 0, 0.0, count  # keys[:inside] are within for certain, the cut is among the next `unsure`
     while unsure > 1:
@@ -242,7 +249,7 @@ def keep_nucleus(keys, other, e, count, wanted):
 
 
 @kernel
-def keep_largest(keys, other, maxima, logits, V, k):
+def keep_largest(keys: Array, other: Array, maxima: Array, logits: Array, V: int, k: int) -> None:
     """Bring the keys of the k tokens that come first to the front of keys, in no order."""
     bits, least, columns = logits.view(np.uint32), np.float32(-np.inf), maxima.size
     if k <= columns < V:  # k columns have a maximum that is at least the k-th largest of them, so k tokens have
@@ -266,7 +273,7 @@ def keep_largest(keys, other, maxima, logits, V, k):
 
 
 @kernel
-def keep_first(keys, other, count, k):
+def keep_first(keys: Array, other: Array, count: int, k: int) -> None:
     """Bring the k largest of `count` keys to the front, in no order."""
     inside, unsure = 0, count
     while inside < k < inside + unsure:
@@ -278,7 +285,7 @@ def keep_first(keys, other, count, k):
 
 
 @kernel
-def split_in_the_middle(keys, other, first, last):
+def split_in_the_middle(keys: Array, other: Array, first: int, last: int) -> int:
     """Bring those of keys[first:last] that are in the upper half of their range to the front. Returns how many they are."""
     least = most = keys[first]
     for i in range(first + 1, last):
@@ -299,7 +306,7 @@ def split_in_the_middle(keys, other, first, last):
 
 
 @kernel
-def key_of(bits, token):
+def key_of(bits: np.uint32, token: int) -> np.uint64:
     """An integer that is the larger the earlier a token comes in the order; bits (uint32) of its logit."""
     sign = np.uint32(0x80000000)
     if bits == sign:  # -0
@@ -309,11 +316,12 @@ def key_of(bits, token):
 
 
 @kernel
-def token_of(key):
-    return np.int64(0xFFFFFFFF) - np.int64(key & np.uint64(0xFFFFFFFF))
+def token_of(key: np.uint64) -> int:
+    """The token of a key."""
+    return np.int64(0xFFFFFFFF) - np.int64(key & np.uint64(0xFFFFFFFF))  # type: ignore[return-value]  # a kernel has one kind of int
 
 
-def probabilities_reference(logits, temperature=1.0, top_k=0, top_p=1.0):
+def probabilities_reference(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
     """What `draw` draws from: the probability of every token (V,), float64, by sorting."""
     logits = np.asarray(logits, np.float64)
     order = np.argsort(-logits, kind="stable")

@@ -4,10 +4,11 @@ states (slots,L,2,P,R)      h and c of each layer of each stream, P panels of R 
 """
 
 from .compile import kernel
+from .types import Array
 
 
 @kernel
-def load_states(h, c, states, slots, layer):
+def load_states(h: Array, c: Array, states: Array, slots: Array, layer: int) -> None:
     """Slot 0 of h and c (P,(T+1)B,R), lane n, = the states of stream slots[n]."""
     for n in range(slots.size):
         for panel in range(h.shape[0]):
@@ -17,7 +18,7 @@ def load_states(h, c, states, slots, layer):
 
 
 @kernel
-def store_states(states, h, c, slots, lengths, layer):
+def store_states(states: Array, h: Array, c: Array, slots: Array, lengths: Array, layer: int) -> None:
     """The states of stream slots[n] = slot lengths[n] of h and c, lane n."""
     B = slots.size
     for n in range(B):
@@ -29,7 +30,7 @@ def store_states(states, h, c, slots, lengths, layer):
 
 
 @kernel
-def take_rows(out, x, first, rows):
+def take_rows(out: Array, x: Array, first: int, rows: Array) -> None:
     """out (P,N,R) = rows first + rows[n] of x (P,:,R)."""
     for panel in range(x.shape[0]):
         for n in range(rows.size):

@@ -13,13 +13,16 @@ s_n = sum_v exp(z_nv) and f_n = scale / s_n, dz_nv = f_n p_nv where p_nv = exp(z
     dy_n = f_n (p @ W)_n        dW = p^T @ (f y)        db = p^T @ f, one more column of f y
 
 and the factors go to the narrow y and dy instead of the wide p. exp(z) needs no shift while its sums stay well within
-float32's range; a chunk where one does not is done again with each token's largest logit taken off first.
+float32's range; where one does not, the chunk is done again with the largest logit of that token taken off first. So a
+token's loss is the same whatever tokens are beside it.
 
 All matrices lie in panels (gemm.py). The chunk is kept as p^T (V,N): then all three products take W (V,H) as it lies, and
 only the small y is transposed. The bias is the last column of W: (H+1)/R panels of V rows.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import numpy as np
 from numba import types
@@ -27,9 +30,10 @@ from numba.extending import overload
 
 from .activations import exp_rows, exp_rows_to_bf16
 from .compile import OPTIONS, kernel
-from .gemm import aligned, bf16, from_panels, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
+from .gemm import Operands, aligned, bf16, multiply, multiply_transposed, to_pairs, to_words, width, zero_panels
 from .team import share_in_pairs
 from .tiles import ROW
+from .types import Array
 
 IGNORE = -1  # the target of a padded position
 GROUP = 224  # rows of p^T that are made, and turned into exp, at a time
@@ -43,7 +47,7 @@ class Chunk:
         False: for losses alone, which need no more than GROUP logits of a token at a time.
     """
 
-    def __init__(self, tokens, H, V, operands, training):
+    def __init__(self, tokens: int, H: int, V: int, operands: Operands, training: bool) -> None:
         self.tokens, self.H, self.operands = tokens, H, operands
         dtype, whole = operands.dtype, training and not operands.bf16
         P = -(-tokens // operands.R)
@@ -60,7 +64,18 @@ class Chunk:
         self.sums, self.shift, self.factor = (np.zeros(P * operands.R, dtype) for _ in range(3))
 
 
-def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, between=None):
+def softmax_cross_entropy(
+    loss: Array,
+    dy: Array | None,
+    dW: Array | None,
+    chunk: Chunk,
+    y: Array,
+    y_row: int,
+    W: Array,
+    targets: Array,
+    scale: float,
+    between: Callable[[], object] | None = None,
+) -> None:
     """Losses and, for training, all gradients of the output layer.
 
     Parameters
@@ -94,7 +109,7 @@ def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, betw
         if not all(_by_team(s, exponentials, out, W, yT, here)):
             _by_team(s, largest_logits, (), W, yT, here)
             _by_team(s, exponentials, out, W, yT, here)
-        if dy is None:
+        if dy is None or dW is None:
             continue
         words = s.words[: -(-P // 2) if operands.bf16 else P]
         finish_chunk(s.fy, s.factor, dy, start, words, W, y, y_row + start, H, s.sums, here, scale)
@@ -104,11 +119,11 @@ def softmax_cross_entropy(loss, dy, dW, chunk, y, y_row, W, targets, scale, betw
             between()
 
 
-def _by_team(s, function, out, W, yT, targets):
+def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: Array, yT: Array, targets: Array) -> list[bool]:
     """`exponentials` or `largest_logits` of a chunk, each thread some of its tokens. Returns what each of them returned."""
     operands, H, results = s.operands, s.H, [True] * s.operands.team.size
 
-    def work(part):
+    def work(part: int) -> None:
         first, last = share_in_pairs(len(yT), operands.team.size, part)
         tokens = slice(first * operands.R, last * operands.R)
         if first == last:
@@ -116,7 +131,7 @@ def _by_team(s, function, out, W, yT, targets):
         left, right = (s.left[part], s.right[part]) if operands.bf16 else (W, W)
         logits = s.z[first:last], s.shift[tokens], W, left, right, s.b, yT[first:last], operands.depth(H)
         if function is largest_logits:
-            function(*logits)
+            function(s.sums[tokens], *logits)
             return
         loss, dy, row = out
         words = s.words[first // 2 : (last + 1) // 2] if operands.bf16 else s.words[first:last]
@@ -127,36 +142,24 @@ def _by_team(s, function, out, W, yT, targets):
     return results
 
 
-def output_logits(y, row, B, W, chunk):
-    """The logits (B,V) of B rows of y (H/R,:,R), from `row` on. W and chunk as in `softmax_cross_entropy`."""
-    H, V, operands = chunk.H, W.shape[1], chunk.operands
-    logits = np.empty((V, B), operands.dtype)
-    if B == 1:
-        operands.team.share(lambda first, last: dot_rows(logits[first:last, 0], W, first, y, row), V, GROUP)
-    else:
-        z = zero_panels(V, B, operands.dtype)
-        operands.multiply(z, 0, W, 0, operands.transposed("yT", y, row, B), V, H, False)
-        from_panels(logits, z, 0)
-    return np.ascontiguousarray(logits.T) + W[H // operands.R, :, H % operands.R]
-
-
 @kernel
-def dot_rows(out, W, first, y, row):
-    """out (N,) = W @ y for N rows of W (:,V,R), from `first` on, and a row of y (H/R,:,R): as fast as W is read."""
-    R = width(W)
-    out[:] = 0
-    for panel in range(y.shape[0]):
-        y_row = y[panel, row]
-        for n in range(out.size):
-            W_row = W[panel, first + n]
-            total = W.dtype.type(0)
-            for j in range(R):
-                total += W_row[j] * y_row[j]
-            out[n] += total
-
-
-@kernel
-def exponentials(loss, sums, words, pairs, dy, dy_row, targets, z, shift, W, left, right, b, yT, K):
+def exponentials(
+    loss: Array,
+    sums: Array,
+    words: Array,
+    pairs: Array,
+    dy: Array,
+    dy_row: int,
+    targets: Array,
+    z: Array,
+    shift: Array,
+    W: Array,
+    left: Array,
+    right: Array,
+    b: Array,
+    yT: Array,
+    K: int,
+) -> bool:
     """exp(z)^T of a chunk in words and pairs, its losses (N,), and dy = exp(z) @ W from row dy_row on, all at one go.
 
     Where z (N/R,:,R) has as many rows as W, exp(z)^T is left there; else z is scratch, and where dy has no rows nothing
@@ -185,8 +188,10 @@ def exponentials(loss, sums, words, pairs, dy, dy_row, targets, z, shift, W, lef
 
 
 @kernel
-def largest_logits(z, shift, W, left, right, b, yT, K):
-    """shift (N,) = the largest logit of each token of a chunk."""
+def largest_logits(
+    sums: Array, z: Array, shift: Array, W: Array, left: Array, right: Array, b: Array, yT: Array, K: int
+) -> None:
+    """shift (N,) = the largest logit of each token of a chunk whose sum is not within the safe range; of others 0."""
     R = width(z)
     shift[:] = -math.inf
     for first in range(0, W.shape[1], GROUP):
@@ -198,13 +203,18 @@ def largest_logits(z, shift, W, left, right, b, yT, K):
                     logit = z[panel, v, j] + b[first + v]
                     if logit > shift[panel * R + j]:
                         shift[panel * R + j] = logit
+    for n in range(shift.size):
+        if SMALL < sums[n] < LARGE:
+            shift[n] = 0
 
 
-def factors(left, right, W, first, count):
+def factors(left: Array, right: Array, W: Array, first: int, count: int) -> int:
     """Make `count` rows of W, from `first` on, ready as factors. Returns the row where they begin in left."""
+    raise NotImplementedError("for kernels only")
 
 
 @overload(factors, jit_options=OPTIONS)
+@no_type_check
 def _factors(left, right, W, first, count):
     def bfloat16(left, right, W, first, count):
         to_words(left, 0, W, first, count)
@@ -214,11 +224,14 @@ def _factors(left, right, W, first, count):
     return bfloat16 if left.dtype == types.uint32 else lambda left, right, W, first, count: first
 
 
-def exponentiate(words, pairs, sums, z, row, shift, b, first, count):
+def exponentiate(
+    words: Array, pairs: Array, sums: Array, z: Array, row: int, shift: Array, b: Array, first: int, count: int
+) -> None:
     """exp(z + b - shift) of `count` logits of each token, from `first` on: in z at `row`; for bfloat16 in words and pairs."""
 
 
 @overload(exponentiate, jit_options=OPTIONS)
+@no_type_check
 def _exponentiate(words, pairs, sums, z, row, shift, b, first, count):
     def float64(words, pairs, sums, z, row, shift, b, first, count):
         R = width(z)
@@ -253,11 +266,12 @@ def _exponentiate(words, pairs, sums, z, row, shift, b, first, count):
     return float64 if z.dtype == types.float64 else bfloat16 if words.dtype == types.uint32 else float32
 
 
-def add_to_dy(dy, row, pairs, right, first, count, N):
+def add_to_dy(dy: Array, row: int, pairs: Array, right: Array, first: int, count: int, N: int) -> None:
     """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on; for bfloat16 pairs and right hold these alone."""
 
 
 @overload(add_to_dy, jit_options=OPTIONS)
+@no_type_check
 def _add_to_dy(dy, row, pairs, right, first, count, N):
     def plain(dy, row, pairs, right, first, count, N):
         multiply_transposed(dy, row, pairs, first, right, first, N, count, first > 0)
@@ -268,11 +282,12 @@ def _add_to_dy(dy, row, pairs, right, first, count, N):
     return bfloat16 if pairs.dtype == types.uint32 else plain
 
 
-def subtract_targets(words, sums, targets):
+def subtract_targets(words: Array, sums: Array, targets: Array) -> None:
     """Take s_n off p at each target."""
 
 
 @overload(subtract_targets, jit_options=OPTIONS)
+@no_type_check
 def _subtract_targets(words, sums, targets):
     def plain(words, sums, targets):
         R = width(words)
@@ -295,7 +310,20 @@ def _subtract_targets(words, sums, targets):
 
 
 @kernel
-def finish_chunk(fy, factor, dy, row, words, W, y, y_row, H, sums, targets, scale):
+def finish_chunk(
+    fy: Array,
+    factor: Array,
+    dy: Array,
+    row: int,
+    words: Array,
+    W: Array,
+    y: Array,
+    y_row: int,
+    H: int,
+    sums: Array,
+    targets: Array,
+    scale: float,
+) -> None:
     """exp(z)^T in words becomes p^T; factor (N,) = f; fy = f y with f as column H; dy = exp(z) @ W becomes f p @ W."""
     subtract_targets(words, sums, targets)
     R = width(y)
@@ -317,7 +345,9 @@ def finish_chunk(fy, factor, dy, row, words, W, y, y_row, H, sums, targets, scal
             dy[H // R, row + n, j] = 0
 
 
-def softmax_cross_entropy_reference(y, W, b, targets, scale):
+def softmax_cross_entropy_reference(
+    y: Array, W: Array, b: Array, targets: Array, scale: float
+) -> tuple[Array, Array, Array, Array]:
     """The equations as they stand, any dtype, complex too. Returns loss (N,), dy, dW, db."""
     z = y @ W.T + b
     z = z - z.real.max(axis=1, keepdims=True)

@@ -6,6 +6,8 @@ same to the bit for any number of threads.
 
 import queue
 import threading
+from collections.abc import Callable
+from typing import TypeAlias, no_type_check
 
 import numpy as np
 from llvmlite import ir
@@ -14,6 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import kernel
+from .types import Array
+
+Tasks: TypeAlias = queue.SimpleQueue[tuple[Callable[[int], object], int]]  # a function and the part of it to do
 
 PATIENCE = 2000  # looks at a barrier, some tens of nanoseconds each, before the core is given away
 
@@ -21,13 +26,14 @@ PATIENCE = 2000  # looks at a barrier, some tens of nanoseconds each, before the
 class Team:
     """`size` threads, the caller's among them. The others sleep between calls, and end with the process."""
 
-    def __init__(self, size=1):
-        self.size, self._done = size, queue.SimpleQueue()
-        self._tasks = [queue.SimpleQueue() for _ in range(size - 1)]
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._tasks: list[Tasks] = [queue.SimpleQueue() for _ in range(size - 1)]
         for tasks in self._tasks:
             threading.Thread(target=self._work, args=(tasks,), daemon=True).start()
 
-    def _work(self, tasks):
+    def _work(self, tasks: Tasks) -> None:
         while True:
             function, part = tasks.get()
             try:
@@ -36,7 +42,7 @@ class Team:
             except BaseException as error:
                 self._done.put(error)
 
-    def run(self, function):
+    def run(self, function: Callable[[int], object]) -> None:
         """function(part) for every part in range(size), at the same time."""
         for part, tasks in enumerate(self._tasks, 1):
             tasks.put((function, part))
@@ -45,10 +51,13 @@ class Team:
         for problem in filter(None, problems):
             raise problem
 
-    def share(self, function, count, step=1):
+    def share(self, function: Callable[[int, int], object], count: int, step: int = 1) -> None:
         """function(first, last) for `size` nearly equal shares of range(count), cut at multiples of `step`."""
         units = -(-count // step)
-        edge = lambda part: min(count, units * part // self.size * step)
+
+        def edge(part: int) -> int:
+            return min(count, units * part // self.size * step)
+
         if self.size == 1 or units == 1:
             function(0, count)
         else:
@@ -56,19 +65,19 @@ class Team:
 
 
 @kernel
-def share_in_pairs(panels, threads, part):
+def share_in_pairs(panels: int, threads: int, part: int) -> tuple[int, int]:
     """The first panel of a thread's share and the one behind its last; even, since two panels make one of bfloat16."""
     pairs = (panels + 1) // 2
     return 2 * (pairs * part // threads), min(panels, 2 * (pairs * (part + 1) // threads))
 
 
-def new_barrier():
+def new_barrier() -> Array:
     """A counter for `meet`, at zero."""
     return np.zeros(1, np.int64)
 
 
 @kernel
-def meet(barrier, threads, times):
+def meet(barrier: Array, threads: int, times: int) -> None:
     """Wait until each of `threads` threads has come here for the `times`-th time since the barrier was zero."""
     if threads > 1:
         _add_one(barrier.ctypes.data)
@@ -80,6 +89,7 @@ def meet(barrier, threads, times):
 
 
 @intrinsic
+@no_type_check
 def _yield_core(typingctx):
     def generate(context, builder, signature, arguments):
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), ()), "sched_yield")
@@ -90,6 +100,7 @@ def _yield_core(typingctx):
 
 
 @intrinsic
+@no_type_check
 def _add_one(typingctx, address):
     def generate(context, builder, signature, arguments):
         i64 = ir.IntType(64)
@@ -100,6 +111,7 @@ def _add_one(typingctx, address):
 
 
 @intrinsic
+@no_type_check
 def _read(typingctx, address):
     def generate(context, builder, signature, arguments):
         pause = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ()))

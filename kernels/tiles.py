@@ -13,6 +13,7 @@ A step of k is one word: a float32, a float64, or a pair of bfloat16, whose prod
 """
 
 import os
+from typing import no_type_check
 
 import llvmlite.binding
 from llvmlite import ir
@@ -29,13 +30,13 @@ ROWS = {64: 14, 32: 6, 16: 3}[VECTOR]  # of a tile: with two vectors (four of 16
 AHEAD = 24  # rows of B that are fetched ahead
 
 
-class BFloat(ir.types._BaseFloatType):
+class BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
     """llvmlite knows no bfloat."""
 
     null = "0.0"
     intrinsic_name = "bf16"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "bfloat"
 
 
@@ -44,6 +45,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 @intrinsic
+@no_type_check
 def multiply_tile(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
     """c (rows, panels) = a @ b, added to what c holds where `add` is not 0, over K words.
 
@@ -54,11 +56,13 @@ def multiply_tile(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c
 
 
 @intrinsic
+@no_type_check
 def multiply_tile_transposed(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
     """The same with word (row,k) of a at a + size row + 64 k: the transpose of a panel. a_jump is not used."""
     return types.void(kind, *[types.int64] * 10), _generator(kind, True)
 
 
+@no_type_check
 def _generator(kind, transposed):
     def generate(context, builder, signature, arguments):
         _Tiles(builder, kind, transposed, *arguments[1:])
@@ -70,7 +74,22 @@ def _generator(kind, transposed):
 class _Tiles:
     """Emits a switch over the sizes of a tile, with a loop of its own for each."""
 
-    def __init__(self, builder, kind, transposed, rows, panels, add, K, a, a_jump, b, b_jump, c, c_jump):
+    def __init__(
+        self,
+        builder: ir.IRBuilder,
+        kind: types.Type,
+        transposed: bool,
+        rows: ir.Value,
+        panels: ir.Value,
+        add: ir.Value,
+        K: ir.Value,
+        a: ir.Value,
+        a_jump: ir.Value,
+        b: ir.Value,
+        b_jump: ir.Value,
+        c: ir.Value,
+        c_jump: ir.Value,
+    ) -> None:
         self.builder, self.transposed, self.pairs = builder, transposed, kind == types.uint32
         self.element = ir.DoubleType() if kind == types.float64 else ir.FloatType()
         self.size = 8 if kind == types.float64 else 4
@@ -89,7 +108,7 @@ class _Tiles:
                 builder.branch(end)
         builder.position_at_end(end)
 
-    def emit(self, height, width):
+    def emit(self, height: int, width: int) -> None:
         """The loop of a tile of `height` rows and `width` panels."""
         builder, per_panel = self.builder, ROW // VECTOR
         columns = [(panel, part) for panel in range(width) for part in range(per_panel)]
@@ -118,7 +137,7 @@ class _Tiles:
             self.prefetch(builder.add(builder.add(left, self.a_jump), builder.mul(within, _I64(ROW - self.size))))
             last = builder.icmp_signed("==", within, _I64(words - 1))
             ahead = builder.select(last, builder.sub(self.a_jump, _I64(ROW - self.size)), _I64(self.size))
-        new = []
+        new: list[ir.Value] = []
         for row in range(height):
             word = self.load(builder.add(left, _I64(row * (self.size if self.transposed else ROW))), self.element)
             word = self.splat(word)
@@ -133,30 +152,30 @@ class _Tiles:
         for place, value in zip(places, new, strict=True):
             builder.store(value, builder.inttoptr(place, self.vector.as_pointer()), align=4)
 
-    def at(self, address, jump, panel, offset):
+    def at(self, address: ir.Value, jump: ir.Value, panel: int, offset: int) -> ir.Value:
         return self.builder.add(self.builder.add(address, self.builder.mul(jump, _I64(panel))), _I64(offset))
 
-    def load(self, address, kind):
+    def load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
 
-    def load_if_adding(self, address):
+    def load_if_adding(self, address: ir.Value) -> ir.Value:
         pointer = self.vector.as_pointer()
         name = f"llvm.masked.load.v{self.lanes}f{8 * self.size}.p0"
         load = self.function(name, self.vector, pointer, _I32, self.mask.type, self.vector)
         arguments = self.builder.inttoptr(address, pointer), _I32(4), self.mask, ir.Constant(self.vector, None)
         return self.builder.call(load, arguments)
 
-    def prefetch(self, address):
+    def prefetch(self, address: ir.Value) -> None:
         pointer = self.vector.as_pointer()
         function = self.function("llvm.prefetch.p0", ir.VoidType(), pointer, _I32, _I32, _I32)
         self.builder.call(function, [self.builder.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
 
-    def splat(self, scalar):
+    def splat(self, scalar: ir.Value) -> ir.Value:
         undefined, places = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined), ir.VectorType(_I32, self.lanes)
         one = self.builder.insert_element(undefined, scalar, _I32(0))
         return self.builder.shuffle_vector(one, undefined, ir.Constant(places, [0] * self.lanes))
 
-    def multiply_add(self, a, b, c):
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         if self.pairs:
             halves = ir.VectorType(BFloat(), 2 * self.lanes)
             function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, self.vector, halves, halves)
@@ -164,5 +183,5 @@ class _Tiles:
         function = self.function(f"llvm.fma.v{self.lanes}f{8 * self.size}", *[self.vector] * 4)
         return self.builder.call(function, [a, b, c])
 
-    def function(self, name, result, *kinds):
+    def function(self, name: str, result: ir.Type, *kinds: ir.Type) -> ir.Value:
         return self.builder.module.declare_intrinsic(name, (), ir.FunctionType(result, kinds))

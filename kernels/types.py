@@ -8,3 +8,5 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 DType: TypeAlias = np.dtype[Any] | type[np.generic]
+Int: TypeAlias = int | np.integer[Any]  # Python's or NumPy's
+Real: TypeAlias = float | np.floating[Any]

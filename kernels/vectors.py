@@ -4,6 +4,8 @@ In LLVM's own language, like tiles.py and for the same reason: shuffles and conv
 Addresses are plain integers: nothing here knows where an array ends.
 """
 
+from typing import no_type_check
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -17,6 +19,7 @@ IN_TURNS = ir.Constant(ir.VectorType(_I32, 32), [n // 2 + n % 2 * 16 for n in ra
 
 
 @intrinsic
+@no_type_check
 def transpose_block(typingctx, kind, source, target):
     """R rows of 64 bytes, R words of `kind` each, at `source` become the columns of R rows at `target`."""
 
@@ -31,6 +34,7 @@ def transpose_block(typingctx, kind, source, target):
 
 
 @intrinsic
+@no_type_check
 def round_rows(typingctx, interleave, one, other, target):
     """16 float32 at `one` and 16 at `other` become 64 bytes of bfloat16 at `target`: one behind the other, or where
     `interleave` is True in turns. `other` = 0: zeros.
@@ -56,6 +60,7 @@ def round_rows(typingctx, interleave, one, other, target):
 
 
 @intrinsic
+@no_type_check
 def transpose_block_of_pairs(typingctx, first, second, target):
     """16 rows of 16 float32 at `first`, and 16 at `second`, become the columns of 16 rows of pairs of bfloat16 at `target`."""
 
@@ -71,6 +76,7 @@ def transpose_block_of_pairs(typingctx, first, second, target):
 
 
 @intrinsic
+@no_type_check
 def round_to_bf16(typingctx, x):
     """The bits (uint32) of a float32 rounded to bfloat16, to nearest even. One instruction where the processor has it."""
 
@@ -85,23 +91,23 @@ def round_to_bf16(typingctx, x):
     return types.uint32(types.float32), generate
 
 
-def load(builder, address, row=0, vector=FLOATS):
+def load(builder: ir.IRBuilder, address: ir.Value, row: int = 0, vector: ir.Type = FLOATS) -> ir.Value:
     """Row number `row` behind `address`."""
     return builder.load(builder.inttoptr(builder.add(address, _I64(ROW * row)), vector.as_pointer()), align=4)
 
 
-def store(builder, address, row, value):
+def store(builder: ir.IRBuilder, address: ir.Value, row: int, value: ir.Value) -> None:
     """Row number `row` behind `address` becomes value."""
     builder.store(value, builder.inttoptr(builder.add(address, _I64(ROW * row)), value.type.as_pointer()), align=4)
 
 
-def splat(builder, scalar):
+def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
     """A float32 16 times."""
     one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scalar, _I32(0))
     return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
 
 
-def _store_transpose(builder, rows, target):
+def _store_transpose(builder: ir.IRBuilder, rows: list[ir.Value], target: ir.Value) -> None:
     """n rows of n words: in log2 n rounds, halves of neighbours at distance 1, 2, 4, ... change places."""
     n, distance = len(rows), 1
     while distance < n:

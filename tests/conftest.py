@@ -1,15 +1,62 @@
-"""Small corpora and a short run for all tests; under mpirun, a test that fails on one rank ends all ranks."""
+"""Which tests run; small corpora and a short run for all of them; under mpirun, a failure on one rank ends all ranks.
+
+Every test is marked by its folder: unit, ranks, jobs, system.
+
+    python -m pytest                             unit but for what is slow, ranks on 3 ranks, and the jobs of test_smoke.py
+    python -m pytest tests/jobs/test_launch.py   all of what is named
+    python -m pytest --full                      everything
+"""
 
 import json
 import os
+import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
 import pytest
-from launch import mpirun, train_arguments
-from paths import DATA
+from helpers.launch import mpirun, train_arguments
+from helpers.text import standard_library
+
+TESTS = pathlib.Path(__file__).parent
+KINDS = ("unit", "ranks", "jobs", "system")
+SMOKE = "test_smoke.py"
+
+
+def pytest_addoption(parser):
+    text = "all tests: also slow ones, real jobs, and those that mount, make network namespaces or start Slurm"
+    parser.addoption("--full", action="store_true", help=text)
+
+
+def _named(config):
+    """The files and folders below tests/ that the command line names."""
+    if config.args_source is not config.ArgsSource.ARGS:
+        return []
+    named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
+    return [path for path in named if TESTS in path.parents]
+
+
+def _is_left_out(item, kind, named, full):
+    if "mpi" in item.keywords and not item.config.getoption("--with-mpi"):
+        return item.path not in named  # test_start_ranks.py starts them
+    if full or not {item.path, *item.path.parents}.isdisjoint(named):
+        return False
+    return "slow" in item.keywords or kind == "system" or (kind == "jobs" and item.path.name != SMOKE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    named, full, kept, left_out = _named(config), config.getoption("--full"), [], []
+    if not full and any(TESTS / "system" in (path, *path.parents) for path in named):
+        raise pytest.UsageError("tests/system mounts, makes network namespaces or starts Slurm: it needs --full")
+    for item in items:
+        kind = next((name for name in KINDS if TESTS / name in item.path.parents), None)
+        if kind:
+            item.add_marker(kind)
+        (left_out if _is_left_out(item, kind, named, full) else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def _world(config):
@@ -51,7 +98,7 @@ def pytest_make_collect_report(collector):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """One line a rank, in one write, that tests/test_mpi.py counts."""
+    """One line a rank, in one write, that test_start_ranks.py counts."""
     if config.getoption("--with-mpi", False):
         from mpi4py import MPI
 
@@ -60,11 +107,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def shakespeare():
-    """The bytes of tiny Shakespeare."""
-    path = DATA / "tinyshakespeare" / "input.txt"
-    assert path.exists(), f"{path} is missing; set DLLM_DATA to the folder with tinyshakespeare/input.txt"
-    return path.read_bytes()
+def text():
+    """1.2 MB of ASCII that every machine has: sources of the standard library."""
+    return standard_library(1_200_000)
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +129,9 @@ def prepare(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(prepare, shakespeare):
-    """200 kB of Shakespeare by characters, with train, valid and test."""
-    parts = {"train": shakespeare[:200_000], "valid": shakespeare[-40_000:-20_000], "test": shakespeare[-20_000:]}
+def tiny(prepare, text):
+    """200 kB of text by characters, with train, valid and test."""
+    parts = {"train": text[:200_000], "valid": text[-40_000:-20_000], "test": text[-20_000:]}
     return prepare("char", **parts)
 
 
@@ -103,16 +148,3 @@ def world(tmp_path_factory, tiny):
     settings = "train.eval_every=8", "train.lr=0.02"
     mpirun(2, *train_arguments("tiny", "run", *settings, extra=("--max-steps", 20)), cwd=world, check=True)
     return world
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder]
-    done = subprocess.run(mount, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], timeout=20, check=True)

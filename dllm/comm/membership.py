@@ -4,16 +4,23 @@ Every BEAT each rank sends what it knows of all ranks to a few others, drawn at 
 the larger count is newer. Messages go from one rank to one other, so that the death of a third does not touch them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 from mpi4py import MPI
 
+from ..kernels.types import Bytes
 from .runtime import survivable
+
+Report: TypeAlias = dict[str, Any]  # what a rank says of itself, for JSON
 
 TAG = 201
 BEAT = 0.2  # seconds
@@ -23,8 +30,10 @@ ENTRY = 512  # bytes that a rank's report may have as JSON
 SILENT = 5.0  # seconds after which a rank is told less often, every so many seconds: it may never read it
 
 
-class Gossip(threading.Thread):
-    """What every rank says of itself, on every rank. From `start` until `end` no other thread of this process may call MPI.
+class Membership(threading.Thread):
+    """What every rank says of itself, on every rank, by gossip.
+
+    From `start` until `end` no other thread of this process may call MPI.
 
     Parameters
     ----------
@@ -32,27 +41,37 @@ class Gossip(threading.Thread):
         Duplicated: collective.
     report : callable
         Returns what this rank says of itself now, a small dict for JSON.
+
+    Attributes
+    ----------
+    known : dict
+        rank -> (how many reports it has made, the newest one).
     """
 
-    def __init__(self, comm, report):
+    def __init__(self, comm: MPI.Comm, report: Callable[[], Report]) -> None:
         super().__init__(name="gossip", daemon=True)
-        self.comm, self.report, self.over = comm.Dup(), report, threading.Event()
+        self.comm, self.report = comm.Dup(), report
+        self.over = threading.Event()
         self.rank, self.size = comm.rank, comm.size
         self.survivable = survivable(comm)
         self.others = [rank for rank in range(comm.size) if rank != comm.rank]
-        self.count, self.known = 0, {}  # rank -> (count, report)
+        self.count = 0
+        self.known: dict[int, tuple[int, Report]] = {}
         self.heard = dict.fromkeys(range(comm.size), time.monotonic())  # rank -> when a new report of it came
-        self.dead = set()
+        self.dead: set[int] = set()
         self.incoming = {rank: np.zeros(ENTRY * comm.size, np.uint8) for rank in self.others}
-        self.receiving, self.sending, self.kept = {}, {}, []
+        self.receiving: dict[int, MPI.Request] = {}
+        self.sending: dict[int, tuple[MPI.Request, Bytes]] = {}
+        self.kept: list[Any] = []  # requests that failed, with their memory
 
-    def table(self):
+    def table(self) -> dict[int, tuple[Report, float, bool]]:
         """rank -> (report, seconds since it was heard of, whether it is dead), of all ranks that were ever heard of."""
         now = time.monotonic()
         known = dict(self.known)
         return {rank: (known[rank][1], now - self.heard[rank], rank in self.dead) for rank in sorted(known)}
 
-    def run(self):
+    def run(self) -> None:
+        """The thread: listen and speak until `end`."""
         for rank in self.others:
             self._expect(rank)
         due = 0.0
@@ -64,7 +83,7 @@ class Gossip(threading.Thread):
                 due = time.monotonic() + BEAT
                 self._speak()
 
-    def end(self):
+    def end(self) -> None:
         """Say how this rank is once more, then nothing."""
         self.over.set()
         if self.is_alive():
@@ -75,28 +94,29 @@ class Gossip(threading.Thread):
                     self.receiving[rank].Cancel()
                     self.receiving[rank].Wait()
 
-    def _expect(self, rank):
+    def _expect(self, rank: int) -> None:
         with self._losing(rank):
             self.receiving[rank] = self.comm.Irecv(self.incoming[rank], rank, TAG)
 
-    def _look(self, rank):
+    def _look(self, rank: int) -> None:
         with self._losing(rank):
             status = MPI.Status()
             while self.receiving[rank].Test(status):
                 self._take(bytes(self.incoming[rank][: status.Get_count(MPI.BYTE)]))
                 self.receiving[rank] = self.comm.Irecv(self.incoming[rank], rank, TAG)
 
-    def _take(self, message):
+    def _take(self, message: bytes) -> None:
         now = time.monotonic()
         for text, (count, report) in json.loads(message).items():
             rank = int(text)
-            if count > self.known.get(rank, (-1,))[0]:
+            if rank not in self.known or count > self.known[rank][0]:
                 self.known[rank] = count, report
                 self.heard[rank] = now
 
-    def _speak(self, everyone=False):
+    def _speak(self, everyone: bool = False) -> None:
         self.count += 1
-        self.known[self.rank], self.heard[self.rank] = (self.count, self.report()), time.monotonic()
+        self.known[self.rank] = self.count, self.report()
+        self.heard[self.rank] = time.monotonic()
         message = np.frombuffer(json.dumps(self.known).encode(), np.uint8)
         if message.size > ENTRY * self.size:
             raise ValueError(f"the reports of {self.size} ranks have {message.size} bytes, more than {ENTRY} each")
@@ -110,7 +130,7 @@ class Gossip(threading.Thread):
                     self.sending[rank] = self.comm.Isend(message, rank, TAG), message
 
     @contextlib.contextmanager
-    def _losing(self, rank):
+    def _losing(self, rank: int) -> Iterator[None]:
         """A block about one other rank; an error of MPI in it means that this rank is gone."""
         try:
             yield

@@ -9,89 +9,30 @@ The gradients of a node's n ranks lie in one piece of memory, (n,P). Of each buc
 Three counters of each rank, in the same memory, say how far it is. Nobody waits for a bucket before the backward is over.
 """
 
+from __future__ import annotations
+
 import math
-import mmap
-import os
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
-from .allreduce import Allreduce, sent_by_allreduce
+from .allreduce import Allreduce
+from .averaging import Gradient, Table
+from .control import Control
 from .recovery import Watch
-from .runtime import NAP, allgather
+from .runtime import NAP
+from .shared_memory import SharedMemory
+from .traffic import sent_by_allreduce
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from ..kernels.types import Array
 
 READY, SUMMED, READ = 0, 8, 16  # places of the counters: a line of the cache each
 SQUARES = SUMMED + 1  # place of a float64: the sum of squares of the rank's shards
-PULSE = READ + 1  # place of a counter that grows as long as the rank lives
-PAGE = 4096
-LARGE = 100 * 2**20  # bytes
-
-
-class SharedMemory:
-    """Vectors (n,P or a little more) of the ranks of a node, and their counters (n,24), zero at first. Collective over `node`.
-
-    It has no name, so it is gone with the last of its ranks, however that ended.
-
-    Raises OSError on all ranks where one of them cannot have it.
-    """
-
-    def __init__(self, node, size, dtype):
-        rows = -(-size * np.dtype(dtype).itemsize // PAGE) * PAGE
-        head = -(-node.size * 24 * 8 // PAGE) * PAGE
-        length, handle, problem = head + node.size * rows, None, None
-        try:
-            if node.rank == 0:
-                handle = os.memfd_create("dllm")
-                os.ftruncate(handle, length)
-        except (OSError, AttributeError) as error:
-            problem = str(error)
-        place = allgather(node, (os.getpid(), handle, problem))[0]
-        try:
-            if place[2] is None:
-                own = handle if node.rank == 0 else os.open(f"/proc/{place[0]}/fd/{place[1]}", os.O_RDWR)
-                memory = mmap.mmap(own, length)
-        except OSError as error:
-            problem = str(error)
-        problem = next((text for text in allgather(node, problem) if text), None)
-        if node.rank == 0 and handle is not None and problem:
-            os.close(handle)
-        if problem:
-            raise OSError(problem)
-        os.close(own)  # the mapping stays
-        self.counters = np.frombuffer(memory, np.int64, node.size * 24).reshape(node.size, 24)
-        self.numbers = self.counters.view(np.float64)
-        self.vectors = np.frombuffer(memory, dtype, offset=head).reshape(node.size, -1)
-        self.mine = self.vectors[node.rank, :size]
-        self._memory, self._starts = memory, [head + rank * rows for rank in range(node.size) if rank != node.rank]
-        self._large = rows > LARGE
-
-    def forget(self, start, stop):
-        """Drop this rank's view of the others' elements [start, stop), which count as memory of every rank that reads them.
-
-        Where vectors are small the view stays: to get it back costs some microseconds a page.
-        """
-        if self._large:
-            for row in self._starts:
-                first = -(-(row + start * self.mine.itemsize) // PAGE) * PAGE
-                last = (row + stop * self.mine.itemsize) // PAGE * PAGE
-                if first < last:
-                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def share(comm, node, size, dtype):
-    """SharedMemory of a rank's node; None on all ranks where not all nodes have it, or not the same number of ranks.
-
-    Collective over `comm`.
-    """
-    memory = None
-    if node.size > 1:
-        try:
-            memory = SharedMemory(node, size, dtype)
-        except OSError:
-            memory = None
-    everyone = allgather(comm, node.size if memory is not None else 0)
-    return memory if len(set(everyone)) == 1 else None
 
 
 class NodeAllreduce(Allreduce):
@@ -106,25 +47,29 @@ class NodeAllreduce(Allreduce):
         As in Allreduce.
     """
 
-    def __init__(self, comm, node, memory, table, tokens, bucket_bytes, oversubscribed=False):
+    def __init__(
+        self, comm: MPI.Comm, node: MPI.Comm, memory: SharedMemory, table: Table | None, tokens: int, bucket_bytes: int,
+        oversubscribed: bool = False,
+    ) -> None:  # fmt: skip
         self.node, self.memory = node, memory
         super().__init__(comm, memory.mine, table, tokens, bucket_bytes, oversubscribed)
         self.peers = self.comm.Split(node.rank, comm.rank)  # the owners of the same shard on all nodes
-        self.watch, self.request = Watch(self.comm), None
-        self.start = 0 if table is None else table.start
+        self.watch = Watch(self.comm)
+        self.request: MPI.Request | None = None
+        self.start = self.vector.size - self.table.size  # of the table
         self.stages = len(self.buckets) + self.sparse
         self.before = 0  # stages of earlier steps
         shards = [(rank, self._shard(bucket, rank)) for bucket in range(len(self.buckets)) for rank in range(node.size)]
-        table = self.parts[-1:] if self.sparse else []
-        self.parts = [(shard.start, memory.vectors[rank, shard]) for rank, shard in shards] + table
+        embedding = self.parts[-1:] if self.sparse else []
+        self.parts = [(shard.start, memory.vectors[rank, shard]) for rank, shard in shards] + embedding
         self.buffer = np.empty(-(-self.longest // node.size) if self.peers.size > 1 else 0, self.vector.dtype)
 
-    def begin(self, tokens, control):
+    def begin(self, tokens: Array, control: Control) -> None:
         super().begin(tokens, control)
         self.summed, self.own_squares, self.request = 0, 0.0, None
 
-    def ready(self, part):
-        assert part.start == self.final
+    def ready(self, part: slice) -> None:
+        self._follows(part)
         self.final = part.stop
         whole = self.final == len(self.vector)
         self.departed = self.departed or time.perf_counter()
@@ -132,13 +77,13 @@ class NodeAllreduce(Allreduce):
         self._say(READY, self.before + count)
         self.progress()
 
-    def progress(self):
+    def progress(self) -> None:
         begin = time.perf_counter()
         while self._advance():
             pass
         self.exposed_seconds += time.perf_counter() - begin
 
-    def gradient(self):
+    def gradient(self) -> Gradient:
         begin = time.perf_counter()
         while not self._all(SUMMED, self.before + len(self.buckets)):
             if not self._advance():
@@ -153,13 +98,10 @@ class NodeAllreduce(Allreduce):
         self.before += self.stages
         now = time.perf_counter()
         self.exposed_seconds += now - begin
-        self.flight_seconds += now - self.departed
-        return self.parts, self.rows
+        self.flight_seconds += now - (self.departed or now)
+        return Gradient(self.parts, self.rows if self.sparse else None, self.squares, self.memory.forget)
 
-    def release(self, start, stop):
-        self.memory.forget(start, stop)
-
-    def clear(self):
+    def clear(self) -> None:
         begin = time.perf_counter()
         self._say(READ, self.before)
         self.memory.forget(0, len(self.vector))  # what was left between the parts, and the table
@@ -168,7 +110,7 @@ class NodeAllreduce(Allreduce):
         self.exposed_seconds += time.perf_counter() - begin
         super().clear()
 
-    def _advance(self):
+    def _advance(self) -> bool:
         """Add up what has become possible, at most a bucket. Returns whether anything was."""
         if self.request is not None:
             if not self.request.Test():
@@ -190,7 +132,7 @@ class NodeAllreduce(Allreduce):
             return True
         return False
 
-    def _shard_is_complete(self, squares):
+    def _shard_is_complete(self, squares: float) -> None:
         shard = self._shard(self.summed, self.node.rank)
         self.own_squares += squares
         self.memory.numbers[self.node.rank, SQUARES] = self.own_squares
@@ -198,18 +140,18 @@ class NodeAllreduce(Allreduce):
         self._count(shard.stop - shard.start)
         self._say(SUMMED, self.before + self.summed)
 
-    def _count(self, elements):
+    def _count(self, elements: int) -> None:
         """Bytes that others read of this rank, its parts of their shards and its own shard, or that it sends to nodes."""
         nbytes = elements * self.vector.itemsize
         self.bytes_sent += 2 * (self.node.size - 1) * nbytes + sent_by_allreduce(nbytes, self.peers.size)
 
-    def _shard(self, bucket, rank):
+    def _shard(self, bucket: int, rank: int) -> slice:
         """Which part of a bucket a rank of this node adds up."""
         start, stop = self.buckets[bucket].start, self.buckets[bucket].stop
-        edge = lambda part: start + (stop - start) * part // self.node.size
-        return slice(edge(rank), edge(rank + 1))
+        first, last = (start + (stop - start) * part // self.node.size for part in (rank, rank + 1))
+        return slice(first, last)
 
-    def _sum_rows(self):
+    def _sum_rows(self) -> None:
         """The same for the rows of the table that any rank uses: one stage more, in which a shard is some of the rows."""
         self._list_rows()
         shards = np.array_split(self.rows, self.node.size)
@@ -229,39 +171,33 @@ class NodeAllreduce(Allreduce):
             self._rest()
         for rank, rows in enumerate(shards):
             if rank != self.node.rank:
-                theirs = self.memory.vectors[rank, self.start : self.start + self.table.size].reshape(self.table.shape)[rows]
+                theirs = self.memory.vectors[rank][self.start : self.vector.size].reshape(self.table.shape)[rows]
                 self._suspect(theirs, self.table[rows])
                 self.table[rows] = theirs
 
-    def _say(self, what, count):
+    def _say(self, what: int, count: int) -> None:
         fence()
         self.memory.counters[self.node.rank, what] = count
 
-    def _all(self, what, count):
+    def _all(self, what: int, count: int) -> bool:
         """Whether every rank of this node has said so."""
         if self.memory.counters[:, what].min() < count:
             return False
         fence()
         return True
 
-    def end(self):
+    def end(self) -> None:
         self.watch.end()
 
-    def under_way(self):
+    def under_way(self) -> tuple[list[MPI.Comm], list[MPI.Request]]:
         communicators, requests = super().under_way()
         requests += [request for request in (self.request, self.watch.request) if request is not None]
         return [*communicators, self.peers], requests
 
-    def _rest(self):
+    def _rest(self) -> None:
         """Nothing to do for the moment, but to notice that a rank is gone."""
-        self.control_request.Test()
+        if self.control.request is not None:
+            self.control.request.Test()
         self.watch.look()
         if self.oversubscribed:
             time.sleep(NAP)
-
-
-def averaging(comm, node, memory, gradient, *arguments):
-    """The Allreduce that suits the machine. Arguments as in Allreduce from `table` on."""
-    if memory is None:
-        return Allreduce(comm, gradient, *arguments)
-    return NodeAllreduce(comm, node, memory, *arguments)

@@ -10,13 +10,20 @@ ours has the same sum over ranks, so gives the same results, and forgets differe
 Q is made orthonormal before use, too, which changes no result but keeps products in range.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
+from ..kernels.types import Array, DType
 from .runtime import wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class Piece(NamedTuple):
@@ -29,19 +36,20 @@ class Piece(NamedTuple):
     p: slice
     q: slice
 
-    def short(self, vector):
+    def short(self, vector: Array) -> Array:
         """Its matrix, rows and columns exchanged where there are more rows, in a vector (P,)."""
         matrix = vector[self.part].reshape(self.rows, self.columns)
         return matrix.T if self.rows > self.columns else matrix
 
-    def factor(self, part, message):
+    def factor(self, part: slice, message: Array) -> Array:
         """P (m,r) or Q (n,r) in its message; part: `p` or `q`."""
         return message[part].reshape(-1, self.rank)
 
 
-def pieces(shapes, rank):
+def pieces(shapes: Sequence[tuple[int, ...]], rank: int) -> tuple[list[Piece], int, int]:
     """A Piece for each shape, and the number of values in the two messages."""
-    found, start, first, second = [], 0, 0, 0
+    found: list[Piece] = []
+    start = first = second = 0
     for shape in shapes:
         size = math.prod(shape)
         rows, columns = (shape[0], size // max(1, shape[0])) if len(shape) >= 2 else (size, 1)
@@ -53,7 +61,7 @@ def pieces(shapes, rank):
     return found, first, second
 
 
-def orthonormal(matrix):
+def orthonormal(matrix: Array) -> Array:
     """An orthonormal basis (m,r) of the columns of a matrix (m,r); where they span less, zeros even, it is filled up."""
     return np.linalg.qr(matrix)[0]
 
@@ -74,9 +82,19 @@ class PowerSGD:
         Of the first Q; the same on all ranks.
     oversubscribed : bool
         True where ranks outnumber cores: sleep while waiting.
+
+    Raises UserError.
     """
 
-    def __init__(self, comm, shapes, dtype, rank, seed=1, oversubscribed=False):
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: DType,
+        rank: int,
+        seed: int = 1,
+        oversubscribed: bool = False,
+    ) -> None:
         if rank < 1:
             raise UserError(f"the rank of PowerSGD must be at least 1, not {rank}")
         self.comm, self.oversubscribed = comm.Dup(), oversubscribed
@@ -90,18 +108,18 @@ class PowerSGD:
         self.unsound = False
 
     @staticmethod
-    def wire_size(shapes, rank, itemsize):
+    def wire_size(shapes: Sequence[tuple[int, ...]], rank: int, itemsize: int) -> int:
         """Bytes that a rank hands to MPI in a step."""
         _, first, second = pieces(shapes, rank)
         return (first + second) * itemsize
 
     @property
-    def arrays(self):
+    def arrays(self) -> dict[str, Array]:
         """What a checkpoint must hold: memory (P,), this rank's own, and Q of all matrices, the same on all ranks."""
         return {"memory": self.memory, "q": self.q}
 
     @np.errstate(invalid="ignore", over="ignore")  # what is not finite is found below
-    def average(self, vector):
+    def average(self, vector: Array) -> None:
         """vector (P,), this rank's gradient, becomes the mean over ranks, in short.
 
         Where any rank's is not finite all get NaN and forget the step; `unsound` says whether this rank's was not.
@@ -124,7 +142,7 @@ class PowerSGD:
         self.unsound = not np.isfinite(vector).all()
         vector[:] = np.nan
 
-    def _finish(self, vector):
+    def _finish(self, vector: Array) -> None:
         """Both factors are known: what was not sent goes to the memory, their product to the vector."""
         (_, basis), (own, mean) = self.first, self.second
         for piece in self.matrices:
@@ -136,7 +154,7 @@ class PowerSGD:
             vector[piece.part] = basis[piece.p]
         self.q[:] = mean
 
-    def _average(self, message):
+    def _average(self, message: Array) -> bool:
         """The second row of message (2,n) becomes the mean over ranks of the first. Returns whether it is finite."""
         request = self.comm.Iallreduce(message[0], message[1])
         if self.oversubscribed:
@@ -147,7 +165,7 @@ class PowerSGD:
         return bool(np.isfinite(message[1]).all())
 
 
-def _product(piece, P, Q, vector):
+def _product(piece: Piece, P: Array, Q: Array, vector: Array) -> None:
     """The piece's part of vector (P,) = P Q^T, the right way round."""
     left, right = (Q, P) if piece.rows > piece.columns else (P, Q)
     np.matmul(left, right.T, out=vector[piece.part].reshape(piece.rows, piece.columns))

@@ -13,15 +13,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
-from .runtime import allgather, die, survivable
+from ..kernels.types import Array
+from .runtime import allgather, kill_self, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
 WATCH, COPY = 101, 102  # tags
+
+
+Failure: type[Exception] = MPI.Exception  # what survivors of a death get from any communication
 
 
 class GiveUp(Exception):
@@ -34,16 +39,18 @@ class Watch:
     Where deaths cannot be survived it does nothing.
     """
 
-    def __init__(self, comm):
+    def __init__(self, comm: MPI.Comm) -> None:
         self.buffer = np.zeros(1, np.int8)
-        self.request = comm.Irecv(self.buffer, MPI.ANY_SOURCE, WATCH) if survivable(comm) else None
+        self.request: MPI.Request | None = None
+        if survivable(comm):
+            self.request = comm.Irecv(self.buffer, MPI.ANY_SOURCE, WATCH)
 
-    def look(self):
+    def look(self) -> None:
         """Raises MPI.Exception where a rank is gone."""
         if self.request is not None:
             self.request.Test()
 
-    def end(self):
+    def end(self) -> None:
         if self.request is not None:
             self.request.Cancel()
             self.request.Wait()
@@ -61,14 +68,16 @@ class Buddies:
         Bytes of each rank's state.
     """
 
-    def __init__(self, comm, sizes):
+    def __init__(self, comm: MPI.Comm, sizes: Sequence[int]) -> None:
         self.comm = comm.Dup()
         self.next, self.previous = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
         self.outgoing = [np.zeros(sizes[comm.rank], np.uint8) for _ in range(3)]
         self.incoming = [np.zeros(sizes[self.previous], np.uint8) for _ in range(3)]
-        self.steps, self.requests = [None] * 3, []
+        self.steps: list[int | None] = [None] * 3
+        self.requests: list[MPI.Request] = []
+        self.coming = 0
 
-    def send(self, step, state):
+    def send(self, step: int, state: Array) -> None:
         """Begin to send state (n,) uint8, which is that after `step` steps, and to take in the previous rank's."""
         turn = step % 3
         self.outgoing[turn][:] = state
@@ -78,21 +87,23 @@ class Buddies:
             self.comm.Irecv(self.incoming[turn], self.previous, COPY),
         ]
 
-    def complete(self):
+    def complete(self) -> int:
         """Wait for both. Returns the bytes sent."""
         MPI.Request.Waitall(self.requests)
         self.steps[self.coming % 3], self.requests = self.coming, []
         return self.outgoing[0].size
 
-    def kept(self, step):
+    def kept(self, step: int) -> Array | None:
         """The previous rank's state (n,) uint8 after `step` steps, None where it is not here."""
         return self.incoming[step % 3] if self.steps[step % 3] == step else None
 
 
-_retired = []  # requests that failed, and with them the memory that MPI may still write to
+_retired: list[MPI.Request] = []  # requests that failed, and with them the memory that MPI may still write to
 
 
-def shrink(comm, others, step, requests, mates):
+def shrink(
+    comm: MPI.Comm, others: list[MPI.Comm], step: int, requests: list[MPI.Request], pids: dict[int, int]
+) -> tuple[MPI.Comm, int, tuple[int, ...]]:
     """The survivors' communicator, the step that all of them have finished, and their ranks in `comm`.
 
     Parameters
@@ -105,7 +116,7 @@ def shrink(comm, others, step, requests, mates):
         That this rank has finished; it still has the state of the one before.
     requests : list of MPI.Request
         That are under way.
-    mates : dict
+    pids : dict
         rank -> process, of this machine.
 
     Raises GiveUp on all survivors where their steps do not fit, or where others may go on without them.
@@ -119,12 +130,12 @@ def shrink(comm, others, step, requests, mates):
                     one.Revoke()
             _let_end(requests, PAUSE)
             new = comm.Shrink()
-            everyone = None
+            everyone: list[tuple[int, int, set[int]]] = []
             with contextlib.suppress(MPI.Exception):
-                everyone = allgather(new, (rank, step, set(mates)))
-            if all_agree(new, everyone is not None):
+                everyone = allgather(new, (rank, step, set(pids)))
+            if all_agree(new, bool(everyone)):
                 ranks, steps, known = zip(*everyone, strict=True)
-                _fence(pid for mate, pid in mates.items() if mate not in ranks)
+                _fence(pid for mate, pid in pids.items() if mate not in ranks)
                 if not quorum(size, ranks, set().union(*known)):
                     raise GiveUp(f"rank {', '.join(map(str, ranks))} of {size} lost sight of the others, who may go on")
                 if max(steps) - min(steps) > 1:
@@ -133,7 +144,7 @@ def shrink(comm, others, step, requests, mates):
             comm, others, requests = new, [], []
 
 
-def quorum(size, alive, known):
+def quorum(size: int, alive: Collection[int], known: set[int]) -> bool:
     """Whether the ranks `alive` of `size` may go on: no others can, behind a cut link say.
 
     known : set of int
@@ -144,7 +155,7 @@ def quorum(size, alive, known):
     return 2 * len(alive) > len(voters) or (2 * len(alive) == len(voters) and min(voters) in alive)
 
 
-def _fence(pids):
+def _fence(pids: Iterable[int]) -> None:
     """End processes of this machine that were thought dead and may only have been silent."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -152,9 +163,9 @@ def _fence(pids):
 
 
 @contextlib.contextmanager
-def watchdog():
+def watchdog() -> Iterator[None]:
     """Ends this process where the block takes longer than PATIENCE: a supervisor can start anew, nobody can wait for ever."""
-    timer = threading.Timer(PATIENCE, die)
+    timer = threading.Timer(PATIENCE, kill_self)
     timer.daemon = True
     timer.start()
     try:
@@ -163,7 +174,7 @@ def watchdog():
         timer.cancel()
 
 
-def _let_end(requests, seconds):
+def _let_end(requests: list[MPI.Request], seconds: float) -> None:
     """Give operations of revoked communicators the time to end, one way or the other."""
     end, left = time.monotonic() + seconds, requests
     while time.monotonic() < end:
@@ -176,7 +187,7 @@ def _let_end(requests, seconds):
         time.sleep(0.005)
 
 
-def all_agree(comm, flag):
+def all_agree(comm: MPI.Comm, flag: bool) -> bool:
     """Whether all that are alive say yes. The operation may fail and its result hold all the same."""
     value = np.array([flag], np.int32)
     with contextlib.suppress(MPI.Exception):

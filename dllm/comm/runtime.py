@@ -1,4 +1,14 @@
-"""Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging."""
+"""Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging.
+
+Four ways to the end of a process:
+
+    finish          all ranks arrive first; then this one goes on to MPI's own end, or exits where ranks have died
+    exit_together   all ranks end now, by MPI where it would take the end of one for a crash
+    exit_now        this rank ends as it is told, without MPI; all others do the same
+    kill_self       this rank ends by a signal, so that the others are told of a death
+"""
+
+from __future__ import annotations
 
 import contextlib
 import faulthandler
@@ -7,16 +17,25 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import mpi4py
 import numpy as np
 
 from ..errors import BAD_INPUT, UserError
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 
-def world():
+def world() -> MPI.Comm:
     """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
     mpi4py.rc.thread_level = "serialized"
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
@@ -27,12 +46,12 @@ def world():
     return MPI.COMM_WORLD
 
 
-def survivable(comm):
+def survivable(comm: MPI.Comm) -> bool:
     """Whether ranks may go on when one dies: Open MPI under `mpirun --with-ft ulfm`."""
     return comm.size > 1 and os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112, its own name
 
 
-def _abort(kind, error, trace):
+def _abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Tell what happened in one write, then end every rank; where others can go on without this one, this one alone."""
     from mpi4py import MPI
 
@@ -48,15 +67,15 @@ def _abort(kind, error, trace):
     sys.stderr.write(text)
     sys.stderr.flush()
     if survivable(MPI.COMM_WORLD):
-        die()
+        kill_self()
     time.sleep(0.2)  # MPICH's mpirun has been seen to drop what it had not passed on when the job ended
     MPI.COMM_WORLD.Abort(code)
 
 
-def finish(comm, code=None):
-    """Let all ranks arrive, and write out what they printed, before any leaves.
+def finish(comm: MPI.Comm, code: int | None = None) -> None:
+    """Let all ranks arrive, and write out what they printed, before any leaves. Collective.
 
-    code : where ranks have died; leaves the process at once, since MPI's own end would wait for them.
+    code : where ranks have died; this ends the process with it, since MPI's own end would wait for the dead.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,17 +86,17 @@ def finish(comm, code=None):
 
     with contextlib.suppress(MPI.Exception):
         wait(comm.Ibarrier())
-    leave(code)
+    exit_now(code)
 
 
-def leave(code):
+def exit_now(code: int) -> NoReturn:
     """End this process now, without MPI's finalisation, as all others do."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def part(comm, code, patience=5.0):
+def exit_together(comm: MPI.Comm, code: int, patience: float = 5.0) -> NoReturn:
     """End this process as the others do: whenever they like where deaths are survived, else all at about the same time.
 
     patience : seconds after which it leaves without the others, with exit code 1
@@ -87,17 +106,18 @@ def part(comm, code, patience=5.0):
     if not survivable(comm):  # mpirun would take it for a crash
         faulthandler.dump_traceback_later(patience, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115, needs no thread of Python
         MPI.Finalize()
-    leave(code)
+    exit_now(code)
 
 
-def die():
+def kill_self() -> NoReturn:
     """End this process so that the others notice: of one that merely exits Open MPI tells them nothing."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(1)  # never reached: a type checker does not know what this signal does
 
 
-def allgather(comm, value):
+def allgather(comm: MPI.Comm, value: T) -> list[T]:
     """The values of all ranks, a list, in mpi4py's own form. Collective.
 
     For whatever is said between steps, where a rank may die: mpi4py's allgather has been seen to return garbage then, and its
@@ -116,7 +136,7 @@ def allgather(comm, value):
 
 
 @contextlib.contextmanager
-def together(comm):
+def together(comm: MPI.Comm) -> Iterator[None]:
     """A block that may fail on any rank, without communication inside: the lowest rank's UserError is raised on all."""
     problem = None
     try:
@@ -126,19 +146,20 @@ def together(comm):
     except (OSError, MemoryError) as error:
         problem = f"{type(error).__name__}: {error}"
     problems = allgather(comm, problem)
-    rank = next((rank for rank, text in enumerate(problems) if text is not None), None)
-    if rank is not None:
-        others = "" if all(text is not None for text in problems) or len(problems) == 1 else f" (rank {rank})"
-        raise UserError.of_all(problems[rank] + others) from None
+    found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+    if found:
+        rank, text = found[0]
+        where = "" if len(found) == len(problems) else f" (rank {rank})"
+        raise UserError.of_all(text + where) from None
 
 
-def agree(comm, function, *arguments):
+def agree(comm: MPI.Comm, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """function(*arguments) on every rank, as a block of `together`."""
     with together(comm):
-        return function(*arguments)
+        return function(*arguments, **options)
 
 
-def check_same(comm, facts):
+def check_same(comm: MPI.Comm, facts: dict[str, Any]) -> None:
     """Raise UserError on all ranks where `facts`, name -> value, differ between ranks; it names the fact and a rank."""
     everyone = allgather(comm, facts)
     for name in everyone[0]:
@@ -151,7 +172,7 @@ def check_same(comm, facts):
             )
 
 
-def mpi_library():
+def mpi_library() -> str:
     """One line that names the MPI in use."""
     from mpi4py import MPI
 
@@ -159,7 +180,7 @@ def mpi_library():
     return " ".join(lines[0].split(",")[0].replace("Version:", "").split())
 
 
-def wait(request, nap=NAP):
+def wait(request: MPI.Request, nap: float = NAP) -> None:
     """Wait for a request and leave the core to others meanwhile."""
     while not request.Test():
         time.sleep(nap)

@@ -29,12 +29,15 @@ import math
 import os
 import random
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..errors import UserError
 from ..files.storage import check_regular
+from ..kernels.types import Array
 
 # networkx is imported where it is needed: that takes half a second, and most runs do without.
 
@@ -46,89 +49,65 @@ TOLERANCE = 1e-12  # of sums of weights
 EDGE = re.compile(r"\s*([0-9]{1,9})\s+([0-9]{1,9})(\s.*)?", re.DOTALL)
 
 
+Phase: TypeAlias = tuple[tuple[int, ...], ...]  # of each rank the ranks it sends to, ascending
+Edges: TypeAlias = Iterable[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Topology:
     """Who sends to whom; the same on all ranks for the same name, size, degree and seed."""
 
     name: str
     size: int  # ranks n
-    phases: tuple  # one or more that follow each other from step to step; of each rank the ranks it sends to, ascending
+    phases: tuple[Phase, ...]  # one or more that follow each other from step to step
 
-    def phase(self, step):
+    def phase(self, step: int) -> int:
         """Which of the phases `step` has."""
         return step % len(self.phases)
 
-    def receivers(self, phase, rank):
+    def receivers(self, phase: int, rank: int) -> tuple[int, ...]:
         """The ranks to which `rank` sends, ascending, without itself."""
         return self.phases[phase][rank]
 
-    def senders(self, phase, rank):
+    def senders(self, phase: int, rank: int) -> tuple[int, ...]:
         """The ranks from which `rank` receives, ascending."""
         return self._senders[phase][rank]
 
     @functools.cached_property
-    def directed(self):
+    def directed(self) -> bool:
         """Whether some edge has no way back in its phase."""
         return self.phases != self._senders
 
     @functools.cached_property
-    def strongly_connected(self):
+    def strongly_connected(self) -> bool:
         """Whether everybody is reached from everybody, by all phases together."""
         return self.apart() is None
 
     @functools.cached_property
-    def is_tree(self):
+    def is_tree(self) -> bool:
+        """Whether there is exactly one way from everybody to everybody."""
         edges = sum(map(len, self.phases[0])) // 2
         return len(self.phases) == 1 and not self.directed and self.strongly_connected and edges == self.size - 1
 
-    def apart(self):
+    def apart(self) -> tuple[int, int] | None:
         """Two ranks (a, b) with no way from a to b, or None."""
-        for phases, order in ((self.phases, 1), (self._senders, -1)):
-            found, new = set(), {0}
+        for phases, forwards in ((self.phases, True), (self._senders, False)):
+            found: set[int] = set()
+            new = {0}
             while new:
                 found |= new
                 new = set().union(*(phase[rank] for phase in phases for rank in new)) - found
             if len(found) < self.size:
-                return (0, min(set(range(self.size)) - found))[::order]
+                other = min(set(range(self.size)) - found)
+                return (0, other) if forwards else (other, 0)
         return None
 
-    def draw(self, path):
-        """Write a picture, of the type that the end of `path` names; each phase has its colour."""
-        try:
-            import matplotlib
-        except ImportError:
-            raise UserError("a picture needs matplotlib: pip install 'dllm[plot]'") from None
-        matplotlib.use("Agg")
-        import networkx as nx
-        from matplotlib import pyplot
-
-        graphs = [nx.DiGraph(dict(enumerate(phase))) for phase in self.phases]
-        at = nx.bfs_layout(graphs[0], 0, align="horizontal") if self.is_tree else nx.circular_layout(graphs[0])
-        figure, axes = pyplot.subplots(figsize=(7, 7), layout="constrained")
-        nx.draw_networkx_nodes(graphs[0], at, ax=axes, node_color="lightgray")
-        nx.draw_networkx_labels(graphs[0], at, ax=axes, font_size=8)
-        for number, graph in enumerate(graphs):
-            shown, colour = (graph if self.directed else graph.to_undirected()), f"C{number % 10}"
-            nx.draw_networkx_edges(shown, at, ax=axes, edge_color=colour)
-            if len(graphs) > 1:
-                axes.plot([], [], color=colour, label=f"phase {number}")
-        if len(graphs) > 1:
-            axes.legend()
-        axes.set(title=f"{self.name}, {self.size} ranks")
-        axes.set_axis_off()
-        try:
-            figure.savefig(path, dpi=120)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot draw {path}: {getattr(error, 'strerror', None) or error}") from None
-        finally:
-            pyplot.close(figure)
-
     @functools.cached_property
-    def _senders(self):
+    def _senders(self) -> tuple[Phase, ...]:
         return tuple(_reverse(phase) for phase in self.phases)
 
 
-def make(name, size, degree=3, seed=1):
+def make_topology(name: str, size: int, degree: int = 3, seed: int = 1) -> Topology:
     """The Topology of `size` ranks that is called `name`, or that the file `name` describes. Raises UserError.
 
     Parameters
@@ -149,9 +128,9 @@ def make(name, size, degree=3, seed=1):
     raise UserError(f"topology {name!r} is neither a file nor one of {', '.join(NAMES)}{hint}")
 
 
-def _phase(n, edges, directed=False):
+def _phase(n: int, edges: Edges, directed: bool = False) -> Phase:
     """Of each rank the ranks it sends to. edges: pairs of ranks; those of a rank with itself are left out."""
-    receivers = [set() for _ in range(n)]
+    receivers: list[set[int]] = [set() for _ in range(n)]
     for a, b in edges:
         if a != b:
             receivers[a].add(b)
@@ -160,16 +139,16 @@ def _phase(n, edges, directed=False):
     return tuple(tuple(sorted(found)) for found in receivers)
 
 
-def _reverse(phase):
+def _reverse(phase: Phase) -> Phase:
     """Of each rank the ranks that send to it, ascending."""
-    senders = [[] for _ in phase]
+    senders: list[list[int]] = [[] for _ in phase]
     for rank, receivers in enumerate(phase):
         for receiver in receivers:
             senders[receiver].append(rank)
     return tuple(map(tuple, senders))
 
 
-def _fixed(name, n):
+def _fixed(name: str, n: int) -> tuple[Phase, ...]:
     """The phases of a topology without chance."""
     ranks, powers = range(n), [1 << k for k in range((n - 1).bit_length())]
     if name == "ring":
@@ -196,14 +175,14 @@ def _fixed(name, n):
     raise ValueError(name)
 
 
-def _random(name, n, degree, seed):
+def _random(name: str, n: int, degree: int, seed: int) -> Phase:
     """The phase of a random graph that is connected."""
     if n <= 2:
         return _fixed("complete", n)[0]  # the only one
     import networkx as nx
 
     if name == "erdos-renyi":
-        draw = lambda seed: nx.fast_gnp_random_graph(n, min(1.0, degree / (n - 1)), seed=seed)
+        draw = functools.partial(nx.fast_gnp_random_graph, n, min(1.0, degree / (n - 1)))
         enough = max(degree + 1, math.ceil(math.log(n)) + 1)  # isolated ranks become rare from ln n on [3]
     else:
         possible = range(2, n, 1 + n % 2)  # n * degree is twice the number of edges
@@ -214,13 +193,13 @@ def _random(name, n, degree, seed):
             order = random.Random(seed).sample(range(n), n)
             return _phase(n, itertools.pairwise([*order, order[0]]))
         draw, enough = functools.partial(_regular, n, degree), degree + 1
-    for graph in map(draw, range(seed, seed + TRIES)):
+    for graph in (draw(seed=other) for other in range(seed, seed + TRIES)):
         if nx.is_connected(graph):
             return _phase(n, graph.edges)
     raise UserError(f"topology {name}: {TRIES} graphs of {n} ranks with degree {degree} fell apart; take {enough} or more")
 
 
-def _regular(n, degree, seed):
+def _regular(n: int, degree: int, seed: int) -> Any:
     import networkx as nx
 
     if 2 * degree >= n:  # networkx would hardly ever find it, but finds what is left out
@@ -228,7 +207,7 @@ def _regular(n, degree, seed):
     return nx.random_regular_graph(degree, n, seed=seed)
 
 
-def _read(path, n):
+def _read(path: str, n: int) -> Topology:
     """The Topology in a file of edges, in the format of networkx.read_edgelist: two ranks a line, # begins a comment.
 
     What follows on a line, such as networkx's attributes, has no effect, nor has an edge of a rank with itself.
@@ -255,13 +234,13 @@ def _read(path, n):
     if missing != n:
         raise UserError(f"{path} is a graph of {missing}, but there are {n} ranks: start {missing} or take another topology")
     topology = Topology(str(path), n, (_phase(n, edges, directed),))
-    if not topology.strongly_connected:
-        a, b = topology.apart()
+    if (apart := topology.apart()) is not None:
+        a, b = apart
         raise UserError(f"{path} is not connected: no way leads from rank {a} to rank {b}; add edges")
     return topology
 
 
-def weights(topology, kind):
+def weights(topology: Topology, kind: str) -> list[Array]:
     """How much each rank takes of what it receives.
 
     metropolis  1 / (1 + max(d_i, d_j)), the rest its own; doubly stochastic on every undirected graph
@@ -295,26 +274,27 @@ def weights(topology, kind):
     return found
 
 
-def is_row_stochastic(matrix):
+def is_row_stochastic(matrix: Array) -> bool:
     """Whether the weights (n,n) that each rank gives sum to 1: what is equal everywhere stays as it is."""
     return bool((matrix >= -TOLERANCE).all() and (abs(matrix.sum(1) - 1) <= TOLERANCE).all())
 
 
-def is_column_stochastic(matrix):
+def is_column_stochastic(matrix: Array) -> bool:
     """Whether what each rank has is given away whole: the sum over ranks stays as it is."""
     return is_row_stochastic(matrix.T)
 
 
-def is_doubly_stochastic(matrix):
+def is_doubly_stochastic(matrix: Array) -> bool:
+    """Whether both hold: then repeated mixing leads to the average."""
     return is_row_stochastic(matrix) and is_column_stochastic(matrix)
 
 
-def spectral_gap(matrices):
+def spectral_gap(matrices: Sequence[Array]) -> float:
     """1 - |lambda_2|, a step, of the product of all phases' (n,n) weights: 1.0 where it averages exactly, 0.0 if never."""
     product = functools.reduce(lambda before, matrix: matrix @ before, matrices)
     symmetric = np.array_equal(product, product.T)
     moduli = np.sort(abs(np.linalg.eigvalsh(product) if symmetric else np.linalg.eigvals(product)))
-    second = moduli[-2] if len(moduli) > 1 else 0.0
+    second = float(moduli[-2]) if len(moduli) > 1 else 0.0
     if second <= len(product) * TOLERANCE:  # a rounded 0, of which the root below could be large
         return 1.0
-    return max(0.0, 1.0 - float(second) ** (1 / len(matrices)))
+    return max(0.0, 1.0 - math.pow(second, 1 / len(matrices)))

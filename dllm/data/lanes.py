@@ -4,15 +4,25 @@ Every lane of a corpus has floor(tokens / lanes) tokens, as in the published rec
 tokens is left out. With private corpora lanes of different ranks differ in length: the short ones end in padding.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
+from ..kernels.types import Array
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 AHEAD = 1 << 16  # tokens of a lane read at a time
+NOTHING: Array = np.empty(0, np.int64)
 
 
-def deal(lanes, ranks, rank):
+def deal(lanes: int, ranks: int, rank: int) -> range:
     """The range of lanes that a rank computes: contiguous, and no rank has more than one more than another."""
     return range(lanes * rank // ranks, lanes * (rank + 1) // ranks)
 
@@ -34,14 +44,17 @@ class Lanes:
         The global number of the first lane; differs from lanes.start with private corpora.
     """
 
-    def __init__(self, corpus, split, lanes, of, window, first=None):
+    def __init__(self, corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> None:
         self.corpus, self.split, self.T = corpus, split, window
         self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
-        self._buffers = {}
+        self._buffers: dict[int, tuple[int, Array]] = {}  # lane -> (first token, those that were read)
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.steps: list[int] = []
         self._cut(lanes, of)
         self.length = max(self.lengths, default=0)
 
-    def _cut(self, lanes, of):
+    def _cut(self, lanes: range, of: int) -> None:
         """Set starts and lengths, a lane's tokens in the split; and steps, those of an epoch, in which it is given a token."""
         tokens = self.corpus.split(self.split)["tokens"]
         length = tokens // of
@@ -52,13 +65,13 @@ class Lanes:
         if self.starts:
             self.corpus.verify(self.split, self.starts[0], self.starts[-1] + length)
 
-    def shapes(self, windows):
+    def shapes(self, windows: int) -> tuple[Array, Array]:
         """For each window the tokens that these lanes together predict, and its time steps: (windows,) int64 each."""
         steps = np.array(self.steps, np.int64)
         inside = np.clip(steps - self.T * np.arange(windows)[:, None], 0, self.T)
         return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
-    def window(self, number, width):
+    def window(self, number: int, width: int) -> tuple[Array, Array]:
         """Tokens and targets (width,B) int64 of window `number`; targets are -1 where nothing is predicted."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
@@ -70,9 +83,9 @@ class Lanes:
                 tokens[:there, lane], targets[:there, lane] = text[:-1], text[1:]
         return tokens, targets
 
-    def _read(self, lane, begin, end):
+    def _read(self, lane: int, begin: int, end: int) -> Array:
         """Tokens [begin, end) of a lane, from a buffer that is filled AHEAD."""
-        at, buffer = self._buffers.get(lane, (0, ()))
+        at, buffer = self._buffers.get(lane, (0, NOTHING))
         if not (at <= begin and end <= at + len(buffer)):
             start, stop = self.starts[lane], min(self.lengths[lane], max(end, begin + AHEAD))
             at, buffer = begin, self.corpus.read(self.split, start + begin, start + stop)
@@ -93,17 +106,18 @@ class Schedule:
         gather(value) gives the values of all ranks, a list. Collective.
     """
 
-    def __init__(self, lanes, last="keep", gather=lambda value: [value]):
+    def __init__(self, lanes: Lanes, last: str = "keep", gather: Callable[[Any], list[Any]] = lambda value: [value]) -> None:
         longest = max(gather(max(lanes.steps, default=0)))
         self.windows = max(1, longest // lanes.T) if last == "drop" else -(-longest // lanes.T)
         tokens, widths = zip(*gather(lanes.shapes(self.windows)), strict=True)
-        self._tokens, self._widths = np.sum(tokens, axis=0).tolist(), np.max(widths, axis=0).tolist()
+        self._tokens: list[int] = np.sum(tokens, axis=0).tolist()
+        self._widths: list[int] = np.max(widths, axis=0).tolist()
         self.per_epoch = sum(self._tokens)
 
-    def width(self, number):
+    def width(self, number: int) -> int:
         """T' of window `number`: time steps in which any lane has a token."""
         return self._widths[number]
 
-    def tokens(self, number):
+    def tokens(self, number: int) -> int:
         """Tokens that all ranks together predict in window `number`."""
         return self._tokens[number]

@@ -7,13 +7,20 @@ sorted by length, a group of them at a time, and taken in an order that is the s
 pairs of a window are about equally long.
 """
 
+from __future__ import annotations
+
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
-from .lanes import Lanes
+from ..kernels.types import Array
+from .lanes import NOTHING, Lanes
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
 
 GROUP = 512  # pairs that are sorted
 ORDER = np.random.default_rng(1).permutation(GROUP)  # of their lengths, in which they come
@@ -25,7 +32,7 @@ class PairLanes(Lanes):
     steps is that of windows of T, though they are narrower.
     """
 
-    def _cut(self, lanes, of):
+    def _cut(self, lanes: range, of: int) -> None:
         entry, T = self.corpus.split(self.split), self.T
         self._where = f"split '{self.split}' of {self.corpus.folder}"
         if entry["pairs"] < of:
@@ -42,9 +49,10 @@ class PairLanes(Lanes):
         self.steps = [lane.shape[1] * T for lane in self._lanes]
         self._orders = [_order(lane[2] - lane[0]) for lane in self._lanes]
 
-    def _places(self, first, last):
+    def _places(self, first: int, last: int) -> Array:
         """Where in the split are the <end> before, the <sep> in and the <end> behind pairs [first, last): (3,n)."""
-        found, before, tokenizer = [np.empty((3, 0), np.int64)], 0, self.corpus.tokenizer
+        before, tokenizer = 0, self.corpus.tokenizer
+        found: list[Array] = [np.empty((3, 0), np.int64)]
         for shard in self.corpus.split(self.split)["shards"]:
             start, stop, count = shard["start"], shard["stop"], shard["pairs"]
             if before < last and before + count > first:
@@ -60,14 +68,16 @@ class PairLanes(Lanes):
             before += count
         return np.concatenate(found, axis=1)
 
-    def shapes(self, windows):
+    def shapes(self, windows: int) -> tuple[Array, Array]:
+        """As those of Lanes; a window is as wide as its longest pair."""
         tokens, widths = np.zeros((2, windows), np.int64)
         for (begin, sep, end), order in zip(self._lanes, self._orders, strict=True):
             tokens[: len(order)] += (end - sep)[order]
             widths[: len(order)] = np.maximum(widths[: len(order)], (end - begin)[order])
         return tokens, widths
 
-    def window(self, number, width):
+    def window(self, number: int, width: int) -> tuple[Array, Array]:
+        """As those of Lanes; of each pair only the target's tokens and its end are predicted."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
         for lane, ((begins, seps, ends), order) in enumerate(zip(self._lanes, self._orders, strict=True)):
@@ -79,14 +89,14 @@ class PairLanes(Lanes):
                 targets[sep - begin : end - begin, lane] = text[sep + 1 - begin : end + 1 - begin]
         return tokens, targets
 
-    def _group(self, lane, start, stop):
+    def _group(self, lane: int, start: int, stop: int) -> Array:
         """Tokens [start, stop) of the split: those of a group of pairs, which the lane reads one by one."""
-        if self._buffers.get(lane, (None,))[0] != start:
+        if self._buffers.get(lane, (-1, NOTHING))[0] != start:
             self._buffers[lane] = start, self.corpus.read(self.split, start, stop)
         return self._buffers[lane][1]
 
 
-def _order(lengths):
+def _order(lengths: Array) -> Array:
     """Numbers of pairs of these lengths (n,), group by group in the order of their windows."""
     parts = []
     for start in range(0, len(lengths), GROUP):
@@ -95,7 +105,7 @@ def _order(lengths):
     return np.concatenate(parts)
 
 
-def read_lanes(corpus, split, lanes, of, window, first=None):
+def read_lanes(corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> Lanes:
     """The Lanes that suit a corpus."""
     kind = PairLanes if corpus.tokenizer.pairs else Lanes
     return kind(corpus, split, lanes, of, window, first)

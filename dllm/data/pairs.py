@@ -4,24 +4,36 @@ A split of pairs is one stream of tokens, `<end> source <sep> target <end> sourc
 behind an <end>, which tells the model to forget, and ends with one, which it has to predict.
 """
 
+from __future__ import annotations
+
 import collections
 import mmap
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..kernels.types import Array
 from . import text
+from .text import Path
+
+if TYPE_CHECKING:
+    from .tokenizers import Tokenizer
 
 BLOCK = 2048  # pairs that are encoded at a time
+T = TypeVar("T")
 
 
 class Lines:
     """The lines of a file by number, without their ends; only where they begin is in memory, 8 bytes a line."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path, places = str(path), [np.zeros(1, np.int64)]
+        self._bytes: mmap.mmap | bytes
         try:
             with open(path, "rb") as file:
                 size, at = os.fstat(file.fileno()).st_size, 0
@@ -30,27 +42,28 @@ class Lines:
                     at += len(block)
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"cannot read {path}: {reason(error)}") from None
         self._starts = np.concatenate(places)
         if self._starts[-1] != size:
             self._starts = np.append(self._starts, size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> bytes:
         """The bytes of line `number`, counted from 0; CR LF ends a line too."""
         line = self._bytes[self._starts[number] : self._starts[number + 1]]
         return line.removesuffix(b"\n").removesuffix(b"\r")
 
-    def place(self, number):
+    def place(self, number: int) -> str:
+        """Of a line, for messages."""
         return f"{self.path} line {number + 1}"
 
 
 class PairFiles:
     """The pairs of a source file and a target file; len() counts them, [i] is (source, target), bytes. Raises UserError."""
 
-    def __init__(self, source, target):
+    def __init__(self, source: Path, target: Path) -> None:
         self.sides = Lines(source), Lines(target)
         lengths = [len(side) for side in self.sides]
         if lengths[0] != lengths[1]:
@@ -58,20 +71,21 @@ class PairFiles:
                 f"{source} has {lengths[0]:,} lines, {target} has {lengths[1]:,}: line i of one belongs to line i of the other"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sides[0])
 
-    def __getitem__(self, number):
-        return tuple(side[number] for side in self.sides)
+    def __getitem__(self, number: int) -> tuple[bytes, bytes]:
+        source, target = self.sides
+        return source[number], target[number]
 
-    def check(self, number):
+    def check(self, number: int) -> None:
         """Raise UserError where a side of a pair is empty."""
         for side in self.sides:
             if not side[number].strip():
                 raise UserError(f"{side.path} is empty at line {number + 1}: take the line out of both files")
 
-    def apply(self, function, number):
-        """(function(source), function(target)); a line that is not UTF-8 is a UserError with its place."""
+    def apply(self, function: Callable[[bytes], T], number: int) -> list[T]:
+        """[function(source), function(target)]; a line that is not UTF-8 is a UserError with its place."""
         values = []
         for side in self.sides:
             try:
@@ -82,25 +96,25 @@ class PairFiles:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Pairs that are encoded together; a Piece of a plan as those of text.py are."""
+class PairPiece:
+    """Pairs that are encoded together: in a plan of pairs what a TextPiece is in one of text."""
 
-    files: list  # of PairFiles
-    numbers: np.ndarray  # (n,2): which file, which line
+    files: list[PairFiles]
+    numbers: Array  # (n,2): which file, which line
     size: int  # bytes
     first: bool  # the split begins here
     longest: int  # pairs of more tokens are left out; 0: none
 
-    def count(self, tokenizer):
-        """Counter of the units of both sides."""
-        counts = collections.Counter()
+    def count(self, tokenizer: type[Tokenizer]) -> Counter[str]:
+        """Counter of the units of both sides. Raises UserError."""
+        counts: Counter[str] = collections.Counter()
         for file, line in self.numbers:
             for units in self.files[file].apply(lambda side: tokenizer.count(side, False), line):
                 counts.update(units)
         return counts
 
-    def encode(self, tokenizer):
-        """The block's part of the stream, int64."""
+    def encode(self, tokenizer: Tokenizer) -> Array:
+        """Its part of the stream, (n,) int64. Raises UserError."""
         sep, end = np.array([tokenizer.sep]), np.array([tokenizer.end])
         parts = [end] if self.first else []
         for file, line in self.numbers:
@@ -110,13 +124,23 @@ class Block:
         return np.concatenate(parts or [np.empty(0, np.int64)])
 
 
-def plan(names, seed, longest=0, say=lambda message: None):
-    """Lists of Blocks, one list a shard, of all pairs of (source, target) files in an order drawn by seed. Raises UserError.
+class Pairing(NamedTuple):
+    """What to do with pairs."""
+
+    seed: int  # draws their order
+    longest: int = 0  # pairs of more tokens are left out; 0: none
+
+
+def plan_pairs(
+    names: Sequence[tuple[Path, Path]], pairing: Pairing, say: Callable[[str], None] = lambda message: None
+) -> list[list[PairPiece]]:
+    """Lists of PairPieces, one list a shard, of all pairs of (source, target) files, in drawn order. Raises UserError.
 
     Every rank plans the same. Pairs of which a side is empty are left out, and say() tells of them; those of more than
-    `longest` tokens are left out when they are encoded.
+    `pairing.longest` tokens are left out when they are encoded.
     """
-    files, numbers, sizes = [PairFiles(*both) for both in names], [], []
+    files = [PairFiles(*both) for both in names]
+    places, lengths_of = [], []
     for number, pairs in enumerate(files):
         lengths = np.array([[len(side.strip()) for side in pairs[line]] for line in range(len(pairs))]).reshape(-1, 2)
         whole = np.flatnonzero(lengths.all(axis=1))
@@ -124,22 +148,23 @@ def plan(names, seed, longest=0, say=lambda message: None):
             line = int(np.flatnonzero(~lengths.all(axis=1))[0])
             place = pairs.sides[int(lengths[line, 0] > 0)].place(line)
             say(f"{left_out:,} of {len(pairs):,} pairs are left out, since a side is empty, the first at {place}")
-        numbers.append(np.stack([np.full_like(whole, number), whole], axis=1))
-        sizes.append(lengths[whole].sum(axis=1))
-    numbers, sizes = np.concatenate(numbers), np.concatenate(sizes)
+        places.append(np.stack([np.full_like(whole, number), whole], axis=1))
+        lengths_of.append(lengths[whole].sum(axis=1))
+    numbers, sizes = np.concatenate(places), np.concatenate(lengths_of)
     if not len(numbers):
         raise UserError(f"there are no pairs in {', '.join(map(str, names[0]))}")
+    seed, longest = pairing
     order = np.random.default_rng(seed).permutation(len(numbers))
     numbers, sizes = numbers[order], sizes[order]
     shards = []
     for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):
         starts = range(0, len(shard), BLOCK)
         parts = [shard[start : start + BLOCK] for start in starts]
-        shards.append([Block(files, numbers[part], int(sizes[part].sum()), part[0] == 0, longest) for part in parts])
+        shards.append([PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, longest) for part in parts])
     return shards
 
 
-def figures(tokens, tokenizer):
+def figures(tokens: Array, tokenizer: Tokenizer) -> tuple[int, int]:
     """(how many pairs, tokens of the longest with <sep> and <end>) of a part of the stream that ends behind a pair."""
     ends = np.flatnonzero(tokens == tokenizer.end)
     lengths = np.diff(ends, prepend=-1)  # of the first <end> alone: 1, less than any pair

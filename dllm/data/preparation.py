@@ -1,98 +1,211 @@
-"""Text to a prepared corpus, the work shared by all ranks; and the embedded corpus, prepared once into the user's cache.
+"""Text, or pairs of texts, to a prepared corpus, the work shared by all ranks.
 
 With private text every rank prepares its own folder. Only counts of units travel between ranks, never text.
 """
 
-import collections
+from __future__ import annotations
+
 import contextlib
-import functools
 import os
 import pathlib
-import shutil
-import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..comm.runtime import agree, together
-from ..errors import UserError
+from ..comm.runtime import together
+from ..errors import UserError, reason
 from ..files import storage
-from . import pairs, shards, text
-from .tokenizers import KINDS
+from . import shards
+from .pairs import Pairing, PairPiece, figures, plan_pairs
+from .text import TextPiece, plan_text
+from .tokenizer_files import save_tokenizer, tokenizer_hash
+from .tokenizers import KINDS, Tokenizer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Plan = list[list[TextPiece]] | list[list[PairPiece]]  # of a split: the pieces of each shard
 
 
-def prepare(comm, splits, kind, size, out, private=False, progress=lambda message: None, pairing=None):
+def prepare_corpus(
+    comm: MPI.Comm,
+    splits: Mapping[str, Sequence[Any]],
+    kind: str,
+    size: int,
+    out: str | os.PathLike[str],
+    private: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+    pairing: Pairing | None = None,
+) -> None:
     """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
 
-    splits : {"train": paths, ...}; with private=True this rank's own
-    kind, size : the tokenizer, and its vocabulary size (0: its default)
-    pairing : {"seed", "longest"} of pairs.plan, where the paths are (source, target)
+    Parameters
+    ----------
+    splits : dict
+        split -> paths or Spans, with `pairing` (source, target) paths; with private=True this rank's own.
+    kind, size
+        The tokenizer, and its vocabulary size (0: its default).
+    out
+        A folder that is empty or not there; with private=True this rank's own.
+    progress : callable
+        Told a line on what is being done.
+    pairing
+        Of pairs.
     """
+    work = _Preparation(comm, pathlib.Path(out), private, progress, pairing)
     with contextlib.ExitStack() as undo:
-        _prepare(comm, splits, kind, size, out, private, progress, pairing, undo)
+        with together(comm):
+            plans = {split: work.plan(paths) for split, paths in splits.items()}
+            empty = next((split for split, plan in plans.items() if not plan), None)
+            if empty:
+                raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
+            if work.rank == 0:
+                undo.callback(_remove, work.out, _new_folders(work.out))
+        with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
+            if work.rank == 0:
+                _make_folder(work.out)
+        tokenizer = work.build_tokenizer(plans, KINDS[kind], size)
+        with together(comm):
+            written = work.write_shards(plans, tokenizer)
+        everyones = [written] if private else comm.allgather(written)
+        with together(comm):
+            if work.rank == 0:
+                work.write_manifest(plans, tokenizer, {place: shard for part in everyones for place, shard in part.items()})
         undo.pop_all()
 
 
-def _prepare(comm, splits, kind, size, out, private, progress, pairing, undo):
-    ranks, rank = (1, 0) if private else (comm.size, comm.rank)
-    plan = text.plan if pairing is None else functools.partial(pairs.plan, **pairing, say=progress)
-    with together(comm):
-        plans = {split: plan(paths) for split, paths in splits.items()}
-        empty = next((split for split, plan in plans.items() if not plan), None)
-        if empty:
-            raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
-        if rank == 0:
-            undo.callback(_remove, *_free_folder(out))
-    with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
-        if rank == 0:
-            _make_folder(out)
-    with together(comm):
-        counts, others = _count(plans, KINDS[kind], ranks, rank, progress)
-    counts, others = (comm.reduce(part, op=lambda a, b: a + b) for part in (counts, others))
-    tokenizer = None
-    with together(comm):
-        if comm.rank == 0:
-            progress("building the vocabulary")
-            unseen = kind != "bpe" and any(unit not in counts for unit in others)
-            tokenizer = KINDS[kind].build(counts, size, unseen)
-            tokenizer.pairs = pairing is not None
-    value = comm.bcast(tokenizer and tokenizer.to_json())
-    tokenizer = KINDS[kind].from_json(value)
-    with together(comm):
-        written = _write(plans, tokenizer, out, ranks, rank, progress)
-    entries = [written] if private else comm.allgather(written)
-    with together(comm):
-        if rank == 0:
-            shards.save_tokenizer(out, tokenizer)
-            manifest = _manifest(plans, tokenizer, entries)
-            storage.write_json(pathlib.Path(out, "manifest.json"), manifest)
-            if pairing and pairing["longest"]:
-                _tell_left_out(plans, manifest, pairing["longest"], progress)
+class _Shard(NamedTuple):
+    """One that was written."""
+
+    name: str
+    tokens: int
+    sha256: str
+    figures: list[tuple[int, int]]  # of each piece of pairs: how many, tokens of the longest
 
 
-def _tell_left_out(plans, manifest, longest, progress):
-    for split, plan in plans.items():
-        planned, kept = sum(len(block.numbers) for part in plan for block in part), manifest["splits"][split]["pairs"]
-        if kept < planned:
-            progress(f"{planned - kept:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
+class _Preparation:
+    """What this rank does for a corpus: its share of the shards; rank 0 of those that write one folder does the rest."""
+
+    def __init__(
+        self, comm: MPI.Comm, out: pathlib.Path, private: bool, say: Callable[[str], None], pairing: Pairing | None
+    ) -> None:
+        self.comm, self.out, self.say, self.pairing = comm, out, say, pairing
+        self.ranks, self.rank = (1, 0) if private else (comm.size, comm.rank)  # those that write one folder
+
+    def plan(self, paths: Sequence[Any]) -> Plan:
+        """Of a split, the same on every rank. Raises UserError."""
+        return plan_text(paths) if self.pairing is None else plan_pairs(paths, self.pairing, self.say)
+
+    def build_tokenizer(self, plans: dict[str, Plan], kind: type[Tokenizer], size: int) -> Tokenizer:
+        """The tokenizer of all ranks' text. Collective. Raises UserError."""
+        with together(self.comm):
+            found = self._count(plans, kind)
+        counts, others = (self.comm.reduce(part, op=lambda a, b: a + b) or Counter() for part in found)  # on rank 0
+        value = None
+        with together(self.comm):
+            if self.comm.rank == 0:
+                self.say("building the vocabulary")
+                unseen = kind.kind != "bpe" and any(unit not in counts for unit in others)
+                tokenizer = kind.build(counts, size, unseen)
+                tokenizer.pairs = self.pairing is not None
+                value = tokenizer.to_json()
+        return kind.from_json(self.comm.bcast(value))
+
+    def _count(self, plans: dict[str, Plan], kind: type[Tokenizer]) -> tuple[Counter[str], Counter[str]]:
+        """Counts of units in this rank's part of the train text, and in that of the other splits."""
+        train: Counter[str] = Counter()
+        others: Counter[str] = Counter()
+        for split, plan in plans.items() if kind.kind != "byte" else ():
+            for _, pieces in self._my_share(plan, f"counting {split}"):
+                for piece in pieces:
+                    (train if split == "train" else others).update(piece.count(kind))
+        return train, others
+
+    def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> dict[tuple[str, int], _Shard]:
+        """Encode and write this rank's shards, named by (split, number). Raises UserError, OSError."""
+        written, dtype = {}, shards.token_dtype(tokenizer.size)
+        for split, plan in plans.items():
+            for number, pieces in self._my_share(plan, f"encoding {split}"):
+                path, found = self.out / f"{split}-{number:05d}.h5", []
+                with shards.ShardWriter(path, dtype) as shard:
+                    for piece in pieces:
+                        tokens = piece.encode(tokenizer)
+                        shard.append(tokens.astype(dtype))
+                        if tokenizer.pairs:
+                            found.append(figures(tokens, tokenizer))
+                written[split, number] = _Shard(path.name, shard.tokens, storage.sha256(path), found)
+        return written
+
+    def _my_share(self, plan: Plan, what: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
+        for number in range(self.rank, len(plan), self.ranks):
+            self.say(f"{what}: {number + 1} of {len(plan)}")
+            yield number, plan[number]
+
+    def write_manifest(self, plans: dict[str, Plan], tokenizer: Tokenizer, written: dict[tuple[str, int], _Shard]) -> None:
+        """Write what names the shards of all ranks; it does not depend on who wrote which. Raises UserError, OSError."""
+        save_tokenizer(self.out, tokenizer)
+        splits = {}
+        for split, plan in plans.items():
+            start, parts = 0, []
+            for number in range(len(plan)):
+                shard = written[split, number]
+                stop = start + shard.tokens
+                parts.append({"name": shard.name, "start": start, "stop": stop, "sha256": shard.sha256})
+                start = stop
+            size = sum(piece.size for pieces in plan for piece in pieces)
+            splits[split] = {"tokens": start, "bytes": size, "shards": parts}
+            if tokenizer.pairs:
+                found = [written[split, number].figures for number in range(len(plan))]
+                for part, numbers in zip(parts, found, strict=True):
+                    part["pairs"] = sum(pairs for pairs, _ in numbers)
+                splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers])
+        storage.write_json(
+            self.out / "manifest.json",
+            {
+                "format": shards.FORMAT,
+                "kind": tokenizer.kind,
+                "vocabulary": tokenizer.size,
+                "dtype": shards.token_dtype(tokenizer.size).name,
+                "tokenizer": tokenizer_hash(tokenizer),
+                "splits": splits,
+            },
+        )
+        if self.pairing and self.pairing.longest:
+            self._tell_left_out(plans, splits, self.pairing.longest)
+
+    def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], longest: int) -> None:
+        for split, plan in plans.items():
+            planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if isinstance(piece, PairPiece))
+            left_out = planned - splits[split]["pairs"]
+            if left_out:
+                self.say(f"{left_out:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
 
 
-def _free_folder(out):
-    """The folder, which is empty or not there, and those of it and its parents that are not there, innermost first."""
-    folder = pathlib.Path(out)
+def _figures_of_split(split: str, found: list[tuple[int, int]]) -> dict[str, int]:
+    """What the manifest says of a split's pairs. Raises UserError where there are none."""
+    counts, lengths = zip(*found, strict=True)
+    if sum(counts) == 0:
+        raise UserError(f"no pair of the {split} files is short enough: --longest must be larger")
+    return {"pairs": sum(counts), "longest": max(lengths)}
+
+
+def _new_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Those of a folder and its parents that are not there, innermost first. Raises UserError where it is not free."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
-    return folder, [path for path in (folder, *folder.parents) if not path.exists()]
+        raise UserError(f"--out {folder} exists and is not an empty folder; choose another, or remove it first")
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _make_folder(out):
-    folder = pathlib.Path(out)
+def _make_folder(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(folder / "probe", "")
         (folder / "probe").unlink()
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+        raise UserError(f"cannot write to --out {folder}: {reason(error)}") from None
 
 
-def _remove(folder, new):
+def _remove(folder: pathlib.Path, new: list[pathlib.Path]) -> None:
     """Remove the files of a folder, and the folders that are new, as far as they are empty then."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -100,96 +213,3 @@ def _remove(folder, new):
     for path in new:
         with contextlib.suppress(OSError):
             path.rmdir()
-
-
-def _count(plans, tokenizer, ranks, rank, progress):
-    """Counts of units in this rank's part of the train text, and in that of the other splits."""
-    train, others = collections.Counter(), collections.Counter()
-    for split, plan in plans.items() if tokenizer.kind != "byte" else ():
-        for _, pieces in _my_share(plan, ranks, rank, f"counting {split}", progress):
-            for piece in pieces:
-                (train if split == "train" else others).update(piece.count(tokenizer))
-    return train, others
-
-
-def _write(plans, tokenizer, out, ranks, rank, progress):
-    """Encode and write this rank's shards. Returns {(split, number): (name, tokens, sha256, figures of pairs)}."""
-    written, dtype = {}, shards.token_dtype(tokenizer.size)
-    for split, plan in plans.items():
-        for number, pieces in _my_share(plan, ranks, rank, f"encoding {split}", progress):
-            path = pathlib.Path(out, f"{split}-{number:05d}.h5")
-            figures = []
-            with shards.ShardWriter(path, dtype) as shard:
-                for piece in pieces:
-                    tokens = piece.encode(tokenizer)
-                    shard.append(tokens.astype(dtype))
-                    if tokenizer.pairs:
-                        figures.append(pairs.figures(tokens, tokenizer))
-            written[split, number] = path.name, shard.tokens, storage.sha256(path), figures
-    return written
-
-
-def _my_share(plan, ranks, rank, what, progress):
-    for number in range(rank, len(plan), ranks):
-        progress(f"{what}: {number + 1} of {len(plan)}")
-        yield number, plan[number]
-
-
-def _manifest(plans, tokenizer, entries):
-    """The manifest of all shards; it does not depend on who wrote which."""
-    splits = {}
-    for split, plan in plans.items():
-        start, parts, figures = 0, [], []  # figures: of pairs
-        for number in range(len(plan)):
-            name, tokens, digest, found = next(part[split, number] for part in entries if (split, number) in part)
-            parts.append({"name": name, "start": start, "stop": start + tokens, "sha256": digest})
-            if tokenizer.pairs:
-                parts[-1]["pairs"] = sum(pairs for pairs, _ in found)
-                figures += found
-            start += tokens
-        size = sum(piece.size for pieces in plan for piece in pieces)
-        splits[split] = {"tokens": start, "bytes": size, "shards": parts}
-        if tokenizer.pairs:
-            counts, lengths = zip(*figures, strict=True)
-            if sum(counts) == 0:
-                raise UserError(f"no pair of the {split} files is short enough: --longest must be larger")
-            splits[split] |= {"pairs": sum(counts), "longest": max(lengths)}
-    return {
-        "format": shards.FORMAT, "kind": tokenizer.kind, "vocabulary": tokenizer.size,
-        "dtype": shards.token_dtype(tokenizer.size).name, "tokenizer": shards.tokenizer_hash(tokenizer), "splits": splits,
-    }  # fmt: skip
-
-
-def open_corpus(comm, place, path, progress):
-    """This rank's Corpus: the folder `path`, one for each rank where it has {rank}, or, "", the embedded one. Collective."""
-    folder = path.replace("{rank}", str(comm.rank)) if path else embedded(comm, place.comm, "bpe", 2048, progress)
-    return agree(comm, shards.Corpus, folder)
-
-
-def embedded(comm, node_comm, kind, size, progress):
-    """The folder of the embedded corpus in this user's cache, prepared first where it is not there. Collective.
-
-    Prepared by all ranks together where they see one file system, else by the ranks of each node for themselves.
-    """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
-    folder = cache / f"python-{sys.version.split()[0]}-{kind}{size or ''}-{shards.FORMAT}"
-    if all(comm.allgather((folder / "manifest.json").exists())):
-        return folder
-    with together(comm):
-        building = folder.with_name(f".{folder.name}.{os.getpid()}")
-        if comm.rank == 0:
-            building.mkdir(parents=True)
-    building = comm.bcast(building)
-    group = comm if all(comm.allgather(building.exists())) else node_comm
-    building = group.bcast(building.with_name(building.name + f"-{comm.rank}"))
-    train, valid = text.embedded_corpus()
-    prepare(group, {"train": train, "valid": valid}, kind, size, building, progress=progress)
-    with together(comm):
-        if group.rank == 0:
-            try:
-                building.rename(folder)
-            except OSError:  # another job was faster
-                shutil.rmtree(building, ignore_errors=True)
-        if comm.rank == 0:
-            shutil.rmtree(folder.with_name(f".{folder.name}.{os.getpid()}"), ignore_errors=True)
-    return folder

@@ -1,18 +1,27 @@
 """Text files of any size as pieces of about a MiB that end with a line, grouped into shards; text dealt out over ranks."""
 
+from __future__ import annotations
+
 import os
 import pathlib
-import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..kernels.types import Array
+
+if TYPE_CHECKING:
+    from .tokenizers import Tokenizer
 
 PIECE = 1 << 20  # bytes read at a time
 SHARD = 8 << 20  # bytes of text whose tokens share a file
 _SEARCH = 1 << 16  # how far behind the wanted place a cut looks for the end of a line
+Path = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -24,7 +33,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Bytes [start, stop) of a file. `last`: the file ends here."""
 
     path: str
@@ -33,18 +42,19 @@ class Piece:
     last: bool
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """Bytes."""
         return self.stop - self.start
 
-    def count(self, tokenizer):
+    def count(self, tokenizer: type[Tokenizer]) -> Counter[str]:
         """Counter of the units. Raises UserError."""
         return self._apply(tokenizer.count)
 
-    def encode(self, tokenizer):
-        """Token numbers, int64. Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Array:
+        """Token numbers, (n,) int64. Raises UserError."""
         return self._apply(tokenizer.encode)
 
-    def _apply(self, function):
+    def _apply(self, function: Callable[[bytes, bool], T]) -> T:
         """function(bytes, end); text that is not UTF-8 is a UserError with its place."""
         try:
             return function(self.read(), self.last)
@@ -52,48 +62,49 @@ class Piece:
             place = self.start + error.start
             raise UserError(f"{self.path} is not UTF-8 at byte {place}; convert it, or use --tokenizer byte") from None
 
-    def read(self):
+    def read(self) -> bytes:
+        """The bytes. Raises UserError."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
                 return file.read(self.stop - self.start)
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+            raise UserError(f"cannot read {self.path}: {reason(error)}") from None
 
 
-def plan(parts):
+def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
     """Lists of pieces, one list a shard, of files and Spans of files. Every rank plans the same. Raises UserError."""
-    shards, size = [[]], 0
+    shards: list[list[TextPiece]] = [[]]
+    size = 0
     for part in parts:
-        for piece in _pieces(part if isinstance(part, Span) else Span(str(part), 0, None)):
+        for piece in _pieces(*part) if isinstance(part, Span) else _pieces(str(part)):
             if size >= SHARD:
                 shards.append([])
                 size = 0
             shards[-1].append(piece)
-            size += piece.stop - piece.start
+            size += piece.size
     return [pieces for pieces in shards if pieces]
 
 
-def _pieces(span):
-    path, start, end = span
+def _pieces(path: str, start: int = 0, end: int | None = None) -> Iterator[TextPiece]:
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             end = length if end is None else end
             while start < end:
                 stop = min(end, _cut(file, start + PIECE))
-                yield Piece(path, start, stop, stop == length)
+                yield TextPiece(path, start, stop, stop == length)
                 start = stop
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
-def deal_out(paths, shares):
+def deal_out(paths: Sequence[Path], shares: Array) -> list[list[Span]]:
     """For each rank the Spans (a list) of files that are its own: cut at ends of lines, one rank's part after another's.
 
     shares : (files, ranks) float64, rows add up to 1
     """
-    dealt = [[] for _ in range(shares.shape[1])]
+    dealt: list[list[Span]] = [[] for _ in range(shares.shape[1])]
     for path, places in zip(map(str, paths), np.cumsum(shares, axis=1), strict=True):
         try:
             with open(path, "rb") as file:
@@ -101,19 +112,19 @@ def deal_out(paths, shares):
                 nears = [round(length * place) for place in places[:-1]]
                 cuts = [0, *(_cut(file, near) if 0 < near < length else near for near in nears), length]
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+            raise UserError(f"cannot read {path}: {reason(error)}") from None
         for spans, start, stop in zip(dealt, cuts, cuts[1:], strict=False):
             spans += [Span(path, start, stop)] * (start < stop)
     return dealt
 
 
-def evenly(paths, ranks):
-    """Shares (files, ranks): as much of each file for every rank."""
+def evenly(paths: Sequence[Path], ranks: int) -> Array:
+    """Shares (files, ranks), float64: as much of each file for every rank."""
     return np.full((len(paths), ranks), 1 / ranks)
 
 
-def by_file(paths, ranks):
-    """Shares (files, ranks): each file has one owner, the largest first that with least so far."""
+def by_file(paths: Sequence[Path], ranks: int) -> Array:
+    """Shares (files, ranks), float64: each file has one owner, the largest first that with least so far."""
     shares, loads = np.zeros((len(paths), ranks)), np.zeros(ranks)
     sizes = [pathlib.Path(path).stat().st_size if pathlib.Path(path).exists() else 0 for path in paths]
     for number in sorted(range(len(paths)), key=lambda number: -sizes[number]):
@@ -123,15 +134,15 @@ def by_file(paths, ranks):
     return shares
 
 
-def by_dirichlet(paths, ranks, alpha, seed):
-    """Shares (files, ranks), those of each file from Dirichlet(alpha): small alpha, few owners of a file, uneven sizes.
+def by_dirichlet(paths: Sequence[Path], ranks: int, alpha: float, seed: int) -> Array:
+    """Shares (files, ranks), float64, of each file from Dirichlet(alpha): small alpha, few owners of a file, uneven sizes.
 
     Yurochkin et al. 2019, "Bayesian nonparametric federated learning of neural networks", with files for classes.
     """
     return np.random.default_rng(seed).dirichlet(np.full(ranks, alpha), len(paths))
 
 
-def _cut(file, near):
+def _cut(file: BinaryIO, near: int) -> int:
     """A place at or behind `near` where text may be cut: after a newline, else after a space, else between characters."""
     file.seek(near)
     ahead = file.read(_SEARCH)
@@ -140,20 +151,3 @@ def _cut(file, near):
         if place >= 0:
             return near + place + 1
     return near + next((k for k, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
-
-
-def embedded_corpus():
-    """The Python standard library of this interpreter as (train files, valid files): sorted, tests left out."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test", "lib2to3", "__pycache__"}
-    files = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
-    files = [path for path in sorted(files) if _is_text(path)]
-    valid = files[10::20]
-    return [path for path in files if path not in set(valid)], valid
-
-
-def _is_text(path):
-    try:
-        return bool(path.read_bytes().decode())
-    except (OSError, UnicodeDecodeError):
-        return False

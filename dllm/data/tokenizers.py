@@ -8,14 +8,21 @@ For pairs of texts every tokenizer has two tokens more, behind those of text: `s
 target. They have no spelling, so that no text is ever encoded as one of them.
 """
 
-import collections
+from __future__ import annotations
+
 import itertools
 import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..kernels.types import Array
 
+Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
 
@@ -23,43 +30,42 @@ class Tokenizer:
     """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
 
     kind = ""
-    needs_utf8 = True
     text_size = 0
     pairs = False
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The vocabulary size V."""
         return self.text_size + 2 * self.pairs
 
     @property
-    def sep(self):
+    def sep(self) -> int | None:
         """The token between a source and its target; None where there are no pairs."""
         return self.text_size if self.pairs else None
 
     @property
-    def end(self):
+    def end(self) -> int | None:
         """The token behind a target, and before the next source; None where there are no pairs."""
         return self.text_size + 1 if self.pairs else None
 
     @staticmethod
-    def count(data, end=True):
+    def count(data: bytes, end: bool = True) -> Counter[str]:
         """Counter of the units in `data`, bytes; `end` as in `encode`. Raises UnicodeDecodeError."""
-        return collections.Counter()
+        return Counter()
 
     @classmethod
-    def build(cls, counts, size, unseen=False):
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
         """The tokenizer of these counts with at most `size` tokens (0: as many as there are).
 
         unseen : other splits have units that the counts lack.
         """
         raise NotImplementedError
 
-    def encode(self, data, end=True):
-        """int64 token numbers of `data`, bytes. `end`: the text ends here, it is not a piece of a longer one."""
+    def encode(self, data: bytes, end: bool = True) -> Array:
+        """Token numbers of `data`, (n,) int64. `end`: the text ends here, it is not a piece of a longer one."""
         raise NotImplementedError
 
-    def decode(self, tokens):
+    def decode(self, tokens: Tokens) -> bytes:
         """The bytes of token numbers; `sep` shows as a tab, `end` as a line's end."""
         if not self.pairs:
             return self.decode_text(tokens)
@@ -67,26 +73,27 @@ class Tokenizer:
         groups = itertools.groupby(tokens, lambda token: shown.get(int(token)))
         return b"".join(self.decode_text(list(group)) if mark is None else mark * len([*group]) for mark, group in groups)
 
-    def decode_text(self, tokens):
+    def decode_text(self, tokens: Tokens) -> bytes:
         """The bytes of token numbers of text."""
         raise NotImplementedError
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         """A JSON-able dict from which `load` makes the tokenizer again."""
         return {"kind": self.kind, **self.vocabulary(), **({"pairs": True} if self.pairs else {})}
 
-    def vocabulary(self):
+    def vocabulary(self) -> dict[str, Any]:
         """What `to_json` says of the tokens of text."""
         return {}
 
     @classmethod
-    def from_json(cls, value):
+    def from_json(cls, value: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of what `to_json` gave; `load` is for a file that may be damaged."""
         tokenizer = cls.of_vocabulary(value)
         tokenizer.pairs = value.get("pairs", False) is True
         return tokenizer
 
     @classmethod
-    def of_vocabulary(cls, value):
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer of what `vocabulary` said."""
         raise NotImplementedError
 
@@ -94,48 +101,48 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """256 tokens; any file at all."""
 
-    kind, text_size, needs_utf8 = "byte", 256, False
+    kind, text_size = "byte", 256
 
     @classmethod
-    def build(cls, counts, size, unseen=False):
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
         if size not in (0, 256):
             raise UserError(f"--vocab-size {size}: the byte tokenizer has 256 tokens; leave the option out")
         return cls()
 
-    def encode(self, data, end=True):
+    def encode(self, data: bytes, end: bool = True) -> Array:
         return np.frombuffer(data, np.uint8).astype(np.int64)
 
-    def decode_text(self, tokens):
+    def decode_text(self, tokens: Tokens) -> bytes:
         return np.asarray(tokens, np.uint8).tobytes()
 
     @classmethod
-    def of_vocabulary(cls, value):
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
         return cls()
 
 
 class UnitTokenizer(Tokenizer):
     """A list of units in which a unit's place is its number; `<unk>` stands for the others where it is in the list."""
 
-    def __init__(self, units):
+    def __init__(self, units: list[str]) -> None:
         self.units, self.text_size = units, len(units)
         self.numbers = {unit: number for number, unit in enumerate(units)}
         self.unknown = self.numbers.get(UNKNOWN)
 
     @classmethod
-    def build(cls, counts, size, unseen=False):
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
         ranked = sorted(counts, key=lambda unit: (-counts[unit], unit))
         if (size and len(ranked) > size) or unseen:
             ranked = [UNKNOWN, *(unit for unit in ranked if unit != UNKNOWN)]
         return cls(ranked[: size or None])
 
-    def _missing(self, unit):
+    def _missing(self, unit: str) -> UserError:
         return UserError(f"{unit!r} is not in the vocabulary of {self.text_size} {self.kind}s; use text of the same corpus")
 
-    def vocabulary(self):
+    def vocabulary(self) -> dict[str, Any]:
         return {"units": self.units}
 
     @classmethod
-    def of_vocabulary(cls, value):
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
         "".join(list(value["units"])).encode()  # fails where one is no text
         return cls(value["units"])
 
@@ -145,7 +152,7 @@ class CharTokenizer(UnitTokenizer):
 
     kind = "char"
 
-    def __init__(self, units):
+    def __init__(self, units: list[str]) -> None:
         super().__init__(units)
         self._table = np.full(0x110000, -1 if self.unknown is None else self.unknown, np.int64)
         for unit, number in self.numbers.items():
@@ -154,17 +161,17 @@ class CharTokenizer(UnitTokenizer):
         self._bytes = [unit.encode() for unit in units]
 
     @staticmethod
-    def count(data, end=True):
-        return collections.Counter(data.decode())
+    def count(data: bytes, end: bool = True) -> Counter[str]:
+        return Counter(data.decode())
 
-    def encode(self, data, end=True):
+    def encode(self, data: bytes, end: bool = True) -> Array:
         points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
         tokens = self._table[points]
         if (tokens < 0).any():
             raise self._missing(chr(points[np.argmax(tokens < 0)]))
         return tokens
 
-    def decode_text(self, tokens):
+    def decode_text(self, tokens: Tokens) -> bytes:
         return b"".join(self._bytes[token] for token in tokens)
 
 
@@ -174,11 +181,11 @@ class WordTokenizer(UnitTokenizer):
     kind = "word"
 
     @staticmethod
-    def count(data, end=True):
-        return collections.Counter(WordTokenizer._words(data, end))
+    def count(data: bytes, end: bool = True) -> Counter[str]:
+        return Counter(WordTokenizer._words(data, end))
 
     @staticmethod
-    def _words(data, end):
+    def _words(data: bytes, end: bool) -> Iterator[str]:
         lines = data.decode().split("\n")
         last = lines.pop()
         for line in lines:
@@ -188,14 +195,14 @@ class WordTokenizer(UnitTokenizer):
         if end and last:
             yield END_OF_LINE
 
-    def encode(self, data, end=True):
+    def encode(self, data: bytes, end: bool = True) -> Array:
         numbers, unknown = self.numbers, self.unknown
         tokens = [numbers.get(word, unknown) for word in self._words(data, end)]
         if unknown is None and None in tokens:
             raise self._missing(next(word for word in self._words(data, end) if word not in numbers))
         return np.array(tokens, np.int64)
 
-    def decode_text(self, tokens):
+    def decode_text(self, tokens: Tokens) -> bytes:
         words = [self.units[token] for token in tokens]
         return "".join("\n" if word == END_OF_LINE else word + " " for word in words).replace(" \n", "\n").encode()
 
@@ -206,11 +213,11 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
     DEFAULT_SIZE = 4096
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self._model, self.text_size = model, model.get_vocab_size()
 
     @staticmethod
-    def _blank():
+    def _blank() -> Any:
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -220,14 +227,15 @@ class BPETokenizer(Tokenizer):
         return blank
 
     @staticmethod
-    def count(data, end=True):
-        counts, split = collections.Counter(), BPETokenizer._blank().pre_tokenizer
+    def count(data: bytes, end: bool = True) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        split = BPETokenizer._blank().pre_tokenizer
         for text in _blocks(data.decode()):
             counts.update(text[start:stop] for _, (start, stop) in split.pre_tokenize_str(text))
         return counts
 
     @classmethod
-    def build(cls, counts, size, unseen=False):
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
         from tokenizers import pre_tokenizers, trainers
 
         size = size or cls.DEFAULT_SIZE
@@ -239,33 +247,33 @@ class BPETokenizer(Tokenizer):
         model.train_from_iterator(iter(lambda: list(itertools.islice(units, 10000)), []), trainer)
         return cls(model)
 
-    def encode(self, data, end=True):
+    def encode(self, data: bytes, end: bool = True) -> Array:
         parts = self._model.encode_batch_fast(list(_blocks(data.decode())))
         return np.array([number for part in parts for number in part.ids], np.int64)
 
-    def decode_text(self, tokens):
+    def decode_text(self, tokens: Tokens) -> bytes:
         return b"".join(self._pieces[token] for token in tokens)
 
     @property
-    def _pieces(self):
+    def _pieces(self) -> list[bytes]:
         if not hasattr(self, "_cached_pieces"):
             byte_of = _bytes_of_alphabet()
             names = [self._model.id_to_token(number) for number in range(self.text_size)]
             self._cached_pieces = [bytes(byte_of[letter] for letter in name) for name in names]
         return self._cached_pieces
 
-    def vocabulary(self):
+    def vocabulary(self) -> dict[str, Any]:
         return {"model": json.loads(self._model.to_str())}
 
     @classmethod
-    def of_vocabulary(cls, value):
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
         from tokenizers import Tokenizer as Library
 
         parts = json.loads(cls._blank().to_str()) | {"model": value["model"]["model"]}  # text is split as `_blank` does
         return cls(Library.from_str(json.dumps(parts)))
 
 
-def _blocks(text, size=16384):
+def _blocks(text: str, size: int = 16384) -> Iterator[str]:
     """`text` in blocks that end with a line; the library's time grows faster than the length of what it gets."""
     start = 0
     while start < len(text):
@@ -275,17 +283,17 @@ def _blocks(text, size=16384):
         start = stop
 
 
-def _bytes_of_alphabet():
+def _bytes_of_alphabet() -> dict[str, int]:
     """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
-KINDS = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}
+KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}
 
 
-def load(value, source):
+def load(value: Mapping[str, Any], source: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a dict made by `to_json`. Raises UserError that names `source`, the file it came from.
 
     Every number below `size` must be a token's, so that no text encodes to one beyond.

@@ -1,85 +1,39 @@
-"""A trained model at work: the loss over a split, by all ranks together, sampling and beam search."""
+"""Texts that a trained model continues: sampling and beam search. All of it runs on a Decoder, so that what a text becomes
+does not depend on what else is continued at the same time, to the bit.
+"""
 
-import functools
+from __future__ import annotations
+
+import codecs
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ..comm.runtime import allgather, together
-from ..data.lanes import Schedule, deal
-from ..data.pair_lanes import read_lanes
+from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.sample import BAD, Choice
+from ..kernels.types import Array
 from ..model.decoder import Decoder
-from ..model.language_model import LanguageModel
+from .loaded_model import LoadedModel
 
 NOT_FINITE = "the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr"
+WINDOW = 64  # tokens of a prompt that are read at a time
 
 
-class Evaluation:
-    """The loss of a split, its lanes dealt over the ranks; planned once, run as often as wanted. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn (kernels/sample.py)."""
 
-    Parameters
-    ----------
-    comm : MPI.Comm
-    corpus : Corpus
-    split : str
-    config : Config
-    dtype : numpy dtype
-    team : kernels.team.Team, optional
-        Threads that share the work.
-    private : bool
-        Every rank has a corpus of its own; their lanes add up.
-    """
-
-    def __init__(self, comm, corpus, split, config, dtype, private=False, team=None):
-        self.comm, self.split = comm, split
-        entry = corpus.split(split)
-        ranks, rank = (1, 0) if private else (comm.size, comm.rank)
-        wanted = config.train.eval_lanes or config.train.lanes
-        most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
-        count = max(1, min(wanted // comm.size if private else wanted, most))
-        window = max(config.train.window, *allgather(comm, entry.get("longest", 0)))
-        with together(comm):
-            self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
-        self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
-        self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
-        sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
-        self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
-        width = len(self.lanes.starts)
-        shape = config.model, corpus.vocabulary, dtype, window, width
-        self.model = LanguageModel(*shape, training=False, team=team)
-
-    def run(self, theta, beat=lambda: None):
-        """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
-
-        loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
-        papers have it. beat() is called after each window.
-        """
-        B, config = len(self.lanes.starts), self.model.config
-        self.model.bind(theta)
-        h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
-        c = np.zeros_like(h)
-        totals = np.zeros(self.schedule.windows)
-        with together(self.comm):
-            for number in range(self.schedule.windows if B else 0):
-                tokens, targets = self.lanes.window(number, self.schedule.width(number))
-                if self.fresh:
-                    h[:], c[:] = 0, 0
-                totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
-                beat()
-        tokens = self.schedule.per_epoch
-        totals = sum(allgather(self.comm, totals))
-        loss = float(totals.sum()) / tokens
-        losses = totals / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
-        return {
-            "split": self.split, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, 700)),
-            "window_perplexity": float(np.exp(np.minimum(losses, 700)).mean()),
-            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-        }  # fmt: skip
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # among the k most likely; 0: among all
+    top_p: float = 1.0  # among the most likely that together have this probability (Holtzman et al. 2020)
+    seed: int = 1
 
 
-def start_tokens(tokenizer, prompt):
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
     """Token numbers (n,) of a prompt; of an empty one a line's end, or token 0 where the vocabulary has none."""
     tokens = tokenizer.encode(prompt.encode(), end=False)
     if len(tokens) == 0:
@@ -90,43 +44,130 @@ def start_tokens(tokenizer, prompt):
     return tokens
 
 
-def sample(model, prompt, tokens, seed=1, temperature=1.0, top_k=0, top_p=1.0):
+def continuation(model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None) -> Iterator[int]:
+    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts."""
+    decoder = Decoder(model.model(WINDOW), beams or 1)
+    if beams:
+        ((found, _),) = beam_search(decoder, [prompt], tokens, beams, end=model.tokenizer.end)
+        return iter(found)
+    return sample(decoder, prompt, tokens, sampling)
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[tuple[int | None, str]]:
+    """Yield each token before <end> with the text that it completes, then None with the rest: characters may take several."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token == tokenizer.end:
+            break
+        yield token, decoder.decode(tokenizer.decode([token]))
+    yield None, decoder.decode(b"", final=True)
+
+
+def sample(decoder: Decoder, prompt: Array, tokens: int, sampling: Sampling) -> Iterator[int]:
     """Yield token numbers that continue a prompt.
 
     Parameters
     ----------
-    model : LanguageModel
-        For one lane; the prompt is read in its windows.
+    decoder : Decoder
+        Its first slot is used.
     prompt : (n,) int64, n at least 1
     tokens : int
         How many to yield.
-    seed : int
-    temperature : float
-        0: always the most likely token.
-    top_k : int
-        Choose among the k most likely; 0: among all.
-    top_p : float
-        Choose among the most likely that together have this probability (Holtzman et al. 2020).
+    sampling : Sampling
+
+    Raises
+    ------
+    UserError
+        Where the model's numbers are not finite.
     """
-    decoder, choice, slot = Decoder(model, 1), Choice(1), np.zeros(1, np.int64)
-    choice.temperature[:], choice.top_k[:], choice.top_p[:], choice.seed[:] = temperature, top_k, top_p, seed % 2**64
-    _read(decoder, prompt, model.window)
+    choice, slot = Choice(1), np.zeros(1, np.int64)
+    choice.temperature[:], choice.seed[:] = sampling.temperature, sampling.seed % 2**64
+    choice.top_k[:], choice.top_p[:] = sampling.top_k, sampling.top_p
+    _begin(decoder, [prompt], slot)
     for position in range(tokens):
         choice.position[:] = position
-        decoder.choose(choice, slot)
-        if choice.token[0] == BAD:
-            raise UserError(NOT_FINITE)
+        choose(decoder, choice, slot)
         yield int(choice.token[0])
         decoder.read(choice.token[None], slot)
 
 
-def beam_search(model, prompt, tokens, beams, length_penalty=0.0, end=None):
-    """The most likely continuation that a search of some width finds (Graves 2012): the tokens and their log-probability.
+def greedy(decoder: Decoder, prompts: Sequence[Array], tokens: int, end: int | None = None) -> list[list[int]]:
+    """The most likely tokens that follow each prompt, one by one, until `end`, which is left out, or `tokens` of them.
 
     Parameters
     ----------
-    model, prompt
-        As in `sample`.
+    decoder : Decoder
+        Its first slots are used, one a prompt.
+    prompts : sequence of (n,) int64, n at least 1
+
+    Raises
+    ------
+    UserError
+        Where the model's numbers are not finite.
+    """
+    slots, choice = np.arange(len(prompts)), Choice(len(prompts))
+    choice.temperature[:] = 0
+    _begin(decoder, prompts, slots)
+    found: list[list[int]] = [[] for _ in prompts]
+    for position in range(tokens):
+        choose(decoder, choice, slots)
+        slots = slots[choice.token[slots] != end]
+        for slot in slots:
+            found[slot].append(int(choice.token[slot]))
+        if not len(slots) or position == tokens - 1:
+            break
+        decoder.read(choice.token[slots][None], slots)
+    return found
+
+
+@dataclass
+class _Search:
+    """A beam search for one prompt: texts with their log-probabilities, those that go on the most likely first."""
+
+    slots: Array  # (beams,) of the decoder; kept text i is the stream in slots[i]
+    kept: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])
+    ended: list[tuple[list[int], float]] = field(default_factory=list)
+    done: bool = False
+
+    def step(self, choice: Choice, end: int | None, length_penalty: float) -> list[Any]:
+        """Take every kept text a token further, by what `choice` has for its slot. Returns the slots they come from."""
+        further = [
+            (total + float(choice.logprobs[slot, i]), slot, text, int(choice.tokens[slot, i]))
+            for slot, (text, total) in zip(self.slots, self.kept, strict=False)
+            for i in range(choice.tokens.shape[1])
+        ]
+        further.sort(key=lambda one: -one[0])
+        further = further[: len(self.slots)]
+        self.ended += [([*text, token], total) for total, _, text, token in further if token == end]
+        further = [one for one in further if one[3] != end]
+        best = max((penalised(text, total, length_penalty) for text, total in self.ended), default=-math.inf)
+        if not further or (length_penalty == 0 and best >= further[0][0]):  # what goes on only becomes less likely
+            self.kept, self.done = [], True
+        else:
+            self.kept = [([*text, token], total) for total, _, text, token in further]
+        return [slot for _, slot, _, _ in further] if self.kept else []
+
+
+def penalised(text: Sequence[int], logprob: float, length_penalty: float) -> float:
+    """What a beam search compares: a log-probability over ((5 + n) / 6)^length_penalty of n tokens (Wu et al. 2016)."""
+    return float(logprob / ((5 + len(text)) / 6) ** length_penalty)
+
+
+def beam_search(
+    decoder: Decoder,
+    prompts: Sequence[Array],
+    tokens: int,
+    beams: int,
+    length_penalty: float = 0.0,
+    end: int | None = None,
+) -> list[tuple[list[int], float]]:
+    """The most likely continuation of each prompt that a search of some width finds (Graves 2012).
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its first slots are used, `beams` a prompt.
+    prompts : sequence of (n,) int64, n at least 1
     tokens : int
         How many at most.
     beams : int
@@ -135,39 +176,45 @@ def beam_search(model, prompt, tokens, beams, length_penalty=0.0, end=None):
         alpha of Wu et al. 2016: log-probabilities of n tokens are compared after division by ((5 + n) / 6)^alpha.
     end : int, optional
         The token that ends a continuation, and is its last; none: all have `tokens` tokens.
+
+    Returns
+    -------
+    For each prompt its tokens and their log-probability, in nats.
+
+    Raises
+    ------
+    UserError
+        Where the model's numbers are not finite.
     """
-    most = min(beams, model.vocabulary)
-    decoder, choice = Decoder(model, beams), Choice(beams, most)
+    most = min(beams, decoder.vocabulary)
+    searches = [_Search(np.arange(number * beams, (number + 1) * beams)) for number in range(len(prompts))]
+    choice = Choice(len(prompts) * beams, most)
     choice.temperature[:], choice.wanted[:] = 0, most
-    worth = lambda total, length: total / ((5 + length) / 6) ** length_penalty
-    _read(decoder, prompt, model.window)
-    kept, ended = [([], 0.0)], []  # (tokens, log-probability), lane by lane, the most likely first
-    for _ in range(tokens):
-        slots = np.arange(len(kept))
-        decoder.choose(choice, slots)
-        if (choice.token[slots] == BAD).any():
-            raise UserError(NOT_FINITE)
-        further = [
-            (total + float(choice.logprobs[lane, i]), lane, int(choice.tokens[lane, i]))
-            for lane, (_, total) in enumerate(kept)
-            for i in range(most)
-        ]
-        further.sort(key=lambda one: -one[0])
-        further = [(total, lane, [*kept[lane][0], token]) for total, lane, token in further[:beams]]
-        ended += [(text, total) for total, _, text in further if text[-1] == end]
-        further = [one for one in further if one[2][-1] != end]
-        best = max((worth(total, len(text)) for text, total in ended), default=-math.inf)
-        if not further or (length_penalty == 0 and best >= further[0][0]):
-            break  # what goes on only becomes less likely
-        kept = [(text, total) for total, _, text in further]
-        decoder.states[: len(kept)] = decoder.states[[lane for _, lane, _ in further]]
-        decoder.read(np.array([[text[-1] for text, _ in kept]]), np.arange(len(kept)))
-    else:
-        ended += kept
-    return max(ended, key=lambda one: worth(one[1], len(one[0])))
+    _begin(decoder, prompts, np.arange(len(prompts)) * beams)
+    for position in range(tokens):
+        choose(decoder, choice, np.concatenate([search.slots[: len(search.kept)] for search in searches]))
+        sources: list[Any] = []
+        for search in searches:
+            if not search.done:
+                sources += search.step(choice, end, length_penalty)
+        if not sources or position == tokens - 1:
+            break
+        slots = np.concatenate([search.slots[: len(search.kept)] for search in searches])
+        decoder.states[slots] = decoder.states[sources]
+        decoder.read(np.array([[text[-1] for search in searches for text, _ in search.kept]]), slots)
+    every = [search.ended + search.kept for search in searches]
+    return [max(texts, key=lambda one: penalised(one[0], one[1], length_penalty)) for texts in every]
 
 
-def _read(decoder, prompt, window):
-    """Let stream 0 read a prompt, in windows."""
-    for start in range(0, len(prompt), window):
-        decoder.read(np.ascontiguousarray(prompt[start : start + window], np.int64)[:, None], np.zeros(1, np.int64))
+def choose(decoder: Decoder, choice: Choice, wants: Array, rows: Array | None = None) -> None:
+    """`Decoder.choose`, but a UserError where a stream has no distribution."""
+    decoder.choose(choice, wants, rows)
+    if (choice.token[wants] == BAD).any():
+        raise UserError(NOT_FINITE)
+
+
+def _begin(decoder: Decoder, prompts: Sequence[Array], slots: Array) -> None:
+    """Let each stream begin with its prompt; the last tokens are read at the same time, so that `choose` says what follows."""
+    decoder.states[slots] = 0
+    decoder.read_texts([prompt[:-1] for prompt in prompts], slots)
+    decoder.read(np.array([[prompt[-1] for prompt in prompts]], np.int64), slots)

@@ -1,5 +1,13 @@
 """The README.md of a model folder, made of its config.json: where the model comes from, and how PyTorch loads it."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import tomli_w
+
+from ..data.tokenizers import Tokenizer
+
 CARD = """---
 license: other  # yours to choose: the text that a model was trained on may have a say in it
 library_name: pytorch
@@ -45,7 +53,7 @@ tokens = torch.tensor([[0], [1]])  # (time, lanes)
 logits = module["output"](module["lstm"]({x})[0])  # (time, lanes, V): of the token that follows"""
 
 
-def script(facts):
+def script(facts: dict[str, Any]) -> str:
     """The lines of Python that load the folder into torch.nn."""
     model = facts["model"]
     one_hot = not model["embedding"]
@@ -61,12 +69,12 @@ def script(facts):
     ])  # fmt: skip
 
 
-def question(tokenizer):
+def question(tokenizer: Tokenizer) -> str:
     """The option of dllm.generate for a model of that tokenizer."""
     return '--source "..."' if tokenizer.pairs else '--prompt "..."'
 
 
-def text(name, facts, tokenizer, version):
+def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -> str:
     """The model card of `facts`, a config.json."""
     model = facts["model"]
     inputs = f"embedding of {model['embedding']}" if model["embedding"] else "one-hot inputs"
@@ -80,11 +88,11 @@ def text(name, facts, tokenizer, version):
     )  # fmt: skip
 
 
-def _imported(facts):
+def _imported(facts: dict[str, Any]) -> str:
     return f"Imported from a state dict of PyTorch, `{facts['imported']}`."
 
 
-def _trained(training):
+def _trained(training: dict[str, Any]) -> str:
     """A table of what is known of the training."""
     averaged, corpus, tokens = training["averaged"], training["corpus"], training["tokens"]
     rows = {
@@ -98,8 +106,6 @@ def _trained(training):
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _recipe(sections):
+def _recipe(sections: dict[str, Any]) -> str:
     """The settings of a run as TOML, in a block of code."""
-    import tomli_w
-
     return f"```toml\n{tomli_w.dumps(sections)}```"

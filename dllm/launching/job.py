@@ -1,5 +1,7 @@
 """A program under mpirun: started, watched, told to end; and no process of it is left on this host."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pathlib
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 
 from ..runs import ownership
 from . import mpirun
@@ -27,10 +30,20 @@ class Job:
         Tells the user a text.
     """
 
-    def __init__(self, say):
-        self.mark, self.say, self.process, self.stops, self.seen = uuid.uuid4().hex, say, None, 0, False
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.mark, self.say = uuid.uuid4().hex, say
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stops = 0  # how often the user has asked for the end
+        self.seen = False  # whether a rank was there
 
-    def run(self, words, variables, hosts, due, patience):
+    def run(
+        self,
+        words: list[str],
+        variables: dict[str, str],
+        hosts: dict[str, int],
+        due: Callable[[float], bool],
+        patience: float,
+    ) -> int:
         """Exit code of mpirun, once it has ended by itself or was ended.
 
         words : list of str
@@ -44,12 +57,13 @@ class Job:
         patience : float
             Seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
         """
-        self.process = subprocess.Popen(words, env=variables | {ownership.JOB: self.mark}, start_new_session=True)
+        process = subprocess.Popen(words, env=variables | {ownership.JOB: self.mark}, start_new_session=True)
+        self.process = process
         if self.stops:  # asked for while it was being started
             self._pass_on()
         begin = time.monotonic()
         self.seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
-        while self.process.poll() is None:
+        while process.poll() is None:
             time.sleep(LOOK)
             self.seen, lasted = self.seen or self.has_ranks(), time.monotonic() - begin
             if not self.seen and lasted > patience:
@@ -58,34 +72,36 @@ class Job:
             if due(lasted):
                 break
         self._sweep()
-        return self.process.wait()
+        return process.wait()
 
-    def stop(self):
+    def stop(self) -> None:
         """The first time the program ends in its own way, the second time at once, the third time it is killed."""
         self.stops += 1
-        if self.process is not None and self.process.poll() is None:
-            self._pass_on()
+        self._pass_on()
 
-    def ask(self):
+    def ask(self) -> None:
         """Let it end in its own way, to be started anew."""
-        self.process.send_signal(signal.SIGUSR1)  # which either mpirun hands to its ranks
+        if self.process is not None:
+            self.process.send_signal(signal.SIGUSR1)  # which either mpirun hands to its ranks
 
-    def _pass_on(self):
+    def _pass_on(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
         if self.stops == 1:
             self.ask()
         else:
             _kill(os.killpg, self.process.pid, signal.SIGTERM if self.stops == 2 else signal.SIGKILL)
 
-    def _own(self):
-        """pids."""
+    def _own(self) -> list[int]:
+        """Numbers of the job's processes on this host."""
         mark = f"{ownership.JOB}={self.mark}".encode()
         return [pid for pid in _processes() if mark in _environment(pid)]
 
-    def has_ranks(self):
+    def has_ranks(self) -> bool:
         """Whether a rank of the job is on this host."""
         return any(_program(pid) == os.path.realpath(sys.executable) for pid in self._own())
 
-    def _sweep(self):
+    def _sweep(self) -> None:
         """End what mpirun left on this host: two jobs would be in each other's way."""
         end = time.monotonic() + GRACE
         while (left := self._own()) and time.monotonic() < end:
@@ -94,17 +110,17 @@ class Job:
             time.sleep(0.05)
 
 
-def _kill(function, number, which):
+def _kill(function: Callable[[int, int], None], number: int, which: signal.Signals) -> None:
     """Send a signal to what may be gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         function(number, which)
 
 
-def _processes():
+def _processes() -> list[int]:
     return [int(folder.name) for folder in pathlib.Path("/proc").iterdir() if folder.name.isdigit()]
 
 
-def _environment(pid):
+def _environment(pid: int) -> list[bytes]:
     """The variables of a process as they were when it started; nothing where it is gone, or a zombie, or another user's."""
     try:
         return pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -112,7 +128,7 @@ def _environment(pid):
         return []
 
 
-def _program(pid):
+def _program(pid: int) -> str:
     """The file that a process runs; "" where it is gone."""
     try:
         return os.path.realpath(f"/proc/{pid}/exe")

@@ -1,5 +1,7 @@
 """How the mpirun of this environment is called, be it Open MPI's or MPICH's: here, on listed hosts, inside a Slurm job."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import os
 import pathlib
@@ -8,7 +10,7 @@ import shutil
 import socket
 import subprocess
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -25,11 +27,12 @@ DETECTOR = {
     "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
 }
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
+RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
 HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
 
 
-def flavour():
+def flavour() -> str:
     """ "openmpi" or "mpich": which mpirun is first in PATH. Raises UserError."""
     path = shutil.which("mpirun")
     if path is None:
@@ -38,12 +41,12 @@ def flavour():
     return "openmpi" if "Open MPI" in text else "mpich"
 
 
-def cores():
+def cores() -> int:
     """How many of this machine's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def command(ranks, cores, hosts, *pass_on):
+def command(ranks: int, cores: int, hosts: dict[str, int], *pass_on: str) -> list[str]:
     """The words before the program.
 
     cores : int
@@ -62,18 +65,18 @@ def command(ranks, cores, hosts, *pass_on):
     return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if oversubscribed else [])]
 
 
-def environment(detect=False):
+def environment(detect: bool = False) -> dict[str, str]:
     """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise. detect: hosts that fall silent."""
     return {**OPENMPI, **(DETECTOR if detect else {}), **os.environ}
 
 
-def read_hosts(path):
+def read_hosts(path: str | os.PathLike[str]) -> dict[str, int]:
     """name -> ranks that it takes, of a file with lines such as `node1`, `node1 slots=8` or `node1:8`. Raises UserError."""
-    hosts = {}
+    hosts: dict[str, int] = {}
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the hosts in {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read the hosts in {path}: {reason(error)}") from None
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if text:
@@ -86,16 +89,24 @@ def read_hosts(path):
     return hosts
 
 
-def is_here(host):
+def launched_rank() -> int | None:
+    """This process's rank as what has launched it says, with no need of MPI; None: it was started by hand, or by a script."""
+    rank = next((os.environ[name] for name in RANK if name in os.environ), None)
+    if rank is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun without MPI; batch scripts have no such step
+        rank = os.environ.get("SLURM_PROCID")
+    return None if rank is None else int(rank)
+
+
+def is_here(host: str) -> bool:
     """Whether a host is this one."""
     return host in (socket.gethostname(), "localhost")
 
 
-def answering(hosts):
+def answering(hosts: dict[str, int]) -> dict[str, int]:
     """Those of the hosts that can be reached now."""
     agent = next((os.environ[name] for name in AGENTS if name in os.environ), "ssh")
 
-    def answers(host):
+    def answers(host: str) -> bool:
         if is_here(host):
             return True
         try:

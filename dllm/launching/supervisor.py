@@ -1,91 +1,114 @@
-"""Keep a server up: it is started under mpirun and started again whenever it ends, until it is told to end."""
+"""Keep a program up under mpirun: it is started, watched, and started again on the hosts that answer, until it may end."""
+
+from __future__ import annotations
 
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
-from ..errors import BAD_INPUT, DONE
 from . import mpirun
 from .job import LONGER, LOOK, START, Job
 
-SHORT = 60.0  # a job that lasts less than so many seconds has failed
-RETRIES = 5  # failures in a row before giving up
-PAUSE = 1.0  # seconds before it is started anew; after each further failure twice as many
-GRACE = 10.0  # seconds that ranks get beyond --drain
+
+class Verdict(NamedTuple):
+    """What follows where the job has ended."""
+
+    code: int | None = None  # the supervisor ends with this exit code; None: the job is started again
+    pause: float = 0.0  # seconds before that; 0: at once, and on the same hosts
 
 
-def keep(options, words, pass_on):
-    """Exit code of `dllm serve MODEL -n N`.
+class Supervisor(ABC):
+    """A program under mpirun, started as often as it takes.
 
-    options : namespace
-        ranks, hostfile, drain.
-    words : list of str
-        All arguments of the command.
-    pass_on : list of str
+    Parameters
+    ----------
+    command : str
+        Of dllm, in whose name the user is told things.
+    module : str
+        What ranks run, with `python -m`.
+    ranks : int
+        How many.
+    hosts : dict
+        name -> ranks that it takes; empty: this machine, or what Slurm has given.
+    pass_on : tuple of str
         Variables that ranks on other hosts shall see.
+    detect : bool
+        Whether hosts that fall silent shall be noticed, where there are several.
     """
-    keeper = Keeper(options, words, pass_on, mpirun.read_hosts(options.hostfile) if options.hostfile else {})
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: keeper.stop())
-    return keeper.supervise()
 
-
-class Keeper:
-    """The ranks of a server, started as often as it takes."""
-
-    def __init__(self, options, words, pass_on, hosts):
-        self.options, self.words, self.pass_on, self.hosts = options, words, pass_on, hosts
+    def __init__(
+        self, command: str, module: str, ranks: int, hosts: dict[str, int], pass_on: tuple[str, ...], detect: bool
+    ) -> None:
+        self.command, self.module, self.ranks, self.hosts = command, module, ranks, hosts
+        self.pass_on, self.detect = pass_on, detect
         self.cores = mpirun.cores()
-        self.job, self.asked = Job(say), 0.0
+        self.failures = 0  # in a row; the more, the longer the ranks get to come up
+        self.job = Job(self.say)
 
-    def supervise(self):
-        failures, hosts, served = 0, self.hosts, False
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        say(self.command, text)
+
+    def supervise(self) -> int:
+        """Exit code of the supervisor, once the program may end. SIGINT, SIGTERM and SIGUSR1 stop it."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: self.stop())
+        hosts = self.hosts
         while True:
             begin = time.monotonic()
-            code = self._once(hosts, START * min(2**failures, LONGER))
-            lasted = time.monotonic() - begin
-            if self.job.stops:
-                return DONE
-            served = served or lasted >= SHORT
-            if code == BAD_INPUT and not served:  # later it is something that passes, such as a port not yet free
-                return BAD_INPUT
-            failures = failures + 1 if lasted < SHORT or not self.job.seen else 1
-            say(f"the server ended after {lasted:.0f} s (mpirun's exit code {code})")
-            if failures > RETRIES:
-                say(f"that was {failures} times in a row: giving up")
-                return 1
-            pause = PAUSE * 2 ** (failures - 1)
-            say(f"starting it again in {pause:g} s")
-            end = time.monotonic() + pause
-            while time.monotonic() < end and not self.job.stops:
-                time.sleep(LOOK)
-            if self.job.stops:
-                return DONE
-            hosts = mpirun.answering(self.hosts) or self.hosts if self.hosts else {}
+            verdict = self.judge(self._run_once(hosts), time.monotonic() - begin)
+            if verdict.code is not None:
+                return verdict.code
+            if verdict.pause:
+                self._rest(verdict.pause)
+                if self.job.stops:
+                    return self.stopped()
+                hosts = self._answering()
 
-    def _once(self, hosts, patience):
-        """Run mpirun to its end. Returns its exit code."""
-        ranks = self.options.ranks if hosts == self.hosts else min(self.options.ranks, sum(hosts.values()))
-        command = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
-        self.looked, self.missed = 0.0, 0  # when its ranks here were last looked for, and how often there were none
-        words = [*command, sys.executable, "-m", "dllm.serve", *self.words]
-        return self.job.run(words, mpirun.environment(), hosts, self._due, patience)
-
-    def _due(self, lasted):
-        """Whether a job that was started so many seconds ago shall be ended."""
-        if self.job.stops:
-            return time.monotonic() - self.asked > self.options.drain + GRACE
-        if self.hosts and lasted - self.looked > GRACE:  # Open MPI's mpirun waits for ever for a lost host
-            self.missed = 0 if self.job.has_ranks() else self.missed + 1
-            self.looked = lasted
-        return self.missed > 1 and mpirun.is_here(next(iter(self.hosts)))
-
-    def stop(self):
-        """The first time requests under way are finished, the second time nothing is."""
-        self.asked = time.monotonic()
+    def stop(self) -> None:
+        """The first time the program ends in its own way, the second time at once, the third time it is killed."""
         self.job.stop()
 
+    @abstractmethod
+    def arguments(self) -> list[str]:
+        """The words behind `python -m module`; asked for before each start."""
 
-def say(text):
-    sys.stderr.write(f"dllm serve: {text}\n")
+    @abstractmethod
+    def is_due(self, lasted: float) -> bool:
+        """Whether a job that was started so many seconds ago shall be ended; asked at every look."""
+
+    @abstractmethod
+    def judge(self, code: int, lasted: float) -> Verdict:
+        """What follows where the job has ended with mpirun's exit code `code` after so many seconds."""
+
+    @abstractmethod
+    def stopped(self) -> int:
+        """Exit code where the user has stopped it."""
+
+    def _run_once(self, hosts: dict[str, int]) -> int:
+        """Run mpirun to its end. Returns its exit code."""
+        ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
+        before = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
+        words = [*before, sys.executable, "-m", self.module, *self.arguments()]
+        variables = mpirun.environment(detect=self.detect and len(hosts) > 1)
+        return self.job.run(words, variables, hosts, self.is_due, START * min(2**self.failures, LONGER))
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.job.stops:
+            time.sleep(LOOK)
+
+    def _answering(self) -> dict[str, int]:
+        """The hosts to start on again."""
+        found = mpirun.answering(self.hosts) if self.hosts else {}
+        if set(found) != set(self.hosts):
+            self.say(f"going on without {', '.join(sorted(set(self.hosts) - set(found)))}, which did not answer")
+        return found or self.hosts
+
+
+def say(command: str, text: str) -> None:
+    """A line on standard error in the name of a command."""
+    sys.stderr.write(f"dllm {command}: {text}\n")
     sys.stderr.flush()

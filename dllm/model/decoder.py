@@ -9,15 +9,21 @@ Weights are made ready once: of the output layer the transpose, so that logits o
 many, and with bfloat16 all factors.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
 from ..kernels.gemm import Operands, multiply
 from ..kernels.lstm import forward_steps
-from ..kernels.sample import Scratch, draw
+from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states, take_rows
 from ..kernels.team import new_barrier
 from ..kernels.tiles import PANELS
+from ..kernels.types import Array
+from .language_model import LanguageModel
 
 
 class Decoder:
@@ -26,7 +32,7 @@ class Decoder:
     Parameters
     ----------
     model : LanguageModel
-        With parameters; only these and its threads are used.
+        With parameters; these, its threads and its window are used.
     slots : int
     bf16 : bool
         Products of bfloat16; the results differ from those of float32, and are as repeatable.
@@ -35,28 +41,32 @@ class Decoder:
     ----------
     states : (slots,L,2,P,R) array
         Free to be read and written between calls; zeros are the beginning of a text.
+    vocabulary, window : int
+        Of the model. `read_texts` cuts texts into windows; memory grows with them, results do not depend on them.
     """
 
-    def __init__(self, model, slots, bf16=False):
+    def __init__(self, model: LanguageModel, slots: int, bf16: bool = False) -> None:
         self.config, self.layout, self.dtype = model.config, model.layout, model.dtype
+        self.vocabulary, self.window = model.vocabulary, model.window
         self.operands = Operands(model.dtype, bf16, model.operands.team)
         H, p, R = self.config.hidden, self.layout.arrays(model.theta), self.layout.R
-        self._layers = []
+        self._layers: list[tuple[Array | None, Array, Array]] = []
         for layer in range(self.config.layers):
-            named = {kind: p.get(f"lstm.{layer}.{kind}") for kind in "xhb"}
-            ready = {kind: self._right(f"{layer}{kind}", named[kind]) for kind in "xh"}
-            self._layers.append((ready["x"], ready["h"], named["b"].sum(axis=1)))
+            Wx, Wh, b = p.get(f"lstm.{layer}.x"), p[f"lstm.{layer}.h"], p[f"lstm.{layer}.b"].sum(axis=1)
+            x = None if Wx is None else self._right(f"{layer}x", Wx)  # one-hot inputs have none
+            self._layers.append((x, self._right(f"{layer}h", Wh), b))
         W = p["output"]
-        self.vocabulary = W.shape[1]
         self._table = W if self.config.tied else p["embedding"]
         self._W, self._b = self.operands.transposed("output", W, 0, self.vocabulary), W[H // R, :, H % R].copy()
         self._scratch = Scratch(self.vocabulary, self.operands.team.size)
         self.states = np.zeros((slots, self.config.layers, 2, -(-H // R), R), self.dtype)
 
-    def _right(self, name, W):
-        return None if W is None else self.operands.pairs(name, W, 0, W.shape[1])[0]
+    def _right(self, name: str, W: Array) -> Array:
+        """W ready to be the right factor of a product."""
+        ready: Array = self.operands.pairs(name, W, 0, W.shape[1])[0]
+        return ready
 
-    def read(self, tokens, slots, lengths=None):
+    def read(self, tokens: Array, slots: Array, lengths: Array | None = None) -> None:
         """Let the streams in `slots` go on.
 
         Parameters
@@ -74,7 +84,7 @@ class Decoder:
         gates = operands.empty("gates", (4 * P, T * B, R), dtype)
         (x, row), K = self._embed(tokens.reshape(-1), gates), self.config.embedding
         for layer, (Wx, Wh, b) in enumerate(self._layers):
-            if x is not None:
+            if x is not None and Wx is not None:
                 self._multiply(gates, x, row, Wx, T * B, K)
             load_states(h, c, self.states, slots, layer)
             left, team = operands.like("left", h), operands.team
@@ -84,8 +94,19 @@ class Decoder:
             x, row, K = h, B, self.config.hidden
         self._top, self._last = h, (B, T * B)
 
-    def choose(self, choice, wants, rows=None):
-        """What comes next, drawn or told as `choice` wants it (kernels/sample.py).
+    def read_texts(self, texts: Sequence[Array], slots: Array) -> None:
+        """Let the streams in `slots` (B,), different ones, read a text each, (n,) integers of their own lengths."""
+        lengths = np.array([len(text) for text in texts], np.int64)
+        for start in range(0, lengths.max(initial=0), self.window):
+            going = np.flatnonzero(lengths > start)
+            left = np.minimum(lengths[going] - start, self.window)
+            tokens = np.zeros((left.max(), len(going)), np.int64)
+            for column, (number, count) in enumerate(zip(going.tolist(), left.tolist(), strict=True)):
+                tokens[:count, column] = texts[number][start : start + count]
+            self.read(tokens, slots[going], left)
+
+    def choose(self, choice: Choice, wants: Array, rows: Array | None = None) -> None:
+        """What comes next, drawn, or the probability of a given token, as `choice` wants it (kernels/sample.py).
 
         Parameters
         ----------
@@ -104,11 +125,20 @@ class Decoder:
         self._multiply(z, y, first, self._W, count, self.config.hidden)
         draw(choice, wants, z, self._b, self._scratch, operands.team)
 
-    def top(self, slot):
+    def top(self, slot: int) -> Array:
         """The output of the top layer (H,) behind a stream's last token, a copy."""
-        return self.states[slot, -1, 0].reshape(-1)[: self.config.hidden].copy()
+        top: Array = self.states[slot, -1, 0].reshape(-1)[: self.config.hidden].copy()
+        return top
 
-    def _embed(self, tokens, gates):
+    def warm_up(self) -> None:
+        """Run every kernel once: all are compiled then, or loaded from the cache. What slot 0 held is lost."""
+        slots, choice = np.zeros(1, np.int64), Choice(1, 1)
+        for T in (2, 1):
+            self.read(np.zeros((T, 1), np.int64), slots)
+            self.choose(choice, slots, slots)
+        self.choose(choice, slots)
+
+    def _embed(self, tokens: Array, gates: Array) -> tuple[Array | None, int]:
         """The embedded tokens (N,) and the row where they begin; None where the gates have taken them in already."""
         E, R = self.config.embedding, self.layout.R
         if not E:
@@ -122,9 +152,12 @@ class Decoder:
             embedding_forward(x, tokens, self._table)
         return x, 0
 
-    def _multiply(self, c, a, row, b, M, K):
+    def _multiply(self, c: Array, a: Array, row: int, b: Array, M: int, K: int) -> None:
         """c = a @ b, M rows of a from `row` on; the threads share the columns, so that they share what few rows cost too."""
         operands = self.operands
         (a, row), K = operands.words("words", a, row, M), operands.depth(K)
-        by_columns = lambda first, last: multiply(c[first:last], 0, a, row, b[first:last], M, K, False)
+
+        def by_columns(first: int, last: int) -> None:
+            multiply(c[first:last], 0, a, row, b[first:last], M, K, False)
+
         operands.team.share(by_columns, len(c), PANELS)

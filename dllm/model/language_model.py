@@ -3,7 +3,11 @@
 Knows no MPI and no files. How the vectors are laid out stands in layout.py.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,13 +22,17 @@ from ..kernels.embedding import (
 )
 from ..kernels.gemm import Operands, aligned, from_panels, to_panels, zero_panels
 from ..kernels.lstm import lstm_backward, lstm_forward
-from ..kernels.softmax import Chunk, output_logits, softmax_cross_entropy
+from ..kernels.softmax import Chunk, softmax_cross_entropy
+from ..kernels.team import Team
+from ..kernels.types import Array
 from .layout import Layout
+
+Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
 
 CHUNK = 1 << 22  # at most so many logits in memory at a time
 
 
-def tokens_of_chunk(tokens, vocabulary, R):
+def tokens_of_chunk(tokens: int, vocabulary: int, R: int) -> int:
     """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R."""
     chunks = -(-tokens * vocabulary // CHUNK)
     return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R
@@ -35,55 +43,64 @@ class LanguageModel:
 
     Parameters
     ----------
-    config : ModelConfig
-    vocabulary : int
-        V.
-    dtype : numpy.float32 or numpy.float64
+    layout : Layout
+        Of the parameters; names the model's shape, its vocabulary V and its dtype.
     window, lanes : int
         T and B.
-    theta : (P,) array
+    theta : (size,) array, optional
         The parameters; see `bind`.
     training : bool
         False: no gradients and one layer's activations only.
     bf16 : bool
         Products of bfloat16, with float32 for all else.
-    gradient : (P,) array, optional
+    gradient : (size,) array, optional
         Zeros, where the gradients are to lie.
     team : kernels.team.Team, optional
         Threads that share the work.
     """
 
+    theta: Array
+
     def __init__(
-        self, config, vocabulary, dtype, window, lanes, theta=None, training=True, bf16=False, gradient=None, team=None
-    ):
-        self.config, self.vocabulary, self.dtype, self.training = config, vocabulary, np.dtype(dtype), training
-        self.layout, self.window, self.operands = Layout(config, vocabulary, dtype), window, Operands(dtype, bf16, team)
-        T, B, H, L, E, R = window, lanes, config.hidden, config.layers, config.embedding, self.layout.R
-        rows = lambda M, N: zero_panels(M, N, dtype)
+        self,
+        layout: Layout,
+        window: int,
+        lanes: int,
+        *,
+        theta: Array | None = None,
+        training: bool = True,
+        bf16: bool = False,
+        gradient: Array | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self.layout, self.window, self.training = layout, window, training
+        self.config, self.vocabulary, self.dtype = layout.config, layout.vocabulary, layout.dtype
+        self.operands = Operands(self.dtype, bf16, team)
+        T, B, R, V, dtype = window, lanes, layout.R, layout.vocabulary, layout.dtype
+        H, L, E = layout.config.hidden, layout.config.layers, layout.config.embedding
         copies = L if training else 1
-        self._h = [rows((T + 1) * B, H) for _ in range(copies)]
-        self._c = [rows((T + 1) * B, H) for _ in range(copies)]
+        self._h = [zero_panels((T + 1) * B, H, dtype) for _ in range(copies)]
+        self._c = [zero_panels((T + 1) * B, H, dtype) for _ in range(copies)]
         gate_panels = 4 * len(self._h[0])
-        self._gates = [rows(T * B, gate_panels * R) for _ in range(copies)]
-        self._x = rows(T * B, E)  # the embedded window, after dropout
-        self._dropped = [rows(T * B, H) for _ in range(L if config.dropout and training else 0)]
+        self._gates = [zero_panels(T * B, gate_panels * R, dtype) for _ in range(copies)]
+        self._x = zero_panels(T * B, E, dtype)  # the embedded window, after dropout
+        self._dropped = [zero_panels(T * B, H, dtype) for _ in range(L if layout.config.dropout and training else 0)]
         self._losses = np.zeros(T * B, dtype)
-        tokens = tokens_of_chunk(T * B, vocabulary, R) if training else T * B
-        self._chunk = Chunk(tokens, H, vocabulary, self.operands, training)
+        self._chunk = Chunk(tokens_of_chunk(T * B, V, R) if training else T * B, H, V, self.operands, training)
         if training:
-            self.gradient = aligned((self.layout.size,), dtype) if gradient is None else gradient
-            self._d = self.layout.arrays(self.gradient)
-            self._dy, self._dx = rows(T * B, H), rows(T * B, E)
-            self._dh_next, self._dc = rows(B, H), rows(B, H)
+            self.gradient = aligned((layout.size,), dtype) if gradient is None else gradient
+            self._d = layout.arrays(self.gradient)
+            self._dy, self._dx = zero_panels(T * B, H, dtype), zero_panels(T * B, E, dtype)
+            self._dh_next, self._dc = zero_panels(B, H, dtype), zero_panels(B, H, dtype)
             self._db = np.zeros((gate_panels, R), dtype)
         if theta is not None:
             self.bind(theta)
 
-    def bind(self, theta):
-        """Use the flat vector theta (P,) as parameters from now on; it is not copied."""
+    def bind(self, theta: Array) -> None:
+        """Use the flat vector theta (size,) as parameters from now on; it is not copied."""
         self.theta, self._p = theta, self.layout.arrays(theta)
 
-    def initialise(self, seed):
+    def initialise(self, seed: int) -> None:
         """Fill theta: uniform(+-a) as the config says; every rank gets the same values, in float32 those of float64 rounded."""
         config = self.config
         ranges = {"output.weight": config.init_output, "output.bias": config.init_output_bias}
@@ -101,7 +118,16 @@ class LanguageModel:
                 tensor[0, config.hidden : 2 * config.hidden] = config.forget_bias
             self.layout.write(self.theta, name, tensor)
 
-    def forward(self, tokens, targets, h, c, scale=0.0, mask=None, between=None):
+    def forward(
+        self,
+        tokens: Array,
+        targets: Array,
+        h: Array,
+        c: Array,
+        scale: float = 0.0,
+        mask: Mask | None = None,
+        between: Callable[[], object] | None = None,
+    ) -> Array:
         """Losses of a window; when training, the output layer's gradients too, since they need the logits.
 
         Parameters
@@ -112,7 +138,7 @@ class LanguageModel:
             The state before and after the window.
         scale : float
             Factor on every gradient.
-        mask : (seed, step, lanes (B,) int64), optional
+        mask : Mask, optional
             Names the dropout masks; None: no dropout.
         between : callable, optional
             Called now and then.
@@ -123,14 +149,13 @@ class LanguageModel:
         """
         T, B = tokens.shape
         y, row = self._hidden(tokens, h, c, mask, between)
-        losses, W, outputs = self._losses[: T * B], self._p["output"], (None, None)
-        if self.training:
-            outputs = self._dy, self._d["output"]
-        softmax_cross_entropy(losses, *outputs, self._chunk, y, row, W, targets.reshape(-1), scale, between)
+        losses, W = self._losses[: T * B], self._p["output"]
+        dy, dW = (self._dy, self._d["output"]) if self.training else (None, None)
+        softmax_cross_entropy(losses, dy, dW, self._chunk, y, row, W, targets.reshape(-1), scale, between)
         return losses.reshape(T, B)
 
-    def backward(self, on_ready=None, between=None):
-        """The rest of the gradient of the last `forward`, into `self.gradient` (P,).
+    def backward(self, on_ready: Callable[[slice], object] | None = None, between: Callable[[], object] | None = None) -> None:
+        """The rest of the gradient of the last `forward`, into `self.gradient` (size,).
 
         on_ready(slice) is called as soon as a slice is final, in order, without gaps. Every tensor is overwritten, but
         for embedding rows: they are added to where embedding and output are not tied, and the caller zeroes those it used.
@@ -139,7 +164,7 @@ class LanguageModel:
         config, p, d = self.config, self._p, self._d
         final = 0
 
-        def ready(name):
+        def ready(name: str) -> None:
             nonlocal final
             start, final = final, self.layout.blocks[name].stop
             if on_ready is not None:
@@ -162,21 +187,16 @@ class LanguageModel:
             ready(name + "b")
         tokens = self._tokens.reshape(-1)
         if config.tied:
-            tied_embedding_backward(d["output"], tokens, dx, config.embedding)
+            tied_embedding_backward(d["output"], tokens, self._dx, config.embedding)
         elif config.embedding:
-            embedding_backward(d["embedding"], tokens, dx)
+            embedding_backward(d["embedding"], tokens, self._dx)
         else:
             gates_backward(d["embedding"], tokens, self._gates[0])
         ready("output" if config.tied else "embedding")
 
-    def logits(self, tokens, h, c):
-        """What comes next: tokens (T,B) int64; h, c (L,B,H) in and out. Returns the logits (B,V) behind the last step."""
-        T, B = tokens.shape
-        y, row = self._hidden(tokens, h, c)
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever draws from them looks
-            return output_logits(y, row + (T - 1) * B, B, self._p["output"], self._chunk)
-
-    def _hidden(self, tokens, h, c, mask=None, between=None):
+    def _hidden(
+        self, tokens: Array, h: Array, c: Array, mask: Mask | None = None, between: Callable[[], object] | None = None
+    ) -> tuple[Array, int]:
         """The top layer's output after dropout: an array and the row in it where its T B rows begin.
 
         Saves what the backward needs.
@@ -185,7 +205,8 @@ class LanguageModel:
         config, p = self.config, self._p
         self._tokens, self._mask, self._inputs = tokens, mask if config.dropout else None, []
         flat = tokens.reshape(-1)
-        x, row = None, 0
+        x: Any = None
+        row = 0
         if config.embedding:
             x = self._x
             if config.tied:
@@ -214,7 +235,7 @@ class LanguageModel:
                 between()
         return x, row
 
-    def _drop(self, out, x, row, place):
+    def _drop(self, out: Array, x: Array, row: int, place: int) -> None:
         """Dropout number `place`, of x from `row` on: 0 on the embeddings, l behind layer l."""
         if self._mask is not None:
             seed, step, lanes = self._mask

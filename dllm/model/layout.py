@@ -13,12 +13,18 @@ Panels (kernels/gemm.py) are padded with zeros, which no gradient touches. Outsi
 under its name, and the standard vector holds one after the other.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..config import ModelConfig
 from ..kernels.gemm import width
+from ..kernels.types import Array, DType
 
 PART = 1 << 18  # elements, or a row, that are converted at a time
 
@@ -29,10 +35,13 @@ class Extent:
 
     start: int
     stop: int
-    shape: tuple
+    shape: tuple[int, ...]
 
 
-def _append(extents, name, *shape):
+Cut: TypeAlias = tuple[str, int, Array]  # name, first row, view of the block with the tensor's rows from there on
+
+
+def _append(extents: dict[str, Extent], name: str, *shape: int) -> str:
     start = next(reversed(extents.values())).stop if extents else 0
     extents[name] = Extent(start, start + math.prod(shape), shape)
     return name
@@ -45,7 +54,7 @@ class Layout:
     ----------
     config : ModelConfig
     vocabulary : int
-        V.
+        V, an attribute too.
     dtype : numpy.float32 or numpy.float64
         Of the flat vectors; decides R.
 
@@ -59,9 +68,13 @@ class Layout:
         The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied.
     """
 
-    def __init__(self, config, vocabulary, dtype):
-        self.config, self.dtype, self.R = config, np.dtype(dtype), width(dtype)
-        self.tensors, self.blocks, self._where = {}, {}, {}
+    def __init__(self, config: ModelConfig, vocabulary: int, dtype: DType) -> None:
+        self.config, self.vocabulary = config, vocabulary
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.R: int = width(dtype)
+        self.tensors: dict[str, Extent] = {}
+        self.blocks: dict[str, Extent] = {}
+        self._where: dict[str, tuple[str, str]] = {}
         V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
         P = -(-H // R)
         output = -(-(H + 1) // R), V, R
@@ -85,28 +98,27 @@ class Layout:
         self.size = self.blocks[block].stop
         self.table = None if config.tied else self.blocks[block]
 
-    def _tensor(self, name, shape, block, kind):
+    def _tensor(self, name: str, shape: tuple[int, ...], block: str, kind: str) -> None:
         _append(self.tensors, name, *shape)
         self._where[name] = block, kind
 
-    def arrays(self, vector):
+    def arrays(self, vector: Array) -> dict[str, Array]:
         """name -> view of the flat vector (size,) as a block."""
         return {name: vector[block.start : block.stop].reshape(block.shape) for name, block in self.blocks.items()}
 
-    def read(self, vector, name):
+    def read(self, vector: Array, name: str) -> Array:
         """A copy of the tensor `name` of the flat vector (size,), in its usual shape."""
         return self._read(self._block(vector, name), name)
 
-    def write(self, vector, name, tensor):
+    def write(self, vector: Array, name: str, tensor: Array) -> None:
         """Put a tensor of the usual shape into the flat vector (size,)."""
         for piece, place in self._pieces(self._block(vector, name), name):
             piece[...] = tensor[place]
 
-    def cut(self, vector, start, stop):
+    def cut(self, vector: Array, start: int, stop: int) -> list[Cut]:
         """What of the flat vector (size,) holds elements [start, stop) of the standard vector.
 
-        A list of (name, first row, view of the block with the tensor's rows from there on); a copy of the views is all it
-        takes to read those elements later.
+        A list of Cuts; a copy of their views is all it takes to read those elements later.
         """
         cuts = []
         for name, first, last in self._overlapping(start, stop):
@@ -116,7 +128,7 @@ class Layout:
             cuts.append((name, rows.start, block[rows] if block.ndim == 2 else block[:, rows]))
         return cuts
 
-    def parts(self, cuts, start, stop):
+    def parts(self, cuts: list[Cut], start: int, stop: int) -> Iterator[Array]:
         """Elements [start, stop) of the standard vector, of what `cut` gave for them, in arrays one after the other."""
         for name, row, block in cuts:
             width, offset, rows = math.prod(self.tensors[name].shape[1:]), self.tensors[name].start, block.shape[-2]
@@ -126,11 +138,11 @@ class Layout:
                 here = np.s_[..., first : first + some, :]
                 yield self._read(block[here], name).reshape(-1)[max(0, start - at) : stop - at]
 
-    def export(self, vector, start, stop):
+    def export(self, vector: Array, start: int, stop: int) -> Array:
         """The same of the flat vector (size,), in one array."""
         return np.concatenate([np.empty(0, vector.dtype), *self.parts(self.cut(vector, start, stop), start, stop)])
 
-    def load(self, vector, start, part):
+    def load(self, vector: Array, start: int, part: Array) -> None:
         """Put elements from `start` on of the standard vector into the flat vector (size,)."""
         for name, first, last in self._overlapping(start, start + len(part)):
             offset, tensor = self.tensors[name].start, self.read(vector, name)
@@ -138,41 +150,41 @@ class Layout:
             self.write(vector, name, tensor)
 
     @property
-    def shapes(self):
+    def shapes(self) -> list[tuple[int, ...]]:
         """Of the tensors that lie one after the other in the standard vector, as compression sees them: biases one by one."""
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         for name, tensor in self.tensors.items():
             shapes += (
                 [tensor.shape[1:]] * tensor.shape[0] if name.endswith(".bias") and len(tensor.shape) > 1 else [tensor.shape]
             )
         return shapes
 
-    def pack(self, vector):
+    def pack(self, vector: Array) -> Array:
         """The standard vector (parameters,) of the flat vector (size,)."""
         return self.export(vector, 0, self.parameters)
 
-    def unpack(self, standard, vector):
+    def unpack(self, standard: Array, vector: Array) -> None:
         """Put all of the standard vector into the flat vector (size,)."""
         self.load(vector, 0, standard)
 
-    def _overlapping(self, start, stop):
+    def _overlapping(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
         for name, tensor in self.tensors.items():
             first, last = max(start, tensor.start), min(stop, tensor.stop)
             if first < last:
                 yield name, first, last
 
-    def _block(self, vector, name):
+    def _block(self, vector: Array, name: str) -> Array:
         extent = self.blocks[self._where[name][0]]
         return vector[extent.start : extent.stop].reshape(extent.shape)
 
-    def _read(self, block, name):
+    def _read(self, block: Array, name: str) -> Array:
         """Rows of the tensor `name` from as many rows of its block."""
         tensor = np.empty((block.shape[-2], *self.tensors[name].shape[1:]), block.dtype)
         for piece, place in self._pieces(block, name):
             tensor[place] = piece
         return tensor
 
-    def _pieces(self, block, name):
+    def _pieces(self, block: Array, name: str) -> Iterator[tuple[Array, Any]]:
         """(view of a block, or of some of its rows, its place in the tensor) for all that the tensor consists of."""
         H, R, kind = self.config.hidden, self.R, self._where[name][1]
         if kind == "whole":
@@ -187,7 +199,7 @@ class Layout:
                     place = gate * H + first
                     yield block[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
 
-    def active(self):
+    def active(self) -> int:
         """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""
         products = sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(("weight_x", "weight_h")))
         output = self.tensors.get("output.weight", self.tensors["embedding.weight"])

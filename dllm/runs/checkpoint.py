@@ -3,17 +3,24 @@ states of its lanes, and a manifest that is renamed into place last. A folder wi
 ranks load what any M ranks wrote. How they are written stands in saving.py.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..files import hdf5, storage
 from ..data.lanes import deal
 from ..errors import UserError
+from ..files import hdf5, storage
+from ..files.storage import Path
+from ..kernels.types import Array, DType
+from ..model.layout import Layout
 from .state import State
 
 FORMAT = 3
@@ -32,7 +39,7 @@ class Part:
     lanes: range
 
     @classmethod
-    def of(cls, rank, ranks, parameters, lanes):
+    def of(cls, rank: int, ranks: int, parameters: int, lanes: int) -> Part:
         share = deal(parameters, ranks, rank)
         return cls(f"rank-{rank:05d}-of-{ranks:05d}.h5", slice(share.start, share.stop), deal(lanes, ranks, rank))
 
@@ -42,10 +49,10 @@ class Checkpoint:
     """A checkpoint on disk whose manifest was read; its files are checked when they are."""
 
     folder: pathlib.Path
-    manifest: dict
+    manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder):
+    def open(cls, folder: pathlib.Path) -> Checkpoint:
         """Raises UserError where the manifest is missing or damaged."""
         manifest = storage.read_json(folder / MANIFEST, KEYS)
         flaw = _flaw(manifest)
@@ -54,38 +61,53 @@ class Checkpoint:
         return cls(folder, manifest)
 
     @property
-    def step(self):
-        return self.manifest["scalars"]["step"]
+    def step(self) -> int:
+        step: int = self.manifest["scalars"]["step"]
+        return step
 
-    def parts(self):
+    def parts(self) -> list[tuple[Part, pathlib.Path]]:
         """(Part, path of its file) of every rank that wrote it."""
         ranks, parameters, lanes = (self.manifest[name] for name in ("ranks", "parameters", "lanes"))
         parts = (Part.of(rank, ranks, parameters, lanes) for rank in range(ranks))
         return [(part, self.folder / part.name) for part in parts]
 
-    def verify(self):
+    def verify(self) -> None:
         """Raise UserError where the sha256 of a file does not hold."""
         for (_, path), digest in zip(self.parts(), self.manifest["sha256"], strict=True):
             storage.check_file(path, digest)
 
-    def arrays(self, path):
+    def arrays(self, path: pathlib.Path) -> Any:
         """hdf5.open_arrays of one rank's file. Raises UserError."""
         moments = (f"moment.{number}" for number in range(self.manifest["moments"]))
         own = (f"{OWN}{name}" for name in self.manifest["own"][1:])
         return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments, *own])
 
 
-def folder_of(run, step):
+def facts(layout: Layout, lanes: int, tokenizer: str, made_by: str) -> dict[str, Any]:
+    """What a manifest says of all checkpoints of a run.
+
+    lanes : of all ranks
+    tokenizer : the hash that names the vocabulary
+    made_by : what else must be the same for what ranks have of their own to be of use
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in layout.tensors.items()}
+    return {
+        "format": FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes, "layout": shapes,
+        "own": [made_by],
+    }  # fmt: skip
+
+
+def folder_of(run: Path, step: int) -> pathlib.Path:
     return pathlib.Path(run, "checkpoints", f"step-{step:08d}")
 
 
-def seal(manifest):
+def seal(manifest: dict[str, Any]) -> str:
     """The sha256 of everything else in a manifest."""
     rest = {name: value for name, value in manifest.items() if name != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _flaw(manifest):
+def _flaw(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest, or None."""
     if manifest["format"] != FORMAT:
         return f"is of format {manifest['format']!r:.20}, this version of dllm reads {FORMAT}"
@@ -107,7 +129,7 @@ def _flaw(manifest):
     return None
 
 
-def prune(run, keep):
+def prune(run: Path, keep: int) -> None:
     """Remove what is neither among the newest `keep` checkpoints nor the newest best one; unfinished ones too."""
     found, _ = available(run)
     best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
@@ -117,7 +139,7 @@ def prune(run, keep):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def available(run):
+def available(run: Path) -> tuple[list[Checkpoint], list[str]]:
     """Checkpoints whose manifest is whole, newest first; and what is wrong with other manifests, a line each."""
     found, wrong = [], []
     for folder in sorted(pathlib.Path(run, "checkpoints").glob("step-*"), reverse=True):
@@ -129,7 +151,7 @@ def available(run):
     return found, wrong
 
 
-def intact(run, best=False):
+def intact(run: Path, best: bool = False) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint (the newest best one) all of whose hashes hold, and a warning for each that was passed over.
 
     Raises UserError where there is none.
@@ -148,7 +170,9 @@ def intact(run, best=False):
     raise UserError(f"{run} has no checkpoint to start from")
 
 
-def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
+def check_fits(
+    checkpoint: Checkpoint, layout: Layout, dtype: DType, moments: int | None = None, lanes: int | None = None
+) -> None:
     """Raise UserError where a checkpoint was made by another model, optimiser, precision or number of lanes."""
     manifest = checkpoint.manifest
     expected = {"dtype": np.dtype(dtype).name, "parameters": layout.parameters, "moments": moments, "lanes": lanes}
@@ -164,14 +188,14 @@ def check_fits(checkpoint, layout, dtype, moments=None, lanes=None):
             raise UserError(f"{checkpoint.folder} has {name} = {manifest[name]}, this run has {value}")
 
 
-def load_theta(checkpoint, layout, theta):
+def load_theta(checkpoint: Checkpoint, layout: Layout, theta: Array) -> None:
     """Fill the flat vector theta from all files."""
     for part, path in checkpoint.parts():
         with checkpoint.arrays(path) as array:
             _load(layout, theta, part, array, "theta")
 
 
-def load(checkpoint, layout, state, lanes):
+def load(checkpoint: Checkpoint, layout: Layout, state: State, lanes: range) -> None:
     """Fill `state` of a rank that now computes `lanes`, a range, from all files of a checkpoint of any number of ranks."""
     layers, hidden = checkpoint.manifest["layers"], checkpoint.manifest["hidden"]
     load_theta(checkpoint, layout, state.theta)
@@ -189,7 +213,7 @@ def load(checkpoint, layout, state, lanes):
     state.set_scalars(checkpoint.manifest["scalars"])
 
 
-def load_own(checkpoint, rank, ranks, own, made_by):
+def load_own(checkpoint: Checkpoint, rank: int, ranks: int, own: Mapping[str, Array], made_by: str) -> bool:
     """Fill the vectors of `own`, name -> vector, from this rank's file. Returns whether as many ranks wrote them."""
     if checkpoint.manifest["ranks"] != ranks or checkpoint.manifest["own"] != [made_by, *sorted(own)]:
         return False
@@ -200,6 +224,6 @@ def load_own(checkpoint, rank, ranks, own, made_by):
     return True
 
 
-def _load(layout, vector, part, array, name):
+def _load(layout: Layout, vector: Array, part: Part, array: Any, name: str) -> None:
     start, stop = part.slice.start, part.slice.stop
     layout.load(vector, start, array(name, vector.dtype, (stop - start,))[:])

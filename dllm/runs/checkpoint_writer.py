@@ -16,13 +16,23 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import checkpoint
-from ..files import hdf5, storage
 from ..comm.runtime import allgather
+from ..config import CheckpointConfig
+from ..errors import reason
+from ..files import hdf5, storage
+from ..kernels.types import Array
+from ..model.layout import Layout
+from . import checkpoint
+from .ownership import Ownership
+from .state import State
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Cut = tuple[str, int, Array]  # of Layout.cut
 BUSY = 0.05  # the part of its rank's time that a thread takes at most
 SWITCH = 0.0005  # seconds in which Python's threads take turns while one writes; the default is ten times that
 PATIENCE = 5.0  # seconds that a disk gets when ranks have died
@@ -35,20 +45,16 @@ class Saver:
     Parameters
     ----------
     comm : MPI.Comm
-    claim : Claim
+    ownership : Ownership
         On the run's folder.
     layout : Layout
-    lanes : int
-        Of all ranks.
-    tokenizer : str
-        The hash that names the vocabulary.
+    facts : dict
+        What a manifest says of all checkpoints of the run: checkpoint.facts.
     config : CheckpointConfig
     warn : callable
         Takes a line for the user.
     before : Saver, optional
         Of the same run with more ranks, which was abandoned.
-    made_by : str
-        What else must be the same for what ranks have of their own to be of use.
 
     Attributes
     ----------
@@ -68,28 +74,34 @@ class Saver:
 
     on_stage: ClassVar[list[Callable[[Saver, str], None]]] = []
 
-    def __init__(self, comm, claim, layout, lanes, tokenizer, config, warn, before=None, made_by=""):
-        self.comm, self.claim, self.layout, self.config, self.warn = comm, claim, layout, config, warn
-        self.made_by = made_by
-        self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, lanes)
-        self.facts = {
-            "format": checkpoint.FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes,
-            "layout": {name: list(tensor.shape) for name, tensor in layout.tensors.items()}, "ranks": comm.size,
-        }  # fmt: skip
+    def __init__(
+        self, comm: MPI.Comm, ownership: Ownership, layout: Layout, facts: dict[str, Any], config: CheckpointConfig,
+        warn: Callable[[str], None], before: Saver | None = None,
+    ) -> None:  # fmt: skip
+        self.comm, self.ownership, self.layout, self.config, self.warn = comm, ownership, layout, config, warn
+        self.facts = {**facts, "ranks": comm.size}
+        self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, facts["lanes"])
         self.step, self.whole, self.under_way = -1, True, False
         self.begun, self.count, self.stalled, self.cost = time.monotonic(), 0, 0.0, None
         if before is not None:
             self.begun = -math.inf if before.under_way else before.begun
             self.count, self.stalled, self.cost = before.count, before.stalled, before.cost
-        self.thread = self.copies = None
+        self.thread: threading.Thread | None = None
+        self.copies: list[list[Cut]] | None = None
+        self.problem: str | None = None
+        self.result: Any = None
         self.hurry, self.abandoned = threading.Event(), False
 
     @property
-    def writing(self):
+    def writing(self) -> bool:
         """Whether this rank is not ready to settle."""
         return self.thread is not None and self.thread.is_alive()
 
-    def interval(self):
+    def due(self) -> bool:
+        """Whether the time has come for the next one."""
+        return 0 < self.interval() <= time.monotonic() - self.begun
+
+    def interval(self) -> float:
         """Seconds from one checkpoint to the next; 0: none by time.
 
         Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974.
@@ -100,7 +112,7 @@ class Saver:
         best = math.sqrt(2 * cost * self.config.mtbf_hours * 3600 / self.comm.size)
         return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)
 
-    def begin(self, state, best, own):
+    def begin(self, state: State, best: bool, own: Mapping[str, Array]) -> None:
         """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns.
 
         own : dict
@@ -120,14 +132,14 @@ class Saver:
         self.count += 1
         self.stalled += time.perf_counter() - begin
 
-    def save(self, state, best, own):
+    def save(self, state: State, best: bool, own: Mapping[str, Array]) -> None:
         """Save `state` before anything else happens. Nothing is copied."""
         if self.under_way:
             self.complete()
         self._start(state, best, self._cuts(state), (state.h, state.c, state.lane_loss), own)
         self.complete()
 
-    def complete(self):
+    def complete(self) -> None:
         """Wait until what is under way is whole, or cannot be."""
         self.hurry.set()
         while self.under_way:
@@ -135,55 +147,59 @@ class Saver:
                 self.thread.join()
             self.settle()
 
-    def settle(self):
+    def settle(self) -> None:
         """What all ranks do once none of them is writing any more."""
         self.next()
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Leave what is under way unfinished: ranks have died. No communication."""
         self.abandoned = True
         self.hurry.set()
         if self.thread is not None:
             self.thread.join(PATIENCE)
 
-    def _cuts(self, state):
+    def _cuts(self, state: State) -> list[list[Cut]]:
         start, stop = self.part.slice.start, self.part.slice.stop
         return [self.layout.cut(vector, start, stop) for vector in (state.theta, *state.moments)]
 
-    def _start(self, state, best, cuts, lanes, own):
+    def _start(
+        self, state: State, best: bool, cuts: list[list[Cut]], lanes: tuple[Array, ...], own: Mapping[str, Array]
+    ) -> None:
         start, stop = self.part.slice.start, self.part.slice.stop
         names = ["theta", *(f"moment.{number}" for number in range(len(state.moments)))]
-        stream = lambda some: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
-        arrays = {name: stream(some) for name, some in zip(names, cuts, strict=True)}
+        arrays: dict[str, Any] = {
+            name: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
+            for name, some in zip(names, cuts, strict=True)
+        }
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
         arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {
             "dtype": state.theta.dtype.name, "moments": len(state.moments), "best": bool(best), "layers": state.h.shape[0],
-            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [self.made_by, *sorted(own)],
+            "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [*self.facts["own"], *sorted(own)],
         }  # fmt: skip
         self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
-        self.folder = checkpoint.folder_of(self.claim.run, state.step)
+        self.folder = checkpoint.folder_of(self.ownership.run, state.step)
         self.next = self._all_have_written
         self._in_background(self._write, arrays)
 
-    def _in_background(self, work, *arguments):
+    def _in_background(self, work: Callable[..., Any], *arguments: Any) -> None:
         self.problem, self.result, self.hurry = None, None, threading.Event()
         self.thread = threading.Thread(target=self._work, args=(work, *arguments), daemon=True)
         self.thread.start()
 
-    def _work(self, work, *arguments):
+    def _work(self, work: Callable[..., Any], *arguments: Any) -> None:
         interval, self.spent = sys.getswitchinterval(), time.thread_time()
         sys.setswitchinterval(SWITCH)
         try:
             self.result = work(*arguments)
         except OSError as error:
-            self.problem = error.strerror or str(error)
+            self.problem = reason(error)
         except Exception as error:  # of HDF5: any; it must not go unnoticed in a thread
             self.problem = f"{type(error).__name__}: {error}"
         finally:
             sys.setswitchinterval(interval)
 
-    def _rest(self):
+    def _rest(self) -> None:
         """After a piece of work, so that the thread takes no more than its share."""
         self._reach("piece")
         if self.abandoned:
@@ -192,7 +208,7 @@ class Saver:
         self.hurry.wait((now - self.spent) * (1 / BUSY - 1))
         self.spent = time.thread_time()
 
-    def _write(self, arrays):
+    def _write(self, arrays: dict[str, Any]) -> tuple[str, float]:
         """This rank's file. Returns its sha256 and the seconds it took."""
         begin = time.thread_time()
         self._reach("begin")
@@ -201,11 +217,11 @@ class Saver:
         self._reach("end")
         return digest, time.thread_time() - begin
 
-    def _reach(self, stage):
+    def _reach(self, stage: str) -> None:
         for hook in self.on_stage:
             hook(self, stage)
 
-    def _all_have_written(self):
+    def _all_have_written(self) -> None:
         everyone = allgather(self.comm, (self.problem, self.result))
         self.problem = next((problem for problem, _ in everyone if problem), None)
         if self.problem:
@@ -217,19 +233,19 @@ class Saver:
         if self.comm.rank == 0:
             self._in_background(self._write_manifest)
 
-    def _write_manifest(self):
+    def _write_manifest(self) -> None:
         """By the first rank: from now on the checkpoint counts, and older ones may go."""
-        if not self.claim.holds():
+        if not self.ownership.is_held():
             raise OSError("another job has taken over the run")
         self.manifest["seal"] = checkpoint.seal(self.manifest)
         storage.write_json(self.folder / checkpoint.MANIFEST, self.manifest)
-        checkpoint.prune(self.claim.run, self.config.keep)
+        checkpoint.prune(self.ownership.run, self.config.keep)
 
-    def _manifest_is_there(self):
+    def _manifest_is_there(self) -> None:
         self.problem = allgather(self.comm, self.problem)[0]
         self._end()
 
-    def _end(self):
+    def _end(self) -> None:
         self.under_way, self.whole = False, not self.problem
         if self.problem and self.comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,5 +1,7 @@
 """One job writes to a run's folder: the last that took it. One that was cut off and thought dead learns of it here."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pathlib
@@ -7,46 +9,47 @@ import uuid
 from dataclasses import dataclass
 
 from ..files import storage
+from ..files.storage import Path
 
 JOB = "DLLM_JOB"  # the variable by which a launcher knows its processes
 FILE = "owner"
 
 
 @dataclass(frozen=True)
-class Claim:
+class Ownership:
     """The right of a job to write to the folder `run`, once it has taken it."""
 
     run: str
     token: str
 
     @classmethod
-    def of_this_job(cls, run):
+    def of_this_job(cls, run: Path) -> Ownership:
         """One rank makes it for all."""
         return cls(str(run), f"{os.environ.get(JOB, '')}.{uuid.uuid4().hex}")
 
-    def take(self):
+    def take(self) -> None:
         """By one rank, for all. Raises OSError."""
         storage.write_text(pathlib.Path(self.run, FILE), self.token)
 
-    def holds(self):
-        """Whether nobody else has taken it since."""
+    def is_held(self) -> bool:
+        """Whether nobody else has taken the folder since."""
         return owner(self.run) == self.token
 
-    def beat(self):
-        """Shows that the job is alive."""
+    def show_alive(self) -> None:
+        """Tell whoever looks at the folder that the job is alive."""
         with contextlib.suppress(OSError):
             os.utime(pathlib.Path(self.run, FILE))
 
 
-def beaten(run):
-    """When the job that owns the folder was last alive, by time.time(); 0 where none does."""
+def last_alive(run: Path) -> float:
+    """When the job that owns the folder last showed that it is alive, by time.time(); 0 where none does."""
     try:
         return pathlib.Path(run, FILE).stat().st_mtime
     except OSError:
         return 0.0
 
 
-def owner(run):
+def owner(run: Path) -> str | None:
     """The token of the job that took the folder last; None where nobody has."""
     try:
         return pathlib.Path(run, FILE).read_text(encoding="utf-8")

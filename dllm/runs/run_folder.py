@@ -1,19 +1,29 @@
 """A run's folder: made by train, opened by every command that uses what was trained."""
 
+from __future__ import annotations
+
 import datetime
 import pathlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tomli_w
 
-from . import checkpoint, ownership
 from .. import config
+from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..errors import UserError, reason
 from ..files import storage
-from ..data.shards import load_tokenizer, save_tokenizer, tokenizer_hash
-from ..errors import UserError
+from ..files.storage import Path
 from ..kernels.gemm import aligned
+from ..kernels.types import Array
+from . import checkpoint, ownership
+
+if TYPE_CHECKING:
+    from ..data.tokenizers import Tokenizer
+    from ..model.layout import Layout
 
 FILES = {
     "config.toml",
@@ -28,7 +38,7 @@ FILES = {
 }
 
 
-def new_name(out, preset):
+def new_name(out: str | None, preset: str) -> str:
     """The folder of a new run. Raises UserError where it exists."""
     run = out or f"runs/{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if pathlib.Path(run).exists():
@@ -36,49 +46,54 @@ def new_name(out, preset):
     return run
 
 
-def make(run, settings, tokenizer):
-    """Write config.toml and tokenizer.json to the folder; it may be there already."""
+def create(run: Path, settings: config.Config, tokenizer: Tokenizer) -> None:
+    """Write config.toml and tokenizer.json to the folder, which may be there already. Raises UserError."""
     try:
         pathlib.Path(run).mkdir(parents=True, exist_ok=True)
         storage.write_text(pathlib.Path(run, "config.toml"), tomli_w.dumps(config.as_dict(settings)))
         save_tokenizer(run, tokenizer)
     except OSError as error:
-        raise UserError(f"cannot write to the run folder {run}: {error.strerror}") from None
+        raise UserError(f"cannot write to the run folder {run}: {reason(error)}") from None
 
 
-def begin_anew(run):
+def begin_anew(run: Path) -> None:
     """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays."""
     folder = pathlib.Path(run)
     if not folder.exists():
         return
-    known = lambda name: name in FILES or (name.startswith(".") and name.endswith(".tmp"))
-    if not folder.is_dir() or not all(known(path.name) for path in folder.iterdir()) or newest_step(run) is not None:
+    if not folder.is_dir() or not all(_is_of_a_run(path.name) for path in folder.iterdir()) or newest_step(run) is not None:
         raise UserError(f"{run} exists and is not the folder of a run: choose another name")
     shutil.rmtree(folder)
 
 
-def done(run, step):
+def _is_of_a_run(name: str) -> bool:
+    """Whether train writes a file of that name, or one that became of it when it was cut off."""
+    return name in FILES or (name.startswith(".") and name.endswith(".tmp"))
+
+
+def done(run: Path, step: int) -> None:
     """Mark a run as finished: the one thing that a supervisor believes, since mpirun's exit code may be anything."""
     storage.write_text(pathlib.Path(run, "DONE"), f"{step}\n")
 
 
-def is_done(run):
+def is_done(run: Path) -> bool:
+    """Whether the run has come to its end."""
     return pathlib.Path(run, "DONE").exists()
 
 
-def not_done(run):
+def not_done(run: Path) -> None:
     """Take the mark away: the run goes on."""
     pathlib.Path(run, "DONE").unlink(missing_ok=True)
 
 
-def wish(run, ranks):
+def request_resize(run: Path, ranks: int) -> pathlib.Path:
     """Ask the launcher of a run to go on with another number of ranks. Returns the file, which is gone once it was taken in."""
     path = pathlib.Path(run, "resize")
     storage.write_text(path, f"{ranks}\n")
     return path
 
 
-def take_wish(run):
+def take_resize_request(run: Path) -> int | None:
     """The number of ranks that somebody wants, once; None where nobody does."""
     path = pathlib.Path(run, "resize")
     try:
@@ -89,14 +104,14 @@ def take_wish(run):
         return None
 
 
-def newest_step(run):
+def newest_step(run: Path) -> int | None:
     """The step of the newest checkpoint, None where there is none."""
     found, _ = checkpoint.available(run)
     return found[0].step if found else None
 
 
-def read_settings(run, extra=None):
-    """The Config of a run, overlaid by `extra`, nested dicts."""
+def read_settings(run: Path, extra: Mapping[str, Any] | None = None) -> config.Config:
+    """The Config of a run, overlaid by `extra`, nested dicts. Raises UserError."""
     path = pathlib.Path(run, "config.toml")
     if not path.exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
@@ -109,24 +124,26 @@ class Trained:
 
     run: str
     settings: config.Config
-    tokenizer: object
+    tokenizer: Tokenizer
     checkpoint: checkpoint.Checkpoint
-    warnings: list
+    warnings: list[str]
 
     @classmethod
-    def open(cls, run, best=True):
+    def open(cls, run: Path, best: bool = True) -> Trained:
         """Raises UserError where the folder is no run, or has no checkpoint whose hashes hold."""
         settings, tokenizer = read_settings(run), load_tokenizer(run)
         found, warnings = checkpoint.intact(run, best)
         if found.manifest["tokenizer"] != tokenizer_hash(tokenizer):
             raise UserError(f"{run}/tokenizer.json is not the one that the run was trained with")
-        return cls(run, settings, tokenizer, found, warnings)
+        return cls(str(run), settings, tokenizer, found, warnings)
 
     @property
-    def dtype(self):
-        return np.dtype(self.checkpoint.manifest["dtype"])
+    def dtype(self) -> np.dtype[Any]:
+        """Of the parameters."""
+        dtype: np.dtype[Any] = np.dtype(self.checkpoint.manifest["dtype"])
+        return dtype
 
-    def theta(self, layout):
+    def theta(self, layout: Layout) -> Array:
         """The parameters (P,) of `layout`, which must be the checkpoint's."""
         checkpoint.check_fits(self.checkpoint, layout, self.dtype)
         theta = aligned((layout.size,), self.dtype)

@@ -1,21 +1,30 @@
 """Everything that changes from step to step, in one place that can be copied, hashed, saved and swapped."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import xxhash
 
 from ..kernels.gemm import aligned
+from ..kernels.types import Array
+
+
+def parameters_hash(theta: Array) -> str:
+    """16 characters that name the bits of theta (P,)."""
+    return xxhash.xxh3_64_hexdigest(theta.data)
 
 
 @dataclass
 class State:
     """The state of a run on one rank. P parameters, L layers, B lanes of this rank, H hidden units."""
 
-    theta: np.ndarray  # (P,) parameters, the same on every rank
-    moments: list  # of (P,) optimiser moments, the same on every rank
-    h: np.ndarray  # (L,B,H) this rank's lanes
-    c: np.ndarray  # (L,B,H)
-    lane_loss: np.ndarray  # (B,) float64, nats since the last line of metrics
+    theta: Array  # (P,) parameters, the same on every rank
+    moments: list[Array]  # of (P,) optimiser moments, the same on every rank
+    h: Array  # (L,B,H) this rank's lanes
+    c: Array  # (L,B,H)
+    lane_loss: Array  # (B,) float64, nats since the last line of metrics
     step: int = 0  # optimiser steps taken
     epoch: int = 0  # epochs finished
     window: int = 0  # windows of this epoch done: where every lane stands
@@ -26,24 +35,26 @@ class State:
     skipped: int = 0  # steps that changed nothing, because the gradient was not finite
     skipped_in_a_row: int = 0  # the newest ones of these
 
-    SCALARS = ("step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss", "skipped", "skipped_in_a_row")
+    SCALARS: ClassVar[tuple[str, ...]] = (
+        "step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss", "skipped", "skipped_in_a_row",
+    )  # fmt: skip
 
-    def twin(self):
+    def empty_like(self) -> State:
         """Another of the same size, whose values are not set."""
-        return State(*(self._like(part) for part in (self.theta, self.moments, self.h, self.c, self.lane_loss)))
+        vectors = self.theta, *self.moments, self.h, self.c, self.lane_loss
+        theta, *moments, h, c, lane_loss = (aligned(vector.shape, vector.dtype) for vector in vectors)
+        return State(theta, moments, h, c, lane_loss)
 
-    @staticmethod
-    def _like(part):
-        return [State._like(one) for one in part] if isinstance(part, list) else aligned(part.shape, part.dtype)
-
-    def scalars(self):
+    def scalars(self) -> dict[str, Any]:
+        """name -> value of SCALARS."""
         return {name: getattr(self, name) for name in self.SCALARS}
 
-    def set_scalars(self, values):
+    def set_scalars(self, values: dict[str, Any]) -> None:
+        """Take over what `scalars` gave."""
         for name, value in values.items():
             setattr(self, name, value)
 
-    def next_window(self, windows, carry):
+    def next_window(self, windows: int, carry: str) -> None:
         """Move every lane on by one window, from zero states unless carried; behind the last one comes the next epoch."""
         self.step += 1
         self.window += 1
@@ -53,6 +64,6 @@ class State:
             self.h[:] = 0
             self.c[:] = 0
 
-    def from_zero(self, carry):
+    def from_zero(self, carry: str) -> bool:
         """Whether the next window begins from zero states."""
         return carry == "window" or (carry == "epoch" and self.window == 0)

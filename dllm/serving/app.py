@@ -1,5 +1,7 @@
 """The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop."""
 
+from __future__ import annotations
+
 import asyncio
 import base64
 import collections
@@ -8,23 +10,29 @@ import hashlib
 import pathlib
 import re
 import time
+from collections.abc import Mapping, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Scope
 
 from ..errors import UserError
-from . import metrics, openapi, readings
-from .completions import Events, Run
-from .limits import Guard
-from .openai import Answer, Completion, Refused, encode, models, read_json
-from .peers import state_of
-from .streams import Gone, unless_gone
-from .text import Vocabulary
+from ..inference.loaded_model import LoadedModel
+from . import metrics, openapi, scoring
+from .completions import CompletionRun, EventStream
+from .errors import Disconnected, Refused
+from .limits import Guard, Limits
+from .log import Log
+from .openai import Answer, Completion, Json, encode, models_body, read_json
+from .peers import Peers, state_of
+from .streams import LocalStreams, unless_disconnected
+from .text import Prompt, Vocabulary
 
-MOST_TOLD = 32  # times the tokens of a choice: that an answer may have, counting alternatives
+MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -33,60 +41,68 @@ class Service:
 
     Parameters
     ----------
-    bundle : Bundle
-    local : streams.Local
+    bundle : LoadedModel
+    local : streams.LocalStreams
     peers : peers.Peers
     limits : limits.Limits
-    log : limits.Log
+    log : log.Log
     log_prompts : bool
         Whether the log has the prompts, too.
+
+    Attributes
+    ----------
+    state : str
+        "ok", or "draining": no new requests should come.
     """
 
-    def __init__(self, bundle, local, peers, limits, log, log_prompts=False):
+    def __init__(
+        self, bundle: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
+    ) -> None:
         self.name, self.vocabulary = bundle.name, Vocabulary(bundle.tokenizer)
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
-        self.created, self.state, self.writing = int(time.time()), "ok", asyncio.Lock()
-        self.answered = metrics.Answered()
+        self.created, self.state = int(time.time()), "ok"
+        self._writing, self._answered = asyncio.Lock(), metrics.RequestCounts()
+        self._paths: set[str] = set()
 
-    def app(self, token=None, hosts=None):
+    def app(self, token: str | None = None, hosts: set[str] | None = None) -> ASGIApp:
         """The ASGI application. token, hosts: see limits.Guard."""
         page, policy = _page()
         description = openapi.describe(self.name, self.vocabulary.size, self.limits, token is not None)
 
-        async def show_page(request):
+        async def show_page(request: HttpRequest) -> Response:
             headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
             return Response(page, media_type="text/html", headers=headers)
 
-        async def describe(request):
+        async def describe(request: HttpRequest) -> Response:
             return JSONResponse(description)
 
         routes = [
             Route("/", show_page), Route("/openapi.json", describe),
             Route("/health", self.health), Route("/metrics", self.metrics), Route("/v1/models", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/score", functools.partial(readings.score, self), methods=["POST"]),
-            Route("/v1/embeddings", functools.partial(readings.embeddings, self), methods=["POST"]),
+            Route("/v1/score", functools.partial(scoring.score, self), methods=["POST"]),
+            Route("/v1/embeddings", functools.partial(scoring.embeddings, self), methods=["POST"]),
         ]  # fmt: skip
-        handlers = {Refused: _refused, HTTPException: _http_error, Gone: _gone, ClientDisconnect: _gone, UserError: _user_error}
-        self.paths = {route.path for route in routes}
-        inside = Starlette(routes=routes, exception_handlers=handlers)
+        self._paths = {route.path for route in routes}
+        kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
+        inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
         inside.router.redirect_slashes = False
         return Guard(inside, self.limits, token, hosts, self._finished)
 
-    def _finished(self, scope, status, seconds):
-        notes = scope["dllm"]
-        route = scope["path"] if scope["path"] in self.paths else "other"
-        self.answered.add(route, status, seconds)
+    def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
+        fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
+        route = scope["path"] if scope["path"] in self._paths else "other"
+        self._answered.add(route, status, seconds)
         if route in ("/health", "/metrics") and status == 200:
             return  # asked for all the time
-        notes = {name: value for name, value in notes.items() if name != "known"}
-        self.log("request", method=scope["method"][:10], route=route, status=status, seconds=round(seconds, 4), **notes)
+        self.log("request", method=scope["method"][:10], route=route, status=status, seconds=round(seconds, 4), **fields)
 
     # ---- what is there
 
-    async def health(self, request):
-        if not request.scope["dllm"]["known"]:
+    async def health(self, request: HttpRequest) -> Response:
+        """How this rank and, for those who have the token, all others are."""
+        if not request.scope["dllm"]["authenticated"]:
             return JSONResponse({"status": self.state})
         ranks, table = [], self.peers.gossip.table()
         for rank, (report, silence, _) in table.items():
@@ -95,39 +111,43 @@ class Service:
             ranks.append({"rank": rank, "state": state, **shown, "heard_seconds_ago": round(silence, 3)})
         return JSONResponse({"status": self.state, "rank": self.peers.rank, "model": self.name, "ranks": ranks})
 
-    async def metrics(self, request):
+    async def metrics(self, request: HttpRequest) -> Response:
+        """The same for Prometheus."""
         table = self.peers.gossip.table()
         up = {rank: state_of(entry) == "ok" for rank, entry in table.items()}
-        text = metrics.text(self.engine.load(), self.answered, table, self.peers.rank, up)
+        text = metrics.render(self.engine.load(), self._answered, table, self.peers.rank, up)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def models(self, request):
-        return JSONResponse(models(self.name, self.created))
+    async def models(self, request: HttpRequest) -> Response:
+        """The only model, in OpenAI's form."""
+        return JSONResponse(models_body(self.name, self.created))
 
     # ---- what is computed
 
-    async def completions(self, request):
+    async def completions(self, request: HttpRequest) -> Response | EventStream:
+        """Continued texts, whole or as they come. Raises Refused, Disconnected."""
         body = read_json(await request.body())
         wanted = Completion.read(body, self.name, self.vocabulary.size, self.limits.tokens)
-        notes = self.note(request, prompts=wanted.prompts, stream=wanted.stream)
-        prompts = await self.prompts(wanted.prompts, "prompt")
-        run = Run(wanted, prompts, self.vocabulary, self.peers, MOST_TOLD * self.limits.tokens)
-        notes["computed_by"], answer = run.rank, Answer(self.name, wanted.seed)
+        fields = self.log_fields(request, wanted.prompts)
+        fields["stream"] = wanted.stream
+        prompts = await self.read_prompts(wanted.prompts, "prompt")
+        run = CompletionRun(wanted, prompts, self.vocabulary, self.peers, MOST_NUMBERS * self.limits.tokens)
+        fields["computed_by"], answer = run.rank, Answer(self.name, wanted.seed)
         headers = {"x-dllm-rank": str(run.rank)}
         if wanted.stream:
-            return Events(run, answer, wanted.include_usage, headers, notes)
-        choices = await unless_gone(request.receive, run.inbox, run.whole())
-        notes["prompt_tokens"], notes["completion_tokens"] = run.counts
+            return EventStream(run, answer, wanted.include_usage, headers, fields)
+        choices = await unless_disconnected(request.receive, run.inbox, run.whole())
+        fields["prompt_tokens"], fields["completion_tokens"] = run.counts
         return await self.answer(answer.body(choices, run.counts), headers)
 
-    async def answer(self, body, headers):
+    async def answer(self, body: Json, headers: Mapping[str, str]) -> Response:
         """A response of JSON. Large ones are written one at a time, and others get their turn in between."""
-        async with self.writing:
+        async with self._writing:
             await asyncio.sleep(0)
             return Response(encode(body), media_type="application/json", headers=headers)
 
-    async def prompts(self, given, field):
-        """The Prompts of texts and token numbers. Raises Refused."""
+    async def read_prompts(self, given: Sequence[str | list[int]], field: str) -> list[Prompt]:
+        """The Prompts of texts and token numbers. Raises Refused, UserError."""
         if sum(map(len, given)) > 2000:  # long enough to be felt by others
             prompts = await asyncio.to_thread(lambda: [self.vocabulary.prompt(one) for one in given])
         else:
@@ -138,18 +158,18 @@ class Service:
             raise Refused(text, field, code="context_length_exceeded")
         return prompts
 
-    def note(self, request, prompts, **notes):
+    def log_fields(self, request: HttpRequest, prompts: Sequence[str | list[int]]) -> Json:
         """What the log will say of a request: a dict to add to."""
+        fields: Json = request.scope["dllm"]
         if self.log_prompts:
-            notes["prompts"] = prompts
-        request.scope["dllm"].update(notes)
-        return request.scope["dllm"]
+            fields["prompts"] = prompts
+        return fields
 
 
-def _page():
+def _page() -> tuple[str, str]:
     """The page, and a policy that lets it run its own script and styles and nothing else."""
     page = PAGE.read_text(encoding="utf-8")
-    allowed = collections.defaultdict(str)
+    allowed: collections.defaultdict[str, str] = collections.defaultdict(str)
     for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         allowed[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     policy = (
@@ -159,20 +179,19 @@ def _page():
     return page, policy
 
 
-async def _refused(request, refused):
+async def _answer_error(request: HttpRequest, error: Exception) -> Response:
+    """The answer to a request that failed."""
+    match error:
+        case Refused():
+            refused = error
+        case UserError():
+            refused = Refused(str(error)[:500])
+        case HTTPException(status_code=status):
+            what = {404: "there is nothing here", 405: f"{request.method[:20]} is not for this"}.get(status, error.detail)
+            refused = Refused(what, status=status, headers=error.headers)
+        case Disconnected() | ClientDisconnect():
+            return Response(status_code=499)  # nobody reads it; the log does
+        case _:
+            raise error
     closing = {"connection": "close"} if refused.status in (408, 413) else {}
-    headers = {**refused.headers, **closing}
-    return Response(refused.data(), refused.status, headers, media_type="application/json")
-
-
-async def _user_error(request, error):
-    return await _refused(request, Refused(str(error)[:500]))
-
-
-async def _http_error(request, error):
-    what = {404: "there is nothing here", 405: f"{request.method[:20]} is not for this"}.get(error.status_code, error.detail)
-    return await _refused(request, Refused(what, status=error.status_code, headers=error.headers))
-
-
-async def _gone(request, error):
-    return Response(status_code=499)  # nobody reads it; the log does
+    return Response(refused.data(), refused.status, {**refused.headers, **closing}, media_type="application/json")

@@ -1,14 +1,21 @@
 """/v1/completions: from the engine's tokens to choices, whole or chunk by chunk."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import AsyncIterator, Mapping
 
-from .openai import Refused, choice, encode, logprobs
-from .requests import Finished, Request
-from .streams import Gone, Inbox, check, unless_gone
-from .text import Text
+from starlette.types import Receive, Scope, Send
+
+from .errors import Disconnected, Refused
+from .openai import SEEDS, Answer, Completion, Json, choice_body, encode, logprobs_body
+from .peers import Peers
+from .requests import Event, Finished, Request
+from .streams import Cancel, Inbox, check_finished, unless_disconnected
+from .text import Detokenizer, Prompt, Vocabulary
 
 
-class Choice:
+class CompletionChoice:
     """One choice of an answer.
 
     Parameters
@@ -19,20 +26,29 @@ class Choice:
     echoed : bytes
         What the text begins with.
     vocabulary : Vocabulary
+
+    Attributes
+    ----------
+    count : int
+        Tokens that were generated.
+    reason : str or None
+        "stop" or "length"; None: it is under way.
     """
 
-    def __init__(self, index, wanted, prompt, echoed, vocabulary):
+    def __init__(self, index: int, wanted: Completion, prompt: Prompt, echoed: bytes, vocabulary: Vocabulary) -> None:
         self.index, self.wanted, self.prompt, self.vocabulary = index, wanted, prompt, vocabulary
-        self.text = Text(vocabulary.decode, wanted.stop)
-        self.count, self.reason, self.cancel = 0, None, lambda: None
-        self.blanks = 1 if prompt.blank else 0  # prompt tokens that nobody wrote
+        self.text = Detokenizer(vocabulary.decode, wanted.stop)
+        self.count = 0
+        self.reason: str | None = None
+        self.cancel: Cancel = lambda: None
+        self._blanks = 1 if prompt.blank else 0  # prompt tokens that nobody wrote
         self.text.begin(echoed)
         if not self.request():
             self.reason = "length"
 
-    def request(self):
+    def request(self) -> Request | None:
         """What the engine has to do; None where that is nothing."""
-        wanted, seed = self.wanted, (self.wanted.seed + self.index % self.wanted.n) % (1 << 63)
+        wanted, seed = self.wanted, (self.wanted.seed + self.index % self.wanted.n) % SEEDS
         scored = wanted.echo and wanted.logprobs is not None
         if not wanted.max_tokens and not scored:
             return None
@@ -41,15 +57,15 @@ class Choice:
             top_k=wanted.top_k, seed=seed, logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens,
         )  # fmt: skip
 
-    def add(self, event):
+    def add(self, event: Event) -> None:
         """Take in a Token or Finished. Raises Refused where the engine failed."""
         if self.reason:
             return
         if isinstance(event, Finished):
-            check(event)
+            check_finished(event)
             self.reason = event.reason
-        elif event.prompt and self.blanks:
-            self.blanks -= 1
+        elif event.prompt and self._blanks:
+            self._blanks -= 1
         elif event.number == self.vocabulary.end and not event.prompt:  # a target ends here
             self.reason = "stop"
             self.cancel()
@@ -59,66 +75,82 @@ class Choice:
                 self.reason = "stop"
                 self.cancel()
 
-    def part(self):
+    def new_part(self) -> Json | None:
         """The choice with what is new since the last call; None where there is nothing."""
-        text, pieces = self.text.take(final=self.reason is not None)
-        if not text and not pieces and not self.reason:
+        text, tokens = self.text.flush(final=self.reason is not None)
+        if not text and not tokens and not self.reason:
             return None
-        detail = logprobs(pieces, self.vocabulary.name) if self.wanted.logprobs is not None else None
-        return choice(self.index, text, detail, self.reason)
+        logprobs = logprobs_body(tokens, self.vocabulary.name) if self.wanted.logprobs is not None else None
+        return choice_body(self.index, text, logprobs, self.reason)
 
 
-class Run:
-    """One request under way: its choices, and where they are computed."""
+class CompletionRun:
+    """One request under way: its choices, and where they are computed. Raises Refused where there is no room.
 
-    def __init__(self, wanted, prompts, vocabulary, peers, most):
-        """Raises Refused where there is no room. most : numbers that an answer may hold, so that memory is bounded."""
+    Parameters
+    ----------
+    wanted : openai.Completion
+    prompts : list of Prompt
+    vocabulary : Vocabulary
+    peers : Peers
+    most : int
+        Numbers that an answer may hold, so that memory is bounded.
+
+    Attributes
+    ----------
+    rank : int
+        Which computes it.
+    """
+
+    def __init__(self, wanted: Completion, prompts: list[Prompt], vocabulary: Vocabulary, peers: Peers, most: int) -> None:
         tokens = sum(wanted.max_tokens + wanted.echo * len(prompt) for prompt in prompts)
-        told = wanted.n * tokens * (1 + (wanted.logprobs or 0))
-        if told > most:
-            raise Refused(f"choices x tokens x (1 + logprobs) are {told}; {most} are allowed", "max_tokens")
-        self.inbox, self.choices = Inbox(), []
+        numbers = wanted.n * tokens * (1 + (wanted.logprobs or 0))
+        if numbers > most:
+            raise Refused(f"choices x tokens x (1 + logprobs) are {numbers}; {most} are allowed", "max_tokens")
+        self.inbox = Inbox()
+        self.choices: list[CompletionChoice] = []
         for prompt in prompts:
             echoed = vocabulary.echo(prompt) if wanted.echo and wanted.logprobs is None else b""
             for _ in range(wanted.n):
-                self.choices.append(Choice(len(self.choices), wanted, prompt, echoed, vocabulary))
+                self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, echoed, vocabulary))
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.left = [one for one in self.choices if one.reason is None]
-        self.rank, cancels = peers.begin({one.index: one.request() for one in self.left}, self.inbox)
-        for one in self.left:
+        requests = {one.index: request for one in self.choices if (request := one.request())}
+        self._left = [one for one in self.choices if one.index in requests]
+        self.rank, cancels = peers.submit(requests, self.inbox)
+        for one in self._left:
             one.cancel = cancels[one.index]
 
-    async def parts(self):
-        """Lists of choices with what is new, until all have ended. Raises Refused, Gone."""
-        if ended := [one.part() for one in self.choices if one.reason]:
+    async def parts(self) -> AsyncIterator[list[Json]]:
+        """Lists of choices with what is new, until all have ended. Raises Refused, Disconnected."""
+        if ended := [part for one in self.choices if one.reason and (part := one.new_part())]:
             yield ended
         try:
-            while self.left:
+            while self._left:
                 touched = {}
                 for index, event in await self.inbox.get():
-                    if self.choices[index] in self.left:
+                    if self.choices[index] in self._left:
                         self.choices[index].add(event)
                         touched[index] = self.choices[index]
-                self.left = [one for one in self.left if not one.reason]
-                yield [part for one in touched.values() if (part := one.part())]
+                self._left = [one for one in self._left if not one.reason]
+                yield [part for one in touched.values() if (part := one.new_part())]
         finally:
             self.inbox.cancel()
 
     @property
-    def counts(self):
+    def counts(self) -> tuple[int, int]:
         """Tokens of the prompts and of the choices."""
         return self.prompt_tokens, sum(one.count for one in self.choices)
 
-    async def whole(self):
-        """The choices when all have ended."""
-        found = {one.index: choice(one.index, "", None, None) for one in self.choices}
+    async def whole(self) -> list[Json]:
+        """The choices when all have ended. Raises Refused, Disconnected."""
+        found = {one.index: choice_body(one.index, "", None, None) for one in self.choices}
         async for parts in self.parts():
             for part in parts:
                 _join(found[part["index"]], part)
         return list(found.values())
 
 
-def _join(whole, part):
+def _join(whole: Json, part: Json) -> None:
     whole["text"] += part["text"]
     whole["finish_reason"] = part["finish_reason"]
     if whole["logprobs"] is None:
@@ -128,26 +160,41 @@ def _join(whole, part):
             whole["logprobs"][name] += values
 
 
-class Events:
-    """A response of server-sent events: a Run as it comes."""
+class EventStream:
+    """A response of server-sent events: a CompletionRun as it comes. An ASGI application.
 
-    def __init__(self, run, answer, include_usage, headers, notes):
-        self.run, self.answer, self.include_usage, self.headers, self.notes = run, answer, include_usage, headers, notes
+    Parameters
+    ----------
+    run : CompletionRun
+    answer : openai.Answer
+    include_usage : bool
+        Whether the last event counts tokens.
+    headers : mapping of str
+        Of the response.
+    log_fields : dict
+        Gets the counts of tokens.
+    """
 
-    async def __call__(self, scope, receive, send):
+    def __init__(
+        self, run: CompletionRun, answer: Answer, include_usage: bool, headers: Mapping[str, str], log_fields: Json
+    ) -> None:
+        self.run, self.answer, self.include_usage = run, answer, include_usage
+        self.headers, self.log_fields = headers, log_fields
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **self.headers}
         headers = [(name.encode(), value.encode()) for name, value in names.items()]
         try:
-            await self.run.inbox.taken()
+            await self.run.inbox.all_accepted()
         except BaseException:
             self.run.inbox.cancel()
             raise
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        with contextlib.suppress(Gone):  # then nobody misses the end
-            await unless_gone(receive, self.run.inbox, self._stream(send))
+        with contextlib.suppress(Disconnected):  # then nobody misses the end
+            await unless_disconnected(receive, self.run.inbox, self._send_events(send))
             await send({"type": "http.response.body", "body": b""})
 
-    async def _stream(self, send):
+    async def _send_events(self, send: Send) -> None:
         more = {"usage": None} if self.include_usage else {}
         try:
             async for parts in self.run.parts():
@@ -159,5 +206,5 @@ class Events:
         except Refused as refused:
             end = f"data: {encode(refused.body())}\n\n"
         finally:
-            self.notes["prompt_tokens"], self.notes["completion_tokens"] = self.run.counts
+            self.log_fields["prompt_tokens"], self.log_fields["completion_tokens"] = self.run.counts
         await send({"type": "http.response.body", "body": end.encode(), "more_body": True})

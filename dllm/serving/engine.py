@@ -1,18 +1,19 @@
 """Continuous batching: one thread takes all streams a token further at a time; any may join or leave at any token.
 
-    submit -> waiting -> reading the prompt -> in the step -> ended
-              (queue)    (windows)             (a token each)
+    submit -> waiting -> reading the prompt -> running          -> ended
+              (queue)    (windows)             (a token a step)
 
-A turn of the thread lets streams in where slots are free, reads at most one window of the prompts that are not read yet,
-WINDOW_TOKENS together, so that those in the step do not stall, and takes one step. Since a window of one prompt takes almost
-as long as one of some prompts, the first waits a few turns for others. What happened goes out in one call for each
-`deliver`. A stream's tokens depend on the model and its request alone, to the bit (decoder.py, kernels/sample.py).
+A turn of the thread lets streams in where slots are free, reads at most one window of the prompts that are not read yet, so
+that those that run do not stall, and takes one step (scheduler.py says who does what). What happened goes out in one call for
+each `deliver`. A stream's tokens depend on the model and its request alone, to the bit (decoder.py, kernels/sample.py).
 """
 
 import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -20,25 +21,29 @@ from ..kernels.sample import BAD, Choice
 from ..kernels.team import Team
 from ..kernels.tiles import BF16
 from ..model.decoder import Decoder
-from .prefix import PrefixCache
-from .requests import MOST, Finished, Full, Request, Stopped, Stream, Token
+from ..model.language_model import LanguageModel
+from .prefix_cache import PrefixCache
+from .requests import MAX_LOGPROBS, Deliver, Event, Finished, Full, Request, Stopped, Stream, Token
+from .scheduler import WINDOW, Scheduler
+from .throughput import Throughput
 
-__all__ = ["Engine", "Finished", "Full", "Request", "Stopped", "Stream", "Token"]
+SCORED = 64  # tokens of prompts whose log-probabilities are computed at a time
 
-WINDOW = 64  # tokens of a prompt at a time at most; states are kept at its multiples
-WINDOW_TOKENS = 256  # of all prompts that are read in one turn
-TOGETHER, PATIENCE = 4, 4  # prompts that are worth a window, and turns that fewer wait for more while others are in the step
-TOLD = 64  # tokens of prompts whose probabilities are taken at a time
-RATE_SECONDS = 5.0  # that tokens_per_second looks back
+
+class Servable(Protocol):
+    """What makes the model that an engine works with: a LoadedModel of inference/loaded_model.py, or whatever else can."""
+
+    def model(self, window: int, lanes: int, team: Team) -> LanguageModel:
+        """A LanguageModel with parameters."""
 
 
 class Engine:
-    """Answers requests with one model.
+    """Answers requests with one model. Raises ValueError for bf16 where the processor has no products of bfloat16.
 
     Parameters
     ----------
-    bundle
-        Has model(window, lanes, team), a LanguageModel.
+    source : Servable
+        Makes the model.
     slots : int
         Streams at a time.
     threads : int
@@ -48,37 +53,40 @@ class Engine:
         Streams that may wait.
     precision : "fp32" or "bf16"
         bf16: products of bfloat16, about twice as fast where the processor has them. fp32: as the model is.
+    window : int
+        Tokens of a prompt that are read at a time at most.
     """
 
-    def __init__(self, bundle, slots=64, threads=1, cache_bytes=64 << 20, queue=256, precision="fp32"):
+    def __init__(
+        self, source: Servable, slots: int = 64, threads: int = 1, cache_bytes: int = 64 << 20, queue: int = 256,
+        precision: str = "fp32", window: int = WINDOW,
+    ) -> None:  # fmt: skip
         if precision == "bf16" and not BF16:
             raise ValueError("this processor has no products of bfloat16: precision is fp32")
         self.slots, self.queue = slots, queue
-        model = bundle.model(1, 1, Team(threads))
+        model = source.model(1, 1, Team(threads))
         self.decoder = Decoder(model, slots, precision == "bf16" and model.dtype == np.float32)
         self.cache = PrefixCache(cache_bytes)
-        self._choice, self._told = Choice(slots, MOST), Choice(TOLD, MOST)
+        self.scheduler = Scheduler(slots, window)
+        self._choice, self._scored = Choice(slots, MAX_LOGPROBS), Choice(SCORED, MAX_LOGPROBS)
         self._next = np.zeros(slots, np.int64)  # the token that each stream's state has not seen
-        self._free, self._reading, self._running = list(range(slots))[::-1], [], []
-        self._waited = 0  # turns since a window was read, with prompts to read
-        self._active = np.zeros(0, np.int64)  # the slots of _running
-        self._news = {}  # deliver -> [(stream, event)]
+        self._outbox = Outbox()
         # Shared with other threads, under the lock:
         self._changed = threading.Condition()
-        self._waiting, self._cancelled = deque(), []
-        self._stopping, self._deadline, self._problem = False, None, ""
-        self._thread = None
-        self._steps = self._tokens = 0
-        self._marks = deque([(time.monotonic(), 0)])  # (time, tokens), two a second
+        self._waiting: deque[Stream] = deque()
+        self._cancelled: list[Stream] = []
+        self._stopping, self._deadline, self._problem = False, float("inf"), ""
+        self._thread: threading.Thread | None = None
+        self._steps, self._throughput = 0, Throughput()
 
-    def start(self):
+    def start(self) -> None:
         """Compile what is needed, and begin."""
-        self._warm_up()
-        self._marks[0] = time.monotonic(), 0
+        self.decoder.warm_up()
+        self._throughput = Throughput()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def stop(self, drain_seconds=0.0):
+    def stop(self, drain_seconds: float = 0.0) -> None:
         """Take nothing more, finish what is there within some seconds, end the rest with "error"."""
         with self._changed:
             self._stopping, self._deadline = True, time.monotonic() + drain_seconds
@@ -86,17 +94,17 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, request, deliver):
+    def submit(self, request: Request, deliver: Deliver) -> Stream:
         """Begin with a request. From any thread.
 
         deliver(news) is called in the engine's thread, at most once a step, with all its news: a list of
         (stream, Token or Finished); streams that share an equal `deliver` share the call. It must not block.
-        Raises Full, or ValueError for tokens that the model does not have.
+        Raises Full, Stopped, or ValueError for tokens that the model does not have.
         """
         prompt = request.prompt
         if prompt.min() < 0 or prompt.max() >= self.decoder.vocabulary:
             raise ValueError(f"tokens are numbers from 0 to {self.decoder.vocabulary - 1}")
-        stream = Stream(request, deliver, self)
+        stream = Stream(request, deliver, self._cancel)
         with self._changed:
             if self._problem or self._stopping:
                 raise Stopped(self._problem or "the engine is stopping")
@@ -106,34 +114,24 @@ class Engine:
             self._changed.notify()
         return stream
 
-    def load(self):
+    def load(self) -> dict[str, float]:
         """Numbers for whoever watches. `alive` 0: the thread has ended, nothing is answered any more."""
         with self._changed:
             queued, problem = len(self._waiting), self._problem
-        (then, before), now, tokens = self._marks[0], time.monotonic(), self._tokens
-        rate = (tokens - before) / max(now - then, 1e-3) if now - self._marks[-1][0] < RATE_SECONDS else 0.0
         return {
-            "active": self.slots - len(self._free), "queued": queued, "slots": self.slots, "tokens": tokens,
-            "tokens_per_second": rate, "steps": self._steps,
+            "active": self.slots - self.scheduler.free, "queued": queued, "slots": self.slots,
+            "tokens": self._throughput.tokens, "tokens_per_second": self._throughput.per_second(), "steps": self._steps,
             "cache_bytes": self.cache.bytes, "cache_hits": self.cache.hits,
             "alive": int(not problem and self._thread is not None and self._thread.is_alive()),
         }  # fmt: skip
 
-    def _cancel(self, stream):
+    def _cancel(self, stream: Stream) -> None:
         with self._changed:
-            if not stream._ended:
+            if not stream.ended:
                 self._cancelled.append(stream)
                 self._changed.notify()
 
-    def _warm_up(self):
-        """Run every kernel once. States are zero again afterwards, whatever a slot's next stream finds there."""
-        slots = np.zeros(1, np.int64)
-        for T in (2, 1):
-            self.decoder.read(np.zeros((T, 1), np.int64), slots)
-            self.decoder.choose(self._told, slots, slots)
-        self.decoder.choose(self._choice, slots)
-
-    def _run(self):
+    def _run(self) -> None:
         message = "the engine is stopping"
         try:
             while self._turn():
@@ -142,196 +140,193 @@ class Engine:
             traceback.print_exc()
             message = f"the engine failed: {type(error).__name__}: {error}"
         with self._changed:
-            self._problem, streams = message, [*self._waiting]
+            self._problem, waiting = message, [*self._waiting]
             self._waiting.clear()
-        for stream in [*self._running, *self._reading, *streams]:
-            if not stream._ended:
-                stream._ended = True
-                self._tell(stream, Finished("error", message))
-        self._running, self._reading, self._free = [], [], list(range(self.slots))
+        for stream in [*self.scheduler.clear(), *waiting]:
+            if not stream.ended:
+                stream.ended = True
+                self._outbox.add(stream, Finished("error", message))
         self._deliver()
 
-    def _turn(self):
+    def _turn(self) -> bool:
         """Returns whether there is more to do, now or later."""
+        scheduler = self.scheduler
         with self._changed:
-            while not (self._waiting or self._cancelled or self._running or self._reading or self._stopping):
+            while not (self._waiting or self._cancelled or self._stopping) and scheduler.idle:
                 self._changed.wait()
             cancelled, self._cancelled = self._cancelled, []
             for stream in cancelled:
                 if stream in self._waiting:
                     self._waiting.remove(stream)
-            idle = not (self._waiting or self._running or self._reading)
+            idle = not self._waiting and scheduler.idle
             if self._stopping and (idle or time.monotonic() >= self._deadline):
                 return False
         for stream in cancelled:
-            if not stream._ended:
+            if not stream.ended:
                 self._end(stream, "cancelled")
-        while self._free and self._waiting:  # only this thread takes from it
+        while scheduler.free and self._waiting:  # only this thread takes from it
             with self._changed:
-                self._reading.append(self._waiting.popleft())
-            self._admit(self._reading[-1])
-        self._waited += bool(self._reading)
-        if len(self._reading) >= TOGETHER or (self._reading and (not self._running or self._waited > PATIENCE)):
+                stream = self._waiting.popleft()
+            self._admit(stream)
+        if scheduler.window_is_due():
             self._read_window()
-            self._waited = 0
-        if self._running:
+        if scheduler.running:
             self._step()
         self._deliver()
         return True
 
-    def _admit(self, stream):
+    def _admit(self, stream: Stream) -> None:
         """Give a stream a slot."""
-        request, slot = stream.request, self._free.pop()
-        stream._slot, choice = slot, self._choice
-        if request.tells_prompt:
-            self._tell(stream, Token(int(request.prompt[0]), None, [], True))
+        request, slot = stream.request, self.scheduler.admit(stream)
+        if request.scores_prompt:
+            self._outbox.add(stream, Token(int(request.prompt[0]), None, [], True))
         self.decoder.states[slot] = 0
-        choice.temperature[slot], choice.top_k[slot], choice.top_p[slot] = request.temperature, request.top_k, request.top_p
-        choice.seed[slot], choice.position[slot] = request.seed % 2**64, 0
-        choice.wanted[slot] = request.logprobs or 0
+        _set_row(self._choice, slot, request)
         self._next[slot] = request.prompt[-1]
         if request.to_read == 0:
-            self._prompt_read(stream)
+            self._end_prompt(stream)
         else:
             self._look_up(stream)
 
-    def _read_window(self):
-        """A window of the prompts that have waited longest, as many as have room beside the first."""
-        left = lambda stream: min(WINDOW - stream._read % WINDOW, stream.request.to_read - stream._read)
-        streams, read = [], set()
-        for stream in list(self._reading):
-            if self._look_up(stream):
-                continue
-            T = left(streams[0] if streams else stream)
-            if len(streams) == max(1, WINDOW_TOKENS // T):
-                break
-            tokens = stream.request.prompt[: stream._read + min(T, left(stream))].tobytes()
-            if tokens not in read or stream.request.tells_prompt:  # else it waits a turn for the state behind them
-                streams.append(stream)
-                read.update([tokens] if self.cache.limit else [])
+    def _read_window(self) -> None:
+        """A window of the prompts that have waited longest."""
+        streams, lengths = self.scheduler.next_window(self._look_up, self.cache.limit > 0)
         if not streams:
             return
-        T = left(streams[0])
-        lengths = np.array([min(T, left(stream)) for stream in streams])
-        tokens = np.zeros((T, len(streams)), np.int64)
+        tokens = np.zeros((lengths[0], len(streams)), np.int64)
         for n, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
-            tokens[:length, n] = stream.request.prompt[stream._read : stream._read + length]
-        self.decoder.read(tokens, np.array([stream._slot for stream in streams]), lengths)
-        self._tell_prompts(streams, lengths)
-        for stream, length in zip(streams, lengths.tolist(), strict=True):
-            if stream._ended:
+            tokens[:length, n] = stream.request.prompt[stream.tokens_read : stream.tokens_read + length]
+        self.decoder.read(tokens, np.array([stream.slot for stream in streams]), np.array(lengths))
+        self._score_prompts(streams, lengths)
+        for stream, length in zip(streams, lengths, strict=True):
+            if stream.ended:
                 continue
-            stream._read += length
-            done = stream._read == stream.request.to_read
-            if done or stream._read % WINDOW == 0:
-                self.cache.put(stream._seen(), self.decoder.states[stream._slot])
+            stream.tokens_read += length
+            done = stream.tokens_read == stream.request.to_read
+            if done or stream.tokens_read % self.scheduler.window == 0:
+                self.cache.put(stream.seen(), self.decoder.states[stream.slot])
             if done:
-                self._prompt_read(stream)
-            else:  # the others have their turn
-                self._reading.remove(stream)
-                self._reading.append(stream)
+                self._end_prompt(stream)
+            else:
+                self.scheduler.requeue(stream)
 
-    def _look_up(self, stream):
+    def _look_up(self, stream: Stream) -> bool:
         """Take over what is known by now of the state behind a prompt. Returns whether that is all of it."""
         request = stream.request
-        if request.tells_prompt:  # every token's probability is wanted, so all are read
+        if request.scores_prompt:  # every token's log-probability is wanted, so all are read
             return False
-        length, state = self.cache.find(request.prompt[: request.to_read], stream._read)
-        if length > stream._read:
-            stream._read = length
-            self.decoder.states[stream._slot] = state
-        if stream._read < request.to_read:
+        length, state = self.cache.find(request.prompt[: request.to_read], stream.tokens_read)
+        if length > stream.tokens_read:
+            stream.tokens_read = length
+            self.decoder.states[stream.slot] = state
+        if stream.tokens_read < request.to_read:
             return False
-        self._prompt_read(stream)
+        self._end_prompt(stream)
         return True
 
-    def _tell_prompts(self, streams, lengths):
+    def _score_prompts(self, streams: Sequence[Stream], lengths: Sequence[int]) -> None:
         """The log-probabilities of the tokens behind those of the window, for the streams that want them."""
-        places = [
-            (stream, t * len(streams) + n, stream._read + t + 1)
-            for n, stream in enumerate(streams)
-            if stream.request.tells_prompt
-            for t in range(lengths[n])
-            if stream._read + t + 1 < len(stream.request.prompt)
-        ]
-        for start in range(0, len(places), TOLD):
-            part = places[start : start + TOLD]
-            wants, told = np.arange(len(part)), self._told
-            told.given[: len(part)] = [stream.request.prompt[at] for stream, _, at in part]
-            told.wanted[: len(part)] = [stream.request.logprobs or 0 for stream, _, _ in part]
-            self.decoder.choose(told, wants, np.array([row for _, row, _ in part]))
+        wanted = _targets(streams, lengths)
+        for start in range(0, len(wanted), SCORED):
+            part = wanted[start : start + SCORED]
+            rows, choice = np.arange(len(part)), self._scored
+            choice.given[: len(part)] = [stream.request.prompt[at] for stream, _, at in part]
+            choice.wanted[: len(part)] = [stream.request.logprobs or 0 for stream, _, _ in part]
+            self.decoder.choose(choice, rows, np.array([row for _, row, _ in part]))
             for n, (stream, _, _) in enumerate(part):
-                self._take(stream, told, n, int(told.token[n]), float(told.logprob[n]), True)
+                self._record(stream, choice, n, int(choice.token[n]), float(choice.logprob[n]), prompt=True)
 
-    def _prompt_read(self, stream):
-        """What a stream does when its prompt is read: it ends, or joins the step."""
+    def _end_prompt(self, stream: Stream) -> None:
+        """What a stream does when its prompt is read: it ends, or runs."""
         if stream.request.to_generate == 0:
             self._end(stream, "length")
-            return
-        self._reading.remove(stream)
-        self._running.append(stream)
-        self._active = np.array([stream._slot for stream in self._running])
+        else:
+            self.scheduler.run(stream)
 
-    def _step(self):
+    def _step(self) -> None:
         """One token more for each stream."""
-        slots, choice = self._active, self._choice
+        slots, streams, choice = self.scheduler.active, list(self.scheduler.running), self._choice
         self.decoder.read(self._next[slots][None], slots)
         self.decoder.choose(choice, slots)
         tokens, logprobs = choice.token[slots], choice.logprob[slots].tolist()
         self._next[slots] = tokens
         choice.position[slots] += np.uint64(1)
-        for stream, token, logprob in zip(list(self._running), tokens.tolist(), logprobs, strict=True):
-            self._take(stream, choice, stream._slot, token, logprob)
-        now = time.monotonic()
-        if now - self._marks[-1][0] >= RATE_SECONDS:  # after a rest
-            self._marks = deque([(now, self._tokens)])
+        for stream, slot, token, logprob in zip(streams, slots.tolist(), tokens.tolist(), logprobs, strict=True):
+            self._record(stream, choice, slot, token, logprob)
         self._steps += 1
-        self._tokens += len(slots)
-        if now - self._marks[-1][0] >= 0.5:
-            self._marks.append((now, self._tokens))
-            while len(self._marks) > 2 and now - self._marks[0][0] > RATE_SECONDS:
-                self._marks.popleft()
+        self._throughput.add(len(slots))
 
-    def _take(self, stream, choice, row, token, logprob, prompt=False):
-        """One token of a stream, drawn or told."""
-        if stream._ended:
+    def _record(self, stream: Stream, choice: Choice, row: int, token: int, logprob: float, prompt: bool = False) -> None:
+        """One token of a stream, from a row of `choice`: generated, or of its prompt."""
+        if stream.ended:
             return
         if token == BAD:
             self._end(stream, "error", "the model gave numbers that are not finite")
             return
-        alternatives, count = [], stream.request.logprobs
-        if count:
-            pairs = zip(choice.tokens[row, :count].tolist(), choice.logprobs[row, :count].tolist(), strict=True)
-            alternatives = [pair for pair in pairs if pair[0] != BAD]
-        self._tell(stream, Token(token, logprob, alternatives, prompt))
+        self._outbox.add(stream, Token(token, logprob, _alternatives(choice, row, stream.request.logprobs or 0), prompt))
         if not prompt:
-            stream._made.append(token)
-            if len(stream._made) == stream.request.max_tokens:
+            stream.generated.append(token)
+            if len(stream.generated) == stream.request.max_tokens:
                 self._end(stream, "length")
 
-    def _end(self, stream, reason, message=""):
+    def _end(self, stream: Stream, reason: str, message: str = "") -> None:
         """Free its slot at once, and say so."""
         state = None
-        if stream._slot is not None:
+        if stream.slot is not None:
             if reason != "error":
-                self.cache.put(stream._seen(), self.decoder.states[stream._slot])
+                self.cache.put(stream.seen(), self.decoder.states[stream.slot])
             if stream.request.want_state:
-                state = self.decoder.top(stream._slot)
-            (self._running if stream in self._running else self._reading).remove(stream)
-            self._active = np.array([stream._slot for stream in self._running], np.int64)
-            self._free.append(stream._slot)
-            stream._slot = None
-        stream._ended = True
-        self._tell(stream, Finished(reason, message, state))
+                state = self.decoder.top(stream.slot)
+            self.scheduler.release(stream)
+        stream.ended = True
+        self._outbox.add(stream, Finished(reason, message, state))
 
-    def _tell(self, stream, event):
+    def _deliver(self) -> None:
+        if undelivered := self._outbox.deliver():
+            with self._changed:
+                self._cancelled += undelivered
+
+
+class Outbox:
+    """What has happened since it was delivered last, for each `deliver`."""
+
+    def __init__(self) -> None:
+        self._news: dict[Deliver, list[tuple[Stream, Event]]] = {}
+
+    def add(self, stream: Stream, event: Event) -> None:
         self._news.setdefault(stream.deliver, []).append((stream, event))
 
-    def _deliver(self):
+    def deliver(self) -> list[Stream]:
+        """One call for each `deliver`. Returns the streams of those that failed: nobody is there any more to use them."""
         news, self._news = self._news, {}
+        undelivered: list[Stream] = []
         for deliver, events in news.items():
             try:
                 deliver(events)
-            except Exception:  # nobody is there any more: its streams have no use
-                with self._changed:
-                    self._cancelled += [stream for stream, _ in events]
+            except Exception:
+                undelivered += [stream for stream, _ in events]
+        return undelivered
+
+
+def _set_row(choice: Choice, row: int, request: Request) -> None:
+    """Have a row of `choice` draw as a request wants it, from its first token on."""
+    choice.temperature[row], choice.top_k[row], choice.top_p[row] = request.temperature, request.top_k, request.top_p
+    choice.seed[row], choice.position[row] = request.seed % 2**64, 0
+    choice.wanted[row] = request.logprobs or 0
+
+
+def _alternatives(choice: Choice, row: int, count: int) -> list[tuple[int, float]]:
+    """(number, logprob) of the `count` most likely tokens of a row, of fewer where the vocabulary has fewer."""
+    pairs = zip(choice.tokens[row, :count].tolist(), choice.logprobs[row, :count].tolist(), strict=True)
+    return [pair for pair in pairs if pair[0] != BAD]
+
+
+def _targets(streams: Sequence[Stream], lengths: Sequence[int]) -> list[tuple[Stream, int, int]]:
+    """(stream, row of the window, place in its prompt) of the tokens behind those of a window, where they are scored."""
+    return [
+        (stream, t * len(streams) + n, stream.tokens_read + t + 1)
+        for n, stream in enumerate(streams)
+        if stream.request.scores_prompt
+        for t in range(lengths[n])
+        if stream.tokens_read + t + 1 < len(stream.request.prompt)
+    ]

@@ -1,19 +1,19 @@
-"""What a server puts up with: connections, bodies, requests at once, time; who may ask at all; a line for each request."""
+"""What a server puts up with: connections, bodies, requests at once, time; and who may ask at all."""
+
+from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .openai import Refused, busy
+from .errors import Refused, busy
 
 OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-LAST = 1.0  # seconds that a connection without a request stays when the server ends
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
 
 
@@ -31,65 +31,8 @@ class Limits:
     deadline: float = 600.0  # for a whole request
 
 
-class Connection(H11Protocol):
-    """Closed where it does not send a whole request head in time, or waits longest where there are too many.
-
-    `limits`: set on a subclass.
-    """
-
-    limits = Limits()
-    timer, since, last = None, 0.0, False
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.since = self.loop.time()
-        self._time()
-        if len(self.connections) > self.limits.connections:
-            idle = [other for other in self.connections if other.is_idle()]
-            min(idle, key=lambda other: other.since).end()  # at least this one
-
-    def data_received(self, data):
-        super().data_received(data)
-        self._time()
-        if self.last and self.cycle is not None:
-            self.cycle.keep_alive = False
-
-    def connection_lost(self, exc):
-        self.end()
-        super().connection_lost(exc)
-
-    def shutdown(self):
-        """The server ends. A request may be on its way: it is still answered."""
-        self.last = True
-        if self.is_idle():
-            self.loop.call_later(LAST, lambda: self.is_idle() and self.end())
-        else:
-            self.cycle.keep_alive = False
-
-    def is_idle(self):
-        """Whether no request is under way."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def _time(self):
-        if not self.is_idle():
-            self.since = self.loop.time()
-            self._stop()
-        elif self.timer is None:
-            self.timer = self.loop.call_later(self.limits.head, self.end)
-
-    def _stop(self):
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-
-    def end(self):
-        self._stop()
-        if not self.transport.is_closing():
-            self.transport.close()
-
-
 class Guard:
-    """ASGI middleware: refuses what is too much or not allowed before anything is read, ends what takes too long, logs.
+    """ASGI middleware: refuses what is too much or not allowed before anything is read, ends what takes too long.
 
     Parameters
     ----------
@@ -101,14 +44,17 @@ class Guard:
     hosts : set of str or None
         Names by which clients may call this server: else a page anywhere could reach a loopback server by a name of its own.
     finished : callable
-        Takes (scope, status, seconds) of each request.
+        Takes (scope, status or None: no answer began, seconds) of each request.
     """
 
-    def __init__(self, app, limits, token, hosts, finished):
+    def __init__(
+        self, app: ASGIApp, limits: Limits, token: str | None, hosts: set[str] | None,
+        finished: Callable[[Scope, int | None, float], None],
+    ) -> None:  # fmt: skip
         self.app, self.limits, self.token, self.hosts, self.finished = app, limits, token, hosts, finished
         self.running = 0
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begin, answer = time.monotonic(), _Answer(send, receive)
@@ -124,12 +70,13 @@ class Guard:
             await answer.refuse(Refused(too_late, status=504, code="deadline_exceeded", headers=headers))
         finally:
             self.finished(scope, answer.status, time.monotonic() - begin)
+        return None
 
-    async def _answer(self, scope, receive, answer):
-        headers = dict(scope["headers"])
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
         self._check_origin(headers)
-        scope["dllm"]["known"] = self._is_known(headers)
-        if not scope["dllm"]["known"] and scope["path"] not in OPEN:
+        scope["dllm"]["authenticated"] = self._is_authenticated(headers)
+        if not scope["dllm"]["authenticated"] and scope["path"] not in OPEN:
             wanted = {"WWW-Authenticate": "Bearer"}
             raise Refused("this needs the right bearer token", status=401, code="invalid_api_key", headers=wanted)
         if scope["method"] != "POST":
@@ -143,8 +90,9 @@ class Guard:
             await self.app(scope, self._limited(receive), answer)
         finally:
             self.running -= 1
+        return None
 
-    def _check_origin(self, headers):
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self.hosts is not None and name.strip("[]").lower() not in self.hosts:
@@ -153,16 +101,18 @@ class Guard:
         if origin and origin.partition("://")[2] != host:
             raise Refused("pages of other sites may not ask", status=403, code="wrong_origin")
 
-    def _is_known(self, headers):
+    def _is_authenticated(self, headers: dict[bytes, bytes]) -> bool:
         if self.token is None:
             return True
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         return kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token.encode())
 
-    def _limited(self, receive):
-        size, end = 0, asyncio.get_running_loop().time() + self.limits.upload
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` of one request, which raises Refused where the body is too large or too slow."""
+        size = 0
+        end: float | None = asyncio.get_running_loop().time() + self.limits.upload
 
-        async def limited():
+        async def limited() -> Message:
             nonlocal size, end
             try:
                 async with asyncio.timeout_at(end):
@@ -177,27 +127,28 @@ class Guard:
 
         return limited
 
-    def _too_large(self):
+    def _too_large(self) -> Refused:
         return Refused(f"the body is larger than {self.limits.body} bytes", status=413, code="too_large")
 
 
 class _Answer:
     """`send` of one request, with what was sent kept in mind."""
 
-    def __init__(self, send, receive):
-        self.send, self.receive, self.status = send, receive, None
+    def __init__(self, send: Send, receive: Receive) -> None:
+        self.send, self.receive = send, receive
+        self.status: int | None = None
 
-    async def __call__(self, message):
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
         if self.status == 413 and message["type"] == "http.response.body":
-            await self.send(message | {"more_body": True})
+            await self.send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self.send(message)
 
-    async def refuse(self, refused):
+    async def refuse(self, refused: Refused) -> None:
         """Answer with an error, unless an answer has begun: then the connection ends in the middle of it."""
         if self.status is None:
             body = refused.data()
@@ -206,7 +157,7 @@ class _Answer:
             await self({"type": "http.response.start", "status": refused.status, "headers": headers})
             await self({"type": "http.response.body", "body": body})
 
-    async def _linger(self):
+    async def _linger(self) -> None:
         """Closing a connection with something unread in it would take the answer away from the client."""
         size = 0
         try:
@@ -218,14 +169,3 @@ class _Answer:
                         return
         except TimeoutError:
             pass
-
-
-class Log:
-    """Lines of JSON on standard error, one write each, so that those of several ranks do not mix."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def __call__(self, what, **values):
-        line = {"time": round(time.time(), 3), "rank": self.rank, "event": what, **values}
-        os.write(2, (json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))

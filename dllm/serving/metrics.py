@@ -1,33 +1,49 @@
 """/metrics in Prometheus's text form (https://prometheus.io/docs/instrumenting/exposition_formats)."""
 
 import bisect
-import collections
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 BOUNDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
 
 
-class Answered:
+class RequestCounts:
     """How many requests were answered, by route and status, and in what time."""
 
-    def __init__(self):
-        self.counts = collections.Counter()
-        self.within = collections.defaultdict(lambda: [0] * (len(BOUNDS) + 1))
-        self.seconds = collections.Counter()
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, int]] = Counter()  # (route, status), status 0: no answer began
+        self.within: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(BOUNDS) + 1))
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, route, status, seconds):
+    def add(self, route: str, status: int | None, seconds: float) -> None:
+        """Count a request. status None: no answer began."""
         self.counts[route, status or 0] += 1
         self.within[route][bisect.bisect_left(BOUNDS, seconds)] += 1
         self.seconds[route] += seconds
 
 
-def text(load, answered, table, rank, up):
+def render(
+    load: Mapping[str, float], answered: RequestCounts, table: Mapping[int, tuple[Mapping[str, Any], float, bool]],
+    rank: int, up: Mapping[int, bool],
+) -> str:  # fmt: skip
     """All lines: what this rank's engine and clients do, and what it knows of the others.
 
-    load : dict, of the engine
-    table : dict, of Gossip
-    up : dict, rank -> whether it answers
+    Parameters
+    ----------
+    load : mapping
+        Of this rank's engine.
+    answered : RequestCounts
+        Of this rank.
+    table : mapping
+        Of Membership.
+    rank : int
+        This one.
+    up : mapping
+        rank -> whether it answers.
     """
-    lines, reports = [], sorted({**{other: report for other, (report, _, _) in table.items()}, rank: load}.items())
+    lines: list[str] = []
+    reports = sorted({**{other: report for other, (report, _, _) in table.items()}, rank: load}.items())
     for name, kind, what in (
         ("active", "gauge", "streams that are computed now"),
         ("queued", "gauge", "streams that wait for a slot"),
@@ -35,6 +51,8 @@ def text(load, answered, table, rank, up):
         ("tokens_per_second", "gauge", "tokens generated a second, lately"),
         ("tokens", "counter", "tokens generated"),
         ("steps", "counter", "steps of the engine"),
+        ("cache_hits", "counter", "prompts that began from a state that was kept"),
+        ("cache_bytes", "gauge", "bytes of states that are kept behind prefixes"),
     ):
         full = f"dllm_{name}" + ("_total" if kind == "counter" else "")
         lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}"]

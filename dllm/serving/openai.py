@@ -1,50 +1,41 @@
-"""OpenAI's protocol: what a request may say, checked, and the bodies of answers and errors.
+"""OpenAI's protocol: what a request may say, checked, and the bodies of answers.
 
 The form is that of https://platform.openai.com/docs/api-reference/completions; `top_k` and `seed` in answers are additions.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import secrets
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from .errors import Refused
+from .requests import MAX_LOGPROBS, Token
+
+if TYPE_CHECKING:
+    from .text import PlacedToken
+
+Json: TypeAlias = dict[str, Any]  # an object
+Default = TypeVar("Default")
 
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 SEEDS = 1 << 63  # seeds are 0 to SEEDS - 1; the next choice has the next seed
 CHOICES = 64  # streams that one request may ask for
 STOPS, STOP_LENGTH = 4, 256
-LOGPROBS = 20
-NEUTRAL = {  # what we do not do, and the values of it that ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # what we do not do, and the values of it that ask for nothing
     "suffix": (None, ""), "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
 }  # fmt: skip
-FORGOTTEN = {"user", "metadata"}  # say something about the client and nothing about the answer
+IGNORED = {"user", "metadata"}  # say something about the client and nothing about the answer
 
 
-class Refused(Exception):
-    """A request that gets an error for an answer."""
+def read_json(data: bytes) -> Json:
+    """The object of a request's body. Raises Refused."""
 
-    def __init__(self, message, param=None, status=400, code=None, headers=None):
-        super().__init__(message)
-        self.message, self.param, self.status, self.code, self.headers = message, param, status, code, headers or {}
-
-    def body(self):
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def data(self):
-        """The body as bytes: in ASCII, since it may tell of what is no character."""
-        return json.dumps(self.body()).encode()
-
-
-def busy(message="this server has as much to do as it may take on: try again"):
-    return Refused(message, status=503, code="overloaded", headers={"Retry-After": "1"})
-
-
-def read_json(data):
-    """The object of a request's body, bytes. Raises Refused."""
-
-    def constant(text):
+    def constant(text: str) -> None:
         raise ValueError(f"{text} is no number of JSON")
 
     try:
@@ -57,41 +48,55 @@ def read_json(data):
 
 
 class Fields:
-    """A request's body, field by field; what nobody has asked for is refused."""
+    """A request's body, field by field; what nobody has asked for is refused. All methods raise Refused.
 
-    def __init__(self, body, model):
-        self.body, self.left = body, set(body) - FORGOTTEN
-        wanted = self.take("model")
+    Parameters
+    ----------
+    body : dict
+    model : str
+        The one there is.
+    """
+
+    def __init__(self, body: Json, model: str) -> None:
+        self.body, self.unread = body, set(body) - IGNORED
+        wanted = self.get("model")
         if wanted is not None and not isinstance(wanted, str):
             raise Refused("model must be a string", "model")
         if wanted not in (None, model):
             raise Refused(f"there is no model {wanted[:100]!r}; there is {model!r}", "model", 404, "model_not_found")
 
-    def take(self, name, default=None):
-        """A field; null is the same as none."""
-        self.left.discard(name)
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, whatever it holds; null is the same as none."""
+        self.unread.discard(name)
         value = self.body.get(name)
         return default if value is None else value
 
-    def number(self, name, default, least, most, kind=float):
-        value = self.take(name, default)
-        if value is default:
-            return value
-        kinds = (int,) if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            what = "an integer" if kind is int else "a number"
-            raise Refused(f"{name} must be {what} from {least} to {most}", name)
-        return kind(value)
+    def integer(self, name: str, default: Default, least: int, most: int) -> int | Default:
+        """A field that holds an integer from `least` to `most`."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise Refused(f"{name} must be an integer from {least} to {most}", name)
+        return value
 
-    def flag(self, name, default=False):
-        value = self.take(name, default)
+    def real(self, name: str, default: float, least: float, most: float) -> float:
+        """A field that holds a number from `least` to `most`."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise Refused(f"{name} must be a number from {least} to {most}", name)
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A field that holds true or false."""
+        value = self.get(name, default)
         if not isinstance(value, bool):
             raise Refused(f"{name} must be true or false", name)
         return value
 
-    def texts(self, name, vocabulary, most=CHOICES):
-        """A list of str and of lists of token numbers, from one of them or several."""
-        value = self.take(name)
+    def texts(self, name: str, vocabulary: int, most: int = CHOICES) -> list[str | list[int]]:
+        """Texts and lists of token numbers below `vocabulary`, at most `most`, from a field with one of them or several."""
+        value = self.get(name)
         if isinstance(value, str) or _are_tokens(value):
             value = [value]
         if not isinstance(value, list) or not value or not all(isinstance(one, str) or _are_tokens(one) for one in value):
@@ -105,20 +110,21 @@ class Fields:
                 raise Refused(f"{name} holds half of a surrogate pair, which is no character", name)
         return value
 
-    def done(self):
+    def refuse_unread(self) -> None:
+        """Refuse what nobody has read, unless it asks for nothing."""
         for name, neutral in NEUTRAL.items():
-            if name in self.left and not any(self.body[name] == value for value in neutral):
+            if name in self.unread and not any(self.body[name] == value for value in neutral):
                 raise Refused(f"{name} is not supported", name, code="unsupported_parameter")
-        unknown = sorted(self.left - set(NEUTRAL))
+        unknown = sorted(self.unread - set(NEUTRAL))
         if unknown:
             raise Refused(f"unknown parameter {unknown[0][:100]!r}", unknown[0][:100], code="unknown_parameter")
 
 
-def _are_tokens(value):
+def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
 
 
-def _is_unicode(text):
+def _is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -130,13 +136,13 @@ def _is_unicode(text):
 class Completion:
     """What a request to /v1/completions asks for."""
 
-    prompts: list  # of str, or of lists of token numbers
+    prompts: list[str | list[int]]  # texts, or token numbers
     max_tokens: int
     temperature: float
     top_p: float
     top_k: int  # 0: among all tokens
     seed: int  # of the first choice
-    stop: tuple  # of str
+    stop: tuple[str, ...]
     logprobs: int | None  # alternatives to each token
     echo: bool
     n: int  # choices for each prompt
@@ -144,41 +150,44 @@ class Completion:
     include_usage: bool
 
     @classmethod
-    def read(cls, body, model, vocabulary, most_tokens):
-        """Raises Refused.
+    def read(cls, body: Json, model: str, vocabulary: int, max_tokens: int) -> Completion:
+        """What a body asks for. Raises Refused.
 
         Parameters
         ----------
         body : dict
         model : str
             The one there is.
-        vocabulary, most_tokens : int
+        vocabulary : int
+            Its tokens.
+        max_tokens : int
+            That a choice may have.
         """
         fields = Fields(body, model)
-        n = fields.number("n", 1, 1, CHOICES, int)
-        if fields.number("best_of", n, 1, CHOICES, int) != n:
+        n = fields.integer("n", 1, 1, CHOICES)
+        if fields.integer("best_of", n, 1, CHOICES) != n:
             raise Refused("best_of other than n is not supported", "best_of", code="unsupported_parameter")
         wanted = cls(
             prompts=fields.texts("prompt", vocabulary),
-            max_tokens=fields.number("max_tokens", 16, 0, most_tokens, int),
-            temperature=fields.number("temperature", 1.0, 0, 2),
-            top_p=fields.number("top_p", 1.0, 0, 1) or 1e-9,
-            top_k=fields.number("top_k", 0, 0, vocabulary, int),
-            seed=fields.number("seed", secrets.randbelow(1 << 53), 0, SEEDS - 1, int),  # JavaScript's numbers end at 2^53
-            stop=_stops(fields.take("stop", [])),
-            logprobs=fields.number("logprobs", None, 0, LOGPROBS, int),
+            max_tokens=fields.integer("max_tokens", 16, 0, max_tokens),
+            temperature=fields.real("temperature", 1.0, 0, 2),
+            top_p=fields.real("top_p", 1.0, 0, 1) or 1e-9,
+            top_k=fields.integer("top_k", 0, 0, vocabulary),
+            seed=fields.integer("seed", secrets.randbelow(1 << 53), 0, SEEDS - 1),  # JavaScript's numbers end at 2^53
+            stop=_stops(fields.get("stop", [])),
+            logprobs=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
             echo=fields.flag("echo"),
             n=n,
             stream=fields.flag("stream"),
-            include_usage=_include_usage(fields.take("stream_options"), body.get("stream")),
+            include_usage=_include_usage(fields.get("stream_options"), body.get("stream")),
         )
-        fields.done()
+        fields.refuse_unread()
         if len(wanted.prompts) * n > CHOICES:
             raise Refused(f"{len(wanted.prompts)} prompts with n = {n} are more than {CHOICES} choices", "n")
         return wanted
 
 
-def _stops(value):
+def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > STOPS or not all(isinstance(one, str) and one for one in stops):
         raise Refused(f"stop must be a string or a list of up to {STOPS}, none of them empty", "stop")
@@ -187,7 +196,7 @@ def _stops(value):
     return tuple(stops)
 
 
-def _include_usage(options, stream):
+def _include_usage(options: Any, stream: Any) -> bool:
     if options is None:
         return False
     if not stream or not isinstance(options, dict) or not set(options) <= {"include_usage", "include_obfuscation"}:
@@ -197,54 +206,57 @@ def _include_usage(options, stream):
     return bool(options.get("include_usage"))
 
 
-def usage(prompt, completion):
+def usage(prompt: int, completion: int) -> Json:
+    """How many tokens an answer has read and generated."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class Answer:
     """The bodies of one answer of /v1/completions: whole, or in chunks."""
 
-    def __init__(self, model, seed):
+    def __init__(self, model: str, seed: int) -> None:
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": model,
             "seed": seed,
         }  # fmt: skip
 
-    def body(self, choices, counts=None):
+    def body(self, choices: list[Json], counts: tuple[int, int] | None = None) -> Json:
         """counts : (prompt tokens, completion tokens), or None: not said."""
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
 
-def choice(index, text, logprobs, reason):
+def choice_body(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+    """A choice of an answer, or what is new of it. reason : "stop" or "length"; None: it goes on."""
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def logprobs(pieces, name):
-    """OpenAI's four lists of some Pieces. name : token number -> str."""
-    tokens = [piece.token for piece in pieces]
+def logprobs_body(placed: Iterable[PlacedToken], name: Callable[[int], str]) -> Json:
+    """OpenAI's four lists of some tokens. name : token number -> str."""
+    placed = list(placed)
     return {
-        "tokens": [name(token.number) for token in tokens],
-        "token_logprobs": [finite(token.logprob) for token in tokens],
-        "top_logprobs": [_best(token, name) for token in tokens],
-        "text_offset": [piece.start for piece in pieces],
+        "tokens": [name(one.token.number) for one in placed],
+        "token_logprobs": [json_number(one.token.logprob) for one in placed],
+        "top_logprobs": [_top_logprobs(one.token, name) for one in placed],
+        "text_offset": [one.start for one in placed],
     }
 
 
-def _best(token, name):
+def _top_logprobs(token: Token, name: Callable[[int], str]) -> dict[str, float | None] | None:
     """Text -> log-probability of a token's alternatives; of two with the same text the likelier."""
     if token.logprob is None:
         return None
-    found = {}
+    found: dict[str, float | None] = {}
     for number, value in token.alternatives or ():
-        found.setdefault(name(number), finite(value))
+        found.setdefault(name(number), json_number(value))
     return found
 
 
-def finite(value):
+def json_number(value: float | None) -> float | None:
     """JSON has no infinity: the log-probability of what cannot be."""
     return value if value is None or math.isfinite(value) else -1e9
 
 
-def models(model, created):
+def models_body(model: str, created: int) -> Json:
+    """The list of the only model. created : seconds since 1970."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "dllm"}
     return {"object": "list", "data": [entry]}

@@ -1,10 +1,16 @@
 """The description of the interface at /openapi.json, in OpenAPI 3.1."""
 
+from typing import Any, TypeAlias
+
 from .. import __version__
-from .openai import CHOICES, LOGPROBS, SEEDS, STOP_LENGTH, STOPS
+from .limits import Limits
+from .openai import CHOICES, SEEDS, STOP_LENGTH, STOPS
+from .requests import MAX_LOGPROBS
+
+Schema: TypeAlias = dict[str, Any]
 
 
-def describe(model, vocabulary, limits, needs_token):
+def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool) -> Schema:
     """The whole description, a dict.
 
     Parameters
@@ -14,7 +20,7 @@ def describe(model, vocabulary, limits, needs_token):
     limits : limits.Limits
     needs_token : bool
     """
-    description = {
+    description: Schema = {
         "openapi": "3.1.0",
         "info": {
             "title": "dllm", "version": __version__,
@@ -36,15 +42,15 @@ def describe(model, vocabulary, limits, needs_token):
     return description
 
 
-def _schema(name):
+def _schema(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _content(schema, kind="application/json"):
+def _content(schema: Schema, kind: str = "application/json") -> Schema:
     return {"content": {kind: {"schema": schema}}}
 
 
-def _errors(*statuses):
+def _errors(*statuses: int) -> Schema:
     what = {
         400: "The request is wrong", 401: "The bearer token is wrong or missing", 403: "Of another site, or by another name",
         404: "There is no such model", 408: "The body came too slowly", 413: "The body is too large", 500: "The engine failed",
@@ -53,11 +59,11 @@ def _errors(*statuses):
     return {str(status): {"description": what[status], **_content(_schema("Error"))} for status in statuses}
 
 
-def _get(what, schema, kind="application/json"):
+def _get(what: str, schema: Schema, kind: str = "application/json") -> Schema:
     return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
 
 
-def _post(what, request, answer, stream=False):
+def _post(what: str, request: str, answer: str, stream: bool = False) -> Schema:
     done = _content(_schema(answer))
     if stream:
         done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
@@ -67,25 +73,29 @@ def _post(what, request, answer, stream=False):
     }  # fmt: skip
 
 
-def _object(required, closed=False, **properties):
+def _object(required: list[str], closed: bool = False, **properties: Schema) -> Schema:
     more = {"additionalProperties": False} if closed else {}
     return {"type": "object", "required": required, "properties": properties, **more}
 
 
-def _maybe(schema):
+def _maybe(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def _integer(least=None, most=None):
+def _several(schema: Schema) -> Schema:
+    return {"type": "array", "items": schema}
+
+
+def _integer(least: float | None = None, most: float | None = None) -> Schema:
     bounds = {"minimum": least, "maximum": most}
     return {"type": "integer"} | {name: value for name, value in bounds.items() if value is not None}
 
 
-def _number(least=None, most=None):
+def _number(least: float | None = None, most: float | None = None) -> Schema:
     return _integer(least, most) | {"type": "number"}
 
 
-def _requests(model, vocabulary, limits):
+def _requests(model: str, vocabulary: int, limits: Limits) -> Schema:
     text, flag = {"type": "string"}, _maybe({"type": "boolean"})
     tokens = {"type": "array", "minItems": 1, "items": _integer(0, vocabulary - 1)}
     several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
@@ -98,7 +108,7 @@ def _requests(model, vocabulary, limits):
             max_tokens=_maybe(_integer(0, limits.tokens)), temperature=_maybe(_number(0, 2)), top_p=_maybe(_number(0, 1)),
             top_k=_maybe(_integer(0, vocabulary)), seed=_maybe(_integer(0, SEEDS - 1)),
             stop=_maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
-            logprobs=_maybe(_integer(0, LOGPROBS)), echo=flag,
+            logprobs=_maybe(_integer(0, MAX_LOGPROBS)), echo=flag,
             n=_maybe(_integer(1, CHOICES)), best_of=_maybe(_integer(1, CHOICES)), stream=flag,
             stream_options=_maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
             suffix=_maybe({"const": ""}), logit_bias=_maybe({"type": "object", "maxProperties": 0}),
@@ -116,7 +126,7 @@ def _requests(model, vocabulary, limits):
     }  # fmt: skip
 
 
-def _answers():
+def _answers() -> Schema:
     text, numbers = {"type": "string"}, {"type": "array", "items": _maybe(_number())}
     count = _integer(0)
     usage = _object(["prompt_tokens", "total_tokens"], prompt_tokens=count, completion_tokens=count, total_tokens=count)
@@ -132,24 +142,23 @@ def _answers():
     )  # fmt: skip
     known = ["rank", "state", "host", "pid", "active", "queued", "slots", "tokens_per_second", "heard_seconds_ago"]
     rank = _object(known, rank=count)
-    several = lambda schema: {"type": "array", "items": schema}
     entry = _object(["id", "object"], id=text, object=text)
-    embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [several(_number()), text]})
+    embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [_several(_number()), text]})
     error = _object(["message", "type", "param", "code"], message=text, type=text, param=_maybe(text), code=_maybe(text))
     return {
         "Completion": _object(
             ["id", "object", "created", "model", "choices", "usage", "seed"], id=text, object={"const": "text_completion"},
-            created=_integer(), model=text, seed=_integer(0), choices=several(choice), usage=usage,
+            created=_integer(), model=text, seed=_integer(0), choices=_several(choice), usage=usage,
         ),
         "Score": _object(
             ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"],
             loss=_maybe(_number()), perplexity=_maybe(_number()),
-            tokens=several(text), token_ids=several(_integer(0)), token_logprobs=numbers, usage=usage,
+            tokens=_several(text), token_ids=_several(_integer(0)), token_logprobs=numbers, usage=usage,
         ),
         "Embeddings": _object(
-            ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage, data=several(embedding),
+            ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage, data=_several(embedding),
         ),
-        "Models": _object(["object", "data"], object={"const": "list"}, data=several(entry)),
-        "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=several(rank)),
+        "Models": _object(["object", "data"], object={"const": "list"}, data=_several(entry)),
+        "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=_several(rank)),
         "Error": _object(["error"], error=error),
     }  # fmt: skip

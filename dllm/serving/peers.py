@@ -4,130 +4,148 @@ A rank without a free slot hands a stream to one that has some, over a private p
 a stream depends on nothing but its request, one whose rank dies goes on here from where it broke off, the same to the bit.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from .errors import busy
 from .limits import LOOPBACK
-from .openai import busy
-from .requests import Finished, Full, Request, Token
-from .streams import Inbox
+from .requests import Event, Finished, Full, Request, Token
+from .streams import Cancel, Inbox, LocalStreams
 
-LOST = 3.0  # seconds without a word after which a rank is taken for gone
+if TYPE_CHECKING:
+    from ..comm.membership import Membership
+
+SILENT = 3.0  # seconds without a word after which a rank is taken for gone
 PATIENCE = 5.0  # seconds for a connection to begin
 LINE = 16 << 20  # bytes of a request, or of a line of events
 CALLERS = 1024  # connections at once
 
+Entry: TypeAlias = tuple[Mapping[str, Any], float, bool]  # a rank's report, seconds since it was heard of, whether it died
 
-def state_of(entry):
+
+def state_of(entry: Entry) -> str:
     """Of a rank's entry in the table of the gossip: "dead", "silent", "draining" or "ok"."""
     report, silence, dead = entry
-    return "dead" if dead else "silent" if silence > LOST else "draining" if report["draining"] else "ok"
+    return "dead" if dead else "silent" if silence > SILENT else "draining" if report["draining"] else "ok"
 
 
 class Peers:
-    """
+    """All ranks, as one of them sees them.
+
     Parameters
     ----------
-    gossip : comm.gossip.Gossip
-    local : streams.Local
+    gossip : comm.membership.Membership
+    local : streams.LocalStreams
     secret : bytes
         That all ranks share.
+
+    Attributes
+    ----------
+    callers : int
+        Streams that this rank computes for others.
     """
 
-    def __init__(self, gossip, local, secret):
+    def __init__(self, gossip: Membership, local: LocalStreams, secret: bytes) -> None:
         self.gossip, self.local, self.secret, self.rank = gossip, local, secret, gossip.rank
-        self.handed = {}  # rank -> (count of its report, streams that it got since)
-        self.tasks, self.callers = set(), 0
+        self.callers = 0
+        self._handed: dict[int, tuple[int, int]] = {}  # rank -> (count of its report, streams that it got since)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def listen(self, address):
+    async def listen(self, address: str) -> int:
         """Take streams from other ranks at a port of this address. Returns the port."""
         server = await asyncio.start_server(self._serve, address, 0)
-        return server.sockets[0].getsockname()[1]
+        port: int = server.sockets[0].getsockname()[1]
+        return port
 
-    def lost(self, rank):
+    def is_lost(self, rank: int) -> bool:
         """Whether a rank is dead or has been silent for long."""
         entry = self.gossip.table().get(rank)
         return entry is None or state_of(entry) in ("dead", "silent")
 
-    def choose(self, streams):
+    def choose_rank(self, streams: int) -> int:
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
         load = self.local.engine.load()
         if load["active"] + load["queued"] + streams <= load["slots"]:
             return self.rank
-        free, table = {}, self.gossip.table()
+        free: dict[int, int] = {}
+        table, known = self.gossip.table(), dict(self.gossip.known)
         here = table[self.rank][0]["host"] if self.rank in table else ""
         for rank, entry in table.items():
             report = entry[0]
             near = report["address"][0] not in LOOPBACK or report["host"] == here  # loopback ends at a host
             if rank != self.rank and near and state_of(entry) == "ok":
-                count, sent = self.handed.get(rank, (0, 0))
-                sent = sent if count == self.gossip.known[rank][0] else 0
-                free[rank] = report["slots"] - report["active"] - report["queued"] - sent
-        best = max(free, key=free.get, default=self.rank)
+                free[rank] = report["slots"] - report["active"] - report["queued"] - self._handed_since(rank, known[rank][0])
+        best = max(free, key=lambda rank: free[rank], default=self.rank)
         if best == self.rank or free[best] < streams:
             return self.rank
-        count, sent = self.handed.get(best, (0, 0))
-        now = self.gossip.known[best][0]
-        self.handed[best] = now, streams + (sent if count == now else 0)
+        count = known[best][0]
+        self._handed[best] = count, streams + self._handed_since(best, count)
         return best
 
-    def begin(self, requests, inbox):
+    def _handed_since(self, rank: int, count: int) -> int:
+        """Streams that a rank has got from here since its report with this count."""
+        last, streams = self._handed.get(rank, (0, 0))
+        return streams if last == count else 0
+
+    def submit(self, requests: Mapping[int, Request], inbox: Inbox) -> tuple[int, dict[int, Cancel]]:
         """Have streams computed, all by one rank. requests : index -> Request. Raises Refused where there is no room.
 
-        Returns the rank, and index -> function that cancels.
+        Returns the rank, and index -> what cancels the stream.
         """
-        rank = self.choose(len(requests)) if requests else self.rank
+        rank = self.choose_rank(len(requests)) if requests else self.rank
         try:
-            return rank, {index: self._submit(rank, request, inbox, index) for index, request in requests.items()}
+            return rank, {index: self._submit_to(rank, request, inbox, index) for index, request in requests.items()}
         except Full:
             inbox.cancel()
             raise busy() from None
 
-    def _submit(self, rank, request, inbox, index):
-        """Have a stream computed by `rank`. Raises Full. Returns a function that cancels."""
+    def _submit_to(self, rank: int, request: Request, inbox: Inbox, index: int) -> Cancel:
+        """Have a stream computed by `rank`. Raises Full. Returns what cancels it."""
         if rank == self.rank:
             return self.local.submit(request, inbox, index)
         loop = asyncio.get_running_loop()
-        inbox.asked.append(loop.create_future())
-        task = loop.create_task(self._follow(rank, request, inbox, index, inbox.asked[-1]))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        accepted: asyncio.Future[bool] = loop.create_future()
+        inbox.accepted.append(accepted)
+        task = loop.create_task(self._relay(rank, request, inbox, index, accepted))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         inbox.cancels.append(task.cancel)
         return task.cancel
 
-    async def _follow(self, rank, request, inbox, index, taken):
+    async def _relay(self, rank: int, request: Request, inbox: Inbox, index: int, accepted: asyncio.Future[bool]) -> None:
         """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
-        seen = 0
+        count = 0
         with contextlib.suppress(Exception):  # whatever it is, that rank is of no use
             async for events in self._ask(rank, request):
-                if not taken.done():
-                    taken.set_result(True)
-                    continue
-                *before, last = events
-                if isinstance(last, Finished) and last.reason == "error":  # which may be that rank's alone
-                    inbox.put(index, before)
-                    seen += len(before)
-                    break
-                inbox.put(index, events)
-                seen += len(events)
-                if isinstance(last, Finished):
-                    return
+                if not accepted.done():
+                    accepted.set_result(True)
+                for event in events:
+                    if isinstance(event, Finished) and event.reason == "error":  # which may be that rank's alone
+                        raise ConnectionError(event.message)
+                    inbox.put(index, event)
+                    count += 1
+                    if isinstance(event, Finished):
+                        return
         room = True
         try:
-            self.local.submit(request, _Rest(inbox, seen), index)
+            self.local.submit(request, _Remainder(inbox, count), index)
         except Full:
             room = False
-            inbox.put(index, [Finished("full")])
-        if not taken.done():
-            taken.set_result(room)
+            inbox.put(index, Finished("full"))
+        if not accepted.done():
+            accepted.set_result(room)
 
-    async def _ask(self, rank, request):
+    async def _ask(self, rank: int, request: Request) -> AsyncIterator[list[Event]]:
         """Lists of events of a stream of another rank, the first of them empty: it was taken.
 
         Raises OSError, EOFError or ValueError where the rank is lost, or has no room.
@@ -143,23 +161,23 @@ class Peers:
                 await writer.drain()
             while True:
                 try:
-                    async with asyncio.timeout(LOST / 2):
+                    async with asyncio.timeout(SILENT / 2):
                         line = await reader.readuntil(b"\n")
                 except TimeoutError:
-                    if self.lost(rank):
+                    if self.is_lost(rank):
                         raise
                     continue
                 yield [Finished(*entry) if isinstance(entry[0], str) else Token(*entry) for entry in json.loads(line)]
         finally:
             writer.close()
 
-    def _seal(self, nonce, data):
+    def _seal(self, nonce: bytes, data: bytes) -> bytes:
         return hmac.new(self.secret, nonce + data, hashlib.sha256).hexdigest().encode()
 
-    def _is_sealed(self, nonce, data, seal=b""):
+    def _is_sealed(self, nonce: bytes, data: bytes, seal: bytes = b"") -> bool:
         return hmac.compare_digest(seal, self._seal(nonce, data))
 
-    async def _serve(self, reader, writer):
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from another rank, or from somebody who has no business here."""
         inbox = Inbox()
         self.callers += 1
@@ -173,7 +191,7 @@ class Peers:
             inbox.cancel()
             writer.close()
 
-    async def _answer(self, reader, writer, inbox):
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, inbox: Inbox) -> None:
         nonce = secrets.token_hex(16).encode()
         async with asyncio.timeout(PATIENCE):
             writer.write(nonce + b"\n")
@@ -202,14 +220,18 @@ class Peers:
             gone.cancel()
 
 
-class _Rest:
-    """An inbox without the first events of a stream, which it has already."""
+class _Remainder:
+    """A Sink without the first events of a stream, which the inbox has already."""
 
-    def __init__(self, inbox, seen):
-        self.inbox, self.seen, self.cancels = inbox, seen, inbox.cancels
+    def __init__(self, inbox: Inbox, count: int) -> None:
+        self.inbox, self.left = inbox, count
 
-    def put(self, index, events):
-        skipped = min(self.seen, len(events))
-        self.seen -= skipped
-        if events[skipped:]:
-            self.inbox.put(index, events[skipped:])
+    @property
+    def cancels(self) -> list[Cancel]:
+        return self.inbox.cancels
+
+    def put(self, index: int, event: Event) -> None:
+        if self.left:
+            self.left -= 1
+        else:
+            self.inbox.put(index, event)

@@ -1,12 +1,17 @@
 """What is asked of the engine, and what comes back."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-MOST = 20  # alternatives of a token
+from ..kernels.types import Array
+
+MAX_LOGPROBS = 20  # most likely tokens that can be had beside each token
 
 
 class Full(Exception):
@@ -21,20 +26,18 @@ class Stopped(Full):
 class Request:
     """One text to continue, or to score. Raises ValueError for what no engine can do."""
 
-    prompt: np.ndarray  # (n,) int64, n at least 1
+    prompt: Array  # (n,) int64, n at least 1
     max_tokens: int = 16
     temperature: float = 1.0  # 0: always the most likely token
     top_p: float = 1.0  # of the top_k, those that together hold this probability
     top_k: int = 0  # among the k most likely; 0: among all
     seed: int = 0  # modulo 2^64
-    logprobs: int | None = None  # so many of the most likely tokens are told beside each token
-    echo: bool = False  # the prompt's tokens are told too, with their log-probabilities
+    logprobs: int | None = None  # how many of the most likely tokens come with each token
+    echo: bool = False  # the prompt's tokens come too, with their log-probabilities
     score_only: bool = False  # nothing but these, whatever max_tokens says
-    want_state: bool = (
-        False  # Finished holds the top layer's last output; that behind the whole prompt where nothing is generated
-    )
+    want_state: bool = False  # Finished holds the top layer's last output; behind the whole prompt where nothing is generated
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prompt = np.ascontiguousarray(self.prompt, np.int64)
         object.__setattr__(self, "prompt", prompt)
         if prompt.ndim != 1 or len(prompt) == 0:
@@ -45,52 +48,74 @@ class Request:
             raise ValueError("temperature is a number of at least 0")
         if not 0 <= self.top_p <= 1:
             raise ValueError("top_p is a probability")
-        if not 0 <= (self.logprobs or 0) <= MOST:
-            raise ValueError(f"logprobs is at most {MOST}")
+        if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs is at most {MAX_LOGPROBS}")
 
     @property
-    def tells_prompt(self):
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted."""
         return self.echo or self.score_only
 
     @property
-    def to_generate(self):
+    def to_generate(self) -> int:
+        """Tokens that are generated at most."""
         return 0 if self.score_only else self.max_tokens
 
     @property
-    def to_read(self):
+    def to_read(self) -> int:
         """Tokens of the prompt that are read before the first step: the last goes into the step, where there is one."""
         return len(self.prompt) - (self.to_generate > 0 or not self.want_state)
 
 
 class Token(NamedTuple):
+    """A token of a stream, generated or of its prompt."""
+
     number: int
     logprob: float | None  # nats, of the model's own distribution, whatever temperature and cuts are; None: nothing was before
-    alternatives: list  # of (number, logprob), the most likely first
+    alternatives: list[tuple[int, float]]  # (number, logprob), the most likely first
     prompt: bool = False
 
 
 class Finished(NamedTuple):
+    """The last event of every stream."""
+
     reason: str  # "length", "cancelled" or "error"; of other ranks' streams also "full": nobody has room
     message: str = ""
-    state: np.ndarray | None = None  # (H,)
+    state: Array | None = None  # (H,)
 
 
 class Stream:
-    """A request under way. What is not public belongs to the engine's thread."""
+    """A request under way. `request` and `cancel` are for everybody; the other attributes belong to the engine's thread.
 
-    def __init__(self, request, deliver, engine):
-        self.request, self.deliver = request, deliver
-        self._engine, self._slot, self._ended = engine, None, False
-        self._read = 0  # tokens of the prompt that the state has seen
-        self._made = []  # tokens that were generated
+    Attributes
+    ----------
+    slot : int or None
+        Where its state is; None: it waits, or has ended.
+    tokens_read : int
+        Tokens of the prompt that the state has seen.
+    generated : list of int
+    ended : bool
+        Whether its Finished is on the way.
+    """
 
-    def cancel(self):
+    def __init__(self, request: Request, deliver: Deliver, cancel: Callable[[Stream], None]) -> None:
+        self.request, self.deliver, self._cancel = request, deliver, cancel
+        self.slot: int | None = None
+        self.tokens_read = 0
+        self.generated: list[int] = []
+        self.ended = False
+
+    def cancel(self) -> None:
         """Give it up; Finished("cancelled") comes unless it has ended by then. From any thread."""
-        self._engine._cancel(self)
+        self._cancel(self)
 
-    def _seen(self):
-        """The tokens that its state has seen."""
+    def seen(self) -> Array:
+        """The tokens (n,) int64 that its state has seen."""
         prompt = self.request.prompt
-        if not self._made:
-            return prompt[: self._read]
-        return np.concatenate([prompt, np.array(self._made[:-1], np.int64)])
+        if not self.generated:
+            return prompt[: self.tokens_read]
+        return np.concatenate([prompt, np.array(self.generated[:-1], np.int64)])
+
+
+Event: TypeAlias = Token | Finished
+Deliver: TypeAlias = Callable[[list[tuple[Stream, Event]]], None]

@@ -1,83 +1,108 @@
 """One rank at work: its event loop, its engine, its gossip, from the first request to the last."""
 
+from __future__ import annotations
+
+import argparse
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 import resource
 import signal
 import socket
 import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from ..comm import runtime
-from ..comm.membership import Gossip
+from ..comm.membership import Membership
+from ..comm.node_info import NodeInfo
 from ..errors import UserError
+from ..inference.loaded_model import LoadedModel
 from .app import Service
-from .limits import LOOPBACK, Connection, Limits, Log
+from .connection import Connection
+from .engine import Engine
+from .limits import LOOPBACK, Limits
+from .log import Log
 from .peers import Peers
-from .streams import Local
+from .streams import LocalStreams
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 FILES = 65536  # that a rank may have open, where the system allows it
 KEEP_ALIVE = 20  # seconds between requests of a connection
 
 
 class Server:
-    """
+    """A rank of a server. Collective. Raises UserError where other hosts cannot reach this one.
+
     Parameters
     ----------
     comm : MPI.Comm
         Collective.
-    place : NodeInfo
-        Of comm.node_info.
-    bundle : Bundle
+    node : NodeInfo
+        Where this rank is.
+    bundle : LoadedModel
     engine : Engine
         Started.
-    options : namespace
+    options : argparse.Namespace
         Of the command.
     token : str or None
+        That clients must have.
     listener : socket
         Bound, not yet listening: no request comes before somebody answers.
     """
 
-    def __init__(self, comm, place, bundle, engine, options, token, listener):
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        node: NodeInfo,
+        bundle: LoadedModel,
+        engine: Engine,
+        options: argparse.Namespace,
+        token: str | None,
+        listener: socket.socket,
+    ) -> None:
         self.comm, self.bundle, self.engine, self.options, self.token = comm, bundle, engine, options, token
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()
-        self.loopback = listener.getsockname()[0] in LOOPBACK or place.ranks == comm.size  # is where other ranks are
+        self.loopback = listener.getsockname()[0] in LOOPBACK or node.ranks == comm.size  # is where other ranks are
         self.hosts = LOOPBACK if listener.getsockname()[0] in LOOPBACK else None
         with runtime.together(comm):
-            self.address = ["127.0.0.1" if self.loopback else _address(options.host), 0]
-        self.fixed = {"host": socket.gethostname()[:64], "pid": os.getpid()}
-        self.gossip = Gossip(comm, self.report)
+            self.address: list[str | int] = ["127.0.0.1" if self.loopback else _address(options.host), 0]
+        self.fixed: dict[str, Any] = {"host": socket.gethostname()[:64], "pid": os.getpid()}
+        self.gossip = Membership(comm, self.report)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, tokens=options.max_tokens, requests=options.max_requests,
             connections=options.max_connections, deadline=options.deadline,
         )  # fmt: skip
+        self.service: Service  # and this, of _run
+        self.http: _Http
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         """What other ranks shall know. In the thread of the gossip."""
         load = self.engine.load()
-        names = "active", "queued", "slots", "tokens", "tokens_per_second"
-        numbers = {name: round(float(load[name]), 1) if name == "tokens_per_second" else int(load[name]) for name in names}
+        numbers = {name: int(load[name]) for name in ("active", "queued", "slots", "tokens")}
+        rate = {"tokens_per_second": round(load["tokens_per_second"], 1)}
         state = {"draining": self.state != "ok", "drained": self.state == "drained"}
-        return {**self.fixed, "address": self.address, **state, **numbers}
+        return {**self.fixed, "address": self.address, **state, **numbers, **rate}
 
-    def run(self, stopping):
+    def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
 
-        stopping : a list, not empty: told already.
+        stopping : not empty: told already.
         """
-        _raise_limit()
-        _log_by(self.log)
+        _raise_file_limit()
+        self.log.capture_libraries()
         asyncio.run(self._run(stopping))
         return 0 if self.engine.load()["alive"] else 1
 
-    async def _run(self, stopping):
+    async def _run(self, stopping: Sequence[bool]) -> None:
         loop = asyncio.get_running_loop()
-        local = Local(self.engine, loop)
+        local = LocalStreams(self.engine, loop)
         peers = Peers(self.gossip, local, self.secret)
         self.service = Service(self.bundle, local, peers, self.limits, self.log, self.options.log_prompts)
         self.address[1] = await peers.listen("127.0.0.1" if self.loopback else _everywhere(self.options.host))
@@ -102,7 +127,7 @@ class Server:
         self.state = "drained"
         await self._wait_for_others()
 
-    def stop(self):
+    def stop(self) -> None:
         """The first time no new requests are taken, the second time nothing is finished any more."""
         self.stops += 1
         if self.stops == 1:
@@ -111,14 +136,14 @@ class Server:
         self.http.force_exit = self.stops > 1
         self.log("draining")
 
-    async def _watch(self):
+    async def _watch(self) -> None:
         """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
         while self.engine.load()["alive"]:
             await asyncio.sleep(0.5)
         self.log("failed")
         self.stop()
 
-    async def _wait_for_others(self):
+    async def _wait_for_others(self) -> None:
         """Where the end of one rank is the end of all, none leaves before all others have finished."""
         if self.gossip.survivable or not self.engine.load()["alive"]:
             return
@@ -128,28 +153,28 @@ class Server:
                 return
             await asyncio.sleep(0.05)
 
-    def leave(self, code):
-        """End this process."""
+    def leave(self, code: int) -> None:
+        """End this process with an exit code."""
         self.state = "drained"
         self.engine.stop(0)
         self.log("ended")
         self.gossip.end()
-        runtime.part(self.comm, code)
+        runtime.exit_together(self.comm, code)
 
 
 class _Http(uvicorn.Server):
     @contextlib.contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
         """Signals are ours."""
         yield
 
 
-def _everywhere(host):
+def _everywhere(host: str) -> str:
     """Where to listen for other ranks: they are called by addresses of IPv4."""
     return "0.0.0.0" if host == "::" else host
 
 
-def _address(host):
+def _address(host: str) -> str:
     """That other hosts can reach this one at. Raises UserError."""
     if host not in ("0.0.0.0", "::"):
         return host
@@ -159,27 +184,17 @@ def _address(host):
             return found
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # the address of the default route; nothing is sent
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
     raise UserError(
         f"{socket.gethostname()} has no address that other hosts know: give its name one, or start on each host by itself "
         "with its own --host"
     )
 
 
-def _raise_limit():
+def _raise_file_limit() -> None:
     """Idle connections are cheap, but each is a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _log_by(log):
-    """What libraries have to say goes into the same log."""
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            more = {"trace": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
-            log("message", level=record.levelname, source=record.name, text=record.getMessage(), **more)
-
-    logging.basicConfig(level=logging.WARNING, handlers=[Handler()], force=True)

@@ -1,25 +1,31 @@
 """From token numbers to text while they come: characters of several tokens, stop strings, where in the text a token begins."""
 
+from __future__ import annotations
+
 import codecs
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.tokenizers import Tokenizer
 from ..inference.answering import prompt as ask_for_target
 from ..inference.generation import start_tokens
+from ..kernels.types import Array
+from .requests import Token
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token whose text may be shown."""
+class PlacedToken:
+    """A token whose text may be shown, and where in the text it begins."""
 
-    token: object  # of the engine
+    token: Token
     start: int  # characters of text before it
 
 
-class Text:
-    """The text of one stream of tokens.
+class Detokenizer:
+    """The text of one stream of tokens, as far as it may be shown.
 
     Parameters
     ----------
@@ -27,84 +33,101 @@ class Text:
         Token numbers -> bytes.
     stops : sequence of str
         The text ends before the first of these; none is empty.
+
+    Attributes
+    ----------
+    ended : bool
+        Whether a stop string has come.
     """
 
-    def __init__(self, decode, stops=()):
+    def __init__(self, decode: Callable[[list[int]], bytes], stops: Sequence[str] = ()) -> None:
         self.decode, self.stops, self.ended = decode, stops, False
-        self.longest = max(map(len, stops), default=0)
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.sent, self.held, self.free = 0, "", 0  # characters given out; text that is not; how much of it may be
-        self.waiting = []  # (start, end, token)
+        self._longest = max(map(len, stops), default=0)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._sent, self._held, self._free = 0, "", 0  # characters given out; text that is not; how much of it may be
+        self._waiting: list[tuple[int, int, Token]] = []  # (start, end, token)
 
-    def begin(self, data):
-        """Take in the bytes of a prompt at once, whose tokens nobody wants to be told of."""
-        self.held += self.decoder.decode(data)
-        self.free = len(self.held)
+    def begin(self, data: bytes) -> None:
+        """Take in the bytes of a prompt at once, whose tokens nobody wants to have shown."""
+        self._held += self._decoder.decode(data)
+        self._free = len(self._held)
 
-    def add(self, token):
+    def add(self, token: Token) -> bool:
         """Take in a token; one of the prompt ends nothing. Returns whether the text has ended."""
         if self.ended:
             return True
-        start = self.sent + len(self.held)
-        self.held += self.decoder.decode(self.decode([token.number]))
-        unfinished = bool(self.decoder.getstate()[0])  # it ends within a character, and is shown with it
-        self.waiting.append((start, self.sent + len(self.held) + unfinished, token))
+        start = self._sent + len(self._held)
+        self._held += self._decoder.decode(self.decode([token.number]))
+        unfinished = bool(self._decoder.getstate()[0])  # it ends within a character, and is shown with it
+        self._waiting.append((start, self._sent + len(self._held) + unfinished, token))
         if token.prompt:
-            self.free = len(self.held)
+            self._free = len(self._held)
             return False
-        found = [place for place in (self.held.find(stop, self.free) for stop in self.stops) if place >= 0]
+        found = [place for place in (self._held.find(stop, self._free) for stop in self.stops) if place >= 0]
         if found:
-            self.held, self.free, self.ended = self.held[: min(found)], min(found), True
+            self._held, self._free, self.ended = self._held[: min(found)], min(found), True
         else:
-            self.free = max(self.free, len(self.held) - self._begun())
+            self._free = max(self._free, len(self._held) - self._begun())
         return self.ended
 
-    def _begun(self):
+    def _begun(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        for length in range(min(len(self.held) - self.free, self.longest - 1), 0, -1):
-            tail = self.held[-length:]
+        for length in range(min(len(self._held) - self._free, self._longest - 1), 0, -1):
+            tail = self._held[-length:]
             if any(stop.startswith(tail) for stop in self.stops):
                 return length
         return 0
 
-    def take(self, final=False):
-        """(text, pieces) that may be shown and were not yet. final : nothing more will come."""
+    def flush(self, final: bool = False) -> tuple[str, list[PlacedToken]]:
+        """The text and the tokens that may be shown and were not yet. final : nothing more will come."""
         if final and not self.ended:
-            self.held += self.decoder.decode(b"", final=True)
-            self.free = len(self.held)
-        text, self.held = self.held[: self.free], self.held[self.free :]
-        self.sent, self.free = self.sent + len(text), 0
+            self._held += self._decoder.decode(b"", final=True)
+            self._free = len(self._held)
+        text, self._held = self._held[: self._free], self._held[self._free :]
+        self._sent, self._free = self._sent + len(text), 0
         if self.ended:
-            ready = [entry for entry in self.waiting if entry[0] < self.sent]
-            self.waiting = []
+            ready = [entry for entry in self._waiting if entry[0] < self._sent]
+            self._waiting = []
         elif final:
-            ready, self.waiting = self.waiting, []
+            ready, self._waiting = self._waiting, []
         else:
-            count = next((place for place, entry in enumerate(self.waiting) if entry[1] > self.sent), len(self.waiting))
-            ready, self.waiting = self.waiting[:count], self.waiting[count:]
-        return text, [Piece(token, start) for start, _, token in ready]
+            count = next((place for place, entry in enumerate(self._waiting) if entry[1] > self._sent), len(self._waiting))
+            ready, self._waiting = self._waiting[:count], self._waiting[count:]
+        return text, [PlacedToken(token, start) for start, _, token in ready]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """tokens (n,) int64, n at least 1. blank: nothing was written, and the one token stands for a beginning."""
+    """What a stream begins with."""
 
-    tokens: object
-    blank: bool
+    tokens: Array  # (n,) int64, n at least 1
+    blank: bool  # nothing was written, and the one token stands for a beginning
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 0 if self.blank else len(self.tokens)
 
 
 class Vocabulary:
-    """A tokenizer, for text that comes and goes in pieces."""
+    """A tokenizer, for text that comes and goes in parts.
 
-    def __init__(self, tokenizer):
+    Attributes
+    ----------
+    size : int
+        Tokens there are.
+    end : int or None
+        The token that ends a target; None: there are no pairs.
+    decode : callable
+        Token numbers -> bytes.
+    name : callable
+        Token number -> its text by itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.size, self.end = tokenizer, tokenizer.size, tokenizer.end
-        self.decode = tokenizer.decode
+        self.decode: Callable[[list[int]], bytes] = tokenizer.decode
         self.name = functools.cache(self._name)
 
-    def prompt(self, given):
+    def prompt(self, given: str | list[int]) -> Prompt:
         """The Prompt of a text, or of token numbers. Raises UserError where the vocabulary lacks something.
 
         A text that is given to a model of pairs is a source.
@@ -115,11 +138,11 @@ class Vocabulary:
             return Prompt(start_tokens(self.tokenizer, given), not given)
         return Prompt(np.array(given, np.int64), False)
 
-    def echo(self, prompt):
+    def echo(self, prompt: Prompt) -> bytes:
         """The bytes of a prompt, token by token."""
         return b"".join(self.decode([number]) for number in prompt.tokens[prompt.blank :].tolist())
 
-    def _name(self, number):
+    def _name(self, number: int) -> str:
         """A token's text by itself; of bytes that are no characters by themselves, their values, in OpenAI's form."""
         data = self.decode([number])
         try:

@@ -1,41 +1,52 @@
-"""What a run brings out of the death of ranks: parameters, which all have, and states of lanes, which one had and one copied.
+"""The states of lanes, which one rank has and another copies, so that they outlive the death of a rank."""
 
-How survivors find each other stands in comm/recovery.py.
-"""
+from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..comm import recovery
 from ..comm.runtime import allgather
+from ..config import Config
 from ..data.lanes import deal
+from ..kernels.types import Array, DType
+from ..runs.state import State
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
-@dataclass
-class Clock:
-    """What a run has spent, over all the Trainers that it may take."""
+class Piece(NamedTuple):
+    """States of lanes that follow each other."""
 
-    begun: float
-    settled_seconds: float = 0.0
-    settled_tokens: int = 0
-    exposed_seconds: float = 0.0
-    logged_seconds: float = 0.0
+    first: int  # lane
+    h: Array  # (L,B,H)
+    c: Array  # (L,B,H)
+    lane_loss: Array  # (B,) float64
 
 
-@dataclass
-class Survived:
-    """What a rank brings out of a failure."""
+class NoLaneCopies:
+    """Where the death of a rank cannot be survived in memory."""
 
-    theta: np.ndarray
-    moments: list
-    scalars: dict
-    lanes: list  # of (first lane, h (L,B,H), c, lane_loss): its own, and the previous rank's where that has died
-    clock: Clock
-    saver: object  # of the run before
+    def send(self, step: int, h: Array, c: Array, lane_loss: Array) -> None:
+        """Begin to send what is h, c (L,B,H) and lane_loss (B,) after `step` steps."""
+
+    def complete(self) -> int:
+        """Wait until they are there. Returns the bytes sent."""
+        return 0
+
+    def under_way(self) -> tuple[list[MPI.Comm], list[MPI.Request]]:
+        """Communicators and requests in which a rank may still wait when another has died."""
+        return [], []
+
+    def pieces(self, state: State, first: int, alive: tuple[int, ...]) -> list[Piece]:
+        """What this rank has of the lanes' states at `state`: its own, from lane `first` on, and a dead rank's."""
+        return [Piece(first, state.h, state.c, state.lane_loss)]
 
 
-class LaneCopies:
+class LaneCopies(NoLaneCopies):
     """The LSTM states and losses of each rank's lanes, sent to the next rank in each step.
 
     Parameters
@@ -46,24 +57,24 @@ class LaneCopies:
         Of the states.
     """
 
-    def __init__(self, comm, config, dtype):
+    def __init__(self, comm: MPI.Comm, config: Config, dtype: DType) -> None:
         self.config, self.dtype = config, np.dtype(dtype)
         self.lanes = [deal(config.train.lanes, comm.size, rank) for rank in range(comm.size)]
         bytes_of_lane = 2 * config.model.layers * config.model.hidden * self.dtype.itemsize + 8
         self.buddies = recovery.Buddies(comm, [len(lanes) * bytes_of_lane for lanes in self.lanes])
 
-    def send(self, step, h, c, lane_loss):
-        """Begin to send what is h, c (L,B,H) and lane_loss (B,) after `step` steps."""
+    def send(self, step: int, h: Array, c: Array, lane_loss: Array) -> None:
         parts = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in (h, c, lane_loss)]
         self.buddies.send(step, np.concatenate(parts))
 
-    def complete(self):
-        """Wait until they are there. Returns the bytes sent."""
+    def complete(self) -> int:
         return self.buddies.complete()
 
-    def pieces(self, state, own, alive):
-        """What this rank has of the lanes' states at `state`: its own, from lane `own` on, and a dead rank's."""
-        found, previous = [(own, state.h, state.c, state.lane_loss)], self.buddies.previous
+    def under_way(self) -> tuple[list[MPI.Comm], list[MPI.Request]]:
+        return [self.buddies.comm], list(self.buddies.requests)
+
+    def pieces(self, state: State, first: int, alive: tuple[int, ...]) -> list[Piece]:
+        found, previous = super().pieces(state, first, alive), self.buddies.previous
         packed = self.buddies.kept(state.step)
         if previous in alive or packed is None:
             return found
@@ -75,20 +86,22 @@ class LaneCopies:
             lane_loss = np.zeros_like(lane_loss)
         if state.from_zero(self.config.train.carry):
             h, c = np.zeros_like(h), np.zeros_like(c)
-        return [*found, (lanes.start, h, c, lane_loss)]
+        return [*found, Piece(lanes.start, h, c, lane_loss)]
 
 
-def take_lanes(comm, pieces, state, mine, config, warn):
-    """Fill the lanes `mine` of state with what all survivors have. Collective.
+def take_lanes(
+    comm: MPI.Comm, pieces: list[Piece], state: State, own: range, config: Config, warn: Callable[[str], None]
+) -> None:
+    """Fill the lanes `own` of state with what all survivors have. Collective.
 
     Lanes that nobody has begin from zero, or where config.resilience.lost_lanes says so GiveUp is raised on all ranks.
     """
     found = np.zeros(config.train.lanes, bool)
-    for first, h, c, lane_loss in (piece for part in allgather(comm, pieces) for piece in part):
+    for first, h, c, lane_loss in (Piece(*piece) for part in allgather(comm, pieces) for piece in part):
         lanes = range(first, first + len(lane_loss))
         found[lanes.start : lanes.stop] = True
-        for lane in set(lanes) & set(mine):
-            here, there = lane - mine.start, lane - first
+        for lane in set(lanes) & set(own):
+            here, there = lane - own.start, lane - first
             state.h[:, here], state.c[:, here], state.lane_loss[here] = h[:, there], c[:, there], lane_loss[there]
     lost = np.count_nonzero(~found)
     if lost and config.resilience.lost_lanes == "stop":

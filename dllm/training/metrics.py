@@ -1,19 +1,41 @@
 """What all ranks together find out about a run while it goes: its metrics, whether they still agree, which of them is slow."""
 
+from __future__ import annotations
+
 import math
 import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comm.averaging import Averaging
 from ..comm.runtime import allgather
 from ..errors import UserError
+from ..runs.ownership import Ownership
+from ..runs.state import State
+from .progress import Reporter
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 LINKS = 64  # pairs of neighbours in a line of metrics, the slowest
 BEAT = 5.0  # seconds between signs of life in the run's folder
 SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
 
-class Monitor:
+@dataclass
+class Clock:
+    """What a run has spent, over all the Trainers that it may take."""
+
+    begun: float = field(default_factory=time.monotonic)
+    settled_seconds: float = 0.0  # of steps behind the first few, after which speed counts
+    settled_tokens: int = 0
+    exposed_seconds: float = 0.0
+    logged_seconds: float = 0.0
+
+
+class Metrics:
     """Adds up the steps of an interval, for a line of metrics. Collective: every rank has one.
 
     Parameters
@@ -21,47 +43,60 @@ class Monitor:
     comm : MPI.Comm
     oversubscribed : bool
         Ranks share cores: then one that is slow says nothing.
-    averaging
-        With the counters that stand at the top of comm/averaging.py.
+    averaging : Averaging
+        With its counters.
     clock : Clock
     reporter : Reporter
-    claim : Claim
+    ownership : Ownership
     """
 
-    def __init__(self, comm, oversubscribed, averaging, clock, reporter, claim):
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        oversubscribed: bool,
+        averaging: Averaging,
+        clock: Clock,
+        reporter: Reporter,
+        ownership: Ownership,
+    ) -> None:
         self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
-        self.reporter, self.claim = reporter, claim
-        self.slow = None, 0.0  # the rank that was slowest last, and since when it has been much slower
-        self.beaten = 0.0
+        self.reporter, self.ownership = reporter, ownership
+        self.slow: tuple[int | None, float] = (
+            None,
+            0.0,
+        )  # the slowest rank, and since when
+        self.shown_alive = 0.0  # when the run's folder was told last
 
-    def begin(self):
+    def begin(self) -> None:
         """An interval begins."""
         self.seconds = self.exposed = self.flight = 0.0
         self.tokens = self.steps = 0
 
-    def start(self):
+    def start(self) -> None:
         """A step begins. What was sent since the last one, for an evaluation or a checkpoint, does not count."""
         self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
         self.started = time.perf_counter()
 
-    def count(self, tokens):
-        """A step was taken; returns its seconds."""
+    def count(self, tokens: int, settled: bool) -> None:
+        """A step was taken. settled : its speed counts."""
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
         self.exposed += self.averaging.exposed_seconds
         self.flight += self.averaging.flight_seconds
         self.tokens, self.steps = self.tokens + tokens, self.steps + 1
-        self.beat()
-        return seconds
+        if settled:
+            self.clock.settled_seconds += seconds
+            self.clock.settled_tokens += tokens
+        self.show_alive()
 
-    def beat(self):
-        """Shows the launcher that the run goes on."""
+    def show_alive(self) -> None:
+        """Show the launcher that the run goes on."""
         now = time.monotonic()
-        if self.comm.rank == 0 and now - self.beaten > BEAT:
-            self.claim.beat()
-            self.beaten = now
+        if self.comm.rank == 0 and now - self.shown_alive > BEAT:
+            self.ownership.show_alive()
+            self.shown_alive = now
 
-    def log(self, state, digest, windows, norm, lr):
+    def log(self, state: State, digest: str, windows: int, norm: float, lr: float) -> None:
         """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.
 
         digest : str
@@ -71,13 +106,13 @@ class Monitor:
 
         Raises UserError on all ranks.
         """
-        times = self.seconds, self.exposed, self.flight
-        own = digest, times, state.lane_loss, self._holds(), self.averaging.round_trips(), state.bytes_sent
+        own_times = self.seconds, self.exposed, self.flight
+        own = digest, own_times, state.lane_loss, self._is_held(), self.averaging.round_trips(), state.bytes_sent
         digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
-        losses = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
-        loss = float(losses.sum() / state.tokens) if state.tokens else 0.0
+        by_lane = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
+        loss = float(by_lane.sum() / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
-        self._check_claim(state.step, holds)
+        self._check_owner(state.step, list(holds))
         seconds, exposed, flight = np.mean(times, axis=0)
         busy = [(one[0] - one[1]) / self.steps for one in times]
         slowest = int(np.argmax(busy))
@@ -108,24 +143,24 @@ class Monitor:
         state.tokens = state.bytes_sent = 0
         self.begin()
 
-    def _links(self, trips):
+    def _links(self, trips: tuple[dict[int, float], ...]) -> dict[str, dict[str, float]]:
         """The pairs of neighbours whose messages took longest: "rank-rank" -> seconds there and back."""
         pairs = [(seconds, f"{rank}-{other}") for rank, found in enumerate(trips) for other, seconds in found.items()]
         return {"neighbour_seconds": {pair: round(s, 6) for s, pair in sorted(pairs, reverse=True)[:LINKS]}} if pairs else {}
 
-    def check_claim(self, step):
+    def check_owner(self, step: int) -> None:
         """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
-        self._check_claim(step, allgather(self.comm, self._holds()))
+        self._check_owner(step, allgather(self.comm, self._is_held()))
 
-    def _holds(self):
+    def _is_held(self) -> bool | None:
         """What the first rank says: whether the run's folder is still this job's."""
-        return self.claim.holds() if self.comm.rank == 0 else None
+        return self.ownership.is_held() if self.comm.rank == 0 else None
 
-    def _check_claim(self, step, everyone):
+    def _check_owner(self, step: int, everyone: list[bool | None]) -> None:
         if not everyone[0]:
-            raise UserError.of_all(f"another job has taken over {self.claim.run}: this one ends at step {step}")
+            raise UserError.of_all(f"another job has taken over {self.ownership.run}: this one ends at step {step}")
 
-    def _check(self, step, digests, loss):
+    def _check(self, step: int, digests: tuple[str, ...], loss: float) -> None:
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different and self.averaging.identical:
             problem = f"at step {step} rank {different[0]} has other parameters than rank 0: its memory or MPI is at fault"
@@ -135,7 +170,7 @@ class Monitor:
             return
         raise UserError.of_all(problem)
 
-    def _name_straggler(self, rank, times):
+    def _name_straggler(self, rank: int, times: float) -> None:
         """Say which rank takes `times` as long for its part of a step as the others, once it has for a while."""
         now = time.monotonic()
         if times < SLOW or self.oversubscribed or self.slow[0] != rank:

@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules over flat vectors. Formulas and sources stand in kernels/optim.py.
 
-To add an optimiser: its kernel there, a class here with `moments` and `_update`, a line in `make` and in config.CHOICES.
+To add an optimiser: its kernel there, a class here with `moments` and `_update`, its name in `make_optimizer` and TrainConfig.
 """
 
 import math
@@ -152,7 +152,7 @@ class RMSprop(Optimizer):
         rmsprop_update(theta, gradient, *moments, lr, c.alpha, c.epsilon, c.weight_decay, factor, limit)
 
 
-def make(config, table, team=None):
+def make_optimizer(config, table, team=None):
     """The Optimizer that train.optimizer names."""
     return {"sgd": SGD, "adam": Adam, "adamw": Adam, "rmsprop": RMSprop}[config.optimizer](config, table, team)
 

@@ -1,9 +1,16 @@
 """The options of `train`, which `launch` takes too, and the Config that they mean."""
 
+from __future__ import annotations
+
+import argparse
 import os
+import shutil
+import sys
+from collections.abc import Sequence
 
 from .. import cli, config
-from ..comm import topology
+from ..comm import methods, topology
+from ..errors import DONE
 from ..runs.run_folder import read_settings
 
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
@@ -18,11 +25,12 @@ examples
 
 SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
 passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
-Every key that --set takes is in config.toml in any run's folder; dllm/config.py says what each does.
+--settings shows every key that --set takes, what it does and what it may be; config.toml in a run's folder has all of them.
 """
 
 
-def train_options(argv, rank=0):
+def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
+    """The options, read. Raises UserError where they contradict each other; ends the process where they ask for help."""
     parser = cli.Parser("train", DESCRIPTION, EPILOG, rank)
     parser.add_argument("--preset", default=None, metavar="NAME", help="; ".join(config.preset_names()))
     parser.add_argument("--config", metavar="FILE", help="a TOML file, laid over the preset")
@@ -33,23 +41,32 @@ def train_options(argv, rank=0):
     parser.add_argument("--max-seconds", type=cli.at_least(0.001, float), default=0, metavar="S", help="end after S seconds")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting; may be repeated")
     parser.add_argument("--progress", choices=("auto", "live", "plain", "none"), default="auto", help="default: auto")
+    parser.add_argument("--settings", action="store_true", help="show what --set takes, as the other options set it, and end")
     options = parser.parse_args(argv)
     if options.resume and (options.preset or options.config or options.out):
         parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
+    if options.settings:
+        if rank == 0:
+            rows = config.settings_table(train_config(options), methods.choices())
+            print(config.settings_text(rows, shutil.get_terminal_size((120, 24)).columns))
+        sys.exit(DONE)
     return options
 
 
-def train_config(options):
+def train_config(options: argparse.Namespace) -> config.Config:
     """The Config of the command line, and that of the run which is resumed."""
     extra = [_lasting(setting) for setting in options.set]
     if options.data:
         extra.append(f"data.path={os.path.abspath(options.data)}")
     if options.resume:
-        return read_settings(options.resume, config.parse_settings(extra))
-    return config.resolve(options.preset or "default", options.config, extra)
+        settings = read_settings(options.resume, config.parse_settings(extra))
+    else:
+        settings = config.resolve(options.preset or "default", options.config, extra)
+    methods.check(settings)
+    return settings
 
 
-def _lasting(setting):
+def _lasting(setting: str) -> str:
     """A setting as a run can keep it: the path of a topology's file from the root."""
     key, _, value = setting.partition("=")
     is_file = key.strip() == "averaging.topology" and value not in topology.NAMES and os.path.isfile(value)

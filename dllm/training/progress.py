@@ -13,6 +13,7 @@ import sys
 import time
 
 from ..files import storage
+from ..launching.mpirun import launched_rank
 
 PROGRESS = ("auto", "live", "plain", "none")
 
@@ -156,7 +157,7 @@ def perplexity(loss):
 
 def _on_terminal():
     """Whether a person watches. Open MPI gives a rank a terminal though mpirun writes to a file: there mpirun's own counts."""
-    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+    if not sys.stdout.isatty() or launched_rank() is None:
         return sys.stdout.isatty()
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))

@@ -4,16 +4,15 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from launch import REFUSED, Job, complaint, environment, mpirun, train_arguments
-from paths import DATA
-from runs import metrics
+from helpers.faults import in_each_step
+from helpers.launch import REFUSED, Job, complaint, mpirun, train_arguments
+from helpers.run_files import metrics
 
 import dllm
+from dllm import config
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
@@ -22,6 +21,20 @@ def test_help_is_printed_once_on_four_ranks(command):
     assert done.stdout.count(f"usage: python -m dllm.{command}") == 1
     assert done.stdout.count("examples") == 1
     assert complaint(done) == ""
+
+
+def test_settings_are_shown_once_as_the_other_options_set_them():
+    words = ["--settings", "--preset", "wlm-200", "--set", "train.seed=7"]
+    alone, under_mpirun = (mpirun(ranks, "-m", "dllm.train", *words, check=True) for ranks in (0, 3))
+    assert alone.stdout == under_mpirun.stdout
+    assert complaint(under_mpirun) == ""
+    for name in config.FIELDS:
+        assert len(re.findall(f"^{re.escape(name)} ", alone.stdout, re.M)) == 1, name
+    assert re.search(r"^train\.seed +7 +not negative +\w", alone.stdout, re.M)
+    assert re.search(r"^model\.hidden +200 +at least 1 +\w", alone.stdout, re.M)
+    refused = mpirun(3, "-m", "dllm.train", "--settings", "--set", "train.lr=0")
+    assert refused.returncode == REFUSED
+    assert complaint(refused) == "dllm: train.lr = 0.0: it must be above 0\n"
 
 
 def test_the_program_without_a_command_shows_the_commands_and_knows_no_others():
@@ -96,51 +109,17 @@ def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
     assert generated(world, "--beams", 5, "--seed", 3) == found
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_chinese_poems_are_learnt_and_continued_in_valid_utf8(tokenizer, tmp_path):
-    text = (DATA / "songci" / "songci.txt").read_bytes()[:240_000].decode(errors="ignore")
-    (tmp_path / "poems.txt").write_text(text[2000:], encoding="utf-8")
-    (tmp_path / "valid.txt").write_text(text[:2000], encoding="utf-8")
-    options = "--train", "poems.txt", "--valid", "valid.txt", "--tokenizer", tokenizer, "--out", "poems"
-    size = ("--vocab-size", 600) if tokenizer == "bpe" else ()
-    mpirun(2, "-m", "dllm.prepare", *options, *size, cwd=tmp_path, check=True)
-    mpirun(2, *train_arguments("poems", "run", extra=("--max-steps", 30)), cwd=tmp_path, check=True)
-    losses = [line["loss"] for line in metrics(tmp_path / "run", "train")]
-    assert len(losses) == 30
-    assert losses[-1] < losses[0]
-    command = [sys.executable, "-m", "dllm.generate", "run", "--prompt", "春", "--tokens", "80", "--temperature", "1"]
-    plain = environment({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=plain, timeout=60, check=True)
-    assert done.stdout.decode("utf-8").startswith("春")
-    assert tokenizer == "bpe" or set(done.stdout.decode()) <= {*text, "<", "u", "n", "k", ">"}
-
-
-CRASH = """
-import os, signal, sys, time
-from dllm import errors, train
-from dllm.training.trainer import Trainer
-
-def crash(trainer):
-    if trainer.comm.rank == 1 and trainer.state.step == 5:
-        {what}
-
-Trainer.before_step.append(crash)
-sys.exit(train.main())
-"""
-
-
 @pytest.mark.parametrize(
     ("what", "says", "codes"),
     [
         ("raise RuntimeError('broken')", "dllm: rank 1 failed\nTraceback.*RuntimeError: broken", None),
-        ("raise errors.UserError('no such text')", r"dllm: no such text \(rank 1\)\n", {REFUSED}),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "", None),
+        ("from dllm import errors; raise errors.UserError('no such text')", r"dllm: no such text \(rank 1\)\n", {REFUSED}),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", "", None),
     ],
 )
 def test_one_rank_that_crashes_ends_all_ranks_soon(world, tmp_path, what, says, codes):
-    (tmp_path / "crash.py").write_text(CRASH.format(what=what))
-    arguments = train_arguments("tiny", tmp_path / "run")[2:]
-    with Job(3, tmp_path / "crash.py", *arguments, cwd=world) as job:
+    env = in_each_step(tmp_path, f"if rank == 1 and trainer.state.step == 5: {what}")
+    with Job(3, *train_arguments("tiny", tmp_path / "run"), env=env, cwd=world) as job:
         log = tmp_path / "run" / "metrics.jsonl"
         job.until(lambda: log.exists() and '"step": 5,' in log.read_text(), "step 5")
         begin = time.monotonic()

@@ -1,15 +1,15 @@
 """Whole runs of every averaging method: near Allreduce's loss, resumed to the bit, by other numbers of ranks from the mean."""
 
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
-from launch import complaint, mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.launch import complaint, mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
+from helpers.several_commands import run_several
 
-from dllm.data.shards import Corpus
+from dllm.data.corpus import Corpus
 
 STEPS, RANKS = 40, 3
 COMMON = (
@@ -36,25 +36,23 @@ ALONE = ("local-sgd", "diloco", MOVING[0])  # do not send in every step
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, shakespeare, tmp_path_factory):
+def folder(tiny, text, tmp_path_factory):
     """Runs NAME, NAME-2 with a break in the middle, NAME-3 on uneven private text. All in one start of the ranks."""
     folder = tmp_path_factory.mktemp("methods")
-    (folder / "text").write_bytes(shakespeare[:60_000])
+    (folder / "text").write_bytes(text[:60_000])
     deal = "--deal", "dirichlet", "--alpha", "0.5", "--seed", "3", "--out", folder / "part{rank}"
     texts = "--train", folder / "text", "--valid", folder / "text"
     mpirun(RANKS, "-m", "dllm.prepare", *texts, "--tokenizer", "char", *deal, check=True)
     commands = []
     for name, settings in (*METHODS.items(), (MOVING[0], MOVING[1:])):
         settings = (*COMMON, f"averaging.method={name.split()[0]}", *settings)
-        whole, broken = (train_arguments(tiny, folder / f"{name}{end}", *settings)[2:] for end in ("", "-2"))
-        resume = ["--resume", folder / f"{name}-2", "--progress", "none"]
+        whole, broken = (train_arguments(tiny, folder / f"{name}{end}", *settings)[1:] for end in ("", "-2"))
+        resume = ["dllm.train", "--resume", folder / f"{name}-2", "--progress", "none"]
         commands += [whole, [*broken, "--max-steps", "20"], resume]
         uneven = train_arguments(folder / "part{rank}", folder / f"{name}-3", *settings, f"train.max_steps={UNEVEN}")
-        commands.append(uneven[2:])
-    (folder / "commands.json").write_text(json.dumps(commands, default=str))
-    several = pathlib.Path(__file__).parents[1] / "several.py"
-    done = mpirun(RANKS, several, folder / "commands.json", timeout=200, check=True)
-    assert complaint(done) == ""
+        commands.append(uneven[1:])
+    done = run_several(folder / "out", RANKS, commands, timeout=200, check=True)
+    assert {end.text for end in done} == {""}
     return folder
 
 

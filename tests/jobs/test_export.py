@@ -6,14 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from launch import mpirun, train_arguments
-from models import TOKENIZER, commands, logits, make
-from numerics import EVERY_KIND, V, relative
-from runs import arrays, checkpoints
+from helpers.launch import mpirun, train_arguments
+from helpers.model_folders import TOKENIZER, commands, logits, make
+from helpers.numerics import EVERY_KIND, V, relative
+from helpers.run_files import arrays, checkpoints
 
 from dllm import import_
-from dllm.data.shards import save_tokenizer
-from dllm.inference.loaded_model import Bundle
+from dllm.data.tokenizer_files import save_tokenizer
+from dllm.inference.loaded_model import LoadedModel
 from dllm.model import torch_weights
 from dllm.model.layout import Layout
 
@@ -39,7 +39,7 @@ def in_pytorch(torch, folder, monkeypatch):
 def test_the_card_s_script_gives_the_same_logits_in_pytorch(kind, biases, stored, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     model = make(tmp_path / "model", kind, stored, biases=biases)
-    ours = logits(Bundle.open(tmp_path / "model").model(1), TEXT)
+    ours = logits(LoadedModel.open(tmp_path / "model").model(1), TEXT)
     assert relative(ours, in_pytorch(torch, tmp_path / "model", monkeypatch)) <= 1e-5
     assert relative(ours, logits(model, TEXT)) <= {"fp32": 0, "bf16": 2e-2, "int8": 5e-2}[stored]
 
@@ -86,7 +86,7 @@ def test_a_pytorch_model_gives_the_same_logits_here(names, prefix, one_hot, tied
     module, expected = pytorch_module(torch, names, one_hot, tied, layers, **options)
     state = {prefix + name: tensor for name, tensor in module.state_dict().items()}
     assert imported(tmp_path, state, capsys) == (0, "")
-    opened = Bundle.open(tmp_path / "model")
+    opened = LoadedModel.open(tmp_path / "model")
     assert (opened.config.tied, opened.config.biases) == (tied, 1 if options else 2)
     assert relative(logits(opened.model(1), TEXT), expected) <= 1e-5
 
@@ -97,7 +97,7 @@ def test_other_precisions_are_imported(dtype, tmp_path, capsys):
     module, _ = pytorch_module(torch, ("encoder", "rnn", "decoder"), False, False, 1)
     state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in module.state_dict().items()}
     assert imported(tmp_path, state, capsys) == (0, "")
-    found = Bundle.open(tmp_path / "model").tensors()
+    found = LoadedModel.open(tmp_path / "model").tensors()
     np.testing.assert_array_equal(found["output.weight"], state["decoder.weight"].float().numpy())
 
 
@@ -262,7 +262,7 @@ def test_an_average_is_the_mean_of_the_parameters(done):
     steps = checkpoints(folder / "run")[-3:]
     assert steps == [40, 80, 120]
     mean = np.mean([arrays(folder / "run", step)[0]["theta"].astype(np.float64) for step in steps], axis=0)
-    opened = Bundle.open(folder / "average")
+    opened = LoadedModel.open(folder / "average")
     layout = Layout(opened.config, opened.tokenizer.size, np.float32)
     np.testing.assert_array_equal(layout.pack(opened.vector), mean.astype(np.float32))
 

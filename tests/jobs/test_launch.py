@@ -6,9 +6,9 @@ import re
 import signal
 
 import pytest
-from faults import fault
-from launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
-from runs import checkpoints, metrics, same_losses
+from helpers.faults import at_stage, fault, slow_steps
+from helpers.launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import checkpoints, metrics, same_losses
 
 from dllm.errors import UserError
 from dllm.launching.mpirun import read_hosts
@@ -39,18 +39,13 @@ def check(run, undisturbed):
     same_losses(run, undisturbed)
 
 
-SLOW_DISK = """
-module.Saver.on_stage.append(lambda saver, stage: time.sleep(1 if saver.step == 20 and stage == "begin" else 0))
-"""
-
-
 @pytest.mark.parametrize(
     "victims", ["all ranks", "all but one", "mpirun", "mpirun while a checkpoint is written", "segfault", "stopped"]
 )
 def test_the_run_comes_to_its_end_though_they_die(tiny, undisturbed, tmp_path, victims):
     run, env = tmp_path / "run", {}
     if "checkpoint" in victims:
-        env = fault(tmp_path, "dllm.runs.checkpoint_writer", SLOW_DISK)
+        env = at_stage(tmp_path, "time.sleep(1)", step=20, stage="begin")
     with Job(0, *launch(tiny, run), env=env) as job:
         job.until_step(run, 22 if "checkpoint" in victims else 25)
         ranks = job.ranks()
@@ -78,11 +73,6 @@ def _parent(pid):
     return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-SLOW_STEPS = """
-module.Trainer.before_step.append(lambda trainer: time.sleep(0.1))
-"""
-
-
 def test_killed_before_the_first_checkpoint_it_starts_from_the_beginning(tiny, undisturbed, tmp_path):
     run = tmp_path / "run"
     with Job(0, *launch(tiny, run)) as job:
@@ -108,7 +98,7 @@ def test_interrupted_once_it_leaves_a_checkpoint_and_launched_again_it_goes_on(t
 def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tmp_path):
     run = tmp_path / "run"
     resize = lambda ranks: mpirun(0, "-m", "dllm.resize", run, "-n", ranks)
-    with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training.trainer", SLOW_STEPS)) as job:
+    with Job(0, *launch(tiny, run), env=slow_steps(tmp_path, 0.1)) as job:
         for step, ranks in ((15, 4), (30, 2)):
             job.until_step(run, step)
             done = resize(ranks)
@@ -132,8 +122,8 @@ def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tm
 
 def test_ranks_that_cannot_start_after_a_resize_are_given_up_for_the_former(tiny, undisturbed, tmp_path):
     run = tmp_path / "run"
-    cannot = SLOW_STEPS + "if os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('PMI_SIZE')) == '5': os._exit(3)\n"
-    with Job(0, *launch(tiny, run), env=fault(tmp_path, "dllm.training.trainer", cannot)) as job:
+    cannot = "if os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('PMI_SIZE')) == '5': os._exit(3)\n"
+    with Job(0, *launch(tiny, run), env=slow_steps(tmp_path, 0.1, also=cannot)) as job:
         job.until_step(run, 15)
         mpirun(0, "-m", "dllm.resize", run, "-n", 5, check=True)
         done = job.wait()
@@ -161,7 +151,7 @@ def command(*others, before=module.mpirun.command):
 module.mpirun.command = command
 """
     words = ["-m", "dllm", "launch", *launch(tiny, tmp_path / "run")[2:]]
-    done = mpirun(0, *words, env=fault(tmp_path, "dllm.launch", daemons), check=True)
+    done = mpirun(0, *words, env=fault(tmp_path, "dllm.launching.supervisor", daemons), check=True)
     assert "no rank was there after 5 s" in done.stderr
     assert done.stderr.count("starting it again") == 1
     check(tmp_path / "run", undisturbed)

@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
-from runs import arrays, metrics, same_losses
-from serving import Server
+from helpers.launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
+from helpers.run_files import arrays, metrics, same_losses
+from helpers.server import Server
+from helpers.several_commands import run_several
 
-from dllm.data import shards
+from dllm.data.corpus import Corpus
 from dllm.inference import answering
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -49,17 +50,16 @@ SMALL = (
 def straight(small):
     """70 steps of 3 ranks, and beside it the run `resumed`, 31 steps; an epoch of 10 lanes has 54."""
     commands = [
-        train_arguments(small / "corpus", small / name, *SMALL, extra=("--max-steps", str(steps)))[2:]
+        train_arguments(small / "corpus", small / name, *SMALL, extra=("--max-steps", steps))[1:]
         for name, steps in (("straight", 70), ("resumed", 31))
     ]
-    (small / "commands.json").write_text(json.dumps(commands, default=str))
-    mpirun(3, pathlib.Path(__file__).parents[1] / "several.py", small / "commands.json", check=True)
+    run_several(small / "out", 3, commands, check=True)
     return small / "straight"
 
 
 def test_any_number_of_ranks_prepares_the_same_corpus_of_all_pairs(small, tmp_path):
     mpirun(3, *prepare_arguments(small, tmp_path / "same"), check=True)
-    corpora = [shards.Corpus(folder) for folder in (small / "corpus", tmp_path / "same")]
+    corpora = [Corpus(folder) for folder in (small / "corpus", tmp_path / "same")]
     assert corpora[0].hash == corpora[1].hash
     lines = sorted(zip(*((small / f"train.{suffix}").read_text().splitlines() for suffix in ("src", "tgt")), strict=True))
     for corpus in corpora:
@@ -95,7 +95,7 @@ def test_the_losses_of_a_split_count_targets_alone_and_are_those_of_each_pair_by
     alone = last_line(mpirun(1, "-m", "dllm.evaluate", straight, "--pairs", check=True))
     np.testing.assert_allclose(alone["loss"], plain["loss"], rtol=1e-10)
     training = metrics(straight, "train")
-    assert training[0]["loss"] == pytest.approx(np.log(shards.Corpus(small / "corpus").vocabulary), rel=0.05)
+    assert training[0]["loss"] == pytest.approx(np.log(Corpus(small / "corpus").vocabulary), rel=0.05)
 
 
 PREPARE = "dllm.prepare --tokenizer char --out new"
@@ -127,28 +127,23 @@ REFUSALS = {  # command: what the message says
 
 @pytest.fixture(scope="module")
 def refused(small, straight, tmp_path_factory):
-    """case -> (what two ranks wrote, exit codes), and whether something was made; all cases in one start."""
+    """case -> how two ranks ended, and whether something was made; all cases in one start."""
     files = {"two": b"a\nb\n", "one": b"a\n", "none": b"", "blank": b" \n", "latin": b"a\n\xff\n", "gap": b"en\n\nde\n"}
     for name, data in files.items():
         (small / name).write_bytes(data)
     folder, before = tmp_path_factory.mktemp("refused"), set(small.iterdir())
-    (folder / "commands.json").write_text(json.dumps([command.split() for command, _ in REFUSALS.values()]))
-    script = pathlib.Path(__file__).parents[1] / "refusals.py"
-    mpirun(2, script, folder / "commands.json", folder, cwd=small, check=True)
-    ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    texts = [[(folder / f"{number}-{rank}.txt").read_text() for rank in range(2)] for number in range(len(REFUSALS))]
-    found = {case: (texts[number], {end[number][0] for end in ends}) for number, case in enumerate(REFUSALS)}
-    return found, set(small.iterdir()) == before
+    ends = run_several(folder / "out", 2, [command.split() for command, _ in REFUSALS.values()], cwd=small)
+    return dict(zip(REFUSALS, ends, strict=True)), set(small.iterdir()) == before
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_does_not_suit_pairs_is_refused_in_one_line(refused, case):
-    texts, codes = refused[0][case]
-    text = "".join(texts if "generate" not in REFUSALS[case][0] else texts[:1])  # generate knows nothing of ranks
+    end = refused[0][case]
+    text = "".join(end.texts if "generate" not in REFUSALS[case][0] else end.texts[:1])  # generate knows nothing of ranks
     lines = [line for line in text.splitlines() if not re.match("counting|building|encoding|.* are left out", line)]
     assert len(lines) == 1
     assert REFUSALS[case][1] in lines[0]
-    assert codes == {REFUSED}
+    assert end.codes == {REFUSED}
 
 
 def test_nothing_is_left_of_what_was_refused(refused):
@@ -171,7 +166,7 @@ def test_pairs_with_an_empty_side_and_long_ones_are_left_out_and_told_of(tmp_pat
     done = mpirun(0, *prepare_arguments(tmp_path, tmp_path / "out", "--longest", 9, splits=["train"]), check=True)
     assert f"2 of 5 pairs are left out, since a side is empty, the first at {tmp_path}/train.src line 2" in done.stdout
     assert "1 of 3 train pairs are left out: they have more than 9 tokens" in done.stdout
-    corpus = shards.Corpus(tmp_path / "out")
+    corpus = Corpus(tmp_path / "out")
     assert (corpus.split("train")["pairs"], corpus.split("train")["longest"]) == (2, 5)
     assert sorted(pair[2].strip() for pair in answering.read_split(corpus, "train")) == ["c", "g"]
 
@@ -182,7 +177,7 @@ def test_each_rank_may_have_pairs_of_its_own(tmp_path):
         write_pairs(tmp_path / str(rank), [(f"a{number}", f"b{number % 3}") for number in range(10 * rank, 10 * rank + 12)])
     out = tmp_path / "corpus{rank}"
     mpirun(2, *prepare_arguments(tmp_path / "{rank}", out, splits=["train"]), check=True)
-    assert [shards.Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
+    assert [Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
     mpirun(2, *train_arguments(out, tmp_path / "run", *SMALL, extra=("--max-steps", 4)), check=True)
     assert len(metrics(tmp_path / "run", "train")) == 4
 

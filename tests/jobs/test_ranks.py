@@ -2,16 +2,16 @@
 
 import json
 import math
-import pathlib
 
 import numpy as np
 import pytest
-from launch import mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.launch import mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
+from helpers.several_commands import run_several
 
 from dllm.config import ModelConfig
+from dllm.data.corpus import Corpus
 from dllm.data.lanes import deal
-from dllm.data.shards import Corpus
 from dllm.model.layout import Layout
 
 RANKS = (1, 2, 4, 8)
@@ -40,7 +40,7 @@ PROBE = """
 import json, pathlib, sys
 from dllm import train
 from dllm.model.language_model import LanguageModel
-from dllm.training import trainer
+from dllm.training import setup
 
 class Probe(LanguageModel):
     seen = []
@@ -50,7 +50,7 @@ class Probe(LanguageModel):
             self.seen.append(targets[targets >= 0].tolist())
         return super().forward(tokens, targets, *rest, **options)
 
-trainer.LanguageModel = Probe
+setup.LanguageModel = Probe
 code = train.main(sys.argv[2:])
 from mpi4py import MPI
 pathlib.Path(sys.argv[1], f"{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(Probe.seen))
@@ -59,10 +59,10 @@ sys.exit(code)
 
 
 @pytest.fixture(scope="module")
-def corpora(prepare, shakespeare):
+def corpora(prepare, text):
     return {
-        "chars": prepare("char", train=shakespeare[:3_000], valid=shakespeare[-2_000:]),
-        "words": prepare("word", train=shakespeare[:15_000], valid=shakespeare[-4_000:]),
+        "chars": prepare("char", train=text[:3_000], valid=text[-2_000:]),
+        "words": prepare("word", train=text[:15_000], valid=text[-4_000:]),
     }
 
 
@@ -74,10 +74,8 @@ def runs(tmp_path_factory, corpora):
         commands = []
         for name, (corpus, *settings) in CASES.items():
             made[name, ranks] = folder / f"{name}-{ranks}"
-            commands.append(train_arguments(corpora[corpus], made[name, ranks], *COMMON, *settings)[2:])
-        file = folder / f"{ranks}.json"
-        file.write_text(json.dumps(commands, default=str))
-        mpirun(ranks, pathlib.Path(__file__).parents[1] / "several.py", file, timeout=150, check=True)
+            commands.append(train_arguments(corpora[corpus], made[name, ranks], *COMMON, *settings)[1:])
+        run_several(folder / f"out-{ranks}", ranks, commands, timeout=150, check=True)
     return made
 
 
@@ -167,11 +165,11 @@ def test_each_token_of_shared_text_is_seen_once_in_an_epoch(corpora, tmp_path):
         assert counted(seen[rank], corpus.vocabulary).tolist() == of_lanes(corpus, "train", lanes, 7).tolist()
 
 
-def test_private_text_of_different_length_shares_a_vocabulary_and_each_token_is_seen_once(shakespeare, tmp_path):
+def test_private_text_of_different_length_shares_a_vocabulary_and_each_token_is_seen_once(text, tmp_path):
     sizes, start = (1_500, 9_000, 6_000), 0
     for rank, size in enumerate(sizes):
-        (tmp_path / f"site{rank}.txt").write_bytes(shakespeare[start : start + size])
-        (tmp_path / f"valid{rank}.txt").write_bytes(shakespeare[-(start + size) : -start or None])
+        (tmp_path / f"site{rank}.txt").write_bytes(text[start : start + size])
+        (tmp_path / f"valid{rank}.txt").write_bytes(text[-(start + size) : -start or None])
         start += size
     out = tmp_path / "site{rank}"
     texts = "--train", tmp_path / "site{rank}.txt", "--valid", tmp_path / "valid{rank}.txt"
@@ -180,7 +178,7 @@ def test_private_text_of_different_length_shares_a_vocabulary_and_each_token_is_
     assert [corpus.split("train")["tokens"] for corpus in corpora] == list(sizes)
     vocabularies = {(tmp_path / f"site{rank}" / "tokenizer.json").read_bytes() for rank in range(3)}
     assert len(vocabularies) == 1
-    letters = set(shakespeare[: sum(sizes)].decode())
+    letters = set(text[: sum(sizes)].decode())
     assert letters <= set(json.loads(vocabularies.pop())["units"])
 
     run, seen = probe(tmp_path, 3, out, "checkpoint.every_steps=1000")

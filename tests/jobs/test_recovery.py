@@ -1,6 +1,6 @@
 """Ranks die while they train, at random: the run goes on, and every loss is that of the undisturbed run.
 
-DLLM_CHAOS=100 python -m pytest tests/test_recovery.py     more runs than the few of every day
+DLLM_CHAOS=100 python -m pytest tests/jobs/test_recovery.py     more runs than the few of every day
 """
 
 import os
@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from launch import Job, flavour, train_arguments
-from runs import same_losses
+from helpers.launch import Job, flavour, train_arguments
+from helpers.run_files import same_losses
 
 RUNS = int(os.environ.get("DLLM_CHAOS", 4))
 STEPS = 60

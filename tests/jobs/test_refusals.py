@@ -7,8 +7,9 @@ import re
 import shutil
 
 import pytest
-from launch import REFUSED, complaint, mpirun
-from runs import flip
+from helpers.launch import REFUSED, complaint, mpirun
+from helpers.run_files import flip
+from helpers.several_commands import run_several
 
 import dllm
 
@@ -145,11 +146,11 @@ ON_ONE = {
 
 
 @pytest.fixture(scope="module")
-def world(world, tiny, prepare, shakespeare):
+def world(world, tiny, prepare, text):
     """That of conftest.py with more: other corpora and damaged ones, texts, and a run without checkpoints."""
     for name in ("truncated", "flipped", "nokey", "nosplitkey", "notjson", "foreign"):
         shutil.copytree(tiny, world / name)
-    shutil.copytree(prepare("char", train=shakespeare[:5000].lower(), valid=b"to be or not to be"), world / "other")
+    shutil.copytree(prepare("char", train=text[:5000].lower(), valid=b"to be or not to be"), world / "other")
 
     shard = world / "truncated" / "train-00000.h5"
     shard.write_bytes(shard.read_bytes()[:-1000])
@@ -165,9 +166,9 @@ def world(world, tiny, prepare, shakespeare):
         (world / f"odd{rank}").symlink_to(world / ("other" if rank == 2 else "tiny"))
         (world / f"short{rank}").symlink_to(world / ("train-only" if rank == 3 else "tiny"))
         if rank < 3:
-            (world / f"t{rank}.txt").write_bytes(shakespeare[:999])
+            (world / f"t{rank}.txt").write_bytes(text[:999])
 
-    (world / "text.txt").write_bytes(shakespeare[:5000])
+    (world / "text.txt").write_bytes(text[:5000])
     (world / "empty.txt").write_bytes(b"")
     (world / "latin.txt").write_bytes("Fiançailles".encode("latin-1"))
     (world / "full").mkdir()
@@ -225,38 +226,22 @@ def test_four_ranks_refuse_in_one_line_what_all_or_only_some_of_them_see(world, 
 
 @pytest.fixture(scope="module")
 def on_four_ranks(world, tmp_path_factory):
-    """case -> (what the ranks wrote, exit codes, seconds), all cases in one start; and whether nothing changed."""
+    """case -> how it ended, all cases in one start; and whether nothing changed."""
     folder, before = tmp_path_factory.mktemp("refusals"), everything(world)
-    (folder / "commands.json").write_text(json.dumps([command.split() for command, _ in ON_ANY.values()]))
-    script = pathlib.Path(__file__).parents[1] / "refusals.py"
-    mpirun(4, script, folder / "commands.json", folder, cwd=world, timeout=120, check=True)
-    ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
-    found = {}
-    for number, case in enumerate(ON_ANY):
-        text = "".join((folder / f"{number}-{rank}.txt").read_text() for rank in range(4))
-        found[case] = text, {end[number][0] for end in ends}, max(end[number][1] for end in ends)
-    return found, everything(world) == before
+    ends = run_several(folder / "out", 4, [command.split() for command, _ in ON_ANY.values()], cwd=world, timeout=120)
+    return dict(zip(ON_ANY, ends, strict=True)), everything(world) == before
 
 
 @pytest.mark.parametrize("case", ON_ANY)
 def test_bad_input_on_four_ranks_is_refused_in_one_line_by_one_of_them(on_four_ranks, case):
-    text, codes, seconds = on_four_ranks[0][case]
-    check(re.sub("^(counting|encoding|building) .*\n", "", text, flags=re.M), ON_ANY[case][1])  # but for progress
-    assert codes == {REFUSED}
-    assert seconds < SECONDS
+    end = on_four_ranks[0][case]
+    check(re.sub("^(counting|encoding|building) .*\n", "", end.text, flags=re.M), ON_ANY[case][1])  # but for progress
+    assert end.codes == {REFUSED}
+    assert end.seconds < SECONDS
 
 
 def test_nothing_is_left_behind_by_what_four_ranks_refused(on_four_ranks):
     assert on_four_ranks[1]
-
-
-def test_a_corpus_too_large_for_the_disk_is_refused_in_one_line_and_nothing_is_left(small_disk, shakespeare, tmp_path):
-    (tmp_path / "long.txt").write_bytes(shakespeare * 4)
-    options = "--tokenizer", "byte", "--train", tmp_path / "long.txt", "--out", small_disk / "new" / "corpus"
-    done = mpirun(0, "-m", "dllm.prepare", *options)
-    assert done.returncode == REFUSED
-    check(done.stderr, "No space left on device.*train-00000.h5")
-    assert list(small_disk.iterdir()) == []
 
 
 ODD = """

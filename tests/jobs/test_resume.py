@@ -1,10 +1,6 @@
 """Stopped and gone on with: bit for bit the uninterrupted run, after a kill, a signal, a damaged file, a full disk."""
 
-import contextlib
 import json
-import math
-import os
-import pathlib
 import re
 import shutil
 import signal
@@ -12,31 +8,23 @@ import time
 
 import numpy as np
 import pytest
-from faults import fault
-from launch import Job, complaint, flavour, mpirun, train_arguments
-from runs import arrays, checkpoints, column, metrics
+from helpers.faults import fault, slow_steps
+from helpers.launch import Job, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import arrays, checkpoints, column, metrics
 
-from dllm.data.shards import Corpus
+from dllm.data.corpus import Corpus
 
 STOPPED_EARLY = 75
 SETTINGS = (
     "model.dropout=0.2", "model.layers=2", "train.lanes=6", "train.lr=0.01", "train.clip=1.0", "train.eval_every=20",
     "train.epochs=1000", "checkpoint.every_steps=30", "checkpoint.keep=9", "log.every=7",
 )  # fmt: skip
-SLOW = """
-import sys, time
-from dllm import train
-from dllm.training.trainer import Trainer
-
-Trainer.before_step.append(lambda trainer: time.sleep({seconds} if trainer.state.step >= {after} else 0))
-sys.exit(train.main())
-"""
 
 
 @pytest.fixture(scope="module")
-def corpus(prepare, shakespeare):
+def corpus(prepare, text):
     """So small that an epoch of 6 lanes ends within a run of 60 steps."""
-    return prepare("char", train=shakespeare[:2_200], valid=shakespeare[-2_000:])
+    return prepare("char", train=text[:2_200], valid=text[-2_000:])
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +39,6 @@ def resume(run, *extra):
     return ["-m", "dllm.train", "--resume", run, "--progress", "none", *extra]
 
 
-def slow(folder, after, seconds=0.2):
-    """A script that trains as dllm.train does, with a nap before each step from number `after` on."""
-    path = folder / "slow.py"
-    path.write_text(SLOW.format(after=after, seconds=seconds))
-    return path
-
-
 def same(run, other, step):
     """Nothing differs between the checkpoints of two runs, nor between their metrics but what a clock measured."""
     (mine, my_scalars), (theirs, their_scalars) = arrays(run, step), arrays(other, step)
@@ -70,8 +51,8 @@ def same(run, other, step):
 
 def test_killed_with_sigkill_and_resumed_is_bit_for_bit_the_run_without_a_break(straight, corpus, tmp_path):
     run = tmp_path / "run"
-    arguments = train_arguments(corpus, run, *SETTINGS, extra=("--max-steps", 60))[2:]
-    with Job(2, slow(tmp_path, after=37), *arguments) as job:
+    arguments = train_arguments(corpus, run, *SETTINGS, extra=("--max-steps", 60))
+    with Job(2, *arguments, env=slow_steps(tmp_path, 0.2, after=37)) as job:
         log = run / "metrics.jsonl"
         job.until(lambda: log.exists() and '"step": 35,' in log.read_text(), "step 35")
         job.until(lambda: checkpoints(run)[-1] == 30, "the checkpoint of step 30")
@@ -136,7 +117,7 @@ module.Lanes.window = window
 
 def test_a_signal_stops_with_a_checkpoint_and_exit_code_75_and_the_run_goes_on(corpus, tmp_path):
     run, step = tmp_path / "run", 0
-    arguments = train_arguments(corpus, run, *SETTINGS, "log.every=1", "checkpoint.every_steps=100000")[2:]
+    arguments = train_arguments(corpus, run, *SETTINGS, "log.every=1", "checkpoint.every_steps=100000")
     arguments[arguments.index("none")] = "plain"
     forwarded = flavour() == "mpich"  # Open MPI's mpirun ends the job on SIGTERM
     stops = {
@@ -145,9 +126,9 @@ def test_a_signal_stops_with_a_checkpoint_and_exit_code_75_and_the_run_goes_on(c
         "INT to one rank": lambda job: job.signal(signal.SIGINT, [job.ranks()[1]]),
         "USR1 to one rank": lambda job: job.signal(signal.SIGUSR1, [job.ranks()[1]]),
     }
-    script = slow(tmp_path, after=0, seconds=0.01)
+    env = slow_steps(tmp_path, 0.01)
     for name, stop in stops.items():
-        with Job(2, script, *arguments) as job:
+        with Job(2, *arguments, env=env) as job:
             job.until(lambda step=step: f"step {step + 3}/" in job.out, f"a step after {step}")
             begin = time.monotonic()
             stop(job)
@@ -158,7 +139,7 @@ def test_a_signal_stops_with_a_checkpoint_and_exit_code_75_and_the_run_goes_on(c
         step = checkpoints(run)[-1]
         assert done.stdout.splitlines()[-1].startswith(f"stopped at step {step}; go on with "), name
         assert f"mpirun -n 2 python -m dllm.train --resume {run}" in done.stdout
-        arguments = ["--resume", run, "--progress", "plain"]
+        arguments = ["-m", "dllm.train", "--resume", run, "--progress", "plain"]
     done = mpirun(2, *resume(run, "--max-steps", step + 5), check=True)
     assert complaint(done) == ""
     assert column(metrics(run, "train"), "step").tolist() == list(range(1, step + 6))
@@ -166,8 +147,8 @@ def test_a_signal_stops_with_a_checkpoint_and_exit_code_75_and_the_run_goes_on(c
 
 def test_out_of_time_ends_with_a_checkpoint_and_exit_code_0(corpus, tmp_path):
     run = tmp_path / "run"
-    arguments = train_arguments(corpus, run, *SETTINGS, extra=("--max-seconds", 0.5))[2:]
-    done = mpirun(2, slow(tmp_path, after=0, seconds=0.02), *arguments, check=True)
+    arguments = train_arguments(corpus, run, *SETTINGS, extra=("--max-seconds", 0.5))
+    done = mpirun(2, *arguments, env=slow_steps(tmp_path, 0.02), check=True)
     assert done.seconds < 30
     steps = json.loads((run / "summary.json").read_text())["steps"]
     assert 0 < steps < 60
@@ -234,50 +215,3 @@ def test_the_best_checkpoint_stays_besides_the_newest(corpus, tmp_path):
     evaluated = mpirun(0, "-m", "dllm.evaluate", run, "--split", "valid", check=True).stdout
     assert ", step 20, valid split" in evaluated
     assert json.loads(evaluated.splitlines()[-1])["loss"] == pytest.approx(losses[1], rel=1e-6)
-
-
-def fill(path):
-    """Write until the disk is full."""
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 10, 1):
-            with contextlib.suppress(OSError):
-                while file.write(b"\0" * size):
-                    pass
-
-
-def test_on_a_full_disk_training_goes_on_with_warnings_and_older_checkpoints_stay_whole(corpus, small_disk, tmp_path):
-    run = small_disk / "run"
-    settings = "model.hidden=48", "checkpoint.every_steps=20", "log.every=1", "checkpoint.keep=3"
-    arguments = train_arguments(corpus, run, *SETTINGS, *settings, extra=("--max-steps", 130))[2:]
-    with Job(2, slow(tmp_path, after=20, seconds=0.02), *arguments) as job:
-        job.until(lambda: checkpoints(run), "first checkpoint")
-        fill(small_disk / "filler")
-        job.until(lambda: "no checkpoint at step" in job.err and "metrics.jsonl" in job.err, "warnings")
-        os.remove(small_disk / "filler")  # somebody made room: the last checkpoints can be written
-        done = job.wait()
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    warnings = complaint(done).splitlines()
-    full = "No space left on device"
-    known = rf"dllm: (no checkpoint at step \d+: {full}; .*older ones stay|cannot write .*metrics.jsonl: {full}; .*)"
-    assert all(re.fullmatch(known, line) for line in warnings), warnings
-    assert checkpoints(run)[-1] == 130
-    steps = column(metrics(run, "train"), "step").tolist()
-    assert steps == list(range(1, 131))  # lines that had to wait were written later
-
-
-def test_a_checkpoint_larger_than_the_disk_is_a_warning_and_the_one_before_is_whole(corpus, small_disk):
-    run = small_disk / "run"
-    settings = "model.hidden=112", "checkpoint.every_steps=10", "checkpoint.keep=9", "train.eval_every=1000"
-    done = mpirun(2, *train_arguments(corpus, run, *SETTINGS, *settings, extra=("--max-steps", 40)), check=True)
-    kept, warnings = checkpoints(run), complaint(done).splitlines()
-    assert 1 <= len(kept) < 4
-    assert len(warnings) == 4 - len(kept)
-    known = r"dllm: no checkpoint at step \d+: .*; training goes on, older ones stay"
-    assert all(re.fullmatch(known, line) for line in warnings), warnings
-    assert column(metrics(run, "train"), "step").tolist() == [7, 14, 21, 28, 35]
-    assert not list(run.rglob("*.tmp"))
-    assert {path.name for path in run.glob("checkpoints/*")} == {f"step-{step:08d}" for step in kept}
-    done = mpirun(2, *resume(run, "--max-steps", kept[-1] + 1), check=True)
-    assert all("no checkpoint at step" in line for line in complaint(done).splitlines())  # none was damaged
-    assert math.isfinite(metrics(run)[-1]["loss"])
-    assert pathlib.Path(run, "summary.json").exists()

@@ -10,10 +10,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from launch import mpirun
-from serving import Server, texts
+from helpers.launch import mpirun
+from helpers.numerics import reference
+from helpers.server import Server, texts
 
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.loaded_model import LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def bundle(world):
-    return Bundle.open(world / "run")
+    return LoadedModel.open(world / "run")
 
 
 def test_openai_client_completes(client, bundle):
@@ -108,21 +109,15 @@ def test_scores_and_states_are_those_of_the_model(client, server, bundle):
 
 
 def oracle(bundle, text):
-    """Tokens (n,) of a text and the log-probabilities (n - 1, V) of what follows each but the last, by LanguageModel."""
+    """Tokens (n,) of a text and the log-probabilities (n - 1, V) of what follows each but the last, by the equations."""
     tokens = bundle.tokenizer.encode(text.encode())
-    model = bundle.model(1)
-    h = np.zeros((bundle.config.layers, 1, bundle.config.hidden), bundle.dtype)
-    c = np.zeros_like(h)
-    logits = np.array([model.logits(token.reshape(1, 1), h, c)[0] for token in tokens[:-1]], np.float64)
+    logits = reference(bundle.model(1), tokens[:-1, None])[0][:, 0]
     top = logits.max(axis=1, keepdims=True)
     return tokens, logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
 
 def state(bundle, tokens):
-    model = bundle.model(len(tokens))
-    h = np.zeros((bundle.config.layers, 1, bundle.config.hidden), bundle.dtype)
-    model.logits(tokens[:, None], h, np.zeros_like(h))
-    return h[-1, 0]
+    return reference(bundle.model(1), tokens[:, None])[1][-1, 0]
 
 
 def test_errors_have_openais_form(client, server):
@@ -157,6 +152,18 @@ def test_health_and_metrics_show_what_is_done(server):
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
     assert any(name.startswith("dllm_requests_total{") and value > 0 for name, value in values.items())
     assert sum(value for name, value in values.items() if name.startswith("dllm_peer_up")) == 2
+
+
+def test_a_prompt_that_comes_again_is_found_in_the_cache_which_metrics_count(server):
+    for _ in range(3):  # twice at one of the ranks
+        server.complete("Whoever comes again", max_tokens=1)
+
+    def counted(name):
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()  # of any rank
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    server.until(lambda: counted("dllm_cache_hits_total{") > 0, "a rank that has found a prefix", 20)
+    server.until(lambda: counted("dllm_cache_bytes{") > 0, "a rank that keeps states", 20)
 
 
 def test_the_log_has_a_line_for_each_request_and_no_prompts(server):

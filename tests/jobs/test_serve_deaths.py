@@ -11,14 +11,14 @@ import time
 import httpx
 import numpy as np
 import pytest
-from launch import mpirun
-from serving import SURVIVES, Server, texts
+from helpers.launch import mpirun
+from helpers.server import SURVIVES, Server, texts
 
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.loaded_model import LoadedModel
 from dllm.serving.engine import Engine
 from dllm.serving.peers import Peers
 from dllm.serving.requests import Finished, Request
-from dllm.serving.streams import Inbox, Local
+from dllm.serving.streams import Inbox, LocalStreams
 
 CLIENTS, TOKENS = 64, 100
 
@@ -124,7 +124,7 @@ class Rank:
         self.rank, self.known, self.dead = rank, {}, False
         self.engine = Engine(bundle, slots=slots, queue=4)
         self.engine.start()
-        self.local = Local(self.engine, asyncio.get_running_loop())
+        self.local = LocalStreams(self.engine, asyncio.get_running_loop())
         self.peers = Peers(self, self.local, b"secret of these")
 
     def table(self):
@@ -160,7 +160,7 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, f
     """It goes on from where it broke off, the same to the bit."""
 
     async def compare():
-        bundle = Bundle.open(world / "run")
+        bundle = LoadedModel.open(world / "run")
         one, two = Rank(bundle, 0), Rank(bundle, 1)
         writers = []
 
@@ -176,7 +176,7 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, f
         one.local.submit(request, alone, 0)
         expected = await collect(alone)
         one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
-        rank, _ = one.peers.begin({0: request}, inbox)
+        rank, _ = one.peers.submit({0: request}, inbox)
         assert rank == 1
         got = [event for _, event in await inbox.get()]
         if fate == "fails":
@@ -197,14 +197,14 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, f
 
 def test_nothing_is_handed_to_the_loopback_of_another_host(world):
     async def choose():
-        bundle = Bundle.open(world / "run")
+        bundle = LoadedModel.open(world / "run")
         one, two = Rank(bundle, 0), Rank(bundle, 1)
         one.hear_of(one, 0)
         blocker = Inbox()
         one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
         for host, chosen in (("there", 0), ("here", 1)):
             one.hear_of(two, 1, host)
-            assert one.peers.choose(1) == chosen
+            assert one.peers.choose_rank(1) == chosen
         blocker.cancel()
         for rank in (one, two):
             rank.engine.stop()
@@ -215,7 +215,7 @@ def test_nothing_is_handed_to_the_loopback_of_another_host(world):
 @pytest.mark.parametrize("words", [b"16 %s %s\n" % (2 * (b"0" * 64,)), b"16\n", b"\n", b"x" * 100_000])
 def test_who_does_not_know_the_secret_gets_nothing(world, words):
     async def knock():
-        rank = Rank(Bundle.open(world / "run"), 0)
+        rank = Rank(LoadedModel.open(world / "run"), 0)
         port = await rank.peers.listen("127.0.0.1")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         await reader.readline()

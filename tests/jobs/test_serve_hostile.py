@@ -10,8 +10,8 @@ import time
 
 import httpx
 import pytest
-from launch import BIN
-from serving import Server, texts
+from helpers.launch import BIN
+from helpers.server import Server, texts
 
 TOKEN = "a-token-for-these-tests"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -111,10 +111,11 @@ def body(data, *headers):
     ids=lambda value: str(value) if isinstance(value, int) else None,
 )  # fmt: skip
 def test_a_bad_request_is_refused_at_once(server, data, status):
+    """Not by one of the timers, of which the first would end the connection after SLOW seconds."""
     begin = time.monotonic()
-    answer = talk(address(server), data)
+    answer = talk(address(server), data, limit=SLOW)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < SLOW
     head, _, text = answer.partition(b"\r\n\r\n")
     if b"application/json" in head:
         assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
@@ -175,13 +176,17 @@ def test_many_large_requests_at_once_are_served_or_refused(server):
 
 
 def test_a_request_that_takes_too_long_is_ended(world):
+    """By its deadline: not by UPLOAD, the shortest of the other timers, nor because all tokens were there."""
     with Server(world / "run", "--deadline", 1, "--max-tokens", 10**7, ranks=1) as server:
-        begin = time.monotonic()
         answer = server.complete(max_tokens=10**7)
         assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
-        assert time.monotonic() - begin < 4
         slow = HEAD.encode() + b"Content-Length: 10\r\n\r\n{"
-        assert talk(address(server), slow).startswith(b"HTTP/1.1 504")
+        assert talk(address(server), slow, limit=UPLOAD).startswith(b"HTTP/1.1 504")
+        server.until(lambda: len(server.log()) == 2, "a line for each request", 10)
+        assert [line["status"] for line in server.log()] == [504, 504]
+        assert all(1 <= line["seconds"] < UPLOAD for line in server.log())
+        server.until(lambda: server.health()["ranks"][0]["active"] == 0, "an end of the stream", 20)
+        assert server.health()["ranks"][0]["tokens"] < 10**7
 
 
 def test_schemathesis_finds_no_server_error(server, tmp_path):

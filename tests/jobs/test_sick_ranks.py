@@ -6,15 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from faults import fault
-from launch import REFUSED, complaint, flavour, mpirun, train_arguments
-from runs import arrays, column, metrics
+from helpers.faults import fault, in_each_step
+from helpers.launch import REFUSED, ULFM, complaint, flavour, mpirun, train_arguments
+from helpers.run_files import arrays, column, metrics
 
 STEPS = 12
 SETTINGS = "train.precision=fp64", f"train.max_steps={STEPS}", "log.sample=0", "model.dropout=0.1"
 NODE_OR_NOT = pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "messages"])
 MESSAGES = "import os\ndef unavailable(*_): raise OSError('no')\nos.memfd_create = unavailable\n"
-ULFM = {"OMPI_MCA_mpi_ft_enable": 1, "PRTE_MCA_state_base_recoverable": 1, "PRTE_MCA_state_base_notify_errors": 1}
 NOT_A_NUMBER = """
 def backward(self, *arguments, before=module.LanguageModel.backward):
     self.turn = getattr(self, "turn", 0) + 1
@@ -119,7 +118,7 @@ module.LanguageModel.forward = slow
 TROUBLE = {  # what happens to rank 1 in its seventh step, and what is said of it
     "no memory": ("raise MemoryError('no memory left')", "dllm: out of memory (rank 1): no memory left"),
     "no text": (
-        "shutil.rmtree(self.corpus.folder)",
+        "shutil.rmtree(trainer.corpus.folder)",
         r"dllm: cannot read .*/own/train-\d+.h5: No such file or directory \(rank 1\)",
     ),
     "a bug": ("raise RuntimeError('an error that nobody expected')", "dllm: rank 1 failed\nTraceback"),
@@ -132,19 +131,16 @@ def test_an_error_on_one_rank_is_named_and_hangs_nobody(tiny, tmp_path, what, su
     if survive and flavour() == "mpich":
         pytest.skip("MPICH ends the job where a rank dies")
     trouble, message = TROUBLE[what]
-    code = f"""
-import dllm.data.lanes, pathlib, shutil
-dllm.data.lanes.AHEAD = 16
-def trouble(self):
-    if rank == 1 and self.state.step == 0:
-        self.corpus.folder = pathlib.Path({str(tmp_path / "own")!r})
-    if rank == 1 and self.state.step == 6:
-        {trouble}
-module.Trainer.before_step.append(trouble)
+    also = "import dllm.data.lanes, pathlib, shutil\ndllm.data.lanes.AHEAD = 16\n"
+    in_step = f"""
+if rank == 1 and trainer.state.step == 0:
+    trainer.corpus.folder = pathlib.Path({str(tmp_path / "own")!r})
+if rank == 1 and trainer.state.step == 6:
+    {trouble}
 """
     run = tmp_path / "run"
     shutil.copytree(tiny, tmp_path / "own")
-    env = fault(tmp_path, "dllm.training.trainer", code) | (ULFM if survive else {})
+    env = in_each_step(tmp_path, in_step, also=also) | (ULFM if survive else {})
     done = mpirun(3, *train_arguments(tiny, run, *SETTINGS), env=env)
     assert re.search(message if "\\" in message else re.escape(message), done.stderr), done.stderr
     assert ("Traceback" in done.stderr) == (what == "a bug"), done.stderr

@@ -8,17 +8,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from counting import Counting
+from helpers.counting_comm import Counting
 
-from dllm.comm import node_allreduce as node_module
-from dllm.comm import runtime
+from dllm.comm import runtime, shared_memory
+from dllm.comm.allreduce import Allreduce
+from dllm.comm.control import Control
 from dllm.comm.neighbours import mean
-from dllm.comm.node_allreduce import NodeAllreduce, SharedMemory, averaging, share
+from dllm.comm.node_allreduce import NodeAllreduce
 from dllm.comm.node_info import find_node, leader_first
+from dllm.comm.shared_memory import SharedMemory, share
 from dllm.errors import UserError
 
 pytestmark = pytest.mark.mpi
 SEEDS = range(5)
+NOTHING = Control()
 EVERYWHERE = pytest.mark.parametrize("nodes", [0, 1, 2])
 
 
@@ -58,7 +61,10 @@ class Case:
             if memory is not None:
                 self.gradient = memory.mine
         arguments = table, self.n, bucket, everyone.random() < 0.5
-        self.averaging = averaging(comm, node if nodes else None, memory, self.gradient, *arguments)
+        if memory is None:
+            self.averaging = Allreduce(comm, self.gradient, *arguments)
+        else:
+            self.averaging = NodeAllreduce(comm, node, memory, *arguments)
         assert isinstance(self.averaging, NodeAllreduce) == (nodes > 0 and comm.size % nodes == 0 and comm.size > nodes)
         self.averaging.comm = self.counting = Counting(self.averaging.comm)
         self.scattered = scattered
@@ -74,7 +80,7 @@ class Case:
             mine[self.dense :].reshape(self.V, self.E)[unused] = 0
         return mine, tokens
 
-    def step(self, mine, tokens, control=(0.0,)):
+    def step(self, mine, tokens, control=NOTHING):
         """A training step's calls; like a backward, it writes a part of the gradient just before it announces it."""
         averaging, own, P = self.averaging, self.own, self.P
         averaging.begin(tokens, control)
@@ -89,7 +95,8 @@ class Case:
             for _ in range(own.integers(0, 3)):
                 averaging.progress()
             start = stop
-        parts, rows = averaging.gradient()
+        found = averaging.gradient()
+        self.squares, parts, rows = found.squares, found.parts, found.rows
         assert [first for first, _ in parts] == [0, *np.cumsum([len(part) for _, part in parts])[:-1]]
         return np.concatenate([part for _, part in parts]), rows
 
@@ -115,7 +122,7 @@ class Case:
                 limit = 4 * self.comm.size * np.finfo(self.dtype).eps
                 assert np.abs(gradient - expected).max() <= limit * np.abs(mine).max() * self.comm.size
             assert len(set(self.comm.allgather(gradient.tobytes()))) == 1
-            squares = self.averaging.squares
+            squares = self.squares
             if squares is not None:
                 assert squares == pytest.approx(
                     (gradient[: self.dense if sparse else None].astype(np.float64) ** 2).sum(), rel=1e-5
@@ -166,8 +173,8 @@ def test_the_same_gradients_are_summed_to_the_same_bits_again(comm, sparse, node
 def test_control_values_are_combined_by_maximum(comm):
     case = Case(comm, 5, np.float32, whole=True)
     for step in range(5):
-        case.step(*case.draw(), control=(comm.rank == step % comm.size, False, comm.rank + step))
-        assert case.averaging.agreed().tolist() == [1, 0, comm.size - 1 + step, 0, 0]
+        case.step(*case.draw(), control=Control(stop=comm.rank == step % comm.size, unsound=comm.rank + step))
+        assert case.averaging.agreed() == Control(stop=True, unsound=comm.size - 1 + step)
         case.averaging.clear()
 
 
@@ -210,7 +217,7 @@ def test_shared_memory_is_read_by_all_ranks_of_a_node_and_leaves_nothing_behind(
 
 
 def test_what_a_rank_forgets_is_still_there(comm, monkeypatch):
-    monkeypatch.setattr(node_module, "LARGE", 0)
+    monkeypatch.setattr(shared_memory, "LARGE", 0)
     memory = SharedMemory(comm, 5000, np.float64)
     memory.mine[:] = comm.rank + np.arange(5000)
     comm.barrier()

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from counting import Counting
+from helpers.counting_comm import Counting
 
 from dllm.comm import runtime, topology
-from dllm.comm.methods import METHODS, make
-from dllm.config import AveragingConfig, TrainConfig
+from dllm.comm.control import Control
+from dllm.comm.methods import METHODS, make_averaging
+from dllm.comm.methods.whole_vector import OneTensor
+from dllm.config import AveragingConfig, Config, TrainConfig
 from dllm.errors import UserError
 from dllm.training import optim
 
@@ -41,6 +43,12 @@ class Quadratics:
         return np.linalg.lstsq(self.A.reshape(-1, P), self.b.reshape(-1), rcond=None)[0]
 
 
+class Vector(OneTensor):
+    """A layout without an embedding."""
+
+    table = None
+
+
 class Run:
     """A method on this rank, driven as the training loop drives it."""
 
@@ -49,21 +57,25 @@ class Run:
         self.x, self.g = self.problem.start.astype(dtype), np.zeros(P, dtype)
         train = TrainConfig(optimizer="sgd", lr=lr, **dict(train))
         config = AveragingConfig(**{"method": name, "bucket_mb": 2e-5, **settings})
-        self.method = make(node, comm, self.x, self.g, None, config, train, True)
-        self.optimizer = optim.make(train, None)
+        settings = Config(averaging=config, train=train)
+        place = SimpleNamespace(comm=node, ranks=node.size if node else 1, oversubscribed=True)
+        vectors = {"memory": None, "theta": self.x, "gradient": self.g, "layout": Vector(P)}
+        self.method = make_averaging(settings, comm, place, **vectors)
+        self.optimizer = optim.make_optimizer(train, None)
         moments = [np.zeros(P, dtype) for _ in range(self.optimizer.moments)]
         self.state = SimpleNamespace(theta=self.x, moments=moments, step=0)
 
     def step(self):
-        self.method.begin(np.zeros(0), (0, 0, 0, 0))
-        self.g[:] = self.problem.gradient(self.rank, self.x)
+        self.method.begin(np.zeros(0, np.int64), Control())
+        self.g[:] = self.problem.gradient(self.rank, self.x) * (self.method.scale / self.method.comm.size)
         for part in (slice(0, 3), slice(3, P)):
             self.method.ready(part)
-        parts, rows = self.method.gradient()
-        self.optimizer.step(self.state, parts, rows, self.lr)
+        gradient = self.method.gradient()
+        norm = self.optimizer.step(self.state, gradient.parts, gradient.rows, self.lr)
         self.method.clear()
         self.method.mix(self.x, self.lr)
         self.method.agreed()
+        self.method.verdict(norm, True)
         self.state.step += 1
         return self.x
 
@@ -75,7 +87,7 @@ class Run:
 
 def matrices(run):
     """W of each phase, written down here anew from the topology's edges."""
-    graph = run.method.of_x.neighbours.topology if hasattr(run.method, "of_x") else run.method.neighbours.topology
+    graph = run.method.of_x.neighbours.topology if hasattr(run.method, "of_x") else run.method.neighbourhood.topology
     return [topology.weights(graph, "uniform" if graph.directed else "metropolis")[k] for k in range(len(graph.phases))]
 
 
@@ -178,7 +190,7 @@ CASES = [
 @pytest.mark.parametrize("compression", ["none", "sign"])
 def test_each_step_of_compressed_gossip_is_the_matrix_recursion(comm, graph, compression):
     run = Run(comm, "choco", topology=graph, compression=compression, consensus=0.3)
-    for X in recursion("choco", run.problem, topology.make(graph, comm.size), comm.size, run.method.config, 25):
+    for X in recursion("choco", run.problem, topology.make_topology(graph, comm.size), comm.size, run.method.config, 25):
         np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
 
 
@@ -196,7 +208,7 @@ def test_each_step_is_the_matrix_recursion(comm, name, graph):
     settings = {"topology": graph, "period": 3, "degree": 2}
     run = Run(comm, name, **settings)
     config = run.method.config
-    shape = topology.make(graph or "ring", comm.size, 2, 1)
+    shape = topology.make_topology(graph or "ring", comm.size, 2, 1)
     expected = recursion(name, run.problem, shape, comm.size, config, 25)
     for X in expected:
         np.testing.assert_allclose(run.step(), X[comm.rank], rtol=1e-12, atol=1e-12)
@@ -223,7 +235,9 @@ def test_between_nodes_each_step_is_the_matrix_recursion_of_nodes(comm, name, n)
         return
     run = Run(comm, name, node=comm.Split(comm.rank // n, comm.rank), hierarchical=True, period=3)
     nodes = comm.size // n
-    graph = topology.make({"relaysum": "tree"}.get(name, "exponential" if name != "exact-diffusion" else "ring"), nodes, 2, 1)
+    graph = topology.make_topology(
+        {"relaysum": "tree"}.get(name, "exponential" if name != "exact-diffusion" else "ring"), nodes, 2, 1
+    )
     for X in recursion(name, Nodes(run.problem, n), graph, nodes, run.method.config, 12):
         np.testing.assert_allclose(run.step(), X[comm.rank // n], rtol=1e-12, atol=1e-12)
     mean = np.empty(P)
@@ -235,7 +249,7 @@ def test_every_neighbour_answers(comm):
     for name, graph in (("dpsgd", "ring"), ("dpsgd", "one-peer-exponential"), ("sgp", "star"), ("local-sgd", "")):
         run = Run(comm, name, topology=graph)
         trips = run.method.round_trips()
-        neighbours = run.method.neighbours
+        neighbours = run.method.neighbourhood
         assert set(trips) == (set(itertools.chain(*neighbours.receivers)) if neighbours else set())
         assert all(0 < seconds < 30 for seconds in trips.values())
 
@@ -322,15 +336,15 @@ def test_push_sum_averages_on_a_directed_graph_that_is_not_balanced(comm, tmp_pa
 def test_choco_knows_its_neighbours_to_the_bit(comm, compression):
     run = Run(comm, "choco", compression=compression, consensus=0.1, fraction=0.3, topology="ring")
     method = run.method
-    known = {rank: method.known.copy() for rank in method.neighbours.senders[0]}
+    known = {rank: method.known.copy() for rank in method.around.senders[0]}
     for _ in range(1000):
         run.step()
-        for rank, payload in zip(method.neighbours.senders[0], method.incoming, strict=True):
+        for rank, payload in zip(method.around.senders[0], method.incoming, strict=True):
             method.Q.add(payload, known[rank])
     everyones = comm.allgather(method.known)
-    _, own, others = method.neighbours.at(0)
+    _, own, others = method.around.at(0)
     s = own * everyones[comm.rank]
-    for weight, rank in zip(others, method.neighbours.senders[0], strict=True):
+    for weight, rank in zip(others, method.around.senders[0], strict=True):
         assert np.array_equal(known[rank], everyones[rank])
         s += weight * everyones[rank]
     np.testing.assert_allclose(method.s, s, rtol=1e-9, atol=1e-9)

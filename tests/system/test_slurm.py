@@ -2,11 +2,11 @@
 
 import re
 
-import cluster as slurm
 import pytest
-from faults import fault
-from launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
-from runs import same_losses
+from helpers import slurm_cluster as slurm
+from helpers.faults import slow_steps
+from helpers.launch import OPENMPI, SOURCE, environment, mpirun, train_arguments
+from helpers.run_files import same_losses
 
 from dllm.kernels.compile import CACHE
 
@@ -18,12 +18,8 @@ SETTINGS = (
     "log.sample=0", "checkpoint.every_steps=10", "resilience.deadline=0",
 )  # fmt: skip
 # What a job starts first, task 0 of an array excepted, takes more than a minute on any machine.
-SLOW = f"""
-def slow(trainer):
-    time.sleep({66 / (STEPS - SLOW_FROM)} if trainer.state.step >= {SLOW_FROM} else 0)
-if "SLURM_RESTART_COUNT" not in os.environ and os.environ.get("SLURM_ARRAY_TASK_ID") != "0":
-    module.Trainer.before_step.append(slow)
-"""
+SLOW = 66 / (STEPS - SLOW_FROM)  # seconds a step
+SLOW_START = "'SLURM_RESTART_COUNT' not in os.environ and os.environ.get('SLURM_ARRAY_TASK_ID') != '0'"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def submit(cluster, tiny, tmp_path):
     numbers = []
 
     def submit(*options, slow=True, seed=1):
-        slowly = fault(tmp_path, "dllm.training.trainer", SLOW) if slow else {}
+        slowly = slow_steps(tmp_path, SLOW, after=SLOW_FROM, when=SLOW_START) if slow else {}
         env = environment({"RUN": tmp_path / "run", "NUMBA_CACHE_DIR": CACHE.parents[1], **slowly})
         env = {name: value for name, value in env.items() if name not in OPENMPI}  # users do without
         arguments = train_arguments(tiny, "", *SETTINGS, f"train.seed={seed}")

@@ -3,11 +3,18 @@ that names the key.
 """
 
 import dataclasses
+import math
+import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
 import tomli_w
 
 from dllm import config
+from dllm.comm import methods
+from dllm.config.bounds import RULES, in_words
 from dllm.errors import UserError
 
 
@@ -22,7 +29,7 @@ def test_every_preset_loads_and_survives_being_written(name):
     found = config.resolve(name)
     assert isinstance(found, config.Config)
     assert config.from_dict(config.as_dict(found)) == found
-    assert config.from_dict(config.tomllib.loads(tomli_w.dumps(config.as_dict(found)))) == found
+    assert config.from_dict(tomllib.loads(tomli_w.dumps(config.as_dict(found)))) == found
     settings = [  # as the user would type it
         f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
         for section, values in config.as_dict(found).items()
@@ -134,7 +141,7 @@ BAD = {  # section.key=value: what the message says
 @pytest.mark.parametrize("setting", BAD)
 def test_bad_settings_are_named(setting):
     with pytest.raises(UserError) as error:
-        config.resolve("default", settings=[setting])
+        resolve([setting])
     assert BAD[setting] in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -186,7 +193,101 @@ def test_an_unknown_preset_is_named_with_those_there_are():
         config.resolve("../default")
 
 
-def test_every_checked_key_exists():
-    names = {f"{section}.{key}" for section, values in config.as_dict(config.Config()).items() for key in values}
-    lists = config.AT_LEAST_ONE, config.POSITIVE, config.BELOW_ONE, config.MAY_BE_NEGATIVE, config.CHOICES
-    assert set().union(*lists) <= names
+def test_every_setting_says_its_effect_and_its_bounds():
+    assert list(config.FIELDS) == list(config.flat(config.Config()))
+    for name, entry in config.FIELDS.items():
+        assert entry.metadata["doc"], name
+        assert set(entry.metadata["bounds"]) <= set(RULES), name
+        assert entry.default in (entry.metadata["choices"] or [entry.default]), name
+
+
+def settings_table(preset="default", settings=()):
+    return config.settings_table(config.resolve(preset, settings=settings), methods.choices())
+
+
+def resolve(settings):
+    """A Config that is also checked by the methods of averaging."""
+    resolved = config.resolve("default", settings=settings)
+    methods.check(resolved)
+    return resolved
+
+
+def outside(name):
+    """Values just beyond each bound of a setting, with the words for that bound."""
+    metadata, kind = config.FIELDS[name].metadata, config.FIELDS[name].type
+    for rule, limit in metadata["bounds"].items():
+        if math.isfinite(limit):
+            beyond = {"at_least": limit - 1, "above": limit, "at_most": limit + 1, "below": limit}[rule]
+            yield kind(beyond - (beyond == metadata["also"])), in_words(rule, limit)
+
+
+@pytest.mark.parametrize("name", config.FIELDS)
+def test_a_message_says_the_bound_in_the_words_of_the_table(name):
+    (row,) = (row for row in settings_table() if row.name == name)
+    section, key = name.split(".")
+    for value, words in outside(name):
+        assert words in row.bounds
+        with pytest.raises(UserError) as error:
+            config.from_dict({section: {key: value}})
+        assert str(error.value) == f"{name} = {value}: it must be {words}".replace("be not", "not be")
+    if row.bounds.startswith("one of"):
+        with pytest.raises(UserError) as error:
+            resolve([f"{name}={99 if row.kind == 'a whole number' else 'nothing'}"])
+        assert str(error.value).endswith(f": it is {row.bounds}")
+
+
+def test_a_value_beyond_the_bounds_may_have_a_meaning():
+    assert config.from_dict({"checkpoint": {"every_minutes": -1}}).checkpoint.every_minutes == -1
+    (row,) = (row for row in settings_table() if row.name == "checkpoint.every_minutes")
+    assert row.bounds == "not negative, or -1"
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_the_table_has_every_setting_with_its_value_as_toml(preset):
+    rows = settings_table(preset, settings=["train.seed=7"])
+    written = "\n".join(f"{row.name} = {row.value}" for row in rows)
+    expected = config.resolve(preset, settings=["train.seed=7"])
+    assert config.from_dict(tomllib.loads(written)) == expected
+    assert [row.name for row in rows] == list(config.flat(expected))
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_the_table_fits_on_a_screen(width):
+    text = config.settings_text(settings_table(), width)
+    assert max(map(len, text.splitlines())) <= max(width, 104)
+    words = " ".join(text.split())
+    assert all(f" {name} " in words for name in config.FIELDS)
+
+
+def test_the_table_as_markdown_has_a_line_for_each_setting_under_its_section():
+    text = config.settings_markdown(settings_table())
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(config.SECTIONS)
+    names = re.findall(r"^\| `([a-z]+\.[a-z0-9_]+)` \|", text, re.MULTILINE)
+    assert names == list(config.FIELDS)
+    assert all(line.count(" | ") == 3 for line in text.splitlines() if line.startswith("| `"))
+
+
+REFUSED_BY_METHODS = {
+    "averaging.compression=sign averaging.method=dpsgd": "allreduce and choco compress",
+    "averaging.compression=powersgd averaging.method=choco": "does not go with averaging.method = choco: it takes top-k",
+    "averaging.compression=zip": "averaging.compression = zip: it is one of none, powersgd",
+    "averaging.topology=ring": "averaging.method = allreduce has no neighbours: leave out averaging.topology",
+    "averaging.method=sgp averaging.weights=uniform": "has no choice of weights: leave out averaging.weights",
+    "averaging.method=choco averaging.hierarchical=true": "averaging.hierarchical does not go with averaging.method = choco",
+    "averaging.period=5": "averaging.period goes with local-sgd, diloco, async-gossip, not with averaging.method = allreduce",
+    "averaging.method=exact-diffusion": "averaging.method = exact-diffusion needs train.optimizer = sgd",
+    "averaging.method=qg-momentum train.optimizer=sgd train.momentum=0.5": "train.momentum = 0: it has a momentum of its own",
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED_BY_METHODS)
+def test_a_method_says_what_it_cannot_do(settings):
+    config.resolve(settings=settings.split())  # by itself each setting is in order
+    with pytest.raises(UserError) as error:
+        resolve(settings.split())
+    assert REFUSED_BY_METHODS[settings] in str(error.value)
+
+
+def test_to_ask_methods_what_they_can_do_starts_no_mpi():
+    code = "import sys; from dllm.comm import methods; print(*methods.choices()); assert 'mpi4py.MPI' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from collections import Counter
 
-import hostile
 import pytest
+from helpers import mutated_files
 
 MUTATIONS = int(os.environ.get("DLLM_MUTATIONS", "300"))  # of each file
-CHILD = pathlib.Path(hostile.__file__)
+CHILD = pathlib.Path(mutated_files.__file__)
 
 
 def outcomes(kind, folder, check):
     """How MUTATIONS damaged files end, read in child processes: one that dies or hangs is an outcome too."""
-    file = hostile.KINDS[kind](folder)
+    file = mutated_files.KINDS[kind](folder)
     file.write()
     whole, first, ends = file.path.read_bytes(), 0, {}
     while first < MUTATIONS:
@@ -32,7 +32,7 @@ def outcomes(kind, folder, check):
 
 @pytest.mark.timeout(60 + MUTATIONS // 10)
 @pytest.mark.parametrize("check", [True, False], ids=["hash first", "HDF5 alone"])
-@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.parametrize("kind", mutated_files.KINDS)
 def test_a_damaged_file_is_refused_or_read_right(tmp_path, kind, check):
     ends = outcomes(kind, tmp_path, check)
     bad = {seed: end for seed, end in ends.items() if end not in ("right", "refused")}

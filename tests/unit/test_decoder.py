@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured
+from helpers.numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured, reference
 
 from dllm.kernels.sample import Choice
 from dllm.kernels.team import Team
@@ -34,9 +34,8 @@ def told(decoder, wants, rows=None):
 def test_states_and_probabilities_are_those_of_the_model(kind, hidden, dtype):
     config, model = made(kind, hidden, dtype)
     tokens = np.random.default_rng(1).integers(0, V, (T, B))
-    h = np.zeros((config.layers, B, hidden), dtype)
-    c = np.zeros_like(h)
-    logits = model.logits(tokens, h, c)
+    logits, h, c = reference(model, tokens)
+    logits = logits[-1]
     decoder = Decoder(model, 9)
     decoder.read(tokens, SLOTS)
     found = decoder.states[SLOTS].reshape(B, config.layers, 2, -1)[..., :hidden].transpose(2, 1, 0, 3)

@@ -5,18 +5,19 @@ import time
 
 import numpy as np
 import pytest
+from helpers.numerics import Bundled, V, build, configured, in_panels, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Bundled, V, build, configured, in_panels
 
-from dllm.inference.generation import sample, start_tokens
-from dllm.inference.loaded_model import Bundle
+from dllm.inference.generation import Sampling, sample, start_tokens
+from dllm.inference.loaded_model import LoadedModel
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.kernels.tiles import BF16
-from dllm.serving import engine as engines
-from dllm.serving.engine import Engine, Finished, Full, Request, Stopped, Token
-from dllm.serving.prefix import OVERHEAD, PrefixCache
+from dllm.model.decoder import Decoder
+from dllm.serving.engine import Engine
+from dllm.serving.prefix_cache import OVERHEAD, PrefixCache
+from dllm.serving.requests import Finished, Full, Request, Stopped, Token
 
 LIMIT = 60  # seconds, of any wait
 CONFIG = configured(hidden=18, embedding=7)
@@ -99,15 +100,15 @@ def log_softmax(logits):
 
 
 def plain(wanted):
-    """The events of a request by LanguageModel in float64, one token at a time."""
+    """The events of a request by the equations in float64, one token at a time."""
     model = build(CONFIG, training=False, lanes=1, window=1)
-    h = np.zeros((CONFIG.layers, 1, CONFIG.hidden))
-    c, events, given = np.zeros_like(h), [], wanted.prompt.tolist()
-    if wanted.tells_prompt:
+    h, c, events, given = None, None, [], wanted.prompt.tolist()
+    if wanted.scores_prompt:
         events.append(Token(given[0], None, [], True))
     n, total = len(given), len(given) + wanted.to_generate
     for at in range(total - (wanted.to_generate > 0 or not wanted.want_state)):
-        logits = model.logits(np.array([[given[at]]]), h, c)[0]
+        logits, h, c = reference(model, np.array([[given[at]]]), h, c)
+        logits = logits[0, 0]
         told, logp = at + 1 < n, log_softmax(logits)
         if not told and wanted.to_generate:
             choice = Choice(1)
@@ -115,7 +116,7 @@ def plain(wanted):
             choice.seed[:], choice.position[:] = wanted.seed, at + 1 - n
             draw(choice, np.zeros(1, np.int64), in_panels(logits[None]), np.zeros(V), Scratch(V), Team())
             given.append(int(choice.token[0]))
-        if wanted.tells_prompt if told else wanted.to_generate:
+        if wanted.scores_prompt if told else wanted.to_generate:
             best, token = np.argsort(-logp, kind="stable")[: wanted.logprobs or 0], given[at + 1]
             events.append(Token(token, logp[token], [(int(v), logp[v]) for v in best], told))
     return [*events, Finished("length", "", h[-1, 0] if wanted.want_state else None)]
@@ -153,16 +154,15 @@ def test_streams_that_come_and_go_get_what_a_plain_sampler_gives_each(start, see
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_stream_gets_the_same_bits_alone_and_among_63_others_however_its_prompt_is_cut(start, monkeypatch, precision):
+def test_a_stream_gets_the_same_bits_alone_and_among_63_others_however_its_prompt_is_cut(start, precision):
     rng = np.random.default_rng(3)
     wanted = [request(rng, prompt=rng.integers(0, V, 40), max_tokens=30) for _ in range(6)]
     engine = start(slots=1, cache_bytes=0, precision=precision)
     alone = [answers(engine, each)[0] for each in wanted]
     for window, threads in ((64, 2), (7, 1), (1, 1)):
-        monkeypatch.setattr(engines, "WINDOW", window)
         others = [request(rng) for _ in range(64 - len(wanted))]
         others += [request(rng, prompt=each.prompt[: rng.integers(2, 40)]) for each in wanted]  # prefixes that will be known
-        engine = start(slots=64, threads=threads, precision=precision)
+        engine = start(slots=64, threads=threads, precision=precision, window=window)
         answers(engine, *others[-6:])
         found = answers(engine, *wanted, *others[:-6])[: len(wanted)]
         assert all(map(same, found, alone))
@@ -185,13 +185,14 @@ def test_a_prompt_that_goes_on_where_another_ended_starts_from_its_state(start):
 
 
 def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
-    trained = Bundle.open(world / "run")
+    trained = LoadedModel.open(world / "run")
     model, rng = trained.model(16), np.random.default_rng(14)
     wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
     engine = Engine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
-        alone = sample(model, each.prompt, each.max_tokens, each.seed, each.temperature, each.top_k, each.top_p)
+        wants = Sampling(temperature=each.temperature, top_k=each.top_k, top_p=each.top_p, seed=each.seed)
+        alone = sample(Decoder(model, 1), each.prompt, each.max_tokens, wants)
         assert [event.number for event in events[:-1]] == list(alone)
     engine.stop()
 
@@ -274,8 +275,8 @@ def test_a_state_that_is_not_finite_ends_its_stream_alone(start):
     expected, inbox = [answers(engine, each)[0] for each in wanted], Inbox()
 
     def spoil(news):  # in the engine's thread
-        if news[0][0]._slot is not None:
-            engine.decoder.states[news[0][0]._slot, 0, 1, 0, 0] = np.nan
+        if news[0][0].slot is not None:
+            engine.decoder.states[news[0][0].slot, 0, 1, 0, 0] = np.nan
         inbox(news)
 
     bad = engine.submit(endless(rng), spoil)

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_of_panels, padding, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_of_panels, padding, relative
 
 from dllm.kernels import gemm, tiles
 
@@ -83,7 +83,7 @@ def test_transposes_of_any_shape(dtype, K, N, row):
     assert not out[:, N:].any()
 
 
-@pytest.mark.parametrize("hidden", ["avx512f,avx512bf16", "avx512f,avx512bf16,avx2"])
+@pytest.mark.parametrize("hidden", ["avx512f,avx512bf16", pytest.param("avx512f,avx512bf16,avx2", marks=pytest.mark.slow)])
 def test_products_and_activations_with_narrower_vectors(hidden):
     """What a processor without these features would run."""
     program = """

@@ -4,9 +4,9 @@ import os
 import shutil
 
 import h5py
-import hostile
 import numpy as np
 import pytest
+from helpers import mutated_files
 
 from dllm.errors import UserError
 from dllm.files import hdf5, storage
@@ -127,7 +127,7 @@ NAMES = [("shard", "tokens"), *(("rank", name) for name in ("theta", "moment.0",
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_whatever_stands_in_a_datasets_place_is_refused_before_it_is_read(tmp_path, outside, reads, kind, name):
-    file = hostile.KINDS[kind](tmp_path)
+    file = mutated_files.KINDS[kind](tmp_path)
     file.write()
     whole, data = file.path.read_bytes(), file.arrays[name]
     shutil.copy(file.path, outside / "other.h5")
@@ -146,9 +146,9 @@ def test_whatever_stands_in_a_datasets_place_is_refused_before_it_is_read(tmp_pa
         assert name not in reads, case
 
 
-@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.parametrize("kind", mutated_files.KINDS)
 def test_a_file_with_other_datasets_than_its_own_is_refused(tmp_path, reads, kind):
-    file = hostile.KINDS[kind](tmp_path)
+    file = mutated_files.KINDS[kind](tmp_path)
     file.write()
     reads.clear()  # of the writer, which looks at what it wrote
     count = len(file.arrays)
@@ -165,7 +165,7 @@ def test_a_file_with_other_datasets_than_its_own_is_refused(tmp_path, reads, kin
 
 
 def test_two_names_do_not_share_their_bytes(tmp_path):
-    file = hostile.Rank(tmp_path)
+    file = mutated_files.Rank(tmp_path)
     file.write()
     with h5py.File(file.path, "r+") as target:
         del target["c"]
@@ -235,12 +235,12 @@ def test_many_small_chunks_are_refused(tmp_path):
         ("ranks", 2, "sha256 for each rank"),
         ("sha256", {}, "sha256 for each rank"),
         ("scalars", {"step": 1}, "scalars of a state"),
-        ("scalars", dict.fromkeys(hostile.State.SCALARS, "x"), "no numbers"),
+        ("scalars", dict.fromkeys(mutated_files.State.SCALARS, "x"), "no numbers"),
         ("format", "/etc/passwd" * 1000, "is of format"),
     ],
 )
 def test_a_manifest_that_no_run_writes_is_refused(tmp_path, name, value, complaint):
-    file = hostile.Rank(tmp_path)
+    file = mutated_files.Rank(tmp_path)
     file.write()
     path = file.path.parent / "manifest.json"
     manifest = storage.read_json(path, []) | {name: value}

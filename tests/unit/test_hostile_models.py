@@ -7,11 +7,12 @@ import re
 
 import numpy as np
 import pytest
-from models import commands, make
+from helpers.model_folders import commands, make
 
 from dllm.data.tokenizers import BPETokenizer
 from dllm.errors import UserError
-from dllm.inference.loaded_model import Bundle
+from dllm.files import safetensors
+from dllm.inference.loaded_model import LoadedModel
 from dllm.model import torch_weights
 
 
@@ -38,12 +39,12 @@ def holds(**changes):
     """Let the weights be others: name (dots as __) -> function of the array, None without it."""
 
     def change(folder):
-        stored = torch_weights.read(folder / "model.safetensors")
+        stored = safetensors.read(folder / "model.safetensors")
         arrays = {name: array.copy() for name, (_, array) in stored.items()}
         for name, function in changes.items():
             name = name.replace("__", ".")
             arrays[name] = np.ascontiguousarray(function(arrays.pop(name, None)))
-        sealed(folder, torch_weights.pack({name: array for name, array in arrays.items() if array.dtype != object}))
+        sealed(folder, safetensors.pack({name: array for name, array in arrays.items() if array.dtype != object}))
 
     return change
 
@@ -211,13 +212,13 @@ def test_it_is_refused_in_one_line_with_exit_code_2(ends, case):
 def test_what_was_not_attacked_is_read(tmp_path):
     for kind in torch_weights.KINDS:
         make(tmp_path / kind, stored=kind)
-        assert Bundle.open(tmp_path / kind).config.hidden == 6
+        assert LoadedModel.open(tmp_path / kind).config.hidden == 6
     (tmp_path / "link").symlink_to(tmp_path / "int8")
-    assert Bundle.open(tmp_path / "link").name == "int8"
+    assert LoadedModel.open(tmp_path / "link").name == "int8"
 
 
 def test_a_scale_that_makes_infinities_is_refused(tmp_path):
     make(tmp_path / "model", stored="int8")
     holds(output__weight__scale=at(3e38))(tmp_path / "model")
     with pytest.raises(UserError, match=r"'output.weight' has values that are not finite"):
-        Bundle.open(tmp_path / "model")
+        LoadedModel.open(tmp_path / "model")

@@ -5,11 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-from numerics import V, build, configured
+from helpers.numerics import V, build, configured, reference
 
 from dllm.errors import UserError
-from dllm.inference.generation import beam_search, sample
+from dllm.inference.generation import Sampling, beam_search, greedy, sample
 from dllm.kernels.sample import probabilities_reference
+from dllm.model.decoder import Decoder
 
 CONFIG = configured(hidden=18)
 
@@ -20,11 +21,7 @@ def model():
 
 
 def next_logits(model, text):
-    h = np.zeros((CONFIG.layers, 1, CONFIG.hidden), model.dtype)
-    c = np.zeros_like(h)
-    for token in text:
-        logits = model.logits(np.array([[token]]), h, c)[0]
-    return logits
+    return reference(model, np.array(text)[:, None])[0][-1, 0]
 
 
 def log_probabilities(model, text):
@@ -40,17 +37,19 @@ def test_a_beam_wide_enough_finds_the_best_of_all_texts(model, end, penalty):
     after = functools.cache(lambda text: log_probabilities(model, [*prompt, *text]))
     total = lambda text: sum(after(text[:at])[token] for at, token in enumerate(text))
     best = max(texts, key=lambda text: total(text) / ((5 + len(text)) / 6) ** penalty)
-    found, worth = beam_search(model, np.array(prompt), tokens, V ** (tokens - 1), penalty, end)
+    width = V ** (tokens - 1)
+    ((found, logprob),) = beam_search(Decoder(model, width), [np.array(prompt)], tokens, width, penalty, end)
     assert tuple(found) == best
-    assert worth == pytest.approx(total(best), abs=1e-5)
+    assert logprob == pytest.approx(total(best), abs=1e-5)
 
 
 def test_one_beam_takes_the_most_likely_token_each_time_and_more_find_no_worse(model):
     prompt = np.array([2, 7])
-    greedy, total = beam_search(model, prompt, 8, 1)
-    assert greedy == list(sample(model, prompt, 8, temperature=0))
+    decoder = Decoder(model, 20)
+    ((one, total),) = beam_search(decoder, [prompt], 8, 1)
+    assert one == list(sample(decoder, prompt, 8, Sampling(temperature=0))) == greedy(decoder, [prompt], 8)[0]
     for beams in (4, 11, 20):
-        found, better = beam_search(model, prompt, 8, beams)
+        ((found, better),) = beam_search(decoder, [prompt], 8, beams)
         assert len(found) == 8
         parts = [log_probabilities(model, [*prompt, *found[:at]])[token] for at, token in enumerate(found)]
         assert better == pytest.approx(sum(parts), abs=1e-5)
@@ -60,7 +59,8 @@ def test_one_beam_takes_the_most_likely_token_each_time_and_more_find_no_worse(m
 def test_samples_come_as_often_as_the_model_says(model):
     prompt, wants = np.arange(9), {"temperature": 0.7, "top_k": 8, "top_p": 0.9}
     count = 3000
-    first = [next(sample(model, prompt, 1, seed, **wants)) for seed in range(count)]
+    decoder = Decoder(model, 1)
+    first = [next(sample(decoder, prompt, 1, Sampling(seed=seed, **wants))) for seed in range(count)]
     p = probabilities_reference(next_logits(model, prompt), **wants)
     expected, observed = count * p, np.bincount(first, minlength=V)
     assert not observed[p == 0].any()
@@ -70,6 +70,11 @@ def test_samples_come_as_often_as_the_model_says(model):
 def test_a_model_that_is_not_finite_is_refused():
     broken = build(CONFIG, lanes=1, training=False)
     broken.theta[:] = np.nan
-    for find in (lambda: list(sample(broken, [1], 2)), lambda: beam_search(broken, [1], 2, 2)):
+    decoder = Decoder(broken, 2)
+    for find in (
+        lambda: list(sample(decoder, [1], 2, Sampling())),
+        lambda: beam_search(decoder, [[1]], 2, 2),
+        lambda: greedy(decoder, [[1]], 2),
+    ):
         with pytest.raises(UserError, match="not finite"):
             find()

@@ -9,7 +9,8 @@ from dllm.model.layout import Layout
 
 
 def initialised(config, seed=1, dtype=np.float64):
-    model = LanguageModel(config, 200, dtype, 1, 1, np.full(Layout(config, 200, dtype).size, np.nan, dtype))
+    layout = Layout(config, 200, dtype)
+    model = LanguageModel(layout, 1, 1, theta=np.full(layout.size, np.nan, dtype))
     model.initialise(seed)
     return {name: model.layout.read(model.theta, name) for name in model.layout.tensors}
 

@@ -2,11 +2,27 @@
 optimiser updates by PyTorch's, and compiled functions against their own Python. The others have files of their own.
 """
 
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from numerics import CLOSE, DTYPES, gate_panels, in_panels, nan_panels, out_of_gate_panels, out_of_panels, padding, relative
+from helpers.numerics import (
+    CLOSE,
+    DTYPES,
+    gate_panels,
+    in_panels,
+    nan_panels,
+    out_of_gate_panels,
+    out_of_panels,
+    padding,
+    relative,
+)
 
 from dllm.kernels import dropout, embedding, gemm, optim
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # embedding
 
@@ -279,3 +295,16 @@ def test_compiled_kernels_equal_their_python(dtype):
         for ours, python in zip(*copies, strict=True):
             np.testing.assert_allclose(ours, python, rtol=0, atol=CLOSE[dtype], err_msg=function.__name__)
         assert not all(map(np.array_equal, copies[0], arguments)), function.__name__
+
+
+def test_what_is_used_of_reduce_is_compiled_by_its_warm_up():
+    """In a process of its own, where nothing else has compiled any."""
+    lines = [line for path in ROOT.glob("dllm/**/*.py") for line in path.read_text(encoding="utf-8").splitlines()]
+    used = {name for line in lines if "kernels.reduce import " in line for name in line.partition(" import ")[2].split(", ")}
+    assert {"sum_ranks", "weighted_sum"} <= used
+    source = (
+        "import numpy as np; from dllm.kernels import reduce; reduce.warm_up(np.float32); "
+        "print(*[name for name, found in vars(reduce).items() if hasattr(found, 'py_func') and found.signatures])"
+    )
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert used <= {*run.stdout.split()}

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from numerics import EVERY_KIND, configured
+from helpers.numerics import EVERY_KIND, configured
 
 from dllm.config import ModelConfig
 from dllm.model import layout as layout_module

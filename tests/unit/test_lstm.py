@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import (
+from helpers.numerics import (
     CLOSE,
     DTYPES,
     check_by_complex_step,

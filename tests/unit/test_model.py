@@ -4,7 +4,7 @@ precisions and numbers of threads, padding, and lanes that are split or carried 
 
 import numpy as np
 import pytest
-from numerics import EVERY_KIND, KINDS, B, T, V, build, configured, run, states, text
+from helpers.numerics import EVERY_KIND, KINDS, B, T, V, build, configured, reference, run, states, text
 
 from dllm.config import TrainConfig
 from dllm.kernels import lstm, tiles
@@ -106,6 +106,7 @@ def test_float32_model_follows_the_float64_one():
 
 
 @pytest.mark.skipif(not tiles.BF16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.slow  # compiles all of a model's kernels for it
 @EVERY_KIND
 def test_bfloat16_model_follows_the_float32_one(kind):
     changes = {"hidden": 40, "dropout": 0.3} | ({"embedding": 40} if KINDS[kind].get("tied") else {})
@@ -114,7 +115,7 @@ def test_bfloat16_model_follows_the_float32_one(kind):
     tokens, targets, _ = text(lanes=lanes)
     h, c = states(config, lanes).astype(np.float32)
     plain = build(config, dtype=np.float32, lanes=lanes)
-    short = LanguageModel(config, V, np.float32, T, lanes, plain.theta, bf16=True)
+    short = LanguageModel(plain.layout, T, lanes, theta=plain.theta, bf16=True)
     mask = (1, 2, np.arange(lanes))
     losses, gradient = run(plain, tokens, targets, h, c, 0.1, mask)
     rounded_losses, rounded = run(short, tokens, targets, h, c, 0.1, mask)
@@ -131,12 +132,11 @@ def test_any_number_of_threads_gives_the_same_bits(kind, precision):
     for threads in (1, 2, 3, 7):
         layout = Layout(config, V, dtype)
         theta = np.zeros(layout.size, dtype)
-        shape = config, V, dtype, 9, 9
-        model = LanguageModel(*shape, theta, bf16=precision == "bf16", team=Team(threads))
+        model = LanguageModel(layout, 9, 9, theta=theta, bf16=precision == "bf16", team=Team(threads))
         model.initialise(1)
         h, c = states(config, 9).astype(dtype)
         losses, gradient = run(model, tokens, targets, h, c, 0.1, (1, 2, np.arange(9)))
-        optimizer = optim.make(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
+        optimizer = optim.make_optimizer(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
         state = State(theta, [np.zeros_like(theta), np.zeros_like(theta)], h, c, np.zeros(9))
         norm = optimizer.step(state, [(0, gradient)], None, 0.1)
         results.append((losses.tobytes(), gradient.tobytes(), theta.tobytes(), norm))
@@ -222,18 +222,28 @@ def test_losses_do_not_depend_on_training(kind):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("B", [1, 3])
-def test_logits_are_those_of_the_losses(kind, B):
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_losses_and_states_are_those_of_the_equations(kind, lanes):
     config = configured(kind)
-    (tokens, targets, _), (h, c) = text(lanes=B), states(config, B)
-    losses = build(config, lanes=B).forward(tokens, targets, h.copy(), c.copy())
-    model = build(config, lanes=B, training=False)
-    for width in range(1, T + 1):
-        state = h.copy(), c.copy()
-        logits = model.logits(tokens[:width], *state)
-        expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(B), targets[width - 1]]
-        np.testing.assert_allclose(losses[width - 1], expected, rtol=1e-12)
-    for step in range(T):  # a token at a time, the state carried
-        logits = model.logits(tokens[step : step + 1], h, c)
-    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(B), targets[-1]]
-    np.testing.assert_allclose(losses[-1], expected, rtol=1e-12)
+    (tokens, targets, _), (h, c) = text(lanes=lanes), states(config, lanes)
+    model = build(config, lanes=lanes, training=False)
+    logits, last_h, last_c = reference(model, tokens, h, c)
+    chosen = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(model.forward(tokens, targets, h, c), np.log(np.exp(logits).sum(axis=2)) - chosen, rtol=1e-12)
+    np.testing.assert_allclose([h, c], [last_h, last_c], rtol=1e-12, atol=1e-14)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_losses_of_a_lane_do_not_depend_on_those_beside_it_to_the_bit(kind, dtype):
+    """With weights so large that some tokens need their largest logit taken off, and some do not."""
+    model = build(configured(kind), lanes=9, dtype=dtype, training=False)
+    model.theta *= 60
+    tokens, targets, rng = text(lanes=9)
+    h, c = states(model.config, 9).astype(dtype)
+    losses = model.forward(tokens, targets, h.copy(), c.copy()).copy()
+    assert np.isfinite(losses).all()
+    for _ in range(20):
+        some = rng.permutation(9)[: rng.integers(1, 10)]
+        parts = [np.ascontiguousarray(array[:, some]) for array in (tokens, targets, h, c)]
+        np.testing.assert_array_equal(model.forward(*parts), losses[:, some])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import EVERY_KIND, B, T, V, build, configured, relative, run, states, tensors, text
+from helpers.numerics import EVERY_KIND, B, T, V, build, configured, relative, run, states, tensors, text
 
 
 def torch_model(torch, config, tensors):

@@ -1,5 +1,5 @@
-"""Only hdf5.py opens HDF5, which loads no plugin, and its readers name all that a file may hold; only weights.py opens
-safetensors; nothing is unpickled.
+"""Only files/hdf5.py opens HDF5, which loads no plugin, and its readers name all that a file may hold; only
+files/safetensors.py opens safetensors; nothing is unpickled.
 """
 
 import ast
@@ -68,8 +68,8 @@ def test_only_storage_opens_hdf5():
     assert sorted(opened) == ["open_arrays", "write_hdf5"]
 
 
-def test_only_weights_opens_safetensors():
-    assert [name for name, tree in modules() if "safetensors" in {*imported(tree)}] == ["model/torch_weights.py"]
+def test_only_its_door_opens_safetensors():
+    assert [name for name, tree in modules() if "safetensors" in {*imported(tree)}] == ["files/safetensors.py"]
 
 
 def test_every_reader_names_all_that_a_file_may_hold():

@@ -7,7 +7,7 @@ import pytest
 
 from dllm.config import ModelConfig, TrainConfig
 from dllm.model.language_model import LanguageModel
-from dllm.model.layout import Extent
+from dllm.model.layout import Extent, Layout
 from dllm.runs.state import State
 from dllm.training import optim
 
@@ -23,7 +23,7 @@ def in_parts(gradient):
 def made(**settings):
     """An optimiser, a state and a gradient."""
     rng = np.random.default_rng(1)
-    optimizer = optim.make(TrainConfig(**settings), TABLE)
+    optimizer = optim.make_optimizer(TrainConfig(**settings), TABLE)
     moments = [np.zeros(50) for _ in range(optimizer.moments)]
     return optimizer, State(rng.standard_normal(50), moments, *np.zeros((3, 0))), rng.standard_normal(50)
 
@@ -214,9 +214,9 @@ def golden_losses():
     shape = {"embedding": 16, "hidden": 16, "layers": 2, "tied": True, "dropout": 0.1}
     model_config = ModelConfig(**shape, init_output=0.5, forget_bias=1.0)
     train = TrainConfig(optimizer="adam", lr=0.1, schedule="cosine", warmup=2, clip=0.5)
-    model = LanguageModel(model_config, 13, np.float64, 5, 4)
+    model = LanguageModel(Layout(model_config, 13, np.float64), 5, 4)
     P = model.layout.size
-    optimizer = optim.make(train, model.layout.table)
+    optimizer = optim.make_optimizer(train, model.layout.table)
     state = State(np.zeros(P), [np.zeros(P), np.zeros(P)], *np.zeros((2, 2, 4, 16)), np.zeros(4))
     model.bind(state.theta)
     model.initialise(seed=1)

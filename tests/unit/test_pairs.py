@@ -2,20 +2,28 @@
 
 import itertools
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.launch import write_pairs
+from helpers.numerics import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import write_pairs
 
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards
+from dllm.data.corpus import Corpus
 from dllm.data.lanes import Schedule, deal
+from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
+from dllm.files import storage
 from dllm.inference import answering
+from dllm.inference.generation import beam_search, greedy
 from dllm.kernels.gemm import aligned
+from dllm.model.decoder import Decoder
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
 
@@ -46,7 +54,7 @@ def test_no_text_is_encoded_as_what_stands_between_and_behind_the_sides(kind):
     assert tokenizer.decode(tokens) == plain.decode(tokens)
     again = load(json.loads(json.dumps(tokenizer.to_json())), "tokenizer.json")
     assert (again.sep, again.end, again.size) == (tokenizer.sep, tokenizer.end, tokenizer.size)
-    assert shards.tokenizer_hash(again) == shards.tokenizer_hash(tokenizer) != shards.tokenizer_hash(plain)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer) != tokenizer_hash(plain)
     shown = tokenizer.decode([*tokens, tokenizer.sep, *tokens, tokenizer.end])
     assert shown == plain.decode(tokens) + b"\t" + plain.decode(tokens) + b"\n"
 
@@ -74,8 +82,8 @@ def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, ki
     files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
     streams = []
     for seed in (1, 1, 2):
-        blocks = list(itertools.chain.from_iterable(pairs.plan(files, seed)))
-        assert len(pairs.plan(files, seed)) > 2
+        blocks = list(itertools.chain.from_iterable(pairs.plan_pairs(files, pairs.Pairing(seed))))
+        assert len(pairs.plan_pairs(files, pairs.Pairing(seed))) > 2
         streams.append(np.concatenate([block.encode(tokenizer) for block in blocks]))
         assert streams[-1][0] == streams[-1][-1] == tokenizer.end
     text = [[part.strip() for part in line.split("\t")] for line in tokenizer.decode(streams[0]).decode().split("\n")[1:-1]]
@@ -101,14 +109,14 @@ def make_corpus(folder, examples, shard_count=3):
         with shards.ShardWriter(path, np.uint8) as shard:
             shard.append(np.array(stream))
         entries.append({"name": path.name, "start": start, "stop": start + len(stream), "pairs": int(last - first)})
-        entries[-1]["sha256"] = shards.storage.sha256(path)
+        entries[-1]["sha256"] = storage.sha256(path)
         start += len(stream)
     longest = max(len(source) + len(target) + 2 for source, target in examples)
     split = {"tokens": start, "bytes": 1, "shards": entries, "pairs": len(examples), "longest": longest}
-    shards.save_tokenizer(folder, tokenizer)
+    save_tokenizer(folder, tokenizer)
     manifest = {"format": shards.FORMAT, "kind": "char", "vocabulary": 12, "dtype": "uint8", "splits": {"train": split}}
-    shards.storage.write_json(folder / "manifest.json", manifest | {"tokenizer": shards.tokenizer_hash(tokenizer)})
-    return shards.Corpus(folder)
+    storage.write_json(folder / "manifest.json", manifest | {"tokenizer": tokenizer_hash(tokenizer)})
+    return Corpus(folder)
 
 
 SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -118,7 +126,7 @@ SIDE = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=25), st.data())
 def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_asked_for(tmp_path_factory, examples, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.storage, "flush", lambda path: None)  # which takes most of the time
+        patch.setattr(storage, "flush", lambda path: None)  # which takes most of the time
         corpus = make_corpus(tmp_path_factory.mktemp("pairs"), examples)
     sep, end = corpus.tokenizer.sep, corpus.tokenizer.end
     count = data.draw(st.integers(1, len(examples)))
@@ -184,8 +192,8 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(tmp_path):
 def model():
     """A model in float64 with weights that matter, for at most 7 lanes in windows of 5."""
     config = ModelConfig(embedding=9, hidden=13, layers=2, init=1.2, init_output=1.2)
-    theta = aligned((Layout(config, 12, np.float64).size,), np.float64)
-    model = LanguageModel(config, 12, np.float64, 5, 7, theta, training=False)
+    layout = Layout(config, 12, np.float64)
+    model = LanguageModel(layout, 5, 7, theta=aligned((layout.size,), np.float64), training=False)
     model.initialise(3)
     return model
 
@@ -198,43 +206,102 @@ def examples():
 
 
 def plain_loss(model, tokenizer, source, target):
-    """-log p of a target and its <end>, a token at a time."""
-    h = np.zeros((2, 1, 13))
-    c, loss = np.zeros_like(h), 0.0
-    row = [tokenizer.end, *source, tokenizer.sep, *target, tokenizer.end]
-    for place, token in enumerate(row[:-1]):
-        logits = model.logits(np.array([[token]]), h, c)[0].copy()
-        if place > len(source):
-            loss -= logits[row[place + 1]] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-    return loss
+    """-log p of a target and its <end>."""
+    row = np.array([tokenizer.end, *source, tokenizer.sep, *target, tokenizer.end])
+    logits = reference(model, row[:-1, None])[0][len(source) + 1 :, 0]
+    return (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), row[len(source) + 2 :]]).sum()
 
 
 def test_the_loss_of_a_batch_is_that_of_each_target_by_itself(tmp_path, model, examples):
     tokenizer = make_corpus(tmp_path, examples).tokenizer
-    for start in range(0, 40, 7):
-        part = examples[start : start + 7]
-        expected = [plain_loss(model, tokenizer, *pair) for pair in part]
-        np.testing.assert_allclose(answering.pair_losses(model, tokenizer, part), expected, rtol=1e-10)
+    losses = [answering.pair_losses(model, tokenizer, examples[start : start + 7]) for start in range(0, 40, 7)]
+    expected = [plain_loss(model, tokenizer, *pair) for pair in examples]
+    np.testing.assert_allclose(np.concatenate(losses), expected, rtol=1e-10)
+    for pair, loss in zip(examples, np.concatenate(losses), strict=True):
+        assert answering.pair_losses(model, tokenizer, [pair]) == [loss]
 
 
-def test_targets_do_not_depend_on_the_batch_and_each_token_is_the_likeliest(tmp_path, model, examples):
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory, examples):
+    tokenizer = make_corpus(tmp_path_factory.mktemp("prompts"), examples).tokenizer
+    return [answering.prompt(tokenizer, np.array(source)) for source, _ in examples]
+
+
+@pytest.fixture(scope="module")
+def stop(model, prompts):
+    """A token that the model says early, late and never: where answers end."""
+    freely = greedy(Decoder(model, 40), prompts, 9)
+    return max(range(12), key=lambda token: len({found.index(token) for found in freely if token in found}))
+
+
+def test_each_token_of_an_answer_is_the_likeliest(model, prompts, stop):
+    answers = greedy(Decoder(model, 40), prompts, 9, stop)
+    assert len({tuple(found) for found in answers}) > 5
+    assert len({len(found) for found in answers}) > 2
+    for prompt, found in zip(prompts, answers, strict=True):
+        said = [*found, *[stop] * (len(found) < 9)]
+        logits, _, _ = reference(model, np.array([*prompt, *said[:-1]])[:, None])
+        assert logits[len(prompt) - 1 :, 0].argmax(axis=1).tolist() == said
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_answers_and_losses_are_the_same_in_any_batch_to_the_bit(tmp_path, model, examples, prompts, stop, dtype):
+    """Greedy and beam answers, log-probabilities, states and losses: random batches and windows against single pairs."""
+    tokenizer, rng = make_corpus(tmp_path, examples).tokenizer, np.random.default_rng(9)
+    layout = Layout(model.config, 12, dtype)
+    theta = aligned((layout.size,), dtype)
+    layout.unpack(model.layout.pack(model.theta).astype(dtype), theta)
+
+    def outcome(numbers, window):
+        """What each of these pairs gets."""
+        model = LanguageModel(layout, window, len(numbers), theta=theta, training=False)
+        decoder, asked = Decoder(model, 3 * len(numbers)), [prompts[number] for number in numbers]
+        found = [
+            greedy(decoder, asked, 9, stop),
+            [state.tobytes() for state in decoder.states[: len(asked)]],
+            beam_search(decoder, asked, 9, 3, end=stop),
+            beam_search(decoder, asked, 9, 3, 3.0, stop),
+            answering.pair_losses(model, tokenizer, [examples[number] for number in numbers]),
+        ]
+        return list(zip(*found, strict=True))
+
+    alone = [outcome([number], 5)[0] for number in range(40)]
+    assert len({len(text) for *_, (text, _), _ in alone}) > 1
+    for _ in range(12):
+        batch = rng.permutation(40)[: rng.integers(2, 13)]
+        assert outcome(batch, int(rng.integers(1, 12))) == [alone[number] for number in batch]
+
+
+def test_an_answer_ends_before_its_end_token_and_more_beams_find_no_worse(tmp_path, model, examples):
     tokenizer = make_corpus(tmp_path, examples).tokenizer
-    prompts = sorted((answering.prompt(tokenizer, np.array(source)) for source, _ in examples), key=len, reverse=True)
-    freely = [answering.greedy(model, tokenizer.end, [tokens], 9)[0] for tokens in prompts]
-    stop = max(range(12), key=lambda token: len({found.index(token) for found in freely if token in found}))  # comes anywhere
-    groups = [prompts[start : start + 7] for start in range(0, 40, 7)]
-    together = [found for group in groups for found in answering.greedy(model, stop, group, 9)]
-    assert len({tuple(found) for found in together}) > 5
-    assert len({len(found) for found in together}) > 2
-    for tokens, found in zip(prompts, together, strict=True):
-        assert answering.greedy(model, stop, [tokens], 9) == [found]
-        h = np.zeros((2, 1, 13))
-        c = np.zeros_like(h)
-        for token in tokens:
-            logits = model.logits(np.array([[token]]), h, c)
-        for token in [*found, *[stop] * (len(found) < 9)]:
-            assert logits.argmax() == token
-            logits = model.logits(np.array([[token]]), h, c)
+    sources, decoder = [np.array(source) for source, _ in examples], Decoder(model, 160)
+    found = {beams: answering.answers(decoder, tokenizer, sources, 9, beams) for beams in (None, 1, 4)}
+    assert found[None] == found[1] != found[4]
+    assert all(tokenizer.end not in tokens for answers in found.values() for tokens in answers)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("lanes", [1, 7])
+def test_pairs_are_solved_alike_in_any_batches_by_any_number_of_ranks(tmp_path, model, examples, ranks, lanes, monkeypatch):
+    tokenizer = make_corpus(tmp_path, examples).tokenizer
+    pairs = [(np.array(source), np.array(target), "") for source, target in examples]
+    comm = lambda rank, size: SimpleNamespace(rank=rank, size=size)
+    alone = [answering.solve(comm(0, 1), model, tokenizer, [pair], 1, 9) for pair in pairs]
+    told = []
+    monkeypatch.setattr(answering, "together", lambda comm: nullcontext())
+    monkeypatch.setattr(answering, "allgather", lambda comm, mine: told.append(mine) or [mine])
+    for rank in range(ranks):
+        answering.solve(comm(rank, ranks), model, tokenizer, pairs, lanes, 9)
+    found = sorted(one for part in told for one in part)
+    assert [text for _, text, _ in found] == [text for (text,), _ in alone]
+    assert [loss for _, _, loss in found] == [loss for _, (loss,) in alone]
+
+
+def test_a_model_that_is_not_finite_gives_no_answer(tmp_path, model, examples):
+    tokenizer = make_corpus(tmp_path, examples).tokenizer
+    broken = LanguageModel(model.layout, 5, 7, theta=np.full_like(model.theta, np.nan), training=False)
+    with pytest.raises(UserError, match="not finite"):
+        answering.answers(Decoder(broken, 1), tokenizer, [np.array([1])], 3)
 
 
 def test_the_first_pairs_of_a_split_are_read_alone(tmp_path, examples):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from helpers.numerics import DTYPES, in_panels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, in_panels
 
 from dllm.kernels.dropout import philox_reference
 from dllm.kernels.sample import BAD, Choice, Scratch, draw, probabilities_reference, uniform

@@ -5,20 +5,21 @@ import hypothesis.strategies as st
 import pytest
 
 from dllm.data.tokenizers import ByteTokenizer
-from dllm.serving.openai import Completion, Refused, read_json
+from dllm.serving.errors import Refused
+from dllm.serving.openai import Completion, read_json
 from dllm.serving.requests import Token
-from dllm.serving.text import Text, Vocabulary
+from dllm.serving.text import Detokenizer, Vocabulary
 
 BYTES = ByteTokenizer()
 TEXTS = st.text(alphabet="ab\u00e9\u20ac\U0001f600", max_size=12)
 
 
 def run(data, stops, prompt=b""):
-    """(text, [(start, byte)], whether a stop string came) by Text, a byte a token, taken after each."""
-    text, shown, pieces = Text(BYTES.decode, stops), "", []
+    """(text, [(start, byte)], whether a stop string came) by Detokenizer, a byte a token, taken after each."""
+    text, shown, pieces = Detokenizer(BYTES.decode, stops), "", []
     for place, number in enumerate(prompt + data):
         ended = text.add(Token(number, -1.0, [], place < len(prompt)))
-        new, more = text.take(final=place + 1 == len(prompt + data) and not ended)
+        new, more = text.flush(final=place + 1 == len(prompt + data) and not ended)
         shown, pieces = shown + new, pieces + more
         if ended:
             break
@@ -55,8 +56,8 @@ def test_offsets_say_where_in_the_text_a_token_begins():
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_does_not():
-    text = Text(BYTES.decode, ["abc"])
-    taken = [(text.add(Token(byte, -1.0, [])), text.take()[0])[1] for byte in b"xababd"]
+    text = Detokenizer(BYTES.decode, ["abc"])
+    taken = [(text.add(Token(byte, -1.0, [])), text.flush()[0])[1] for byte in b"xababd"]
     assert taken == ["x", "", "", "ab", "", "abd"]
 
 

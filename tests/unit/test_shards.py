@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from helpers.run_files import flip, place_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import flip, place_of
 
 from dllm.data import lanes, shards
+from dllm.data.corpus import Corpus
+from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
 from dllm.files import storage
@@ -32,17 +34,17 @@ def make_corpus(folder, tokens=TOKENS, cuts=CUTS, vocabulary=300, split="train")
         assert shard.tokens == stop - start
         entries.append({"name": path.name, "start": start, "stop": stop, "sha256": storage.sha256(path)})
     splits = {split: {"tokens": len(tokens), "bytes": 3 * len(tokens), "shards": entries}}
-    shards.save_tokenizer(folder, tokenizer)
+    save_tokenizer(folder, tokenizer)
     manifest = {
         "format": shards.FORMAT,
         "kind": "char",
         "vocabulary": vocabulary,
         "dtype": shards.token_dtype(vocabulary).name,
-        "tokenizer": shards.tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "splits": splits,
     }
     storage.write_json(folder / "manifest.json", manifest)
-    return shards.Corpus(folder)
+    return Corpus(folder)
 
 
 def test_every_range_of_tokens_is_read_back_over_any_number_of_shards(tmp_path):
@@ -168,7 +170,7 @@ def test_a_bad_manifest_is_named(tmp_path, case):
     spoil(value)
     storage.write_json(tmp_path / "manifest.json", value)
     with pytest.raises(UserError) as error:
-        shards.Corpus(tmp_path)
+        Corpus(tmp_path)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -179,21 +181,21 @@ def test_a_json_file_that_is_none_is_named(tmp_path, name, content):
     make_corpus(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
-        shards.Corpus(tmp_path)
+        Corpus(tmp_path)
 
 
 def test_a_folder_that_is_no_corpus_is_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no prepared corpus at .*/missing"):
-        shards.Corpus(tmp_path / "missing")
+        Corpus(tmp_path / "missing")
     with pytest.raises(UserError, match=r"cannot read .*manifest.json: No such file"):
-        shards.Corpus(tmp_path)
+        Corpus(tmp_path)
 
 
 def test_the_tokenizer_of_another_corpus_is_noticed(tmp_path):
     make_corpus(tmp_path)
-    shards.save_tokenizer(tmp_path, CharTokenizer([chr(0x5E00 + number) for number in range(300)]))
+    save_tokenizer(tmp_path, CharTokenizer([chr(0x5E00 + number) for number in range(300)]))
     with pytest.raises(UserError, match=r"tokenizer.json is not the one its manifest names"):
-        shards.Corpus(tmp_path)
+        Corpus(tmp_path)
 
 
 def test_a_shard_of_another_length_or_dtype_than_the_manifest_says_is_named(tmp_path):

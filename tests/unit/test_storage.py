@@ -3,7 +3,7 @@
 import h5py
 import numpy as np
 import pytest
-from runs import flip, place_of
+from helpers.run_files import flip, place_of
 
 from dllm.errors import UserError
 from dllm.files import hdf5, storage

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.data import text
+from dllm.data import embedded, text
 from dllm.errors import UserError
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -18,7 +18,7 @@ def planned(paths, piece, shard=1 << 30, search=1 << 16):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("PIECE", piece), ("SHARD", shard), ("_SEARCH", search)):
             patch.setattr(text, name, value)
-        return text.plan(paths)
+        return text.plan_text(paths)
 
 
 def check_plan(plan, paths):
@@ -95,7 +95,7 @@ def test_many_small_files_share_shards_of_the_wanted_size(tmp_path):
 
 def test_empty_files_have_no_pieces(tmp_path):
     (tmp_path / "empty").touch()
-    assert text.plan([tmp_path / "empty"]) == text.plan([]) == []
+    assert text.plan_text([tmp_path / "empty"]) == text.plan_text([]) == []
 
 
 @FEW
@@ -111,7 +111,7 @@ def test_what_is_dealt_out_is_all_there_once_in_order_and_cut_at_line_ends(tmp_p
         dealt = text.deal_out(paths, shares)
         for path, content in zip(paths, contents, strict=True):
             parts = [span for spans in dealt for span in spans if span.path == str(path)]
-            read = [b"".join(piece.read() for pieces in text.plan([part]) for piece in pieces).decode() for part in parts]
+            read = [b"".join(piece.read() for pieces in text.plan_text([part]) for piece in pieces).decode() for part in parts]
             assert "".join(read) == content
             for number in range(1, len(read)):
                 assert read[number - 1].endswith("\n") or "\n" not in "".join(read[number:])
@@ -131,13 +131,13 @@ def test_files_go_to_the_rank_with_least_and_small_alphas_make_uneven_shares(tmp
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*/missing: No such file"):
-        text.plan([tmp_path / "missing"])
+        text.plan_text([tmp_path / "missing"])
     with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
-        text.plan([tmp_path])
+        text.plan_text([tmp_path])
 
 
 def test_the_embedded_corpus_is_the_standard_library_with_one_file_in_twenty_held_out():
-    train, valid = text.embedded_corpus()
+    train, valid = embedded.standard_library()
     assert not set(train) & set(valid)
     assert train == sorted(train)
     assert 0.04 < len(valid) / len(train + valid) < 0.06

@@ -1,6 +1,4 @@
-"""Tokenizers: exact round trips on any text and on the corpora of the data folder, saving and loading, vocabularies
-from counts of pieces, unknown words, and the published word counts of WikiText-2.
-"""
+"""Tokenizers: exact round trips on any text, saving and loading, vocabularies from counts of pieces, unknown words."""
 
 import collections
 import functools
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import DATA
 
 from dllm.data.tokenizers import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer, load
 from dllm.errors import UserError
@@ -117,7 +114,7 @@ def test_a_file_that_holds_no_tokenizer_is_named(value):
 
 
 def pieces(data, places):
-    """`data` cut behind the newlines at `places`, as text.plan cuts it; each with whether it is the last."""
+    """`data` cut behind the newlines at `places`, as text.plan_text cuts it; each with whether it is the last."""
     ends = [match.end() for match in re.finditer(b"\n", data)]
     cuts = sorted({0, *(ends[place % len(ends)] for place in places if ends), len(data)})
     return [(data[a:b], b == len(data)) for a, b in itertools.pairwise(cuts)]
@@ -199,7 +196,7 @@ def test_a_vocabulary_size_that_cannot_be_is_named(kind, size):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_bytes_takes_text_that_is_not_utf8(kind):
-    if not KINDS[kind].needs_utf8:
+    if kind == "byte":
         assert built(kind).decode(built(kind).encode(b"caf\xe9")) == b"caf\xe9"
         return
     for function in (KINDS[kind].count, built(kind).encode):
@@ -226,49 +223,3 @@ def test_words_have_one_eos_a_line(text, end, words):
     tokenizer = WordTokenizer(["<eos>", "a", "b", "c"])
     assert [tokenizer.units[token] for token in tokenizer.encode(text.encode(), end)] == words.split()
     assert WordTokenizer.count(text.encode(), end) == collections.Counter(words.split())
-
-
-# the corpora
-
-
-def corpus(name, limit=None):
-    """The bytes of a file in the data folder, cut at the end of a line near `limit`."""
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there; DLLM_DATA names the data folder")
-    with open(path, "rb") as file:
-        data = file.read(limit or -1)
-    return data[: data.rfind(b"\n") + 1] if limit else data
-
-
-CORPORA = ["tinyshakespeare/input.txt", "wikitext-2/train.txt", "songci/songci.txt"]
-
-
-@pytest.mark.parametrize("name", CORPORA)
-def test_round_trips_are_exact_on_the_corpora(name):
-    data = corpus(name, None if "tiny" in name else 1 << 20)
-    for tokenizer in (
-        ByteTokenizer(),
-        CharTokenizer.build(CharTokenizer.count(data), 0),
-        BPETokenizer.build(BPETokenizer.count(data[: data.find(b"\n", 100_000) + 1]), 384),
-    ):
-        assert tokenizer.decode(tokenizer.encode(data)) == data, tokenizer.kind
-
-
-def test_tinyshakespeare_has_65_symbols():
-    data = corpus("tinyshakespeare/input.txt")
-    assert len(data) == 1_115_394
-    assert CharTokenizer.build(CharTokenizer.count(data), 0).size == 65
-
-
-def test_wikitext_2_has_the_published_words_and_types():
-    counts = WordTokenizer.count(corpus("wikitext-2/train.txt"))
-    assert counts.total() == 2_088_628
-    assert len(counts) == 33_278
-    assert WordTokenizer.count(corpus("wikitext-2/valid.txt")).total() == 217_646
-    assert WordTokenizer.count(corpus("wikitext-2/test.txt")).total() == 245_569
-
-
-def test_songci_is_utf8_of_about_two_million_characters():
-    counts = CharTokenizer.count(corpus("songci/songci.txt"))  # raises where it is not
-    assert 1_900_000 < counts.total() < 2_100_000

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.comm import topology
-from dllm.comm.topology import NAMES, Topology, make, spectral_gap, weights
+from dllm.comm.topology import NAMES, Topology, make_topology, spectral_gap, weights
 from dllm.errors import UserError
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -27,7 +27,7 @@ def possible(name, size):
     if name == "hypercube" and size & (size - 1):
         return None
     degree = {"erdos-renyi": 6.5, "random-regular": 2 + (size > 4) * (1 + size % 2)}.get(name, 3)
-    return make(name, size, degree)
+    return make_topology(name, size, degree)
 
 
 def everything(sizes):
@@ -46,7 +46,7 @@ def both_ways(pairs):
 def refusal(*arguments, **options):
     """The line with which make refuses."""
     with pytest.raises(UserError) as error:
-        make(*arguments, **options)
+        make_topology(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -99,7 +99,7 @@ def test_fixed_topologies_are_those_of_networkx(name, size):
     ],
 )
 def test_degrees(name, size, degrees):
-    found = make(name, size)
+    found = make_topology(name, size)
     for phase in range(len(found.phases)):
         assert {len(found.receivers(phase, rank)) for rank in range(size)} == degrees
         assert {len(found.senders(phase, rank)) for rank in range(size)} == degrees
@@ -108,7 +108,7 @@ def test_degrees(name, size, degrees):
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 11, 16])
 def test_exponential_graphs_of_one_peer_and_of_all(size):
     """Ying et al. 2021: i sends to i + 2^k, of all k at once or of one after the other."""
-    static, one = make("exponential", size), make("one-peer-exponential", size)
+    static, one = make_topology("exponential", size), make_topology("one-peer-exponential", size)
     hops = math.ceil(math.log2(size))
     assert len(one.phases) == hops
     for k in range(hops):
@@ -123,7 +123,7 @@ def test_exponential_graphs_of_one_peer_and_of_all(size):
 @given(st.integers(3, 40), st.data())
 def test_random_regular_graphs_are_regular_and_connected(size, data):
     degree = data.draw(st.sampled_from(range(2, size, 1 + size % 2)))
-    found = make("random-regular", size, degree, seed=data.draw(st.integers(0, 99)))
+    found = make_topology("random-regular", size, degree, seed=data.draw(st.integers(0, 99)))
     graph = nx.Graph(edges(found))
     assert dict(graph.degree) == dict.fromkeys(range(size), degree)
     assert nx.is_connected(graph)
@@ -131,11 +131,11 @@ def test_random_regular_graphs_are_regular_and_connected(size, data):
 
 
 def test_random_graphs_have_the_degree_asked_for_and_differ_by_seed():
-    found = [make("erdos-renyi", 200, degree=12, seed=100 * seed) for seed in range(20)]
+    found = [make_topology("erdos-renyi", 200, degree=12, seed=100 * seed) for seed in range(20)]
     mean = np.mean([len(edges(graph)) / 200 for graph in found])
     assert mean == pytest.approx(12, abs=0.3)  # 5 standard deviations: each has one of 12 / sqrt(1200)
     for name in ("erdos-renyi", "random-regular"):
-        assert len({make(name, 32, degree=6, seed=100 * seed).phases for seed in range(10)}) == 10
+        assert len({make_topology(name, 32, degree=6, seed=100 * seed).phases for seed in range(10)}) == 10
 
 
 @pytest.mark.parametrize("found", everything(SIZES), ids=lambda found: f"{found.name}-{found.size}")
@@ -169,7 +169,7 @@ def test_what_holds_for_every_topology(found):
 
 @EVERY_NAME
 def test_one_rank_and_two_ranks(name):
-    alone, pair = make(name, 1), make(name, 2)
+    alone, pair = make_topology(name, 1), make_topology(name, 2)
     assert alone.phases == (((),),)
     assert pair.phases == (((1,), (0,)),)
     for found in (alone, pair):
@@ -182,8 +182,8 @@ def test_one_rank_and_two_ranks(name):
 
 
 def test_what_is_no_tree():
-    assert not make("ring", 3).is_tree
-    assert not make("exponential", 5).is_tree
+    assert not make_topology("ring", 3).is_tree
+    assert not make_topology("exponential", 5).is_tree
     forest = Topology("forest", 4, (((1,), (0,), (3,), (2,)),))
     assert not forest.is_tree
     assert not forest.strongly_connected
@@ -204,7 +204,7 @@ def test_the_entry_of_a_weight_is_receiver_then_sender():
     (uniform,), (column,) = weights(found, "uniform"), weights(found, "column")
     np.testing.assert_array_equal(uniform, [[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]])
     np.testing.assert_array_equal(column, [[0.5, 0, 0], [0.5, 0.5, 0], [0, 0.5, 1]])
-    (star,) = weights(make("star", 3), "metropolis")
+    (star,) = weights(make_topology("star", 3), "metropolis")
     np.testing.assert_allclose(star, np.array([[1, 1, 1], [1, 2, 0], [1, 0, 2]]) / 3)
 
 
@@ -228,7 +228,7 @@ def test_what_is_stochastic():
     assert not topology.is_doubly_stochastic(rows)
     assert not topology.is_row_stochastic(np.array([[2.0, -1.0], [0.0, 1.0]]))
     assert not topology.is_row_stochastic(np.eye(2) * (1 - 1e-9))
-    (star,) = weights(make("star", 5), "uniform")
+    (star,) = weights(make_topology("star", 5), "uniform")
     assert topology.is_row_stochastic(star)
     assert not topology.is_column_stochastic(star)
 
@@ -236,22 +236,22 @@ def test_what_is_stochastic():
 @pytest.mark.parametrize("size", [3, 4, 5, 8, 17, 64])
 def test_gap_of_a_ring(size):
     for kind in topology.WEIGHTS:
-        gap = spectral_gap(weights(make("ring", size), kind))
+        gap = spectral_gap(weights(make_topology("ring", size), kind))
         assert gap == pytest.approx(1 - (1 + 2 * math.cos(2 * math.pi / size)) / 3, abs=1e-12)
 
 
 @pytest.mark.parametrize(("a", "b"), [(3, 3), (3, 4), (4, 4), (5, 7), (8, 8)])
 def test_gap_of_a_torus(a, b):
-    gap = spectral_gap(weights(make("torus", a * b), "uniform"))
+    gap = spectral_gap(weights(make_topology("torus", a * b), "uniform"))
     assert gap == pytest.approx(2 * (1 - math.cos(2 * math.pi / b)) / 5, abs=1e-12)
 
 
 @pytest.mark.parametrize("log2", range(1, 7))
 def test_gaps_of_powers_of_two(log2):
     size = 2**log2
-    assert spectral_gap(weights(make("hypercube", size), "uniform")) == pytest.approx(2 / (1 + log2), abs=1e-12)
-    assert spectral_gap(weights(make("complete", size), "uniform")) == 1
-    matrices = weights(make("one-peer-exponential", size), "uniform")
+    assert spectral_gap(weights(make_topology("hypercube", size), "uniform")) == pytest.approx(2 / (1 + log2), abs=1e-12)
+    assert spectral_gap(weights(make_topology("complete", size), "uniform")) == 1
+    matrices = weights(make_topology("one-peer-exponential", size), "uniform")
     assert len(matrices) == log2
     for order in (matrices, matrices[::-1], matrices[1:] + matrices[:1]):  # circulants commute
         product = functools.reduce(np.matmul, order)
@@ -262,14 +262,14 @@ def test_gaps_of_powers_of_two(log2):
 @pytest.mark.parametrize("size", [4, 6, 10, 12, 16, 22, 64, 100])
 def test_gap_of_exponential_graphs(size):
     """Ying et al. 2021, proposition 1, for even n."""
-    gap = spectral_gap(weights(make("exponential", size), "uniform"))
+    gap = spectral_gap(weights(make_topology("exponential", size), "uniform"))
     assert gap == pytest.approx(2 / (1 + math.ceil(math.log2(size))), abs=1e-9)
 
 
 @pytest.mark.parametrize("degree", [3, 6, 12])
 def test_gap_of_large_random_regular_graphs(degree):
     """Friedman 2003: |lambda_2| of the adjacency matrix is at most 2 sqrt(d - 1) + epsilon; Alon, Boppana: nor much less."""
-    (matrix,) = weights(make("random-regular", 512, degree), "uniform")
+    (matrix,) = weights(make_topology("random-regular", 512, degree), "uniform")
     assert spectral_gap([matrix]) == pytest.approx((degree - 2 * math.sqrt(degree - 1)) / (1 + degree), abs=0.03)
 
 
@@ -279,14 +279,14 @@ def test_gap_of_several_phases_is_a_rate_per_step(size):
     hops = (size - 1).bit_length()
     roots = np.exp(2j * np.pi * np.outer(np.arange(1, size), 2 ** np.arange(hops)) / size)
     second = abs(np.prod((1 + roots) / 2, axis=1)).max()
-    matrices = weights(make("one-peer-exponential", size), "uniform")
+    matrices = weights(make_topology("one-peer-exponential", size), "uniform")
     assert spectral_gap(matrices) == pytest.approx(1 - second ** (1 / hops), abs=1e-9)
     twice = spectral_gap(matrices * 2)
     assert twice == pytest.approx(spectral_gap(matrices), abs=1e-9)
 
 
 def test_the_gap_is_how_fast_a_difference_shrinks():
-    (matrix,) = weights(make("tree", 12), "metropolis")
+    (matrix,) = weights(make_topology("tree", 12), "metropolis")
     x = np.random.default_rng(0).normal(size=12)
     far = [np.linalg.norm(np.linalg.matrix_power(matrix, steps) @ (x - x.mean())) for steps in (400, 401)]
     assert far[1] / far[0] == pytest.approx(1 - spectral_gap([matrix]), rel=1e-9)
@@ -295,20 +295,20 @@ def test_the_gap_is_how_fast_a_difference_shrinks():
 @EVERY_NAME
 def test_the_same_in_every_process(name):
     """Sets are walked through in an order that PYTHONHASHSEED may change."""
-    source = f"from dllm.comm.topology import make; print(make({name!r}, 64, 8, 3).phases)"
-    found = {str(make(name, 64, 8, 3).phases)}
+    source = f"from dllm.comm.topology import make_topology; print(make_topology({name!r}, 64, 8, 3).phases)"
+    found = {str(make_topology(name, 64, 8, 3).phases)}
     for seed in ("1", "2") if name in ("random-regular", "erdos-renyi") else ():
         environment = os.environ | {"PYTHONHASHSEED": seed}
         run = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True)
         found.add(run.stdout.strip())
-    assert found == {str(make(name, 64, 8, 3).phases)}
-    assert make(name, 64, 8, 3) == make(name, 64, 8, 3)
+    assert found == {str(make_topology(name, 64, 8, 3).phases)}
+    assert make_topology(name, 64, 8, 3) == make_topology(name, 64, 8, 3)
 
 
 @EVERY_NAME
 def test_many_ranks_take_little_time(name):
     begin = time.process_time()
-    found = make(name, 4096, degree=12)
+    found = make_topology(name, 4096, degree=12)
     assert time.process_time() - begin < 3
     assert found.size == len(found.phases[0]) == 4096
 
@@ -317,7 +317,7 @@ def test_a_random_graph_that_falls_apart_does_so_in_bounded_time():
     begin = time.process_time()
     assert "100 graphs of 2048 ranks with degree 3 fell apart; take 9 or more" in refusal("erdos-renyi", 2048)
     assert time.process_time() - begin < 20
-    assert make("erdos-renyi", 2048, degree=9).strongly_connected
+    assert make_topology("erdos-renyi", 2048, degree=9).strongly_connected
 
 
 def test_refused_names():
@@ -346,18 +346,18 @@ def test_refused_names():
 def test_refused_sizes_and_degrees(name, size, degree, message):
     assert refusal(name, size, degree) == message
     if name != "hypercube":
-        make(name, size, int(message.split("take ")[1].split()[0]))
+        make_topology(name, size, int(message.split("take ")[1].split()[0]))
     else:
-        assert {make(name, int(word)).size for word in message.split("ranks, ")[1].split(", not")[0].split(" or ")}
+        assert {make_topology(name, int(word)).size for word in message.split("ranks, ")[1].split(", not")[0].split(" or ")}
 
 
 @pytest.mark.parametrize("name", ["exponential", "one-peer-exponential"])
 def test_refused_weights(name):
     message = f"topology {name} has edges of one way, metropolis weights need both: take uniform"
     with pytest.raises(UserError, match=f"^{message}$"):
-        weights(make(name, 8), "metropolis")
+        weights(make_topology(name, 8), "metropolis")
     with pytest.raises(UserError, match=r"^weights 'metro': they are one of metropolis, uniform, column$"):
-        weights(make(name, 8), "metro")
+        weights(make_topology(name, 8), "metro")
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def file(tmp_path):
 
 def test_a_file_of_edges(file):
     path = file("# a path of four\n\n0 1\n 2\t1 # twice\n1 2\r\n3 2 {'weight': 7}\n3 3\n")
-    found = make(path, 4)
+    found = make_topology(path, 4)
     assert edges(found) == both_ways([(0, 1), (1, 2), (2, 3)])
     assert found.name == path
     assert found.is_tree
@@ -382,15 +382,15 @@ def test_a_file_of_edges(file):
 
 def test_a_directed_file(file):
     for first in ("# directed", "#directed\r", "\ufeff#  Directed "):
-        found = make(file(f"{first}\n0 1\n1 2\n2 0\n"), 3)
+        found = make_topology(file(f"{first}\n0 1\n1 2\n2 0\n"), 3)
         assert edges(found) == {(0, 1), (1, 2), (2, 0)}
         assert found.directed
     for elsewhere in ("# not directed\n0 1\n1 2\n", "0 1\n# directed\n1 2\n"):
-        assert not make(file(elsewhere), 3).directed
+        assert not make_topology(file(elsewhere), 3).directed
 
 
 def test_an_empty_file_is_a_graph_of_one_rank(file):
-    assert make(file("# nobody\n"), 1).phases == (((),),)
+    assert make_topology(file("# nobody\n"), 1).phases == (((),),)
 
 
 @FEW
@@ -404,7 +404,7 @@ def test_files_of_networkx(tmp_path_factory, size, seed, directed):
     read = nx.read_edgelist(path, nodetype=int, create_using=nx.DiGraph if directed else nx.Graph)
     connected = len(read) and (nx.is_strongly_connected(read) if directed else nx.is_connected(read))
     if len(read) == size and connected:
-        assert edges(make(str(path), size)) == (set(read.edges) if directed else both_ways(read.edges))
+        assert edges(make_topology(str(path), size)) == (set(read.edges) if directed else both_ways(read.edges))
     else:
         assert str(path) in refusal(str(path), size)
 
@@ -439,20 +439,3 @@ def test_refused_files(file, content, size, message):
 def test_what_is_no_file(tmp_path):
     assert refusal(str(tmp_path), 4) == f"cannot read {tmp_path}: it is not a file"
     assert refusal("/dev/zero", 4) == "cannot read /dev/zero: it is not a file"
-
-
-@pytest.mark.parametrize("name", ["tree", "ring", "exponential", "one-peer-exponential"])
-def test_pictures(name, tmp_path):
-    pytest.importorskip("matplotlib")
-    make(name, 8).draw(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match=r"^cannot draw .*/none/picture\.png: No such file or directory$"):
-        make(name, 8).draw(tmp_path / "none" / "picture.png")
-    with pytest.raises(UserError, match=r"^cannot draw .*picture\.xyz: "):
-        make(name, 8).draw(tmp_path / "picture.xyz")
-
-
-def test_pictures_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"^a picture needs matplotlib: pip install 'dllm\[plot\]'$"):
-        make("ring", 4).draw(tmp_path / "picture.png")

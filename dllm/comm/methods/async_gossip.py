@@ -1,12 +1,14 @@
 """Asynchronous gossip: nobody waits for a neighbour, half of what one has is put into its memory."""
 
+from typing import Any
+
 import numpy as np
-from mpi4py import MPI
 
-from .local_steps import OwnSteps
+from ...kernels.types import Array
+from .local_steps import LocalSteps
 
 
-class AsyncGossip(OwnSteps):
+class AsyncGossip(LocalSteps):
     """Push-sum by one-sided messages (Kempe et al. 2003; asynchronous: Assran, Rabbat 2020, "Asynchronous gradient-push").
 
         x_i <- x_i - lr g_i(z_i)
@@ -18,25 +20,30 @@ class AsyncGossip(OwnSteps):
     They meet every averaging.period steps, to agree on when to stop; until then each goes at its own speed.
     """
 
-    meets = True
+    periodic = True
+    weighted = between_nodes = False
 
-    def prepare(self):
+    def prepare(self) -> None:
         neighbours = self.graph("column")
         self.receivers = [rank for phase in neighbours.receivers for rank in phase]
         self.w, self.before = self.array("push_sum_weight", 1), self.x.copy()
         self.w[:] = 1
         self.outgoing = np.empty(self.x.size + 1, self.x.dtype)  # x, and w behind it
-        self.window = MPI.Win.Allocate(self.outgoing.nbytes, self.x.itemsize, comm=self.comm)
-        self.inbox = np.frombuffer(self.window.tomemory(), self.x.dtype)
+        from mpi4py import MPI
+        from mpi4py.util.dtlib import from_numpy_dtype
+
+        self.window = MPI.Win.Allocate(self.outgoing.nbytes, self.x.itemsize, comm=self.comm)  # type: ignore[arg-type]
+        memory: Any = self.window.tomemory()
+        self.inbox = np.frombuffer(memory, self.x.dtype)
         self.inbox[:] = 0
-        self.kind = MPI._typedict[self.x.dtype.char]
+        self.kind = from_numpy_dtype(self.x.dtype)
         self.comm.Barrier()
 
-    def direction(self, g):
+    def direction(self, g: Array) -> Array:
         self.before[:] = self.x
         return g
 
-    def arrive(self, lr):
+    def arrive(self, lr: float) -> None:
         z, w = self.x, self.w
         z += (w - 1) * self.before  # w z - lr g, of the z before
         if self.receivers:
@@ -48,10 +55,10 @@ class AsyncGossip(OwnSteps):
             self._take()
         z /= w
 
-    def progress(self):
+    def progress(self) -> None:
         self.comm.Iprobe()  # others may be waiting for this rank's memory
 
-    def average(self, out):
+    def average(self, out: Array) -> None:
         self.comm.Barrier()  # all that was pushed is there
         z, w = self.x, self.w
         z *= w
@@ -59,16 +66,20 @@ class AsyncGossip(OwnSteps):
         self.mean(z, out)
         z /= w
 
-    def end(self):
+    def end(self) -> None:
         self.window.Free()
 
-    def _push(self, rank):
+    def _push(self, rank: int) -> None:
+        from mpi4py import MPI
+
         self.window.Lock(rank, MPI.LOCK_SHARED)
         self.window.Accumulate([self.outgoing, self.kind], rank, op=MPI.SUM)
         self.window.Unlock(rank)
         self.bytes_sent += self.outgoing.nbytes
 
-    def _take(self):
+    def _take(self) -> None:
+        from mpi4py import MPI
+
         self.window.Lock(self.comm.rank, MPI.LOCK_EXCLUSIVE)
         self.x += self.inbox[:-1]
         self.w += self.inbox[-1]

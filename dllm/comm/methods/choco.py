@@ -4,10 +4,10 @@ import numpy as np
 
 from .. import compression
 from ..runtime import agree
-from .local_steps import OwnSteps
+from .local_steps import LocalSteps
 
 
-class Choco(OwnSteps):
+class Choco(LocalSteps):
     """CHOCO-SGD (Koloskova, Stich, Jaggi 2019; Koloskova et al. 2020, "Decentralized deep learning with arbitrary
     communication compression", algorithm 3, the form with three vectors whatever the degree).
 
@@ -22,21 +22,30 @@ class Choco(OwnSteps):
     """
 
     default_topology = "ring"
+    between_nodes = False  # compression sees the tensors of the whole vector
+    compressions = compression.LOSSY
 
-    def prepare(self):
+    def prepare(self) -> None:
         config, P = self.config, sum(int(np.prod(shape)) for shape in self.tensors.shapes)
         self.Q = agree(
-            self.comm, compression.make, config.compression, self.tensors.shapes, self.x.dtype, config.fraction, self.seed, True
+            self.comm,
+            compression.make_compressor,
+            config.compression,
+            self.tensors.shapes,
+            self.x.dtype,
+            config.fraction,
+            self.seed,
+            True,
         )
-        self.neighbours = self.graph("symmetric")
+        self.around = self.graph("symmetric")
         self.known, self.s = self.array("known", P), self.array("neighbours_known", P)  # xhat_i, s_i
         start = self.tensors.pack(self.x)  # all begin from the same model, and know it
         self.known[:], self.s[:] = start, start
         self.payload = np.zeros(self.Q.size, np.uint8)
-        self.incoming = np.zeros((len(self.neighbours.senders[0]), self.Q.size), np.uint8)
+        self.incoming = np.zeros((len(self.around.senders[0]), self.Q.size), np.uint8)
 
-    def arrive(self, lr):
-        graph, own, others = self.neighbours.at(0)
+    def arrive(self, lr: float) -> None:
+        graph, own, others = self.around.at(0)
         x = self.tensors.pack(self.x)
         self.Q.encode(x - self.known, self.payload, self.step, self.comm.rank)
         if len(others):

@@ -4,14 +4,15 @@ import numpy as np
 
 from ...errors import UserError
 from ...kernels.compress import add_signs, pack_signs
+from ...kernels.types import Array
 from .. import compression
-from ..allreduce import sent_by_allgather, sent_by_allreduce
 from ..powersgd import PowerSGD
 from ..runtime import agree
-from .local_steps import OwnSteps
+from ..traffic import sent_by_allgather, sent_by_allreduce
+from .whole_vector import WholeVector
 
 
-class CompressedAllreduce(OwnSteps):
+class CompressedAllreduce(WholeVector):
     """The mean of compressed gradients.
 
         p_i = g_i + e_i;   message Q(p_i);   e_i <- p_i - Q(p_i)    error feedback (Stich et al. 2018, Karimireddy et al. 2019)
@@ -21,9 +22,9 @@ class CompressedAllreduce(OwnSteps):
     vote on the signs of momenta, with no memory of errors), or what compression.NAMES has
     """
 
-    identical = True
+    compressions = ("powersgd", "signum", *compression.LOSSY)
 
-    def prepare(self):
+    def prepare(self) -> None:
         config, dtype = self.config, self.x.dtype
         self.P = sum(int(np.prod(shape)) for shape in self.tensors.shapes)
         kind = config.compression
@@ -39,16 +40,18 @@ class CompressedAllreduce(OwnSteps):
             self.momentum = self.array("momentum", self.P)
             self.payloads(-(-self.P // 8) + 1)  # the last byte: this rank's gradient is not finite
         elif kind != "none":
-            self.Q = agree(self.comm, compression.make, kind, self.tensors.shapes, dtype, config.fraction, self.seed, True)
+            self.Q = agree(
+                self.comm, compression.make_compressor, kind, self.tensors.shapes, dtype, config.fraction, self.seed, True
+            )
             self.feedback = compression.ErrorFeedback(self.Q)
             self.arrays["error"] = self.feedback.memory
             self.payloads(self.Q.size)
         self.combine = {"powersgd": self._powersgd, "signum": self._signum, "none": None}.get(kind, self._gathered)
 
-    def payloads(self, size):
+    def payloads(self, size: int) -> None:
         self.payload, self.everyones = np.zeros(size, np.uint8), np.zeros((self.comm.size, size), np.uint8)
 
-    def direction(self, g):
+    def direction(self, g: Array) -> Array:
         if self.combine is None:
             self.mean(g, g)
         else:
@@ -58,16 +61,13 @@ class CompressedAllreduce(OwnSteps):
         self.used = slice(None)  # other ranks' rows are in it now
         return g
 
-    def average(self, out):
-        out[:] = self.x
-
-    def _powersgd(self, g):
+    def _powersgd(self, g: Array) -> None:
         with self.exposed():
             self.average_of.average(g)
         self.unsound = self.average_of.unsound
         self.bytes_sent += sent_by_allreduce(self.average_of.size, self.comm.size)
 
-    def _gathered(self, g):
+    def _gathered(self, g: Array) -> None:
         self.feedback.encode(g, self.payload, self.step, self.comm.rank)
         self.unsound = not np.isfinite(g).all()
         self._gather()
@@ -77,7 +77,7 @@ class CompressedAllreduce(OwnSteps):
         if not (self.unsound or np.isfinite(g).all()):  # all leave this step out: what was sent is still to be sent
             self.Q.add(self.payload, self.feedback.memory)
 
-    def _signum(self, g):
+    def _signum(self, g: Array) -> None:
         m, mu = self.momentum, self.config.momentum
         self.unsound = not np.isfinite(g).all()
         if not self.unsound:
@@ -94,6 +94,6 @@ class CompressedAllreduce(OwnSteps):
         if self.everyones[:, -1].any():
             g[:] = np.nan
 
-    def _gather(self):
+    def _gather(self) -> None:
         self.wait(self.comm.Iallgather(self.payload, self.everyones))
         self.bytes_sent += sent_by_allgather(self.payload.nbytes, self.comm.size)

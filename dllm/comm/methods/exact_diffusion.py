@@ -3,10 +3,10 @@
 import numpy as np
 
 from ...kernels.reduce import weighted_differences
-from .local_steps import OwnSteps
+from .local_steps import LocalSteps
 
 
-class ExactDiffusion(OwnSteps):
+class ExactDiffusion(LocalSteps):
     """Exact diffusion (Yuan, Ying, Zhao, Sayed 2019), the same as D2 (Tang et al. 2018) with (I + W) / 2 for W.
 
         psi_i <- x_i - lr g_i(x_i)
@@ -21,16 +21,16 @@ class ExactDiffusion(OwnSteps):
     """
 
     default_topology = "ring"
+    needs_sgd = True
 
-    def prepare(self):
-        self.needs_sgd()
+    def prepare(self) -> None:
         neighbours = self.graph("symmetric")
         neighbours.phases = [(graph, (1 + own) / 2, others / 2) for graph, own, others in neighbours.phases]
         self.of_phi = self.mixing(neighbours, combine=weighted_differences)
         self.phi, self.d = self.x.copy(), np.zeros_like(self.x)
         self.correction = self.array("correction")  # x - psi of the step before
 
-    def arrive(self, lr):
+    def arrive(self, lr: float) -> None:
         psi, phi, x = self.x, self.phi, self.x
         np.add(psi, self.correction, out=phi)
         self.of_phi.start(phi, self.d, self.step)

@@ -3,10 +3,11 @@
 import math
 
 from ...kernels.optim import sum_of_squares
-from .local_steps import OwnSteps
+from ...kernels.types import Array
+from .local_steps import LocalSteps
 
 
-class GradientTracking(OwnSteps):
+class GradientTracking(LocalSteps):
     """DIGing (Nedic, Olshevsky, Shi 2017; Di Lorenzo, Scutari 2016; for SGD: Pu, Nedic 2021).
 
         y_i <- sum_j W_ij y_j + g_i(x_i) - g_i of the step before
@@ -15,18 +16,19 @@ class GradientTracking(OwnSteps):
     Exact however much the ranks' data differ. Two vectors travel, both while the gradient is computed.
     """
 
-    def prepare(self):
-        self.needs_sgd()
+    needs_sgd = True
+
+    def prepare(self) -> None:
         neighbours = self.graph("doubly")
         self.of_x, self.of_y = self.mixing(neighbours), self.mixing(neighbours)
         self.y, self.before = self.array("tracked_gradient"), self.array("gradient_before")
         self.mixed = self.x.copy()
 
-    def depart(self):
+    def depart(self) -> None:
         self.of_x.start(self.x, self.mixed, self.step)
         self.of_y.start(self.y, self.y, self.step)
 
-    def direction(self, g):
+    def direction(self, g: Array) -> Array:
         self.of_y.finish()
         self.of_x.finish()
         self.x[:] = self.mixed

@@ -1,14 +1,22 @@
 """Two levels: Allreduce between the ranks of a node, a method of averaging between nodes."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...errors import UserError
-from ..allreduce import sent_by_allgather
+from ...kernels.types import Array
 from ..runtime import allgather
-from .local_steps import OwnSteps
+from ..traffic import sent_by_allgather
+from .local_steps import LocalSteps
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
-class Hierarchical(OwnSteps):
+class Hierarchical(LocalSteps):
     """Any method that treats each element of the vector like every other, with a node in the place of a rank.
 
         g    = mean of the gradients of a node's ranks, all of which have the same x
@@ -23,14 +31,16 @@ class Hierarchical(OwnSteps):
         The ranks of this node; every node has as many.
     kind : class
         The method between nodes.
-    others : as OwnSteps
+    others : as LocalSteps
     """
 
-    def __init__(self, kind, node, comm, *others, **named):
-        self.kind, self.node, self.meets = kind, node.Dup(), kind.meets
+    periodic = True  # where its `kind` is
+
+    def __init__(self, kind: type[LocalSteps], node: MPI.Comm, comm: MPI.Comm, *others: Any, **named: Any) -> None:
+        self.kind, self.node = kind, node.Dup()
         super().__init__(comm, *others, **named)
 
-    def prepare(self):
+    def prepare(self) -> None:
         k, n = self.node.rank, self.node.size
         everyone = allgather(self.comm, (n, allgather(self.node, self.comm.rank)[0]))
         if len({size for size, _ in everyone}) > 1:
@@ -44,11 +54,14 @@ class Hierarchical(OwnSteps):
         )
         self.arrays, self.mixings = self.between.arrays, self.between.mixings
 
-    def depart(self):
+    def meeting(self) -> bool:
+        return not self.kind.periodic or super().meeting()
+
+    def depart(self) -> None:
         self.between.step = self.step
         self.between.depart()
 
-    def direction(self, g):
+    def direction(self, g: Array) -> Array:
         self.mean(g, g, self.node)
         mine = self.between.direction(g[self.part])
         if self.optimizer.weight_decay:
@@ -58,31 +71,31 @@ class Hierarchical(OwnSteps):
         self.used = slice(None)  # the rows of all ranks of the node are in it now
         return g
 
-    def arrive(self, lr):
+    def arrive(self, lr: float) -> None:
         self.between.arrive(lr)
         self._tell(self.x)
         self._take_over_counters()
 
-    def average(self, out):
+    def average(self, out: Array) -> None:
         self.between.average(out[self.part])
         self._tell(out)
         self._take_over_counters()
 
-    def round_trips(self):
+    def round_trips(self) -> dict[int, float]:
         return {self.ranks[number]: seconds for number, seconds in self.between.round_trips().items()}
 
-    def describe(self):
+    def describe(self) -> str:
         return f"{self.between.describe()}; between {self.nodes.size} nodes, allreduce among the {self.node.size} ranks of each"
 
-    def end(self):
+    def end(self) -> None:
         self.between.end()
 
-    def _take_over_counters(self):
+    def _take_over_counters(self) -> None:
         for counter in ("bytes_sent", "exposed_seconds", "flight_seconds"):
             setattr(self, counter, getattr(self, counter) + getattr(self.between, counter))
             setattr(self.between, counter, 0)
 
-    def _tell(self, vector):
+    def _tell(self, vector: Array) -> None:
         """Every rank of this node gets the parts that the others have in their care."""
         if self.node.size > 1:
             self.wait(self.node.Iallgatherv(vector[self.part].copy(), [vector, self.counts]))

@@ -1,9 +1,10 @@
 """Quasi-global momentum: momentum of how the mixed model moved, not of the local gradient."""
 
-from .local_steps import OwnSteps
+from ...kernels.types import Array
+from .local_steps import LocalSteps
 
 
-class QuasiGlobalMomentum(OwnSteps):
+class QuasiGlobalMomentum(LocalSteps):
     """QG-DSGDm (Lin et al. 2021, "Quasi-global momentum: accelerating decentralized deep learning on heterogeneous data").
 
         x' <- x_i - lr (g_i(x_i) + mu m_i)
@@ -13,18 +14,19 @@ class QuasiGlobalMomentum(OwnSteps):
     mu : averaging.momentum
     """
 
-    def prepare(self):
-        self.needs_sgd(momentum=False)
+    needs_sgd = needs_no_momentum = True
+
+    def prepare(self) -> None:
         self.of_x, self.m = self.mixing(self.graph("doubly")), self.array("quasi_global_momentum")
         self.before, self.ahead = self.x.copy(), self.x.copy()
 
-    def direction(self, g):
+    def direction(self, g: Array) -> Array:
         self.before[:] = self.x
         self.ahead[:] = g
         self.ahead += self.config.momentum * self.m
         return self.ahead
 
-    def arrive(self, lr):
+    def arrive(self, lr: float) -> None:
         self.of_x.start(self.x, self.x, self.step)
         self.of_x.finish()
         mu = self.config.momentum

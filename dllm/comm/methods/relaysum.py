@@ -3,10 +3,10 @@
 import numpy as np
 
 from ...errors import UserError
-from .local_steps import OwnSteps
+from .local_steps import LocalSteps
 
 
-class RelaySum(OwnSteps):
+class RelaySum(LocalSteps):
     """RelaySGD (Vogels et al. 2021, "RelaySum for decentralized deep learning on heterogeneous data", algorithm 1).
 
         x'_i    <- x_i - lr g_i(x_i)
@@ -19,20 +19,20 @@ class RelaySum(OwnSteps):
 
     default_topology = "tree"
 
-    def prepare(self):
+    def prepare(self) -> None:
         name = self.config.topology or self.default_topology
-        self.neighbours = self.graph("symmetric")
-        if not self.neighbours.topology.is_tree:
+        around = self.graph("symmetric")
+        if not around.topology.is_tree:
             raise UserError.of_all(
                 f"averaging.method = relaysum needs a tree, which {name} is not: take averaging.topology = tree or star"
             )
-        self.tree, P = self.neighbours.duplicate().phases[0][0], self.x.size
-        degree = len(self.neighbours.senders[0])
+        self.tree, P = around.duplicate().phases[0][0], self.x.size
+        degree = len(around.senders[0])
         self.m = self.array("relayed", degree * P).reshape(degree, P)
         self.counts = self.array("relayed_counts", degree)
         self.outgoing, self.outgoing_counts = np.empty_like(self.m), np.empty_like(self.counts)
 
-    def arrive(self, lr):
+    def arrive(self, lr: float) -> None:
         x, degree = self.x, len(self.m)
         for j in range(degree):
             others = [k for k in range(degree) if k != j]

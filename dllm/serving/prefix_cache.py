@@ -4,6 +4,8 @@ import bisect
 import hashlib
 from collections import Counter, OrderedDict
 
+from ..kernels.types import Array
+
 OVERHEAD = 300  # bytes of an entry beside its state
 
 
@@ -13,16 +15,26 @@ class PrefixCache:
     Entries are found by BLAKE2b of their tokens (Aumasson et al. 2013), which nobody can make collide: a text never gets
     the state of another.
 
+    Parameters
+    ----------
     limit : int
         Bytes; 0: nothing is kept.
+
+    Attributes
+    ----------
+    bytes : int
+        That it holds.
+    hits : int
+        How often `find` has found a prefix.
     """
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self.limit, self.bytes, self.hits = limit, 0, 0
-        self._entries = OrderedDict()  # digest -> (length, state)
-        self._count, self._lengths = Counter(), []  # how many entries have a length; those there are, sorted
+        self._entries: OrderedDict[bytes, tuple[int, Array]] = OrderedDict()  # digest -> (length, state)
+        self._count: Counter[int] = Counter()  # how many entries have a length
+        self._lengths: list[int] = []  # those there are, sorted
 
-    def find(self, tokens, beyond=0):
+    def find(self, tokens: Array, beyond: int = 0) -> tuple[int, Array | None]:
         """The longest prefix of tokens (n,) int64 that is known: its length and its state, not to be written to.
 
         (0, None) where none is longer than `beyond`.
@@ -41,7 +53,7 @@ class PrefixCache:
         self._entries.move_to_end(found[-1])
         return self._entries[found[-1]]
 
-    def put(self, tokens, state):
+    def put(self, tokens: Array, state: Array) -> None:
         """Keep a copy of the state behind tokens (n,) int64."""
         size = state.nbytes + OVERHEAD
         if size > self.limit or len(tokens) == 0:

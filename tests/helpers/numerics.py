@@ -128,7 +128,7 @@ def build(config, seed=1, lanes=B, window=T, dtype=np.float64, training=True):
     layout = Layout(config, V, dtype)
     theta = np.zeros(layout.size, dtype)
     layout.load(theta, 0, np.random.default_rng(seed).uniform(-0.6, 0.6, layout.parameters).astype(dtype))
-    return LanguageModel(config, V, dtype, window, lanes, theta, training)
+    return LanguageModel(layout, window, lanes, theta=theta, training=training)
 
 
 def tensors(model, vector):
@@ -140,6 +140,30 @@ def text(seed=2, width=T, lanes=B):
     """Tokens and targets (T,B), and the generator that made them."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, V, (width, lanes)), rng.integers(0, V, (width, lanes)), rng
+
+
+def reference(model, tokens, h=None, c=None):
+    """Logits (T,B,V) and states h, c (L,B,H) behind tokens (T,B), by the equations of kernels/lstm.py in float64.
+
+    h, c : (L,B,H), optional
+        States before; default: zeros.
+    """
+    p = {name: tensor.astype(np.float64) for name, tensor in tensors(model, model.theta).items()}
+    config, (steps, lanes) = model.config, np.shape(tokens)
+    zeros = np.zeros((config.layers, lanes, config.hidden))
+    h, c = (zeros.copy() if state is None else np.array(state, np.float64) for state in (h, c))
+    sigmoid = lambda z: (1 + np.tanh(z / 2)) / 2
+    logits = np.empty((steps, lanes, model.vocabulary))
+    for t in range(steps):
+        x = p["embedding.weight"][tokens[t]]  # of one-hot inputs x @ Wx
+        for layer in range(config.layers):
+            Wx = p.get(f"lstm.{layer}.weight_x")
+            a = (x if Wx is None else x @ Wx) + h[layer] @ p[f"lstm.{layer}.weight_h"] + p[f"lstm.{layer}.bias"].sum(axis=0)
+            i, f, g, o = np.split(a, 4, axis=1)
+            c[layer] = sigmoid(f) * c[layer] + sigmoid(i) * np.tanh(g)
+            x = h[layer] = sigmoid(o) * np.tanh(c[layer])
+        logits[t] = x @ p.get("output.weight", p["embedding.weight"]).T + p["output.bias"]
+    return logits, h, c
 
 
 def states(config, lanes=B, seed=3):
@@ -163,5 +187,4 @@ class Bundled:
         self.config, self.dtype, self._model = model.config, model.dtype, model
 
     def model(self, window, lanes, team):
-        shape = self.config, self._model.vocabulary, self.dtype, window, lanes, self._model.theta
-        return LanguageModel(*shape, training=False, team=team)
+        return LanguageModel(self._model.layout, window, lanes, theta=self._model.theta, training=False, team=team)

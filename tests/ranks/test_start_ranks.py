@@ -1,13 +1,13 @@
-"""Runs the tests that are marked mpi, on 1, 3 and 8 ranks; and a test that fails on one rank only."""
+"""Runs the other tests of this folder, which are marked mpi: on 3 ranks, with --full on 1 and 8 too; and one that fails."""
 
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from launch import Job, mpirun
+from helpers.launch import Job, mpirun
 
-HERE = Path(__file__).parents[1]
+HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
 OPTIONS = ("--with-mpi", "-m", "mpi", "-q", "-p", "no:cacheprovider", "--timeout", "100")
 FAILING = """
 import time
@@ -21,11 +21,9 @@ def test_last_rank():
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_tests_marked_mpi_pass_on_this_many_ranks(ranks):
-    others = sorted(HERE.glob("ranks/test_*.py"))
-    files = [path for path in others if "mark.mpi" in path.read_text()]
-    with Job(ranks, "-m", "pytest", *OPTIONS, *files, timeout=200, cwd=HERE.parent) as job:
+    with Job(ranks, "-m", "pytest", *OPTIONS, HERE, timeout=200, cwd=TESTS.parent) as job:
         done = job.wait()
         passed = dict(re.findall(r"^rank (\d+) passed (\d+) tests$", done.stdout, re.M))
         assert done.returncode == 0, str(job)
@@ -35,9 +33,9 @@ def test_the_tests_marked_mpi_pass_on_this_many_ranks(ranks):
 
 
 def test_a_test_that_fails_on_one_rank_is_shown_and_ends_all_ranks(tmp_path):
-    for name in ("conftest.py", "launch.py", "paths.py"):
-        shutil.copy(HERE / name, tmp_path)
-    shutil.copy(HERE.parent / "pyproject.toml", tmp_path)
+    shutil.copy(TESTS / "conftest.py", tmp_path)
+    shutil.copytree(TESTS / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
     (tmp_path / "test_failing.py").write_text(FAILING)
     done = mpirun(3, "-m", "pytest", *OPTIONS, tmp_path, cwd=tmp_path, timeout=40)
     assert done.returncode != 0

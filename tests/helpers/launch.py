@@ -26,6 +26,9 @@ OPENMPI = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
+ULFM = {  # what mpirun --with-ft ulfm sets
+    "OMPI_MCA_mpi_ft_enable": "1", "PRTE_MCA_state_base_recoverable": "1", "PRTE_MCA_state_base_notify_errors": "1",
+}  # fmt: skip
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 REFUSED = 2  # the exit code of a command that was given bad input
 LIMIT = 90  # seconds, where a test does not say otherwise; a launch takes 2 to 10

@@ -1,18 +1,17 @@
 """Compression: kernels against tiny arrays written out and against NumPy, payloads of every size, what is unbiased by
-statistics, error feedback, PowerSGD against textbook NumPy on one to five ranks, and known sizes of a large model.
+statistics, error feedback.
 """
 
 import math
-import threading
 
 import numpy as np
 import pytest
+from helpers.numerics import DTYPES
+from helpers.powersgd_reference import Workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES
 
-from dllm.comm import compression, powersgd
-from dllm.comm.compression import NAMES, ErrorFeedback, make
+from dllm.comm.compression import NAMES, ErrorFeedback, make_compressor
 from dllm.comm.powersgd import PowerSGD
 from dllm.errors import UserError
 from dllm.kernels import compress
@@ -311,7 +310,7 @@ def received(compressor, payload):
 
 
 def test_sign_by_hand():
-    compressor = make("sign", [(2, 2), (3,)], np.float64)
+    compressor = make_compressor("sign", [(2, 2), (3,)], np.float64)
     payload = sent(compressor, np.array([1.0, -2, 3, -4, 1, 1, -7]))
     assert payload.size == 16  # two scales, a byte of bits, zeros up to whole 8
     assert payload[:8].view(np.float32).tolist() == [2.5, 3]
@@ -320,7 +319,7 @@ def test_sign_by_hand():
 
 
 def test_the_largest_in_a_payload_by_hand():
-    compressor = make("top-k", [(2, 2), (3,)], np.float32, fraction=0.3)
+    compressor = make_compressor("top-k", [(2, 2), (3,)], np.float32, fraction=0.3)
     payload = sent(compressor, np.float32([1, -2, 3, -4, 1, 1, -7]))
     assert payload[:8].view(np.float32).tolist() == [-4, -7]
     assert payload[8:].view(np.int32).tolist() == [3, 6]
@@ -328,7 +327,7 @@ def test_the_largest_in_a_payload_by_hand():
 
 
 def test_random_k_in_a_payload():
-    sender, receiver = (make("random-k", [(2, 2), (3,)], np.float64, fraction=0.3) for _ in range(2))
+    sender, receiver = (make_compressor("random-k", [(2, 2), (3,)], np.float64, fraction=0.3) for _ in range(2))
     x = np.arange(1.0, 8)
     payload = sent(sender, x, step=5)
     assert payload[:8].view(np.int64)[0] == 5
@@ -342,11 +341,11 @@ def test_random_k_in_a_payload():
 @EVERY_NAME
 @DTYPES
 def test_decode_overwrites_add_adds_and_encode_leaves_the_vector_alone(name, dtype):
-    compressor, x = make(name, SHAPES, dtype, 0.2), numbers(P, dtype)
+    compressor, x = make_compressor(name, SHAPES, dtype, 0.2), numbers(P, dtype)
     before = x.copy()
     payload = sent(compressor, x)
     np.testing.assert_array_equal(x, before)
-    np.testing.assert_array_equal(payload, sent(make(name, SHAPES, dtype, 0.2), x))  # padding too
+    np.testing.assert_array_equal(payload, sent(make_compressor(name, SHAPES, dtype, 0.2), x))  # padding too
     out, total = received(compressor, payload), numbers(P, dtype, 3)
     expected = total.astype(float) - 0.25 * out
     compressor.add(payload, total, -0.25)
@@ -360,7 +359,7 @@ def test_bytes_of_a_payload(name):
     bytes_of = {
         "none": 4 * n, "bf16": 2 * n, "qsgd": 3 * 4 + n, "sign": 8 + -(-n // 8), "top-k": 50 * 8, "random-k": 8 + 50 * 4
     }  # fmt: skip
-    compressor = make(name, shapes, np.float32)
+    compressor = make_compressor(name, shapes, np.float32)
     assert compressor.size == -(-bytes_of[name] // 8) * 8
     assert (compressor.name, compressor.parameters) == (name, n)
 
@@ -368,14 +367,14 @@ def test_bytes_of_a_payload(name):
 @EVERY_NAME
 @pytest.mark.parametrize("shapes", [[], [(0,)], [(1,)], [(0, 3), (1,)]])
 def test_vectors_of_no_and_one_element(name, shapes):
-    compressor = make(name, shapes, np.float32)
+    compressor = make_compressor(name, shapes, np.float32)
     x = np.full(compressor.parameters, 0.75, np.float32)
     np.testing.assert_array_equal(received(compressor, sent(compressor, x)), x)
 
 
 @EVERY_NAME
 def test_payloads_lie_one_behind_the_other(name):
-    compressor = make(name, SHAPES, np.float64, 0.2)
+    compressor = make_compressor(name, SHAPES, np.float64, 0.2)
     everyones = np.zeros((3, compressor.size), np.uint8)
     for rank, payload in enumerate(everyones):
         compressor.encode(numbers(P, seed=rank), payload, 4, rank)
@@ -385,15 +384,15 @@ def test_payloads_lie_one_behind_the_other(name):
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"random-k"}))  # which may not send it
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_arrives_so(name, bad):
-    compressor, x = make(name, SHAPES, np.float32), numbers(P, np.float32)
+    compressor, x = make_compressor(name, SHAPES, np.float32), numbers(P, np.float32)
     x[20] = bad
     assert not np.isfinite(received(compressor, sent(compressor, x))).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if make(name, SHAPES, np.float64).unbiased])
+@pytest.mark.parametrize("name", [name for name in NAMES if make_compressor(name, SHAPES, np.float64).unbiased])
 @DTYPES
 def test_unbiased_ones_are_right_on_average(name, dtype):
-    compressor, x, steps = make(name, SHAPES, dtype, 0.2, seed=3), numbers(P, dtype), 4000
+    compressor, x, steps = make_compressor(name, SHAPES, dtype, 0.2, seed=3), numbers(P, dtype), 4000
     found = np.array([received(compressor, sent(compressor, x, step, step % 3)) for step in range(steps)], float)
     spread = found.std(axis=0) / math.sqrt(steps)
     assert (abs(found.mean(axis=0) - x) <= 5 * spread + 1e-6 * abs(x).max()).all()
@@ -403,7 +402,7 @@ def test_unbiased_ones_are_right_on_average(name, dtype):
 def test_the_errors_of_other_ranks_steps_and_positions_are_independent():
     x = np.full(4096, 0.3137)
     x[::2048] = 1
-    compressor = make("qsgd", [(4096,)], np.float64)
+    compressor = make_compressor("qsgd", [(4096,)], np.float64)
     errors = [received(compressor, sent(compressor, x, step, rank)) - x for step, rank in ((0, 0), (1, 0), (0, 1), (2**32, 0))]
     errors.append(np.roll(errors[0], 1))
     assert (abs(np.corrcoef(errors) - np.eye(5)) < 5 / math.sqrt(4096)).all()
@@ -411,14 +410,14 @@ def test_the_errors_of_other_ranks_steps_and_positions_are_independent():
 
 def test_bad_settings_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"no compression called 'zip'; there are top-k, random-k, sign, qsgd, bf16, none"):
-        make("zip", SHAPES, np.float32)
+        make_compressor("zip", SHAPES, np.float32)
     for fraction in (0, -1, 1.5, math.nan):
         with pytest.raises(UserError, match="above 0 and at most 1"):
-            make("top-k", SHAPES, np.float32, fraction)
+            make_compressor("top-k", SHAPES, np.float32, fraction)
     with pytest.raises(UserError, match="at least 1, not 0"):
         PowerSGD(Workers(1).comm(0), SHAPES, np.float32, 0)
     with pytest.raises(UserError, match="2,147,483,648"):
-        make("top-k", [(2**16, 2**15)], np.float32)
+        make_compressor("top-k", [(2**16, 2**15)], np.float32)
 
 
 # error feedback
@@ -427,7 +426,7 @@ def test_bad_settings_are_refused_in_one_line():
 @EVERY_NAME
 @DTYPES
 def test_all_that_was_sent_and_what_is_remembered_is_all_that_was_to_be_sent(name, dtype):
-    feedback = ErrorFeedback(make(name, SHAPES, dtype, 0.1, feedback=True))
+    feedback = ErrorFeedback(make_compressor(name, SHAPES, dtype, 0.1, feedback=True))
     payload, rng = np.zeros(feedback.compressor.size, np.uint8), np.random.default_rng(4)
     total, arrived = np.zeros(P), np.zeros(P)
     for step in range(100):
@@ -441,7 +440,7 @@ def test_all_that_was_sent_and_what_is_remembered_is_all_that_was_to_be_sent(nam
 
 
 def test_a_vector_that_is_not_finite_leaves_the_memory_alone():
-    feedback = ErrorFeedback(make("sign", SHAPES, np.float32))
+    feedback = ErrorFeedback(make_compressor("sign", SHAPES, np.float32))
     payload, x = np.zeros(feedback.compressor.size, np.uint8), numbers(P, np.float32)
     feedback.encode(x, payload, 0, 0)
     before = feedback.memory.copy()
@@ -453,219 +452,4 @@ def test_a_vector_that_is_not_finite_leaves_the_memory_alone():
 
 def test_error_feedback_of_what_is_no_contraction_is_refused():
     with pytest.raises(ValueError, match="feedback=True"):
-        ErrorFeedback(make("random-k", SHAPES, np.float32, 0.1))
-
-
-# PowerSGD
-
-
-class Workers:
-    """Ranks that are threads."""
-
-    def __init__(self, size):
-        self.size, self.slots, self.barrier = size, [None] * size, threading.Barrier(size, timeout=20)
-        self.posted = [0] * size
-
-    def comm(self, rank):
-        return WorkersComm(self, rank)
-
-    def run(self, function):
-        """[function(comm) of each rank]."""
-        results = [None] * self.size
-
-        def one(rank):
-            results[rank] = function(self.comm(rank))
-
-        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return results
-
-
-class WorkersComm:
-    def __init__(self, workers, rank):
-        self.workers, self.rank, self.size = workers, rank, workers.size
-
-    def Dup(self):
-        return self
-
-    def Iallreduce(self, send, receive):
-        self.workers.posted[self.rank] += send.nbytes
-        self.workers.slots[self.rank] = send
-        self.workers.barrier.wait()
-        receive[:] = sum(self.workers.slots)
-        self.workers.barrier.wait()
-        return self
-
-    def Wait(self):
-        pass
-
-
-MATRICES = [(6, 9), (5,), (9, 4), (2, 3, 4), (1, 7)]  # 54 + 5 + 36 + 24 + 7 = 126
-LENGTH = 126
-
-
-def gradients(ranks, steps, dtype=np.float64):
-    return np.random.default_rng(5).standard_normal((steps, ranks, LENGTH)).astype(dtype)
-
-
-def by_textbook(ranks, rank, steps, q):
-    """Results (steps, P) of algorithms 1 and 2 of the paper, whose memory holds M_i - P Q^T; q: the first Q of all matrices."""
-    memory, results = np.zeros((ranks, LENGTH)), []
-    pieces, _, _ = powersgd.pieces(MATRICES, rank)
-    Q = [piece.factor(piece.q, q) if piece.rank else None for piece in pieces]
-    for x in gradients(ranks, steps):
-        x = x + memory
-        result = np.zeros(LENGTH)
-        for n, piece in enumerate(pieces):
-            if not piece.rank:
-                result[piece.part] = x[:, piece.part].mean(axis=0)
-                continue
-            matrices = [piece.short(own) for own in x]
-            basis = gram_schmidt(sum(M @ Q[n] for M in matrices) / ranks)
-            Q[n] = sum(M.T @ basis for M in matrices) / ranks
-            piece.short(result)[:] = basis @ Q[n].T
-        memory = x - result
-        results.append(result)
-    return np.array(results)
-
-
-def gram_schmidt(columns):
-    columns = columns.copy()
-    for k in range(columns.shape[1]):
-        columns[:, k] -= columns[:, :k] @ (columns[:, :k].T @ columns[:, k])
-        columns[:, k] /= np.linalg.norm(columns[:, k])
-    return columns
-
-
-def by_workers(ranks, rank, vectors, workers=None, **options):
-    """(results (ranks, steps, P), the PowerSGD of each rank)."""
-
-    def one(comm):
-        method = PowerSGD(comm, MATRICES, vectors.dtype, rank, **options)
-        results = []
-        for step in vectors:
-            vector = step[comm.rank].copy()
-            method.average(vector)
-            results.append(vector)
-        return np.array(results), method
-
-    results, methods = zip(*(workers or Workers(ranks)).run(one), strict=True)
-    return np.array(results), methods
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_powersgd_equals_the_textbook_and_all_ranks_get_the_same_bits(ranks, rank):
-    q = PowerSGD(Workers(1).comm(0), MATRICES, np.float64, rank).q.copy()
-    found, methods = by_workers(ranks, rank, gradients(ranks, 6))
-    np.testing.assert_allclose(found[0], by_textbook(ranks, rank, 6, q), rtol=1e-8, atol=1e-9)
-    assert all(np.array_equal(found[0], other) for other in found)
-    assert all(np.array_equal(methods[0].q, method.q) for method in methods)
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_powersgd_of_full_rank_is_the_mean(ranks):
-    x = gradients(ranks, 8)
-    x[1, :, :54] = 0  # a matrix of zeros
-    x[2, :, :54] = np.outer(np.arange(6.0), np.arange(9.0)).ravel()  # one of rank 1
-    x[3] = 0
-    x[4] *= 1e-12
-    found, methods = by_workers(ranks, 9, x)
-    for result, expected in zip(found[0], x.mean(axis=1), strict=True):
-        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
-    assert all(abs(method.memory).max() < 1e-12 for method in methods)
-
-
-@DTYPES
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_powersgd_remembers_what_it_did_not_send(dtype, ranks):
-    x = gradients(ranks, 100, dtype)
-    found, methods = by_workers(ranks, 1, x)
-    left = np.mean([method.memory for method in methods], axis=0, dtype=float)
-    np.testing.assert_allclose(found[0].sum(axis=0, dtype=float) + left, x.mean(axis=1, dtype=float).sum(axis=0), atol=1e-3)
-    assert not any(method.memory[54:59].any() for method in methods)  # vectors are sent in full
-    assert all(method.arrays == {"memory": method.memory, "q": method.q} for method in methods)
-
-
-def test_powersgd_goes_on_from_its_arrays():
-    x = gradients(2, 6)
-    whole, _ = by_workers(2, 2, x)
-
-    def one(comm):
-        before = PowerSGD(comm, MATRICES, np.float64, 2)
-        for step in x[:3]:
-            before.average(step[comm.rank].copy())
-        after = PowerSGD(comm, MATRICES, np.float64, 2, seed=9)
-        for name, array in before.arrays.items():
-            after.arrays[name][:] = array
-        vector = x[3, comm.rank].copy()
-        after.average(vector)
-        return vector
-
-    np.testing.assert_array_equal(Workers(2).run(one)[0], whole[0, 3])
-
-
-def test_powersgd_of_nothing_but_zeros_is_zero():
-    x = np.zeros((3, 2, LENGTH), np.float32)
-    x[2] = gradients(2, 1, np.float32)[0]
-    found, methods = by_workers(2, 2, x)
-    assert not found[:, :2].any()
-    assert np.isfinite(found).all()
-    assert found[:, 2].any()
-    assert all(np.isfinite(method.memory).all() for method in methods)
-
-
-@pytest.mark.parametrize("place", [3, 55])  # in a matrix, in a vector
-def test_powersgd_tells_all_ranks_of_what_is_not_finite_and_forgets_it(place):
-    x = gradients(2, 4)
-    x[2, 1, place] = np.inf
-    found, methods = by_workers(2, 2, x[:3])
-    assert np.isnan(found[:, 2]).all()
-    assert [method.unsound for method in methods] == [False, True]
-    found, _ = by_workers(2, 2, x)
-    without, _ = by_workers(2, 2, np.delete(x, 2, axis=0))
-    np.testing.assert_array_equal(found[:, 3], without[:, 2])
-
-
-@pytest.mark.parametrize("rank", [1, 2, 4, 100])
-def test_powersgd_sends_as_many_bytes_as_it_says(rank):
-    workers = Workers(2)
-    _, methods = by_workers(2, rank, gradients(2, 3, np.float32), workers)
-    assert workers.posted == [3 * methods[0].size] * 2
-    r = [min(rank, side) for side in (6, 4, 2, 1)]  # the shorter sides
-    values = r[0] * (6 + 9) + 5 + r[1] * (9 + 4) + r[2] * (2 + 12) + r[3] * (1 + 7)
-    assert methods[0].size == 4 * values == PowerSGD.wire_size(MATRICES, rank, 4)
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("oversubscribed", [False, True])
-def test_powersgd_over_mpi_equals_the_textbook(oversubscribed):
-    from dllm.comm import runtime
-
-    comm = runtime.world()
-    method, results = PowerSGD(comm, MATRICES, np.float64, 2, oversubscribed=oversubscribed), []
-    q = method.q.copy()
-    for step in gradients(comm.size, 4):
-        results.append(step[comm.rank])
-        method.average(results[-1])
-    np.testing.assert_allclose(results, by_textbook(comm.size, 2, 4, q), rtol=1e-8, atol=1e-9)
-    everyones = comm.allgather(np.array(results).tobytes())
-    assert len(set(everyones)) == 1
-
-
-# sizes of a large model: three layers of 650 units, 28,869 words, tied, two biases a layer
-
-LARGE = [(28869, 650), (28869,), *[(2600, 650), (2600, 650), (2600,), (2600,)] * 3]
-
-
-def test_bytes_of_a_large_model():
-    assert sum(map(math.prod, LARGE)) == 28_949_319
-    mebibytes = lambda size: size / 2**20
-    assert round(mebibytes(4 * 28_949_319), 2) == 110.43
-    assert [round(mebibytes(PowerSGD.wire_size(LARGE, rank, 4)), 3) for rank in (1, 2, 4)] == [0.357, 0.544, 0.918]
-    assert round(mebibytes(make("sign", LARGE, np.float32).size), 2) == 3.45
-    assert mebibytes(make("none", LARGE, np.float32).size) == pytest.approx(110.433, abs=1e-3)
-    assert compression.NAMES == ("top-k", "random-k", "sign", "qsgd", "bf16", "none")
+        ErrorFeedback(make_compressor("random-k", SHAPES, np.float32, 0.1))

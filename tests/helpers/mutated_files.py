@@ -1,6 +1,7 @@
 """A corpus of one shard and a checkpoint of one rank, small and made without a run, and what reads them back.
 
-As a script, reads seeded mutations of one of them and writes how each ended: python hostile.py KIND FOLDER HASH FIRST LAST.
+As a script, reads seeded mutations of one of them and writes how each ended:
+python mutated_files.py KIND FOLDER HASH FIRST LAST.
 KIND: shard or rank. HASH: 1 to check the manifest's sha256 first, as every command does, 0 to go straight to HDF5.
 """
 
@@ -12,17 +13,19 @@ import sys
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from dllm.config import CheckpointConfig, ModelConfig
 from dllm.data import shards
+from dllm.data.corpus import Corpus
+from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
 from dllm.files import storage
 from dllm.model.layout import Layout
 from dllm.runs import checkpoint
 from dllm.runs.checkpoint_writer import Saver
-from dllm.runs.ownership import Claim
+from dllm.runs.ownership import Ownership
 from dllm.runs.state import State
 
 VOCABULARY, LANES, SECONDS, MEMORY = 256, range(3), 20, 1 << 30
@@ -48,18 +51,18 @@ class Shard:
         with shards.ShardWriter(self.path, np.uint8) as shard:
             shard.append(self.tokens)
         tokenizer, size = CharTokenizer([chr(0x4E00 + number) for number in range(VOCABULARY)]), len(self.tokens)
-        shards.save_tokenizer(self.path.parent, tokenizer)
+        save_tokenizer(self.path.parent, tokenizer)
         entry = {"name": self.path.name, "start": 0, "stop": size, "sha256": storage.sha256(self.path)}
         manifest = {
             "format": shards.FORMAT, "kind": "char", "vocabulary": VOCABULARY, "dtype": "uint8",
-            "tokenizer": shards.tokenizer_hash(tokenizer),
+            "tokenizer": tokenizer_hash(tokenizer),
             "splits": {"train": {"tokens": size, "bytes": size, "shards": [entry]}},
         }  # fmt: skip
         storage.write_json(self.path.parent / "manifest.json", manifest)
 
     def read(self, check):
         """Everything of the file, as dllm reads it. check: with the sha256. Raises UserError."""
-        corpus = shards.Corpus(self.path.parent)
+        corpus = Corpus(self.path.parent)
         if check:
             corpus.verify("train", 0, len(self.tokens))
         return [corpus.read("train", 0, len(self.tokens))]
@@ -95,10 +98,10 @@ class Rank:
         return theta, moments
 
     def write(self):
-        claim = Claim.of_this_job(self.run)
+        claim = Ownership.of_this_job(self.run)
         self.run.mkdir(exist_ok=True)
         claim.take()
-        saver = Saver(Alone, claim, LAYOUT, len(LANES), "tokenizer", CheckpointConfig(), print)
+        saver = Saver(Alone, claim, LAYOUT, checkpoint.facts(LAYOUT, len(LANES), "tokenizer", ""), CheckpointConfig(), print)
         saver.save(self.state, False, {})
         assert saver.whole
 

@@ -5,11 +5,9 @@ import re
 import time
 
 import httpx
-from launch import Job, flavour
 
-FT = {  # what mpirun --with-ft ulfm sets
-    "OMPI_MCA_mpi_ft_enable": "1", "PRTE_MCA_state_base_recoverable": "1", "PRTE_MCA_state_base_notify_errors": "1",
-}  # fmt: skip
+from helpers.launch import ULFM, Job, flavour
+
 SURVIVES = flavour() == "openmpi"
 
 
@@ -22,7 +20,7 @@ class Server(Job):
             0 if keep else ranks,
             *words,
             timeout=timeout,
-            env=(FT if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
+            env=(ULFM if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
         )
         self.size, self.headers = ranks, {"Authorization": f"Bearer {token}"} if token else {}
 

@@ -1,0 +1,93 @@
+"""Memory that the ranks of a node share: a vector of each, and counters by which they say how far they are."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..kernels.types import DType
+from .runtime import allgather
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+COUNTERS = 24  # of each rank: three lines of the cache
+PAGE = 4096
+LARGE = 100 * 2**20  # bytes
+
+
+class SharedMemory:
+    """Vectors (n,P or a little more) of a node's ranks, and their counters (n,COUNTERS), zero at first. Collective over `node`.
+
+    It has no name, so it is gone with the last of its ranks, however that ended.
+
+    Raises OSError on all ranks where one of them cannot have it.
+    """
+
+    def __init__(self, node: MPI.Comm, size: int, dtype: DType) -> None:
+        rows = -(-size * np.dtype(dtype).itemsize // PAGE) * PAGE
+        head = -(-node.size * COUNTERS * 8 // PAGE) * PAGE
+        memory = _map(node, head + node.size * rows)
+        self.counters = np.frombuffer(memory, np.int64, node.size * COUNTERS).reshape(node.size, COUNTERS)
+        self.numbers = self.counters.view(np.float64)
+        self.vectors = np.frombuffer(memory, dtype, offset=head).reshape(node.size, -1)
+        self.mine = self.vectors[node.rank, :size]
+        self._memory, self._starts = memory, [head + rank * rows for rank in range(node.size) if rank != node.rank]
+        self._large = rows > LARGE
+
+    def forget(self, start: int, stop: int) -> None:
+        """Drop this rank's view of the others' elements [start, stop), which count as memory of every rank that reads them.
+
+        Where vectors are small the view stays: to get it back costs some microseconds a page.
+        """
+        if self._large:
+            for row in self._starts:
+                first = -(-(row + start * self.mine.itemsize) // PAGE) * PAGE
+                last = (row + stop * self.mine.itemsize) // PAGE * PAGE
+                if first < last:
+                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _map(node: MPI.Comm, length: int) -> mmap.mmap:
+    """The same `length` bytes of memory on all ranks of a node, zeros at first. Collective; raises OSError on all ranks."""
+    handle = problem = None
+    try:
+        if node.rank == 0:
+            handle = os.memfd_create("dllm")
+            os.ftruncate(handle, length)
+    except (OSError, AttributeError) as error:
+        problem = str(error)
+    pid, number, problem = allgather(node, (os.getpid(), handle, problem))[0]
+    memory = None
+    if problem is None:
+        try:
+            own = handle if handle is not None else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+            memory = mmap.mmap(own, length)  # it stays when the file is closed
+            if node.rank > 0:
+                os.close(own)
+        except OSError as error:
+            problem = str(error)
+    problem = next((text for text in allgather(node, problem) if text), None)
+    if handle is not None:
+        os.close(handle)
+    if problem or memory is None:
+        raise OSError(problem)
+    return memory
+
+
+def share(comm: MPI.Comm, node: MPI.Comm, size: int, dtype: DType) -> SharedMemory | None:
+    """SharedMemory of a rank's node; None on all ranks where not all nodes have it, or not the same number of ranks.
+
+    Collective over `comm`.
+    """
+    memory = None
+    if node.size > 1:
+        try:
+            memory = SharedMemory(node, size, dtype)
+        except OSError:
+            memory = None
+    everyone = allgather(comm, node.size if memory is not None else 0)
+    return memory if len(set(everyone)) == 1 else None

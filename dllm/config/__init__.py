@@ -1,0 +1,40 @@
+"""Every setting of a run, by which a preset, a TOML file and --set become one Config.
+
+Each field says its effect and its bounds by `setting`; messages, `dllm train --settings` and the documentation take their words
+from there.
+"""
+
+from .bounds import LARGEST
+from .loading import (
+    from_dict,
+    load_toml,
+    merge,
+    parse_settings,
+    preset_names,
+    preset_path,
+    resolve,
+)
+from .sections import (
+    FIELDS,
+    SECTIONS,
+    AveragingConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ResilienceConfig,
+    TrainConfig,
+    as_dict,
+    flat,
+    is_private,
+    path_of_rank,
+)
+from .table import SettingRow, settings_markdown, settings_table, settings_text
+
+__all__ = [
+    "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig",
+    "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "TrainConfig", "as_dict", "flat",
+    "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
+    "settings_markdown", "settings_table", "settings_text",
+]  # fmt: skip

@@ -1,0 +1,126 @@
+"""How a preset, a TOML file and --set become one Config, and what is wrong with them.
+
+A preset sets some fields, a TOML file more, ``--set section.key=value`` wins.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import UserError, reason
+from .bounds import KINDS, LARGEST, RULES, choices_in_words, in_words
+from .sections import FIELDS, SECTIONS, Config, flat
+
+PRESETS = pathlib.Path(__file__).parents[1] / "presets"
+
+
+def resolve(preset: str = "default", file: str | pathlib.Path | None = None, settings: Iterable[str] = ()) -> Config:
+    """The Config of a preset, overlaid by a TOML file and by ``section.key=value`` strings. Raises UserError."""
+    sections = load_toml(preset_path(preset))
+    if file is not None:
+        sections = merge(sections, load_toml(file))
+    return from_dict(merge(sections, parse_settings(settings)))
+
+
+def preset_names() -> list[str]:
+    """What --preset takes."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def preset_path(name: str) -> pathlib.Path:
+    """The TOML file of a preset. Raises UserError where there is none of that name."""
+    if name not in preset_names():
+        raise UserError(f"--preset {name}: there is none of that name; there are {', '.join(preset_names())}")
+    return PRESETS / f"{name}.toml"
+
+
+def load_toml(path: str | pathlib.Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises UserError."""
+    try:
+        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration {path}: {reason(error)}") from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of `above` laid over those of `below`."""
+    merged = dict(below)
+    for name, section in above.items():
+        both = isinstance(section, dict) and isinstance(merged.get(name), dict)
+        merged[name] = {**merged[name], **section} if both else section
+    return merged
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Nested dict of ``section.key=value`` strings. A value is written as in TOML; a bare word is text. Raises UserError."""
+    sections: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        name, equals, written = text.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"--set {text}: write it as section.key=value, for example --set train.lr=0.01")
+        try:
+            value = tomllib.loads(f"value = {written}")["value"]
+        except ValueError:
+            value = written.strip()
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def from_dict(sections: Mapping[str, Any]) -> Config:
+    """A checked Config of nested dicts. Raises UserError that names the key, what it got and what would do."""
+    parts = {}
+    for section, values in sections.items():
+        if section not in SECTIONS:
+            raise UserError(f"unknown section '{section}'{_suggest(section, list(SECTIONS))}")
+        if not isinstance(values, dict):
+            raise UserError(f"'{section}' is a section: write {section}.key = value")
+        keys = [entry.name for entry in dataclasses.fields(SECTIONS[section])]
+        for key in values:
+            if key not in keys:
+                raise UserError(f"unknown key '{section}.{key}'{_suggest(key, keys, section + '.')}")
+        parts[section] = SECTIONS[section](**{key: _typed(f"{section}.{key}", value) for key, value in values.items()})
+    config = Config(**parts)
+    _check(config)
+    return config
+
+
+def _suggest(name: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; there are {', '.join(prefix + key for key in known)}"
+
+
+def _typed(name: str, value: Any) -> Any:
+    kind = FIELDS[name].type
+    if kind is float and type(value) is int:
+        value = float(str(value))  # infinity, not an OverflowError, where it is too large
+    if type(value) is not kind:
+        raise UserError(f"{name} = {value!r}: it takes {KINDS[kind]}")
+    return value
+
+
+def _check(config: Config) -> None:
+    for name, value in flat(config).items():
+        _check_value(name, value)
+    model, train = config.model, config.train
+    if model.tied and model.embedding != model.hidden:
+        raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
+    if train.nesterov and train.momentum == 0:
+        raise UserError("train.nesterov needs train.momentum above 0")
+    if train.schedule == "plateau" and train.decay <= 1:
+        raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
+
+
+def _check_value(name: str, value: Any) -> None:
+    if (choices := FIELDS[name].metadata["choices"]) and value not in choices:
+        raise UserError(f"{name} = {value}: it is {choices_in_words(choices)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not abs(value) <= LARGEST:
+        raise UserError(f"{name} = {value}: it must be a finite number of at most {LARGEST}")
+    for rule, limit in FIELDS[name].metadata["bounds"].items():
+        if not RULES[rule][1](value, limit) and value != FIELDS[name].metadata["also"]:
+            raise UserError(f"{name} = {value}: it must be {in_words(rule, limit)}".replace("be not", "not be"))

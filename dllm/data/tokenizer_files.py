@@ -1,0 +1,27 @@
+"""tokenizer.json in the folder of a corpus, a run or a model, and the hash that names a vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+
+from ..files import storage
+from . import tokenizers
+
+
+def save_tokenizer(folder: str | os.PathLike[str], tokenizer: tokenizers.Tokenizer) -> None:
+    """Write tokenizer.json. Raises OSError."""
+    storage.write_json(pathlib.Path(folder, "tokenizer.json"), tokenizer.to_json())
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a folder. Raises UserError."""
+    path = pathlib.Path(folder, "tokenizer.json")
+    return tokenizers.load(storage.read_json(path, ["kind"]), path)
+
+
+def tokenizer_hash(tokenizer: tokenizers.Tokenizer) -> str:
+    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,138 @@
+"""The loss and perplexity of a trained model over a split, by all ranks together, and the corpus that it is measured on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..comm.node_info import NodeInfo
+from ..comm.runtime import allgather, together
+from ..config import Config, is_private
+from ..data.corpus import Corpus, open_corpus
+from ..data.lanes import Schedule, deal
+from ..data.pair_lanes import read_lanes
+from ..data.tokenizer_files import tokenizer_hash
+from ..errors import UserError
+from ..kernels.team import Team
+from ..kernels.types import Array, DType
+from ..model.language_model import LanguageModel
+from ..model.layout import Layout
+from .loaded_model import LoadedModel
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LARGEST_LOSS = 700.0  # nats; a diverged model's perplexity stays a number that JSON and float64 have
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats a token, at most exp(700)."""
+    return math.exp(min(loss, LARGEST_LOSS))
+
+
+def corpus_of(
+    comm: MPI.Comm, node: NodeInfo, model: LoadedModel, name: str, *, data: str | None, split: str, otherwise: str = ""
+) -> tuple[Corpus, bool]:
+    """This rank's corpus to measure a model on, and whether it is a private one. Collective.
+
+    Parameters
+    ----------
+    model : LoadedModel
+    name : str
+        What the user calls it.
+    data : str or None
+        A corpus of the user's choice, as data.path names it; None: that of the model's run.
+    split : str
+        Must be there.
+    otherwise : str
+        Options other than --data that would do, for the message where no corpus is known.
+
+    Raises
+    ------
+    UserError
+        On all ranks, where there is no such corpus, or it has another vocabulary than the model.
+    """
+    path = data or model.data
+    if path is None:
+        raise UserError.of_all(f"{name} does not say where its corpus is: give one by --data DIR{otherwise}")
+    corpus = open_corpus(comm, node, path, lambda text: None)
+    with together(comm):
+        corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
+        corpus.split(split)
+    return corpus, is_private(path)
+
+
+class Evaluation:
+    """The loss of a split, its lanes dealt over the ranks; planned once, run as often as wanted. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    corpus : Corpus
+    split : str
+    config : Config
+    dtype : numpy dtype
+    team : kernels.team.Team, optional
+        Threads that share the work.
+    private : bool
+        Every rank has a corpus of its own; their lanes add up.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        corpus: Corpus,
+        split: str,
+        config: Config,
+        dtype: DType,
+        private: bool = False,
+        team: Team | None = None,
+    ) -> None:
+        self.comm, self.split = comm, split
+        entry = corpus.split(split)
+        ranks, rank = (1, 0) if private else (comm.size, comm.rank)
+        wanted = config.train.eval_lanes or config.train.lanes
+        most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
+        count = max(1, min(wanted // comm.size if private else wanted, most))
+        window = max(config.train.window, *allgather(comm, entry.get("longest", 0)))
+        with together(comm):
+            self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
+        self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
+        self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
+        sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
+        self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
+        width = len(self.lanes.starts)
+        layout = Layout(config.model, corpus.vocabulary, dtype)
+        self.model = LanguageModel(layout, window, width, training=False, team=team)
+
+    def run(self, theta: Array, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
+
+        loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
+        papers have it. beat() is called after each window.
+        """
+        B, config = len(self.lanes.starts), self.model.config
+        self.model.bind(theta)
+        h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
+        c = np.zeros_like(h)
+        totals = np.zeros(self.schedule.windows)
+        with together(self.comm):
+            for number in range(self.schedule.windows if B else 0):
+                tokens, targets = self.lanes.window(number, self.schedule.width(number))
+                if self.fresh:
+                    h[:], c[:] = 0, 0
+                totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                beat()
+        tokens = self.schedule.per_epoch
+        everyones: Array = functools.reduce(np.add, allgather(self.comm, totals))
+        loss = float(everyones.sum()) / tokens
+        losses = everyones / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
+        return {
+            "split": self.split, "tokens": tokens, "loss": loss, "perplexity": perplexity(loss),
+            "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
+            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+        }  # fmt: skip

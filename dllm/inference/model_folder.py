@@ -1,0 +1,131 @@
+"""Model folders: what export and import write, and anything that uses a model opens (loaded_model.py).
+
+A model folder holds model.safetensors (model/torch_weights.py), tokenizer.json, README.md (model_card.py) and config.json with
+
+    format, vocabulary, parameters, model (embedding, hidden, layers, tied, biases), window and lanes (of evaluations)
+    weights (fp32, bf16 or int8), sha256 (of model.safetensors), tokenizer (its hash)
+    embedded    whether the corpus is the embedded one, which every machine has
+    training    of an exported run: step, averaged, tokens, corpus, measured, recipe. Not with `imported`, the name of a file
+
+It may come from anywhere: nothing in it is believed before it was checked, and nothing but numbers and text is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, config
+from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..data.tokenizers import Tokenizer
+from ..errors import UserError, reason
+from ..files import storage
+from ..kernels.gemm import aligned
+from ..kernels.types import Array
+from ..model import torch_weights
+from ..model.layout import Layout
+from . import model_card
+
+FORMAT = 1
+CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
+SHAPE = ("embedding", "hidden", "layers", "tied", "biases")  # what of ModelConfig a trained model depends on
+KEYS = ("format", "vocabulary", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
+MOST_LAYERS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """What a model folder holds, checked."""
+
+    settings: config.Config  # the model's shape, and window and lanes of an evaluation
+    tokenizer: Tokenizer
+    vector: Array  # (size,) float32, the parameters as Layout has them
+    facts: dict[str, Any]  # its config.json
+
+
+def is_model_folder(folder: pathlib.Path) -> bool:
+    """Whether a folder is meant to be that of a model, be it whole or not."""
+    return (folder / CONFIG).exists() or (folder / WEIGHTS).exists()
+
+
+def read(folder: pathlib.Path) -> ModelFolder:
+    """Read a model folder. Raises UserError that says what in it no model has."""
+    path = folder / CONFIG
+    facts = storage.read_json(path, KEYS)
+    settings, tokenizer = _settings(path, facts), load_tokenizer(folder)
+    if not 0 < tokenizer.size == facts["vocabulary"] or tokenizer_hash(tokenizer) != facts["tokenizer"]:
+        raise UserError(f"{folder}/tokenizer.json is not the one of its {CONFIG}")
+    shape = settings.model, tokenizer.size
+    tensors = torch_weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
+    try:
+        model_card.text(folder.resolve().name, facts, tokenizer, __version__)
+    except Exception:  # anything at all may stand in its parts
+        raise UserError(f"{path} does not say where the model comes from, as every config.json of dllm does") from None
+    return ModelFolder(settings, tokenizer, flat(*shape, tensors), facts)
+
+
+def flat(model: config.ModelConfig, vocabulary: int, tensors: torch_weights.Tensors) -> Array:
+    """The flat vector (size,), float32, of tensors under PyTorch's names."""
+    layout = Layout(model, vocabulary, np.float32)
+    vector: Array = aligned((layout.size,), np.float32)
+    torch_weights.write_vector(layout, vector, tensors)
+    return vector
+
+
+def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
+    """The Config of a config.json. Raises UserError that says what in it no model has."""
+    try:
+        if facts["format"] != FORMAT:
+            raise UserError(f"format is {facts['format']!r}, this version of dllm reads {FORMAT}")
+        if not isinstance(facts["model"], dict) or set(facts["model"]) != set(SHAPE):
+            raise UserError(f"model does not have {', '.join(SHAPE)} and nothing else")
+        if facts["weights"] not in list(torch_weights.KINDS):
+            raise UserError(f"weights are {facts['weights']!r}; there are {', '.join(torch_weights.KINDS)}")
+        train = {"window": facts["window"], "lanes": facts["lanes"]}
+        settings = config.from_dict({"model": facts["model"], "train": train})
+        if settings.model.layers > MOST_LAYERS:
+            raise UserError(f"model.layers = {settings.model.layers}: no model has so many")
+        return settings
+    except UserError as error:
+        raise UserError(f"{path}: {error!s:.200}") from None
+
+
+def describe(settings: config.Config, tokenizer: Tokenizer, kind: str, data: bytes) -> dict[str, Any]:
+    """What a config.json must say of weights that are stored as `kind`; data: the file's bytes."""
+    layout = Layout(settings.model, tokenizer.size, np.float32)
+    model = {name: value for name, value in asdict(settings.model).items() if name in SHAPE}
+    return {
+        "format": FORMAT, "vocabulary": tokenizer.size, "parameters": layout.parameters,
+        "model": model, "window": settings.train.window, "lanes": settings.train.eval_lanes or settings.train.lanes,
+        "weights": kind, "sha256": hashlib.sha256(data).hexdigest(), "tokenizer": tokenizer_hash(tokenizer),
+        "embedded": False,
+    }  # fmt: skip
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Raise UserError where there is something already."""
+    if os.path.lexists(out):
+        raise UserError(f"--out {out} exists; choose another name, or remove it first")
+
+
+def write(out: str | os.PathLike[str], data: bytes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Make the model folder `out`, whole or not at all. Raises UserError where it cannot.
+
+    data : the bytes of its weights
+    facts : its config.json
+    """
+    path = pathlib.Path(os.path.abspath(out))
+    check_free(path)
+    try:
+        with storage.atomic_folder(path) as folder:
+            (folder / WEIGHTS).write_bytes(data)
+            save_tokenizer(folder, tokenizer)
+            storage.write_json(folder / CONFIG, facts)
+            storage.write_text(folder / README, model_card.text(path.name, facts, tokenizer, __version__))
+    except OSError as error:
+        raise UserError(f"cannot write to --out {path}: {reason(error)}") from None

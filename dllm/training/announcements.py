@@ -1,0 +1,90 @@
+"""What a run says at its beginning and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .. import __version__
+from ..comm.runtime import mpi_library
+from ..data.corpus import Corpus
+from ..errors import UserError
+from ..inference.answering import answers, as_text, read_split
+from ..inference.generation import Sampling, sample, start_tokens
+from ..model.decoder import Decoder
+from ..model.language_model import LanguageModel
+from .trainer import Trainer
+
+SAMPLE_PAIRS = 3  # that the sample at the end answers
+
+
+def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -> str:
+    """Ten lines that say what is about to happen. compiling, starting : seconds that this took."""
+    rank, model, train = trainer.rank, trainer.config.model, trainer.config.train
+    comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
+    schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
+    parameters = rank.layout.parameters
+    what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
+    kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
+    lines = {
+        f"dllm {__version__}": f"{comm.size} ranks x {node.threads} threads, {node.cores} cores, {mpi_library()}",
+        "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
+        "lanes": f"{train.lanes} of {rank.lanes.length:,} tokens, {len(rank.own_lanes)} here; windows of {train.window}",
+        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
+        "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
+        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
+        "averaging": trainer.averaging.describe(),
+        "run": f"{run}  {what}",
+        "start": f"{starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels",
+    }
+    return "\n".join(f"{name:11}{text}" for name, text in lines.items())
+
+
+def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
+    """The end: what came out, a sample, the plot, and what to type next."""
+    reporter, run, ranks = trainer.rank.reporter, trainer.rank.ownership.run, summary["ranks"]
+    if not done and not trainer.rank.saver.whole:
+        reporter.say(f"stopped at step {summary['steps']} without a checkpoint of it; older ones, if any, are in {run}")
+        return
+    if not done:
+        reporter.say(f"stopped at step {summary['steps']}; go on with  mpirun -n {ranks} python -m dllm.train --resume {run}")
+        return
+    speed = summary["tokens_per_second"]
+    parts = [f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s"]
+    parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
+    best = summary["best_valid_perplexity"]
+    parts += [f"best validation perplexity {best:.2f}"] if best else []
+    reporter.say("done       " + ", ".join(parts))
+    if trainer.config.log.sample:
+        reporter.say("sample\n" + _sample(trainer))
+    plot = reporter.plot()
+    reporter.say(f"plot       {plot}" if plot else "plot       pip install matplotlib draws loss.png next time")
+    if trainer.corpus.tokenizer.pairs:
+        reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
+        return
+    prompt = trainer.config.log.prompt or "..."
+    reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")
+
+
+def _sample(trainer: Trainer) -> str:
+    settings, corpus = trainer.config, trainer.corpus
+    model = LanguageModel(trainer.rank.layout, settings.train.window, 1, theta=trainer.state.theta, training=False)
+    decoder = Decoder(model, SAMPLE_PAIRS)
+    try:
+        if corpus.tokenizer.pairs:
+            text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
+        else:
+            prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
+            tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
+            text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
+    except UserError as error:  # the run is done, whatever became of the model
+        return f"  | {error}"
+    return "\n".join("  | " + line for line in text.splitlines())
+
+
+def _pairs(corpus: Corpus, decoder: Decoder, limit: int) -> Iterator[str]:
+    """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
+    tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+    sources = [source for source, _, _ in read_split(corpus, split, SAMPLE_PAIRS)]
+    for source, target in zip(sources, answers(decoder, tokenizer, sources, limit), strict=True):
+        yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, target)}"

@@ -1,0 +1,97 @@
+"""A run through the death of ranks: those that are left find each other, share the lanes anew and go on.
+
+This is where it is decided what follows from a death. A policy reads its settings from config.resilience; how survivors find
+each other stands in comm/recovery.py, what lanes outlive in lane_copies.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..comm import recovery, runtime
+from ..comm.node_info import find_node
+from ..errors import BAD_INPUT, UserError
+from .progress import Reporter
+from .setup import Survived, set_up
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def run(
+    trainer: Trainer, max_steps: int, max_seconds: float, stop: Callable[[], bool], progress: str
+) -> tuple[Trainer, bool, dict[str, Any]]:
+    """Train through all deaths that can be survived. Collective.
+
+    Parameters as in Trainer.run; progress : of Reporter. Returns the last Trainer, whether it came to its end, its summary.
+    """
+    while True:
+        try:
+            done = trainer.run(max_steps, max_seconds, stop)
+            return trainer, done, trainer.summary()
+        except recovery.Failure:
+            if not trainer.rank.resilient:
+                raise
+            trainer = _go_on(trainer, progress)
+        except UserError as error:
+            trainer.rank.saver.abandon()
+            if not trainer.deaths or not error.shared:
+                raise
+            trainer.rank.reporter.warn(str(error))
+            runtime.finish(trainer.comm, BAD_INPUT)
+
+
+def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
+    """After a failure: the survivors' communicator, what they go on with, and who died. Collective over the survivors.
+
+    Raises recovery.GiveUp on all of them.
+    """
+    rank, comm = trainer.rank, trainer.comm
+    rank.saver.abandon()
+    rank.heartbeat.end()
+    averaging, copies = trainer.averaging.under_way(), rank.copies.under_way()
+    communicators = [*averaging[0], rank.node.comm, *copies[0]]
+    requests = [*averaging[1], *copies[1]]
+    new, step, alive = recovery.shrink(comm, communicators, trainer.finished.step, requests, rank.node.pids)
+    state = next(version for version in (trainer.state, trainer.spare) if version.step == step)
+    lanes = rank.copies.pieces(state, rank.own_lanes.start, alive)
+    dead = sorted(set(range(comm.size)) - set(alive))
+    return new, Survived(state.theta, state.moments, state.scalars(), lanes, rank.metrics.clock, rank.saver), dead
+
+
+def _go_on(trainer: Trainer, progress: str) -> Trainer:
+    """The survivors' Trainer, at the last step that all of them had finished. Collective over the survivors."""
+    begin, before = time.monotonic(), trainer.rank
+    run = before.ownership.run
+    before.reporter.end()
+    try:
+        while True:
+            comm, survived, dead = survive(trainer)
+            if comm.size < before.config.resilience.min_ranks:
+                raise recovery.GiveUp(f"{comm.size} ranks are left, fewer than resilience.min_ranks")
+            successor = None
+            with recovery.watchdog(), contextlib.suppress(recovery.Failure):
+                reporter = Reporter(comm.rank == 0, progress, before.reporter)
+                node = find_node(comm, before.node.threads)
+                made = set_up(comm, node, before.config, before.corpus, before.ownership, reporter, survived=survived)
+                successor = Trainer(made)
+            if recovery.all_agree(comm, successor is not None) and successor is not None:
+                break
+            comm.Revoke()  # another death meanwhile: once more from where we were
+    except recovery.GiveUp as problem:
+        before.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
+        runtime.kill_self()
+    except UserError as problem:  # such as text that only the dead rank had
+        if comm.rank == 0:
+            before.reporter.complain(str(problem))
+        runtime.exit_now(BAD_INPUT)
+    step = successor.state.step
+    reporter.begin(run, step, successor.total_steps)
+    ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"
+    reporter.warn(f"{ranks}; {comm.size} go on from step {step}, {time.monotonic() - begin:.2f} s later")
+    successor.deaths = trainer.deaths + len(dead)
+    return successor

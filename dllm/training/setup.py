@@ -1,0 +1,237 @@
+"""What a run is made of on one rank: lanes, model, optimiser, averaging, and what watches over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ..comm import methods
+from ..comm.averaging import Averaging
+from ..comm.heartbeat import Heartbeat, NoHeartbeat
+from ..comm.node_info import NodeInfo
+from ..comm.runtime import allgather, check_same, survivable, together
+from ..comm.shared_memory import SharedMemory, share
+from ..config import Config
+from ..data.corpus import Corpus
+from ..data.lanes import Lanes, Schedule, deal
+from ..data.pair_lanes import read_lanes
+from ..errors import UserError
+from ..inference.evaluation import Evaluation
+from ..kernels.gemm import aligned
+from ..kernels.team import Team
+from ..kernels.types import Array
+from ..model.language_model import LanguageModel
+from ..model.layout import Layout
+from ..model.precision import DTYPES
+from ..runs import checkpoint
+from ..runs.checkpoint import Checkpoint
+from ..runs.checkpoint_writer import Saver
+from ..runs.ownership import Ownership
+from ..runs.state import State, parameters_hash
+from . import optim
+from .lane_copies import LaneCopies, NoLaneCopies, Piece, take_lanes
+from .metrics import Clock, Metrics
+from .progress import Reporter
+from .validation import NoValidation, Validation
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+@dataclass
+class Survived:
+    """What a rank brings out of the death of others."""
+
+    theta: Array
+    moments: list[Array]
+    scalars: dict[str, float]
+    lanes: list[Piece]  # its own, and the previous rank's where that has died
+    clock: Clock
+    saver: Saver  # of the run before
+
+
+@dataclass
+class Rank:
+    """A run on one rank: what stays the same as long as no rank dies.
+
+    Attributes
+    ----------
+    comm, node : MPI.Comm, NodeInfo
+    own_lanes : range
+        This rank's lanes.
+    lanes, schedule : Lanes, Schedule
+        Their text, and what every rank knows of all lanes.
+    state, spare : State
+        A step reads one and writes the other; they are the same where a death cannot be survived in memory.
+    resilient : bool
+        It can be.
+    """
+
+    comm: MPI.Comm
+    node: NodeInfo
+    config: Config
+    corpus: Corpus
+    ownership: Ownership
+    reporter: Reporter
+    own_lanes: range
+    lanes: Lanes
+    schedule: Schedule
+    layout: Layout
+    model: LanguageModel
+    optimizer: optim.Optimizer
+    state: State
+    spare: State
+    resilient: bool
+    averaging: Averaging
+    copies: NoLaneCopies
+    heartbeat: NoHeartbeat
+    validation: NoValidation
+    saver: Saver
+    metrics: Metrics
+
+
+def set_up(
+    comm: MPI.Comm,
+    node: NodeInfo,
+    config: Config,
+    corpus: Corpus,
+    ownership: Ownership,
+    reporter: Reporter,
+    resume: Checkpoint | None = None,
+    survived: Survived | None = None,
+) -> Rank:
+    """Make all that a rank needs for a run. Collective.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+    node : NodeInfo
+    config : Config
+    corpus : Corpus
+        This rank's own where config.data.private.
+    ownership : Ownership
+        On the run's folder, before it is taken.
+    reporter : Reporter
+    resume : Checkpoint, optional
+        Where to go on from.
+    survived : Survived, optional
+        Of the run that goes on, on fewer ranks.
+
+    Raises UserError on all ranks.
+    """
+    own, lanes, schedule = _deal_lanes(comm, config, corpus)
+    layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
+    plain = methods.is_plain(config)
+    resilient = survivable(comm) and not config.data.private and plain
+    memory = share(comm, node.comm, layout.size if plain else 1, layout.dtype)
+    with together(comm):
+        team = Team(node.threads)
+        threadpool_limits(node.threads, "blas")  # more than there are cores stand in each other's way
+        model = _make_model(config, layout, len(own), team, memory if plain else None)
+        optimizer = optim.make_optimizer(config.train, layout.table, team)
+        state = _make_state(config, layout, len(own), optimizer.moments, survived)
+        model.bind(state.theta)
+        if resume is not None:
+            checkpoint.check_fits(resume, layout, layout.dtype, len(state.moments), config.train.lanes)
+            checkpoint.load(resume, layout, state, own)
+        elif survived is None:
+            model.initialise(config.train.seed)
+    if survived is not None:
+        take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
+    copies = LaneCopies(comm, config, layout.dtype) if resilient else NoLaneCopies()
+    copies.send(state.step, state.h, state.c, state.lane_loss)
+    copies.complete()
+    _check_ranks_agree(comm, config, corpus, state)
+    averaging = methods.make_averaging(
+        config, comm, node, memory=memory, theta=state.theta, gradient=model.gradient, layout=layout
+    )
+    averaging.step = state.step
+    made_by = methods.made_by(config.averaging, node)
+    if resume is not None:
+        _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
+    clock = survived.clock if survived else Clock()
+    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
+    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
+    before = survived.saver if survived else None
+    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
+    saver.step = state.step if resume else -1
+    return Rank(
+        comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
+        state.empty_like() if resilient else state, resilient, averaging, copies,
+        _make_heartbeat(config, node, memory, reporter), _make_validation(comm, config, corpus, layout, team, metrics),
+        saver, metrics,
+    )  # fmt: skip
+
+
+def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> NoHeartbeat:
+    if memory is None:
+        return NoHeartbeat()
+    return Heartbeat(node, memory, config.resilience.deadline, reporter.complain)
+
+
+def _make_validation(
+    comm: MPI.Comm, config: Config, corpus: Corpus, layout: Layout, team: Team, metrics: Metrics
+) -> NoValidation:
+    if "valid" not in corpus.manifest["splits"]:
+        return NoValidation()
+    evaluation = Evaluation(comm, corpus, "valid", config, layout.dtype, config.data.private, team)
+    return Validation(evaluation, metrics.averaging, config.train, metrics.reporter, metrics.show_alive)
+
+
+def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, Lanes, Schedule]:
+    """This rank's lanes, their text, and what every rank knows of all of them."""
+    train = config.train
+    if comm.size > train.lanes:
+        raise UserError.of_all(
+            f"{comm.size} ranks share train.lanes = {train.lanes}: start at most {train.lanes} ranks, "
+            f"or --set train.lanes={comm.size} or more"
+        )
+    if corpus.tokenizer.pairs and train.carry != "window":
+        raise UserError.of_all("pairs begin from zero states: --preset pairs, or --set train.carry=window")
+    own = deal(train.lanes, comm.size, comm.rank)
+    with together(comm):
+        if config.data.private:
+            lanes = read_lanes(corpus, "train", range(len(own)), len(own), train.window, own.start)
+        else:
+            lanes = read_lanes(corpus, "train", own, train.lanes, train.window)
+    return own, lanes, Schedule(lanes, train.last_window, functools.partial(allgather, comm))
+
+
+def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
+    """memory : where the gradient lies, if the ranks of a node add theirs up there."""
+    gradient = None if memory is None else memory.mine
+    bf16 = config.train.precision == "bf16"
+    return LanguageModel(layout, config.train.window, lanes, bf16=bf16, gradient=gradient, team=team)
+
+
+def _make_state(config: Config, layout: Layout, lanes: int, moments: int, survived: Survived | None) -> State:
+    shape = config.model.layers, lanes, config.model.hidden
+    states = np.zeros(shape, layout.dtype), np.zeros(shape, layout.dtype), np.zeros(lanes)
+    if survived is not None:
+        state = State(survived.theta, survived.moments, *states)
+        state.set_scalars(survived.scalars)
+        return state
+    theta, *rest = (aligned((layout.size,), layout.dtype) for _ in range(1 + moments))
+    return State(theta, rest, *states)
+
+
+def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: State) -> None:
+    facts = {"vocabulary": corpus.tokenizer_hash, "splits": " ".join(corpus.manifest["splits"])}
+    if not config.data.private:
+        facts["corpus"] = corpus.hash
+    check_same(comm, {**facts, "parameters": parameters_hash(state.theta), "step": state.step})
+
+
+def _take_own(
+    comm: MPI.Comm, resume: Checkpoint, own: Mapping[str, Array], made_by: str, config: Config, reporter: Reporter
+) -> None:
+    """Go on from this rank's own model and memories, where it wrote them; else from the model of all ranks."""
+    if own and not checkpoint.load_own(resume, comm.rank, comm.size, own, made_by):
+        reporter.warn(
+            f"{resume.folder} has no {config.averaging.method} state for {comm.size} ranks: all go on from the average model"
+        )

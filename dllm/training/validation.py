@@ -1,0 +1,74 @@
+"""The loss on the validation split while a run goes on, and what follows from it: the best checkpoint, a lower rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..comm.averaging import Averaging
+from ..config import TrainConfig
+from ..inference.evaluation import Evaluation
+from ..runs.state import State
+from . import optim
+from .progress import Reporter
+
+
+class NoValidation:
+    """Of a corpus without a validation split."""
+
+    best = math.inf  # loss, nats a token, over all evaluations
+
+    def due(self, state: State) -> bool:
+        """Whether the run is evaluated at this step."""
+        return False
+
+    def run(self, state: State, final: bool = False) -> bool:
+        """Evaluate the model that all ranks make up. Returns whether it is the best so far. Collective.
+
+        final : at a run's end, where none is due: it changes nothing that a resumed run would notice.
+        """
+        return False
+
+
+class Validation(NoValidation):
+    """
+    Parameters
+    ----------
+    evaluation : Evaluation
+        Of the validation split.
+    averaging : Averaging
+    train : TrainConfig
+    reporter : Reporter
+        Takes the lines of metrics.
+    show_alive : callable
+        Called after each window.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        averaging: Averaging,
+        train: TrainConfig,
+        reporter: Reporter,
+        show_alive: Callable[[], None],
+    ) -> None:
+        self.evaluation, self.averaging, self.train = evaluation, averaging, train
+        self.reporter, self.show_alive = reporter, show_alive
+
+    def due(self, state: State) -> bool:
+        every = self.train.eval_every
+        return state.step % every == 0 if every else state.window == 0
+
+    def run(self, state: State, final: bool = False) -> bool:
+        theta = self.averaging.model(state.theta)
+        result = self.evaluation.run(theta, self.show_alive)
+        own_loss = lambda own: float(self.evaluation.run(own, self.show_alive)["loss"])
+        result |= self.averaging.disagreement(state.theta, theta, own_loss)
+        self.reporter.log({"step": state.step, **result})
+        loss = float(result["loss"])
+        best = loss < state.best_loss
+        self.best = min(self.best, state.best_loss, loss)
+        if not final:
+            state.lr_factor = optim.stalled(self.train, state.lr_factor, loss, state.best_loss)
+            state.best_loss = min(state.best_loss, loss)
+        return best
