@@ -205,7 +205,7 @@ def mean(comm: MPI.Comm, x: Array, out: Array, bucket_bytes: int = 1 << 22) -> i
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         send = x[part].copy()  # a name of its own: mpi4py does not hold what a reduction sends
-        comm.Iallreduce(send, out[part], MPI.SUM).Wait()
+        comm.Iallreduce(send, out[part]).Wait()  # op: MPI.SUM, by default
         out[part] /= comm.size
         sent += sent_by_allreduce(send.nbytes, comm.size)
     return sent

@@ -21,26 +21,19 @@ import time
 import urllib.request
 
 import pytest
+from helpers.launch import environment
 
-import dllm
 from dllm import config
 from dllm.__main__ import COMMANDS
 from dllm.training.options import train_options
 
 ROOT = pathlib.Path(__file__).parents[2]
-SOURCE = pathlib.Path(dllm.__file__).parents[1]
 DOCS = ROOT / "docs"
 RUN = [ROOT / "README.md", *sorted(DOCS.glob("tutorials/*.md"))]
 COMPARED = sorted([*DOCS.glob("how-to/*.md"), *DOCS.glob("explanation/*.md"), ROOT / "CONTRIBUTING.md"])
 WORDS = 30  # of a sentence, at most
 LIMIT = 280  # seconds a page
 README_STEPS = ("--max-steps", "3")  # added to what README trains: its settings are those of real work
-OPENMPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
 NOT_RUN = {  # the beginning of a command -> why it is not run here, and what looks at it instead
     "python3 -m venv": "the gate runs it in a fresh clone",
     "sbatch": "tests/system/test_slurm.py submits the script; here the real parser reads the arguments",
@@ -92,9 +85,7 @@ class Page:
 
     def __init__(self, path, folder):
         self.path, self.folder, self.servers, self.end = path, folder, [], time.monotonic() + LIMIT
-        path_of_programs = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        self.environment = kept | OPENMPI | {"PATH": path_of_programs, "PYTHONPATH": str(SOURCE), "COLUMNS": "100"}
+        self.environment = environment({"COLUMNS": 100})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -229,9 +220,7 @@ def test_readme_has_the_two_commands_of_a_new_user():
 def options(command):
     """The long options that a command's --help shows."""
     asked = [sys.executable, "-m", "dllm", command, "--help"]
-    done = subprocess.run(
-        asked, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True, timeout=60, check=True)
     return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
 
 
