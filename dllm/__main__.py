@@ -22,6 +22,7 @@ COMMANDS = {
 
 
 def main() -> int:
+    """The command. Returns its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         module = f"{name}_" if keyword.iskeyword(name) else name

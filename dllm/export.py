@@ -40,6 +40,7 @@ model comes from. Perplexity is measured before and after on the run's corpus, w
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
+    """The options of the command. Raises UserError."""
     parser = cli.Parser("export", __doc__, EPILOG)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model")
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")

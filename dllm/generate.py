@@ -25,6 +25,7 @@ examples
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
     return cli.run(generate, argv)
 
 

@@ -29,6 +29,7 @@ KNOWN = re.compile(r"lstm\.(weight|bias)_(ih|hh)_l\d+|embedding\.weight|output\.
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
     return cli.run(import_, argv)
 
 

@@ -44,18 +44,26 @@ class Table(Protocol):
     """Where the embedding (V,E) lies: at the end of the flat vector, from element `start` on."""
 
     @property
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """Its first element."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(V,E)."""
 
 
 class Tensors(Protocol):
     """How compression sees flat vectors: as tensors of these shapes, one after the other in a standard vector."""
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]: ...
-    def pack(self, vector: Array) -> Array: ...
-    def unpack(self, standard: Array, vector: Array) -> None: ...
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensors."""
+
+    def pack(self, vector: Array) -> Array:
+        """The standard vector of a flat vector (P,), a copy."""
+
+    def unpack(self, standard: Array, vector: Array) -> None:
+        """Put all of a standard vector into a flat vector (P,)."""
 
 
 @dataclass(frozen=True)

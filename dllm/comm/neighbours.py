@@ -199,7 +199,6 @@ class Mixing:
 
 def mean(comm: MPI.Comm, x: Array, out: Array, bucket_bytes: int = 1 << 22) -> int:
     """out (P,) = the mean over ranks of x (P,), the same bits on all of them. Collective. Returns the bytes sent."""
-    from mpi4py import MPI
 
     step, sent = max(1, bucket_bytes // x.itemsize), 0
     for start in range(0, len(x), step):

@@ -51,6 +51,7 @@ class Watch:
             self.request.Test()
 
     def end(self) -> None:
+        """Nothing is awaited any more."""
         if self.request is not None:
             self.request.Cancel()
             self.request.Wait()

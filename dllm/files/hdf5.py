@@ -194,6 +194,7 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int]:
+        """(length,), as an array has it."""
         return (self.size,)
 
 

@@ -40,6 +40,7 @@ class Part:
 
     @classmethod
     def of(cls, rank: int, ranks: int, parameters: int, lanes: int) -> Part:
+        """The part of a rank, of a checkpoint of so many parameters and lanes."""
         share = deal(parameters, ranks, rank)
         return cls(f"rank-{rank:05d}-of-{ranks:05d}.h5", slice(share.start, share.stop), deal(lanes, ranks, rank))
 
@@ -62,6 +63,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """After which it was written."""
         step: int = self.manifest["scalars"]["step"]
         return step
 
@@ -98,6 +100,7 @@ def facts(layout: Layout, lanes: int, tokenizer: str, made_by: str) -> dict[str,
 
 
 def folder_of(run: Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of a step lies."""
     return pathlib.Path(run, "checkpoints", f"step-{step:08d}")
 
 

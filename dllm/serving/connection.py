@@ -26,6 +26,7 @@ class Connection(H11Protocol):
     _draining = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Give a new connection its time."""
         super().connection_made(transport)
         self._idle_since = self.loop.time()
         self._set_timer()
@@ -34,12 +35,14 @@ class Connection(H11Protocol):
             min(idle, key=lambda other: other._idle_since).close()  # at least this one
 
     def data_received(self, data: bytes) -> None:
+        """Take in bytes of a request."""
         super().data_received(data)
         self._set_timer()
         if self._draining and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
         self.close()
         super().connection_lost(exc)
 

@@ -294,6 +294,7 @@ class Outbox:
         self._news: dict[Deliver, list[tuple[Stream, Event]]] = {}
 
     def add(self, stream: Stream, event: Event) -> None:
+        """Keep an event of a stream for its `deliver`."""
         self._news.setdefault(stream.deliver, []).append((stream, event))
 
     def deliver(self) -> list[Stream]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comm.averaging import Gradient
 from ..kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
 from ..kernels.team import Team
 from ..kernels.types import Array
@@ -45,31 +46,17 @@ class Optimizer(ABC):
         self.config, self.table, self.team = config, table, team or Team()
         self._moved: Array | slice = slice(None)  # rows of the embedding that the step before has moved
 
-    def step(
-        self,
-        state: State,
-        parts: Parts,
-        rows: Array | None,
-        lr: float,
-        squares: float | None = None,
-        release: Callable[[int, int], None] | None = None,
-        out: State | None = None,
-    ) -> float:
+    def step(self, state: State, gradient: Gradient, lr: float, out: State | None = None) -> float:
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
         Where the norm is not finite nothing moves.
 
-        parts : list of (first element, array)
-            The gradient (P,), one part behind the other. Where rows are given the last part is the embedding's.
-        rows : (n,) int64 or None
-            Rows of the embedding whose gradient may differ from zero; None: all.
-        squares : float, optional
-            The sum of squares of the gradient, without the embedding where `rows` are given; saves a pass.
-        release : callable, optional
-            release(start, stop) is told which elements of the gradient have been read for good.
+        gradient : Gradient
+            Of the method of averaging.
         out : State, optional
             Where the new theta and moments go; `state` stays as it is. It must be what `out` was in the step before.
         """
+        parts, rows, squares = gradient.parts, gradient.rows, gradient.squares
         dense = _blocks(parts if rows is None else parts[:-1])
         squares = self._squares(dense) if squares is None else squares
         if rows is not None:
@@ -84,7 +71,7 @@ class Optimizer(ABC):
         if not math.isfinite(norm):
             self._stay(state, out)
             return norm
-        self._share(state, out, dense, common, release)
+        self._share(state, out, dense, common, gradient.release)
         if rows is None:
             return norm
         if not self.sparse:

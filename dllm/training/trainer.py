@@ -109,7 +109,7 @@ class Trainer:
         sent -= copies.complete()
 
         # All ranks have come so far: nobody will ask for what `new` held.
-        norm = self.rank.optimizer.step(state, gradient.parts, gradient.rows, lr, gradient.squares, gradient.release, new)
+        norm = self.rank.optimizer.step(state, gradient, lr, new)
         averaging.clear()
         averaging.mix(new.theta, lr)
         if np.isfinite(norm):

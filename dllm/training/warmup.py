@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from ..comm import compression
+from ..comm.averaging import Gradient
 from ..config import Config, ModelConfig
 from ..kernels import reduce
 from ..kernels.types import DType
@@ -52,7 +53,7 @@ def _one_step(config: Config, dtype: DType) -> None:
     model.backward()
     rows = None if table is None else np.zeros(1, np.int64)
     start = P if table is None else table.start
-    optimizer.step(state, [(0, model.gradient[:start]), (start, model.gradient[start:])], rows, 0.0)
+    optimizer.step(state, Gradient([(0, model.gradient[:start]), (start, model.gradient[start:])], rows), 0.0)
     LanguageModel(layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)
 
 

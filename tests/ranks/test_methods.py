@@ -71,7 +71,7 @@ class Run:
         for part in (slice(0, 3), slice(3, P)):
             self.method.ready(part)
         gradient = self.method.gradient()
-        norm = self.optimizer.step(self.state, gradient.parts, gradient.rows, self.lr)
+        norm = self.optimizer.step(self.state, gradient, self.lr)
         self.method.clear()
         self.method.mix(self.x, self.lr)
         self.method.agreed()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.numerics import EVERY_KIND, KINDS, B, T, V, build, configured, reference, run, states, text
 
+from dllm.comm.averaging import Gradient
 from dllm.config import TrainConfig
 from dllm.kernels import lstm, tiles
 from dllm.kernels.team import Team
@@ -138,7 +139,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind, precision):
         losses, gradient = run(model, tokens, targets, h, c, 0.1, (1, 2, np.arange(9)))
         optimizer = optim.make_optimizer(TrainConfig(optimizer="adam", clip=0.1), layout.table, model.operands.team)
         state = State(theta, [np.zeros_like(theta), np.zeros_like(theta)], h, c, np.zeros(9))
-        norm = optimizer.step(state, [(0, gradient)], None, 0.1)
+        norm = optimizer.step(state, Gradient([(0, gradient)]), 0.1)
         results.append((losses.tobytes(), gradient.tobytes(), theta.tobytes(), norm))
     assert len(set(results)) == 1
 

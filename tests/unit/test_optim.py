@@ -5,6 +5,7 @@ learning-rate schedules, and ten golden losses of a tiny training run.
 import numpy as np
 import pytest
 
+from dllm.comm.averaging import Gradient
 from dllm.config import ModelConfig, TrainConfig
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Extent, Layout
@@ -34,7 +35,7 @@ def made(**settings):
 def test_clip_by_norm_shortens_the_step_to_the_bound():
     optimizer, state, gradient = made(optimizer="sgd", clip=0.5)
     before, original = state.theta.copy(), gradient.copy()
-    norm = optimizer.step(state, [(0, gradient)], None, 1.0)
+    norm = optimizer.step(state, Gradient([(0, gradient)]), 1.0)
     assert norm == pytest.approx(np.linalg.norm(original), rel=1e-14)  # what it was before
     np.testing.assert_allclose(before - state.theta, 0.5 * original / norm, rtol=1e-12)
     np.testing.assert_array_equal(gradient, original)
@@ -43,14 +44,14 @@ def test_clip_by_norm_shortens_the_step_to_the_bound():
 def test_clip_by_norm_leaves_a_short_gradient_alone():
     optimizer, state, gradient = made(optimizer="sgd", clip=100.0)
     before = state.theta.copy()
-    optimizer.step(state, [(0, gradient)], None, 1.0)
+    optimizer.step(state, Gradient([(0, gradient)]), 1.0)
     np.testing.assert_array_equal(before - gradient, state.theta)
 
 
 def test_clip_by_value_bounds_every_element():
     optimizer, state, gradient = made(optimizer="sgd", clip=0.5, clip_by="value")
     before = state.theta.copy()
-    norm = optimizer.step(state, [(0, gradient)], None, 1.0)
+    norm = optimizer.step(state, Gradient([(0, gradient)]), 1.0)
     assert norm == pytest.approx(np.linalg.norm(gradient), rel=1e-14)
     np.testing.assert_array_equal(state.theta, before - np.clip(gradient, -0.5, 0.5))
     assert (abs(gradient) > 0.5).any()
@@ -62,7 +63,7 @@ def test_no_clip_and_a_clip_out_of_reach_are_the_same(optimizer, clip_by):
     paths = []
     for clip in (0.0, 1e6):
         made_optimizer, state, gradient = made(optimizer=optimizer, clip=clip, clip_by=clip_by)
-        made_optimizer.step(state, [(0, gradient)], None, 0.1)
+        made_optimizer.step(state, Gradient([(0, gradient)]), 0.1)
         paths.append(state.theta)
     np.testing.assert_array_equal(*paths)
 
@@ -71,7 +72,7 @@ def test_a_gradient_that_is_not_a_number_is_seen_in_the_norm():
     for place in (0, 49):
         optimizer, state, gradient = made(optimizer="sgd", clip=1.0)
         gradient[place] = np.nan
-        assert np.isnan(optimizer.step(state, in_parts(gradient), np.array([7]), 0.1))
+        assert np.isnan(optimizer.step(state, Gradient(in_parts(gradient), np.array([7])), 0.1))
 
 
 # rows of the embedding
@@ -98,7 +99,7 @@ def test_naming_the_rows_in_use_changes_nothing(settings, clip):
             gradient = np.zeros(50)
             gradient[:10] = rng.standard_normal(10)
             gradient[10:].reshape(8, 5)[rows] = rng.standard_normal((3, 5))
-            norms.append(optimizer.step(state, in_parts(gradient), rows if named else None, 0.1))
+            norms.append(optimizer.step(state, Gradient(in_parts(gradient), rows if named else None), 0.1))
             state.step += 1
         thetas.append(state.theta)
     np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-14)
@@ -110,7 +111,7 @@ def test_plain_sgd_reads_no_other_row_than_those_named():
     table = gradient[10:].reshape(8, 5)
     table[np.setdiff1d(np.arange(8), ROWS)] = np.nan
     before = state.theta.copy()
-    assert np.isfinite(optimizer.step(state, in_parts(gradient), ROWS, 1.0))
+    assert np.isfinite(optimizer.step(state, Gradient(in_parts(gradient), ROWS), 1.0))
     change = (before - state.theta)[10:].reshape(8, 5)
     np.testing.assert_allclose(change[ROWS], table[ROWS], rtol=1e-12)
     assert not change[np.setdiff1d(np.arange(8), ROWS)].any()
@@ -139,7 +140,7 @@ def test_a_configured_optimizer_takes_pytorchs_steps(optimizer):
     rng = np.random.default_rng(3)
     for _ in range(5):
         gradient = rng.standard_normal(50)
-        ours.step(state, [(0, gradient)], None, 0.05)
+        ours.step(state, Gradient([(0, gradient)]), 0.05)
         state.step += 1
         theirs.grad = torch.tensor(gradient)
         stepper.step()
@@ -228,7 +229,7 @@ def golden_losses():
         found = model.forward(tokens, targets, state.h, state.c, 1 / 20, (1, step, np.arange(4)))
         losses.append(found.mean())
         model.backward()
-        optimizer.step(state, [(0, model.gradient)], None, optim.learning_rate(train, step, 0, 1.0, 10))
+        optimizer.step(state, Gradient([(0, model.gradient)]), optim.learning_rate(train, step, 0, 1.0, 10))
         state.next_window(10, "epoch")
     return losses
 

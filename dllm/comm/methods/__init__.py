@@ -44,7 +44,8 @@ class Layout(Tensors, Protocol):
     """What `make_averaging` wants of a model's layout: how compression sees its vectors, and where the embedding lies."""
 
     @property
-    def table(self) -> Table | None: ...
+    def table(self) -> Table | None:
+        """The embedding at the end of the vectors, where it is not tied to the output."""
 
 
 def method(name: str) -> type[WholeVector]:

@@ -49,6 +49,7 @@ class CompressedAllreduce(WholeVector):
         self.combine = {"powersgd": self._powersgd, "signum": self._signum, "none": None}.get(kind, self._gathered)
 
     def payloads(self, size: int) -> None:
+        """Make room for a message (size,) of this rank, and for those of all ranks."""
         self.payload, self.everyones = np.zeros(size, np.uint8), np.zeros((self.comm.size, size), np.uint8)
 
     def direction(self, g: Array) -> Array:
