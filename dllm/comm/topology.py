@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files.storage import check_regular
 from ..kernels.types import Array
 
@@ -226,7 +226,7 @@ def _read(path: str, n: int) -> Topology:
                 elif text:
                     raise UserError(f"{path}, line {number}: {text!r:.60} is no edge; write two ranks, for example  0 1")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
     ranks = set(itertools.chain(*edges)) or {0}
     missing = next(rank for rank in itertools.count() if rank not in ranks)
     if missing < len(ranks):

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from ...kernels.types import Array
-from .local_steps import LocalSteps
+from .push_sum import PushSum
 
 
-class AsyncGossip(LocalSteps):
+class AsyncGossip(PushSum):
     """Push-sum by one-sided messages (Kempe et al. 2003; asynchronous: Assran, Rabbat 2020, "Asynchronous gradient-push").
 
         x_i <- x_i - lr g_i(z_i)
@@ -21,17 +21,16 @@ class AsyncGossip(LocalSteps):
     """
 
     periodic = True
-    weighted = between_nodes = False
+    between_nodes = False
 
     def prepare(self) -> None:
-        neighbours = self.graph("column")
-        self.receivers = [rank for phase in neighbours.receivers for rank in phase]
-        self.w, self.before = self.array("push_sum_weight", 1), self.x.copy()
-        self.w[:] = 1
-        self.outgoing = np.empty(self.x.size + 1, self.x.dtype)  # x, and w behind it
         from mpi4py import MPI
         from mpi4py.util.dtlib import from_numpy_dtype
 
+        super().prepare()
+        neighbours = self.graph("column")
+        self.receivers = [rank for phase in neighbours.receivers for rank in phase]
+        self.outgoing = np.empty(self.x.size + 1, self.x.dtype)  # x, and w behind it
         self.window = MPI.Win.Allocate(self.outgoing.nbytes, self.x.itemsize, comm=self.comm)  # type: ignore[arg-type]
         memory: Any = self.window.tomemory()
         self.inbox = np.frombuffer(memory, self.x.dtype)
@@ -39,13 +38,8 @@ class AsyncGossip(LocalSteps):
         self.kind = from_numpy_dtype(self.x.dtype)
         self.comm.Barrier()
 
-    def direction(self, g: Array) -> Array:
-        self.before[:] = self.x
-        return g
-
     def arrive(self, lr: float) -> None:
-        z, w = self.x, self.w
-        z += (w - 1) * self.before  # w z - lr g, of the z before
+        z, w = self.weigh(), self.w
         if self.receivers:
             if w[0] >= 0.5:  # a rank that nobody has sent to for long would be left with nothing to move
                 z /= 2
