@@ -108,7 +108,7 @@ class DataConfig:
 class AveragingConfig:
     """How ranks come to one model."""
 
-    method: str = setting("allreduce", "how ranks come to one model; README has a table of when to use which")
+    method: str = setting("allreduce", "how ranks come to one model; docs/how-to/choose-a-method.md says when to take which")
     topology: str = setting(
         "",
         'who is whose neighbour: ring, torus, hypercube, exponential, ... or a file of edges; "": the method\'s own',

@@ -21,7 +21,7 @@ examples
   mpirun -n 4 python -m dllm.train --data 'DIR/site{rank}'          private text: each rank reads its own folder only
   mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
   mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
-  mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; README has the ways to average
+  mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; more ways in docs/how-to
 
 SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
 passes them on: MPICH's does so with SIGTERM, Open MPI's ends the job instead.
