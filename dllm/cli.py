@@ -1,4 +1,7 @@
-"""What all commands share: arguments that fail in one line, exit codes, and one rank that speaks."""
+"""What all commands share: arguments that fail in one line, exit codes, and one rank that speaks.
+
+To add a command: a file of dllm/ with main(argv), and a line in COMMANDS of __main__.py.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from . import cli
 from .errors import DONE, UserError
 from .launching import mpirun
 from .launching.supervisor import say
-from .launching.training import TrainingSupervisor
+from .launching.training_supervisor import TrainingSupervisor
 from .runs import run_folder
 from .training.options import train_config, train_options
 

@@ -98,7 +98,7 @@ def has_ranks_option(words: Sequence[str]) -> bool:
 
 def start(words: list[str]) -> int:
     """Start the ranks under mpirun and keep them up; returns the exit code. Raises UserError."""
-    from .launching.server import ServerSupervisor
+    from .launching.server_supervisor import ServerSupervisor
 
     options = arguments(words)
     read_token(options)  # what is wrong with it is said here, once

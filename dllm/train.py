@@ -39,7 +39,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .data.corpus import open_corpus
     from .runs import checkpoint, run_folder
     from .runs.ownership import Ownership
-    from .training import announcements, resilient
+    from .training import announcements, recovery
     from .training.progress import Reporter
     from .training.setup import set_up
     from .training.trainer import Trainer
@@ -74,7 +74,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
     limits = options.max_steps, options.max_seconds
-    trainer, done, summary = resilient.run(trainer, *limits, lambda: bool(stopping), options.progress)
+    trainer, done, summary = recovery.run(trainer, *limits, lambda: bool(stopping), options.progress)
     return _finish(trainer, done, summary)
 
 

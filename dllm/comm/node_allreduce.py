@@ -21,9 +21,9 @@ from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
 from .allreduce import Allreduce
 from .averaging import Gradient, Table
 from .control import Control
-from .recovery import Watch
 from .runtime import NAP
 from .shared_memory import SharedMemory
+from .survivors import Watch
 from .traffic import sent_by_allreduce
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ Any other name is a file of edges. Between two ranks there is one edge at most e
 [1] Ying et al. 2021, Exponential graph is provably efficient for decentralized deep training, NeurIPS (arXiv:2110.13363).
 [2] Friedman 2003, A proof of Alon's second eigenvalue conjecture, STOC; the graphs by Steger, Wormald 1999.
 [3] Erdos, Renyi 1959; Gilbert 1959.
+
+To add a topology: its name and edges in FIXED and _fixed, or, where they are drawn at random, in NAMES and _random.
 """
 
 import difflib

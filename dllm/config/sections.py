@@ -1,4 +1,7 @@
-"""The settings of a run: frozen dataclasses, one a section."""
+"""The settings of a run: frozen dataclasses, one a section.
+
+To add a setting: a field with its effect and bounds. --set, files, checks, `--settings` and the docs take it from here.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,7 @@
-"""The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop."""
+"""The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop.
+
+To add a route: a handler here or in a file beside this, its Route in Service.app, and its description in openapi.py.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ from .limits import Guard, Limits
 from .log import Log
 from .openai import Answer, Completion, Json, encode, models_body, read_json
 from .peers import Peers, state_of
+from .streamed_text import Prompt, Vocabulary
 from .streams import LocalStreams, unless_disconnected
-from .text import Prompt, Vocabulary
 
 MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
 PAGE = pathlib.Path(__file__).with_name("page.html")

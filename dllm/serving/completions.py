@@ -11,8 +11,8 @@ from .errors import Disconnected, Refused
 from .openai import SEEDS, Answer, Completion, Json, choice_body, encode, logprobs_body
 from .peers import Peers
 from .requests import Event, Finished, Request
+from .streamed_text import Detokenizer, Prompt, Vocabulary
 from .streams import Cancel, Inbox, check_finished, unless_disconnected
-from .text import Detokenizer, Prompt, Vocabulary
 
 
 class CompletionChoice:

@@ -17,7 +17,7 @@ from .errors import Refused
 from .requests import MAX_LOGPROBS, Token
 
 if TYPE_CHECKING:
-    from .text import PlacedToken
+    from .streamed_text import PlacedToken
 
 Json: TypeAlias = dict[str, Any]  # an object
 Default = TypeVar("Default")

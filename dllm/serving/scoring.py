@@ -15,8 +15,8 @@ from ..kernels.types import Array
 from .errors import Refused
 from .openai import Fields, Json, json_number, read_json, usage
 from .requests import Event, Finished, Request, Token
+from .streamed_text import Prompt
 from .streams import Inbox, collect, unless_disconnected
-from .text import Prompt
 
 if TYPE_CHECKING:
     from .app import Service

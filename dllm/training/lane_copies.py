@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..comm import recovery
+from ..comm import survivors
 from ..comm.runtime import allgather
 from ..config import Config
 from ..data.lanes import deal
@@ -61,7 +61,7 @@ class LaneCopies(NoLaneCopies):
         self.config, self.dtype = config, np.dtype(dtype)
         self.lanes = [deal(config.train.lanes, comm.size, rank) for rank in range(comm.size)]
         bytes_of_lane = 2 * config.model.layers * config.model.hidden * self.dtype.itemsize + 8
-        self.buddies = recovery.Buddies(comm, [len(lanes) * bytes_of_lane for lanes in self.lanes])
+        self.buddies = survivors.Buddies(comm, [len(lanes) * bytes_of_lane for lanes in self.lanes])
 
     def send(self, step: int, h: Array, c: Array, lane_loss: Array) -> None:
         parts = [np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in (h, c, lane_loss)]
@@ -105,6 +105,6 @@ def take_lanes(
             state.h[:, here], state.c[:, here], state.lane_loss[here] = h[:, there], c[:, there], lane_loss[there]
     lost = np.count_nonzero(~found)
     if lost and config.resilience.lost_lanes == "stop":
-        raise recovery.GiveUp(f"the states of {lost} lanes died with their rank and with the next one, which had the copy")
+        raise survivors.GiveUp(f"the states of {lost} lanes died with their rank and with the next one, which had the copy")
     if lost:
         warn(f"{lost} lanes begin from zero states: theirs died with their rank and with the copy of it")

@@ -11,7 +11,7 @@ from helpers.counting_comm import Counting
 from dllm.comm import runtime, topology
 from dllm.comm.control import Control
 from dllm.comm.methods import METHODS, make_averaging
-from dllm.comm.methods.whole_vector import OneTensor
+from dllm.comm.methods.base import OneTensor
 from dllm.config import AveragingConfig, Config, TrainConfig
 from dllm.errors import UserError
 from dllm.training import optim

@@ -8,7 +8,7 @@ from dllm.data.tokenizers import ByteTokenizer
 from dllm.serving.errors import Refused
 from dllm.serving.openai import Completion, read_json
 from dllm.serving.requests import Token
-from dllm.serving.text import Detokenizer, Vocabulary
+from dllm.serving.streamed_text import Detokenizer, Vocabulary
 
 BYTES = ByteTokenizer()
 TEXTS = st.text(alphabet="ab\u00e9\u20ac\U0001f600", max_size=12)

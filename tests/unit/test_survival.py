@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dllm.comm.recovery import quorum
+from dllm.comm.survivors import quorum
 
 
 @pytest.mark.parametrize(

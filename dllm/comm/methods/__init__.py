@@ -1,7 +1,7 @@
 """The methods of averaging, each in a file that reads like its paper; which one a Config means, and what it must not combine.
 
-To add one: a file with a class like those here, which says in its class attributes what it can do and what it needs
-(comm/averaging.py has the list), and a line in METHODS. MPI is imported in functions only: the launcher asks classes, too, and
+To add one: a file with a class like those here, and a line in METHODS. The class overrides the steps that base.py names, and
+says in its class attributes what it can do and what it needs (comm/averaging.py has the list). MPI is imported in functions only: the launcher asks classes, too, and
 must not start MPI.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..node_info import NodeInfo
     from ..shared_memory import SharedMemory
-    from .whole_vector import WholeVector
+    from .base import WholeVector
 
 METHODS = {  # averaging.method: file and class
     "allreduce": ("compressed", "CompressedAllreduce"),  # where gradients are compressed; plain: is_plain

@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import compression
 from ..runtime import agree
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class Choco(LocalSteps):

@@ -9,7 +9,7 @@ from .. import compression
 from ..powersgd import PowerSGD
 from ..runtime import agree
 from ..traffic import sent_by_allgather, sent_by_allreduce
-from .whole_vector import WholeVector
+from .base import WholeVector
 
 
 class CompressedAllreduce(WholeVector):

@@ -1,7 +1,7 @@
 """Decentralised parallel SGD: a step, and the weighted mean of what the neighbours have."""
 
 from ...kernels.types import Array
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class DPSGD(LocalSteps):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...kernels.reduce import weighted_differences
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class ExactDiffusion(LocalSteps):

@@ -4,7 +4,7 @@ import math
 
 from ...kernels.optim import sum_of_squares
 from ...kernels.types import Array
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class GradientTracking(LocalSteps):

@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...kernels.types import Array
 from ..runtime import allgather
 from ..traffic import sent_by_allgather
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 if TYPE_CHECKING:
     from mpi4py import MPI

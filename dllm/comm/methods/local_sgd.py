@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class LocalSGD(LocalSteps):

@@ -1,7 +1,7 @@
 """Stochastic gradient push: over directed graphs, balanced or not."""
 
 from ...kernels.types import Array
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class PushSum(LocalSteps):

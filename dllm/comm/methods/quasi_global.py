@@ -1,7 +1,7 @@
 """Quasi-global momentum: momentum of how the mixed model moved, not of the local gradient."""
 
 from ...kernels.types import Array
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class QuasiGlobalMomentum(LocalSteps):

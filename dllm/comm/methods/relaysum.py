@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...errors import UserError
-from .local_steps import LocalSteps
+from .base_local_steps import LocalSteps
 
 
 class RelaySum(LocalSteps):

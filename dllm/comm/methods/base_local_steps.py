@@ -18,7 +18,7 @@ from ...kernels.types import Array
 from ..averaging import Moving, Verdict
 from ..control import Control
 from ..runtime import allgather
-from .whole_vector import WholeVector
+from .base import WholeVector
 
 S = TypeVar("S", bound=Moving)
 

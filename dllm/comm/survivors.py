@@ -6,6 +6,8 @@ step's Allreduce needs every rank, so survivors are at most one step apart: each
 and all go back to the older one of those at which they stand.
 
 A lane's LSTM state is on one rank only, so in each step every rank sends its lanes' states to the next one, its buddy.
+
+What a run makes of a death is decided in training/recovery.py.
 """
 
 import contextlib

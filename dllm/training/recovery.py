@@ -1,7 +1,8 @@
 """A run through the death of ranks: those that are left find each other, share the lanes anew and go on.
 
-This is where it is decided what follows from a death. A policy reads its settings from config.resilience; how survivors find
-each other stands in comm/recovery.py, what lanes outlive in lane_copies.py.
+This decides what follows from a death that can be survived in memory. A policy reads its settings from config.resilience. How
+survivors find each other stands in comm/survivors.py, and which LSTM states they have in lane_copies.py. All other deaths end
+the job, and launching/training_supervisor.py decides how it starts anew.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..comm import recovery, runtime
+from ..comm import runtime, survivors
 from ..comm.node_info import find_node
 from ..errors import BAD_INPUT, UserError
 from .progress import Reporter
@@ -33,7 +34,7 @@ def run(
         try:
             done = trainer.run(max_steps, max_seconds, stop)
             return trainer, done, trainer.summary()
-        except recovery.Failure:
+        except survivors.Failure:
             if not trainer.rank.resilient:
                 raise
             trainer = _go_on(trainer, progress)
@@ -48,7 +49,7 @@ def run(
 def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
     """After a failure: the survivors' communicator, what they go on with, and who died. Collective over the survivors.
 
-    Raises recovery.GiveUp on all of them.
+    Raises survivors.GiveUp on all of them.
     """
     rank, comm = trainer.rank, trainer.comm
     rank.saver.abandon()
@@ -56,7 +57,7 @@ def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
     averaging, copies = trainer.averaging.under_way(), rank.copies.under_way()
     communicators = [*averaging[0], rank.node.comm, *copies[0]]
     requests = [*averaging[1], *copies[1]]
-    new, step, alive = recovery.shrink(comm, communicators, trainer.finished.step, requests, rank.node.pids)
+    new, step, alive = survivors.shrink(comm, communicators, trainer.finished.step, requests, rank.node.pids)
     state = next(version for version in (trainer.state, trainer.spare) if version.step == step)
     lanes = rank.copies.pieces(state, rank.own_lanes.start, alive)
     dead = sorted(set(range(comm.size)) - set(alive))
@@ -72,17 +73,17 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
         while True:
             comm, survived, dead = survive(trainer)
             if comm.size < before.config.resilience.min_ranks:
-                raise recovery.GiveUp(f"{comm.size} ranks are left, fewer than resilience.min_ranks")
+                raise survivors.GiveUp(f"{comm.size} ranks are left, fewer than resilience.min_ranks")
             successor = None
-            with recovery.watchdog(), contextlib.suppress(recovery.Failure):
+            with survivors.watchdog(), contextlib.suppress(survivors.Failure):
                 reporter = Reporter(comm.rank == 0, progress, before.reporter)
                 node = find_node(comm, before.node.threads)
                 made = set_up(comm, node, before.config, before.corpus, before.ownership, reporter, survived=survived)
                 successor = Trainer(made)
-            if recovery.all_agree(comm, successor is not None) and successor is not None:
+            if survivors.all_agree(comm, successor is not None) and successor is not None:
                 break
             comm.Revoke()  # another death meanwhile: once more from where we were
-    except recovery.GiveUp as problem:
+    except survivors.GiveUp as problem:
         before.reporter.complain(f"rank {trainer.comm.rank}: {problem}; go on with --resume {run}")
         runtime.kill_self()
     except UserError as problem:  # such as text that only the dead rank had
