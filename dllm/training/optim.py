@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules over flat vectors. Formulas and sources stand in kernels/optim.py.
 
-To add an optimiser: its kernel there, a class here with `moments` and `_update`, its name in `make_optimizer` and in config/sections.py.
+To add an optimiser: its kernel there, a class here with `moments` and `_update`, its name in `make_optimizer` and in
+config/sections.py.
 """
 
 from __future__ import annotations
