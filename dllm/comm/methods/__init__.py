@@ -1,7 +1,7 @@
 """The methods of averaging, each in a file that reads like its paper; which one a Config means, and what it must not combine.
 
 To add one: a file with a class like those here, and a line in METHODS. The class overrides the steps that base.py names, and
-says in its class attributes what it can do and what it needs (comm/averaging.py has the list). Import MPI in functions only, since
+says in its class attributes what it can do and what it needs (comm/averaging.py has the list). Import MPI in functions only:
 the launcher asks the classes, too, and must not start MPI.
 """
 
