@@ -111,8 +111,8 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         source, target = options.pairs
         pairs = runtime.agree(comm, answering.read_files, source, target, tokenizer)
     else:
-        known = {"data": options.data, "split": options.split, "otherwise": ", or --pairs SRC TGT"}
-        corpus, _ = corpus_of(comm, node, model, options.model, **known)
+        otherwise = ", or --pairs SRC TGT"
+        corpus, _ = corpus_of(comm, node, model, options.model, data=options.data, split=options.split, otherwise=otherwise)
         pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
     with leader_first(node):
         warm_up(model.settings)

@@ -48,9 +48,10 @@ def generate(argv: list[str]) -> int:
         if not options.json:
             print(text, end="", flush=True)
 
+    found = continuation(model, prompt, options.tokens, sampling, options.beams)  # with --beams all of it, which may fail
     show(options.prompt)
     text, tokens = "", []
-    for token, piece in decode(model.tokenizer, continuation(model, prompt, options.tokens, sampling, options.beams)):
+    for token, piece in decode(model.tokenizer, found):
         show(piece)
         text += piece
         tokens += [] if token is None else [token]

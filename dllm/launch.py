@@ -12,7 +12,7 @@ from .launching import mpirun
 from .launching.supervisor import say
 from .launching.training_supervisor import TrainingSupervisor
 from .runs import run_folder
-from .training.options import train_config, train_options
+from .training.options import print_settings, train_config, train_options
 
 EPILOG = """
 examples
@@ -69,7 +69,10 @@ def launch(argv: Sequence[str]) -> int:
     if options.run and run_folder.is_done(options.run):
         say("launch", f"{options.run} is done")
         return DONE
-    train_config(wanted)  # what is wrong with them is said here, once
+    settings = train_config(wanted)  # what is wrong with them is said here, once
+    if wanted.settings:
+        print_settings(settings)
+        return DONE
     hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
     run = options.run or options.resume or run_folder.new_name(wanted.out, wanted.preset or "default")
     if options.resume:

@@ -20,7 +20,6 @@ from .comm import runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
 from .launching.mpirun import launched_rank
-from .model.precision import check_precision
 from .runs import ownership
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run(start, words)
     stopping: list[bool] = []
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
+        signal.signal(number, lambda *_: stopping.append(True))  # before imports that take long: no starting rank dies
     return cli.collective(lambda argv, comm: serve(argv, comm, stopping), words)
 
 
@@ -128,16 +127,16 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     port = runtime.allgather(node.comm, listener.getsockname()[1] if listener else 0)[0]
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
-    bundle = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": bundle.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
+    model = runtime.agree(comm, LoadedModel.open, options.model)
+    runtime.check_same(comm, {"model": model.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
     threads = options.threads or node.threads
-    engine = Engine(bundle, options.slots, threads, options.cache << 20, options.queue, options.precision)
+    engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, bundle, engine, options, token, listener)
+    server = Server(comm, node, model, engine, options, token, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"dllm: {bundle.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
+        print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
     code = server.run(stopping)
     server.leave(code)
     return code
@@ -190,6 +189,8 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError where something is missing here."""
+    from .model.precision import check_precision
+
     check_precision(options.precision)
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
         raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'")

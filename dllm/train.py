@@ -11,8 +11,6 @@ from . import cli, config
 from .comm import runtime
 from .comm.node_info import find_node, leader_first
 from .errors import DONE, STOPPED_EARLY, reason
-from .model.precision import check_precision
-from .training.options import train_config, train_options
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -23,17 +21,25 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     stopping: list[bool] = []
-    signal.signal(signal.SIGUSR1, lambda *_: stopping.append(True))  # at once: a rank that is only starting must not die of it
+    signal.signal(
+        signal.SIGUSR1, lambda *_: stopping.append(True)
+    )  # before imports that take long: a starting rank must not die
     return cli.collective(lambda argv, comm: train(argv, comm, stopping), argv)
 
 
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
+    from .model.precision import check_precision
+    from .training.options import print_settings, train_config, train_options
+
     begin = time.monotonic()
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
         configuration = train_config(options)
         check_precision(configuration.train.precision)
+    if options.settings:
+        print_settings(configuration, comm.rank)
+        return DONE
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus

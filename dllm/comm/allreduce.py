@@ -11,13 +11,11 @@ from ..kernels.optim import sum_of_squares
 from ..kernels.types import Array
 from .averaging import Averaging, Gradient, Table
 from .control import Control
-from .runtime import wait
-from .traffic import sent_by_allgather, sent_by_allreduce
+from .runtime import wait_for
+from .traffic import IN_FLIGHT, sent_by_allgather, sent_by_allreduce
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the model
 
 
 class Allreduce(Averaging):
@@ -66,7 +64,7 @@ class Allreduce(Averaging):
         self.rows_request: MPI.Request | None = None
         self.rows = np.zeros(0, np.int64)  # of the table, in use by any rank
         self.squares: float | None = None
-        self.final = self.next = 0
+        self.next = 0  # bucket to be sent
         self.departed: float | None = None  # when the first message of this step left
 
     def begin(self, tokens: Array, control: Control) -> None:
@@ -80,8 +78,7 @@ class Allreduce(Averaging):
             self.bytes_sent += sent_by_allgather(self.mine.nbytes, self.comm.size)
 
     def ready(self, part: slice) -> None:
-        self._follows(part)
-        self.final = part.stop
+        self.advance(part)
         begin = time.perf_counter()
         self._post()
         self.exposed_seconds += time.perf_counter() - begin
@@ -120,10 +117,6 @@ class Allreduce(Averaging):
         if self.rows_request is not None:
             requests.append(self.rows_request)
         return communicators, requests + [entry[0] for entry in self.flight]
-
-    def _follows(self, part: slice) -> None:
-        if part.start != self.final:
-            raise RuntimeError(f"the gradient is final up to {self.final}, but {part} is announced")
 
     def _post(self) -> None:
         if not self.free and not self.flight:
@@ -170,7 +163,4 @@ class Allreduce(Averaging):
             self.bytes_sent += sent_by_allreduce(send.nbytes, self.comm.size)
 
     def _wait(self, request: MPI.Request) -> None:
-        if self.oversubscribed:
-            wait(request)
-        else:
-            request.Wait()
+        wait_for(request, self.oversubscribed)

@@ -9,8 +9,8 @@
     agreed()                   what all ranks told each other
     verdict(norm, sound)       whether the step counts
 
-Here stands what holds where every rank gets the same gradient, and so keeps the same parameters. comm/methods/__init__.py says
-how a method is added.
+The base class fits methods in which every rank gets the same gradient, and so keeps the same parameters.
+comm/methods/__init__.py says how to add a method.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Averaging(ABC):
         self.control = ControlExchange()
         self.arrays: dict[str, Array] = {}
         self.scale, self.step, self.unsound = 1, 0, False
+        self.final = 0  # elements of the gradient that this step has announced
         self.bytes_sent, self.exposed_seconds, self.flight_seconds = 0, 0.0, 0.0
 
     @abstractmethod
@@ -136,6 +137,12 @@ class Averaging(ABC):
     @abstractmethod
     def ready(self, part: slice) -> None:
         """`part` of the gradient is final; parts come in order and without gaps."""
+
+    def advance(self, part: slice) -> None:
+        """Note that `part` is final. Raises RuntimeError where it does not follow what was."""
+        if part.start != self.final:
+            raise RuntimeError(f"the gradient is final up to {self.final}, but {part} is announced")
+        self.final = part.stop
 
     @abstractmethod
     def progress(self) -> None:

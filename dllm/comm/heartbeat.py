@@ -13,15 +13,14 @@ import threading
 from collections.abc import Callable
 
 from .node_info import NodeInfo
-from .shared_memory import SharedMemory
+from .shared_memory import ALIVE, SharedMemory
 
-PLACE = 17  # of the counter that grows as long as the rank lives, in shared memory
 INTERVAL = 0.25  # seconds between beats
 LATE = 2.0  # seconds of silence that are worth a line
 
 
-class NoHeartbeat:
-    """Where no memory is shared nobody can look."""
+class Heartbeat:
+    """What a run asks of it; as it stands, where no memory is shared and nobody can look."""
 
     def start(self) -> None:
         """Begin to watch."""
@@ -30,7 +29,7 @@ class NoHeartbeat:
         """Watch no more."""
 
 
-class Heartbeat(threading.Thread, NoHeartbeat):
+class SharedHeartbeat(threading.Thread, Heartbeat):
     """Watches the ranks of a node: one that was stopped for a while is named, one that stays silent is ended.
 
     Parameters
@@ -50,10 +49,10 @@ class Heartbeat(threading.Thread, NoHeartbeat):
 
     def run(self) -> None:
         """Count time in beats of one's own, so that ranks that were all stopped together do not blame each other."""
-        silence, seen = [0.0] * len(self.ranks), self.memory.counters[:, PLACE].copy()
+        silence, seen = [0.0] * len(self.ranks), self.memory.counters[:, ALIVE].copy()
         while not self.over.wait(INTERVAL):
-            self.memory.counters[self.own, PLACE] += 1
-            now = self.memory.counters[:, PLACE].copy()
+            self.memory.counters[self.own, ALIVE] += 1
+            now = self.memory.counters[:, ALIVE].copy()
             for other in set(range(len(self.ranks))) - {self.own}:
                 if now[other] == seen[other]:
                     silence[other] += INTERVAL

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..kernels.reduce import weighted_sum
 from ..kernels.types import Array, DType
-from .runtime import NAP, wait
+from .runtime import NAP, wait_for
 from .topology import Topology
-from .traffic import sent_by_allreduce
+from .traffic import IN_FLIGHT, sent_by_allreduce
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Place: TypeAlias = "tuple[MPI.Distgraphcomm, float, Array]"  # communicator, own weight, weights of the senders (d,)
 Combine: TypeAlias = Callable[[Array, float, Array, Array, Array], None]  # of kernels/reduce.py
 PROBE, ASK, ANSWER = 1 << 13, 1, 2  # bytes of a probe of a link; tags
-IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
 
 
 class Neighbours:
@@ -168,10 +167,7 @@ class Mixing:
         """Wait until `out` is complete."""
         begin = time.perf_counter()
         while self.flight:
-            if self.oversubscribed:
-                wait(self.flight[0][0])
-            else:
-                self.flight[0][0].Wait()
+            wait_for(self.flight[0][0], self.oversubscribed)
             self._arrived()
         now = time.perf_counter()
         self.counters.exposed_seconds += now - begin

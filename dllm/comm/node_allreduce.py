@@ -22,7 +22,7 @@ from .allreduce import Allreduce
 from .averaging import Gradient, Table
 from .control import Control
 from .runtime import NAP
-from .shared_memory import SharedMemory
+from .shared_memory import READ, READY, SQUARES, SUMMED, SharedMemory
 from .survivors import Watch
 from .traffic import sent_by_allreduce
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from ..kernels.types import Array
-
-READY, SUMMED, READ = 0, 8, 16  # places of the counters: a line of the cache each
-SQUARES = SUMMED + 1  # place of a float64: the sum of squares of the rank's shards
 
 
 class NodeAllreduce(Allreduce):
@@ -69,8 +66,7 @@ class NodeAllreduce(Allreduce):
         self.summed, self.own_squares, self.request = 0, 0.0, None
 
     def ready(self, part: slice) -> None:
-        self._follows(part)
-        self.final = part.stop
+        self.advance(part)
         whole = self.final == len(self.vector)
         self.departed = self.departed or time.perf_counter()
         count = self.stages if whole else sum(bucket.stop <= self.final for bucket in self.buckets)

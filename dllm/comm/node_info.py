@@ -68,7 +68,7 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def leader_first(node: NodeInfo) -> Iterator[bool]:
-    """Work that one rank of a node, the one for which it yields True, does first; the others wait and leave the cores to it."""
+    """A block that one rank of a node runs first, while the others wait without using its cores. Yields whether it is this one."""
     if node.rank > 0:
         wait(node.comm.Ibarrier(), nap=0.01)
     try:

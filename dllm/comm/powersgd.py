@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..kernels.types import Array, DType
-from .runtime import wait
+from .runtime import wait_for
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -157,10 +157,7 @@ class PowerSGD:
     def _average(self, message: Array) -> bool:
         """The second row of message (2,n) becomes the mean over ranks of the first. Returns whether it is finite."""
         request = self.comm.Iallreduce(message[0], message[1])
-        if self.oversubscribed:
-            wait(request)
-        else:
-            request.Wait()
+        wait_for(request, self.oversubscribed)
         message[1] /= self.comm.size
         return bool(np.isfinite(message[1]).all())
 

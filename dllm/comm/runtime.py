@@ -184,3 +184,11 @@ def wait(request: MPI.Request, nap: float = NAP) -> None:
     """Wait for a request and leave the core to others meanwhile."""
     while not request.Test():
         time.sleep(nap)
+
+
+def wait_for(request: MPI.Request, oversubscribed: bool) -> None:
+    """Wait for a request; where ranks outnumber cores, leave the core to others meanwhile."""
+    if oversubscribed:
+        wait(request)
+    else:
+        request.Wait()

@@ -14,7 +14,10 @@ from .runtime import allgather
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-COUNTERS = 24  # of each rank: three lines of the cache
+COUNTERS = 24  # of each rank: three lines of the cache, with what is written at the same time in one
+READY, SUMMED, READ = 0, 8, 16  # places: stages of the gradient that the rank has ready, has added up, has read
+SQUARES = SUMMED + 1  # place of a float64: the sum of squares of what it has added up
+ALIVE = READ + 1  # place: grows as long as the rank lives (heartbeat.py)
 PAGE = 4096
 LARGE = 100 * 2**20  # bytes
 
@@ -65,10 +68,12 @@ def _map(node: MPI.Comm, length: int) -> mmap.mmap:
     if problem is None:
         try:
             own = handle if handle is not None else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
-            memory = mmap.mmap(own, length)  # it stays when the file is closed
-            if node.rank > 0:
-                os.close(own)
-        except OSError as error:
+            try:
+                memory = mmap.mmap(own, length)  # it stays when the file is closed
+            finally:
+                if handle is None:
+                    os.close(own)
+        except (OSError, ValueError, OverflowError) as error:
             problem = str(error)
     problem = next((text for text in allgather(node, problem) if text), None)
     if handle is not None:

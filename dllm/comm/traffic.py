@@ -1,7 +1,9 @@
-"""Bytes that a rank sends in a collective, by the usual algorithms for long messages.
+"""How vectors travel: in how many buckets at a time, and how many bytes a rank sends in a collective.
 
-Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH".
+The bytes are those of the usual algorithms for long messages: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH".
 """
+
+IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector
 
 
 def sent_by_allreduce(nbytes: int, ranks: int) -> int:

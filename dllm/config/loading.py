@@ -123,4 +123,6 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"{name} = {value}: it must be a finite number of at most {LARGEST}")
     for rule, limit in FIELDS[name].metadata["bounds"].items():
         if not RULES[rule][1](value, limit) and value != FIELDS[name].metadata["also"]:
-            raise UserError(f"{name} = {value}: it must be {in_words(rule, limit)}".replace("be not", "not be"))
+            raise UserError(
+                f"{name} = {value}: it must {'not be negative' if limit == 0 and rule == 'at_least' else f'be {in_words(rule, limit)}'}"
+            )

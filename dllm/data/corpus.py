@@ -115,13 +115,13 @@ class Corpus:
         return [part for part in self.split(split)["shards"] if part["start"] < stop and part["stop"] > start]
 
 
-def open_corpus(comm: MPI.Comm, place: NodeInfo, path: str, progress: Callable[[str], None]) -> Corpus:
+def open_corpus(comm: MPI.Comm, node: NodeInfo, path: str, progress: Callable[[str], None]) -> Corpus:
     """This rank's Corpus: the folder `path`, one for each rank where it has {rank}, or, "", the embedded one. Collective.
 
     progress : told a line on what is being prepared
 
     Raises UserError on all ranks.
     """
-    folder = path_of_rank(path, comm.rank) if path else embedded_corpus(comm, place.comm, progress)
+    folder = path_of_rank(path, comm.rank) if path else embedded_corpus(comm, node.comm, progress)
     corpus: Corpus = agree(comm, Corpus, folder)
     return corpus

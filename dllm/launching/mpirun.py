@@ -27,7 +27,7 @@ DETECTOR = {
     "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
 }
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
-RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
+RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
 HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
 

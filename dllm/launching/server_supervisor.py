@@ -7,7 +7,7 @@ import time
 
 from ..errors import BAD_INPUT, DONE
 from . import mpirun
-from .supervisor import Supervisor, Verdict
+from .supervisor import Outcome, Supervisor
 
 SHORT = 60.0  # a job that lasts less than so many seconds has failed
 RETRIES = 5  # failures in a row before giving up
@@ -50,21 +50,21 @@ class ServerSupervisor(Supervisor):
             self.looked = lasted
         return self.missed > 1 and mpirun.is_here(next(iter(self.hosts)))
 
-    def judge(self, code: int, lasted: float) -> Verdict:
+    def judge(self, code: int, lasted: float) -> Outcome:
         """The end where it was told to, was refused, or fails again and again."""
         if self.job.stops:
-            return Verdict(DONE)
+            return Outcome(DONE)
         self.served = self.served or lasted >= SHORT
         if code == BAD_INPUT and not self.served:  # later it is something that passes, such as a port not yet free
-            return Verdict(BAD_INPUT)
+            return Outcome(BAD_INPUT)
         self.failures = self.failures + 1 if lasted < SHORT or not self.job.seen else 1
         self.say(f"the server ended after {lasted:.0f} s (mpirun's exit code {code})")
         if self.failures > RETRIES:
             self.say(f"that was {self.failures} times in a row: giving up")
-            return Verdict(1)
+            return Outcome(1)
         pause = PAUSE * 2 ** (self.failures - 1)
         self.say(f"starting it again in {pause:g} s")
-        return Verdict(pause=pause)
+        return Outcome(pause=pause)
 
     def stopped(self) -> int:
         """As it should."""

@@ -12,7 +12,7 @@ from . import mpirun
 from .job import LONGER, LOOK, START, Job
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """What follows where the job has ended."""
 
     code: int | None = None  # the supervisor ends with this exit code; None: the job is started again
@@ -80,7 +80,7 @@ class Supervisor(ABC):
         """Whether a job that was started so many seconds ago shall be ended; asked at every look."""
 
     @abstractmethod
-    def judge(self, code: int, lasted: float) -> Verdict:
+    def judge(self, code: int, lasted: float) -> Outcome:
         """What follows where the job has ended with mpirun's exit code `code` after so many seconds."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class Supervisor(ABC):
     def _answering(self) -> dict[str, int]:
         """The hosts to start on again."""
         found = mpirun.answering(self.hosts) if self.hosts else {}
-        if set(found) != set(self.hosts):
+        if found and set(found) != set(self.hosts):
             self.say(f"going on without {', '.join(sorted(set(self.hosts) - set(found)))}, which did not answer")
         return found or self.hosts
 

@@ -9,7 +9,7 @@ import time
 from ..errors import BAD_INPUT, DONE, STOPPED_EARLY
 from ..runs import ownership, run_folder
 from . import mpirun
-from .supervisor import Supervisor, Verdict
+from .supervisor import Outcome, Supervisor
 
 PAUSE = 1.0  # seconds before a job is started anew
 GRACE = 10.0  # seconds that a job gets to end by itself once its end is due
@@ -69,38 +69,38 @@ class TrainingSupervisor(Supervisor):
             self.say(f"nothing was heard of the job for {silence:.0f} s: ending it")
         return bool(silence > self.options.silence)
 
-    def judge(self, code: int, lasted: float) -> Verdict:
+    def judge(self, code: int, lasted: float) -> Outcome:
         """The end where the run is done, stopped, refused or somebody else's, or where starts bring it no further."""
         step = run_folder.newest_step(self.run)
         if run_folder.is_done(self.run):
-            return Verdict(DONE)
+            return Outcome(DONE)
         if self.job.stops:
-            return Verdict(self.stopped())
+            return Outcome(self.stopped())
         if ownership.owner(self.run) not in (None, self.owner) and not self._owns_run():
             self.say(f"another job has taken over {self.run}: this one ends")
-            return Verdict(BAD_INPUT)
+            return Outcome(BAD_INPUT)
         place = "from the beginning" if step is None else f"from step {step}"
         if self.ranks != self.ranks_started:
             self.say(f"going on with {self.ranks} ranks {place}")
             self.failures, self.newest = 0, step
-            return Verdict()
+            return Outcome()
         if code == STOPPED_EARLY:
-            return Verdict(STOPPED_EARLY)
+            return Outcome(STOPPED_EARLY)
         if self.ranks_before and step == self.newest:
             self.say(f"{self.ranks} ranks get nowhere; going back to {self.ranks_before}")
             self.ranks, self.ranks_before = self.ranks_before, None
-            return Verdict()
+            return Outcome()
         if code == BAD_INPUT and step == self.newest:
-            return Verdict(BAD_INPUT)
+            return Outcome(BAD_INPUT)
         if step != self.newest:
             self.failures, self.newest, self.ranks_before = 0, step, None
         self.failures += 1
         what = f"after {lasted:.0f} s (mpirun's exit code {code})"
         if self.failures > self.options.retries:
             self.say(f"the job ended {what}, {self.failures} times without getting further: giving up; see the messages above")
-            return Verdict(1)
+            return Outcome(1)
         self.say(f"the job ended {what}; starting it again {place}, attempt {self.failures} of {self.options.retries}")
-        return Verdict(pause=PAUSE)
+        return Outcome(pause=PAUSE)
 
     def stopped(self) -> int:
         """Whether there is something to go on from."""

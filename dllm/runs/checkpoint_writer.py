@@ -5,7 +5,7 @@
     settle   all ranks, at the same step, when nobody writes any more: the first rank's thread writes the manifest
     settle   once more, when that is there: now the checkpoint counts
 
-The threads never call MPI; who is still writing travels with the control values of a step (comm/averaging.py).
+The threads never call MPI; who is still writing travels with the control values of a step (comm/control.py).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def parameters_hash(theta: Array) -> str:
 class State:
     """The state of a run on one rank. P parameters, L layers, B lanes of this rank, H hidden units."""
 
-    theta: Array  # (P,) parameters, the same on every rank
+    theta: Array  # (P,) parameters, the same on every rank where averaging is identical
     moments: list[Array]  # of (P,) optimiser moments, the same on every rank
     h: Array  # (L,B,H) this rank's lanes
     c: Array  # (L,B,H)

@@ -44,7 +44,7 @@ class Service:
 
     Parameters
     ----------
-    bundle : LoadedModel
+    model : LoadedModel
     local : streams.LocalStreams
     peers : peers.Peers
     limits : limits.Limits
@@ -59,9 +59,9 @@ class Service:
     """
 
     def __init__(
-        self, bundle: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
+        self, model: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
     ) -> None:
-        self.name, self.vocabulary = bundle.name, Vocabulary(bundle.tokenizer)
+        self.name, self.vocabulary = model.name, Vocabulary(model.tokenizer)
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
         self.created, self.state = int(time.time()), "ok"

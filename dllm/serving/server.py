@@ -45,7 +45,7 @@ class Server:
         Collective.
     node : NodeInfo
         Where this rank is.
-    bundle : LoadedModel
+    model : LoadedModel
     engine : Engine
         Started.
     options : argparse.Namespace
@@ -60,13 +60,13 @@ class Server:
         self,
         comm: MPI.Comm,
         node: NodeInfo,
-        bundle: LoadedModel,
+        model: LoadedModel,
         engine: Engine,
         options: argparse.Namespace,
         token: str | None,
         listener: socket.socket,
     ) -> None:
-        self.comm, self.bundle, self.engine, self.options, self.token = comm, bundle, engine, options, token
+        self.comm, self.model, self.engine, self.options, self.token = comm, model, engine, options, token
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()
         self.loopback = listener.getsockname()[0] in LOOPBACK or node.ranks == comm.size  # is where other ranks are
@@ -104,7 +104,7 @@ class Server:
         loop = asyncio.get_running_loop()
         local = LocalStreams(self.engine, loop)
         peers = Peers(self.gossip, local, self.secret)
-        self.service = Service(self.bundle, local, peers, self.limits, self.log, self.options.log_prompts)
+        self.service = Service(self.model, local, peers, self.limits, self.log, self.options.log_prompts)
         self.address[1] = await peers.listen("127.0.0.1" if self.loopback else _everywhere(self.options.host))
         self.gossip.start()
         config = uvicorn.Config(
@@ -117,7 +117,7 @@ class Server:
             loop.add_signal_handler(number, self.stop)
         if stopping:
             self.stop()
-        self.log("serving", model=self.bundle.name, port=self.listener.getsockname()[1], pid=os.getpid())
+        self.log("serving", model=self.model.name, port=self.listener.getsockname()[1], pid=os.getpid())
         watch = loop.create_task(self._watch())
         await self.http.serve(sockets=[self.listener])
         watch.cancel()

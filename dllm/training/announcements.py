@@ -53,7 +53,7 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     parts = [f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s"]
     parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
     best = summary["best_valid_perplexity"]
-    parts += [f"best validation perplexity {best:.2f}"] if best else []
+    parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
     reporter.say("done       " + ", ".join(parts))
     if trainer.config.log.sample:
         reporter.say("sample\n" + _sample(trainer))

@@ -27,8 +27,8 @@ class Piece(NamedTuple):
     lane_loss: Array  # (B,) float64
 
 
-class NoLaneCopies:
-    """Where the death of a rank cannot be survived in memory."""
+class LaneCopies:
+    """What a run asks of them; as it stands, where the death of a rank cannot be survived in memory."""
 
     def send(self, step: int, h: Array, c: Array, lane_loss: Array) -> None:
         """Begin to send what is h, c (L,B,H) and lane_loss (B,) after `step` steps."""
@@ -46,7 +46,7 @@ class NoLaneCopies:
         return [Piece(first, state.h, state.c, state.lane_loss)]
 
 
-class LaneCopies(NoLaneCopies):
+class SentLaneCopies(LaneCopies):
     """The LSTM states and losses of each rank's lanes, sent to the next rank in each step.
 
     Parameters

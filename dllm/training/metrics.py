@@ -61,10 +61,8 @@ class Metrics:
     ) -> None:
         self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
         self.reporter, self.ownership = reporter, ownership
-        self.slow: tuple[int | None, float] = (
-            None,
-            0.0,
-        )  # the slowest rank, and since when
+        # The slowest rank, and since when.
+        self.slow: tuple[int | None, float] = None, 0.0
         self.shown_alive = 0.0  # when the run's folder was told last
 
     def begin(self) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 
 from .. import cli, config
 from ..comm import methods, topology
-from ..errors import DONE
 from ..runs.run_folder import read_settings
 
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
@@ -45,11 +43,6 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.resume and (options.preset or options.config or options.out):
         parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
-    if options.settings:
-        rows = config.settings_table(train_config(options), methods.choices())  # on every rank, so that all see what is wrong
-        if rank == 0:
-            print(config.settings_text(rows, shutil.get_terminal_size((120, 24)).columns))
-        sys.exit(DONE)
     return options
 
 
@@ -64,6 +57,13 @@ def train_config(options: argparse.Namespace) -> config.Config:
         settings = config.resolve(options.preset or "default", options.config, extra)
     methods.check(settings)
     return settings
+
+
+def print_settings(settings: config.Config, rank: int = 0) -> None:
+    """What --settings shows: every setting with its value, its bounds and its effect; from rank 0 alone."""
+    if rank == 0:
+        rows = config.settings_table(settings, methods.choices())
+        print(config.settings_text(rows, shutil.get_terminal_size((120, 24)).columns))
 
 
 def _lasting(setting: str) -> str:

@@ -37,7 +37,7 @@ class Reporter:
     progress : str
         auto, live, plain or none. auto: live on a terminal, else plain.
     before : Reporter, optional
-        This rank's, of the same run with more ranks: what it was to log may not have been written by the one that spoke.
+        This rank's, of the same run with more ranks. The rank that wrote its last lines may have died before it did.
     """
 
     def __init__(self, speaks: bool, progress: str = "auto", before: Reporter | None = None) -> None:
@@ -98,7 +98,7 @@ class Reporter:
             return
         self.waiting += json.dumps(line).encode() + b"\n"
         self._attempt("metrics.jsonl", self._write_metrics)
-        text = f"loss {line['loss']:.4f}  perplexity {perplexity(line['loss']):.2f}"
+        text = f"loss {line['loss']:.4f}  perplexity {_in_words(perplexity(line['loss']))}"
         if "split" in line:
             self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
             return
@@ -185,3 +185,8 @@ def _lines(path: pathlib.Path) -> list[Line]:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _in_words(perplexity: float) -> str:
+    """With two digits behind the point; of a model that diverges, its order of magnitude."""
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.0e}"

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from ..comm import methods
 from ..comm.averaging import Averaging
-from ..comm.heartbeat import Heartbeat, NoHeartbeat
+from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
 from ..comm.runtime import allgather, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
@@ -34,10 +34,10 @@ from ..runs.checkpoint_writer import Saver
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
-from .lane_copies import LaneCopies, NoLaneCopies, Piece, take_lanes
+from .lane_copies import LaneCopies, Piece, SentLaneCopies, take_lanes
 from .metrics import Clock, Metrics
 from .progress import Reporter
-from .validation import NoValidation, Validation
+from .validation import SplitValidation, Validation
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -88,9 +88,9 @@ class Rank:
     spare: State
     resilient: bool
     averaging: Averaging
-    copies: NoLaneCopies
-    heartbeat: NoHeartbeat
-    validation: NoValidation
+    copies: LaneCopies
+    heartbeat: Heartbeat
+    validation: Validation
     saver: Saver
     metrics: Metrics
 
@@ -143,7 +143,7 @@ def set_up(
             model.initialise(config.train.seed)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
-    copies = LaneCopies(comm, config, layout.dtype) if resilient else NoLaneCopies()
+    copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
     copies.send(state.step, state.h, state.c, state.lane_loss)
     copies.complete()
     _check_ranks_agree(comm, config, corpus, state)
@@ -156,30 +156,29 @@ def set_up(
         _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
     clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
     metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
+    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team)
+    if evaluation is not None:
+        validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
     saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
     saver.step = state.step if resume else -1
     return Rank(
         comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
-        _make_heartbeat(config, node, memory, reporter), _make_validation(comm, config, corpus, layout, team, metrics),
-        saver, metrics,
+        _make_heartbeat(config, node, memory, reporter), validation, saver, metrics,
     )  # fmt: skip
 
 
-def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> NoHeartbeat:
+def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> Heartbeat:
     if memory is None:
-        return NoHeartbeat()
-    return Heartbeat(node, memory, config.resilience.deadline, reporter.complain)
+        return Heartbeat()
+    return SharedHeartbeat(node, memory, config.resilience.deadline, reporter.complain)
 
 
-def _make_validation(
-    comm: MPI.Comm, config: Config, corpus: Corpus, layout: Layout, team: Team, metrics: Metrics
-) -> NoValidation:
+def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team) -> Evaluation | None:
     if "valid" not in corpus.manifest["splits"]:
-        return NoValidation()
-    evaluation = Evaluation(comm, corpus, "valid", config, layout.dtype, config.data.private, team)
-    return Validation(evaluation, metrics.averaging, config.train, metrics.reporter, metrics.show_alive)
+        return None
+    return Evaluation(comm, corpus, "valid", config, DTYPES[config.train.precision], config.data.private, team)
 
 
 def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, Lanes, Schedule]:

@@ -74,9 +74,9 @@ class Trainer:
             metrics.start()
             for hook in self.before_step:
                 hook(self)
-            norm, lr, tokens = self._step(own)
+            norm, lr, tokens, finite = self._step(own)
             agreed = self.averaging.agreed()
-            self._leave_out_if_spoilt(norm, tokens)
+            self._leave_out_if_spoilt(norm, tokens, finite)
             metrics.count(tokens, settled=self.state.step > first + SETTLED)
             self._write_down(agreed, norm, lr)
         metrics.check_owner(self.state.step)
@@ -88,8 +88,11 @@ class Trainer:
         saver.complete()
         return not stopped
 
-    def _step(self, control: Control) -> tuple[float, float, int]:
-        """One step of every rank. Returns the gradient's norm, the learning rate and the tokens of all ranks."""
+    def _step(self, control: Control) -> tuple[float, float, int, bool]:
+        """One step of every rank.
+
+        Returns the gradient's norm, the learning rate, the tokens of all ranks, and whether this rank's losses are finite.
+        """
         state, new, model, averaging, train = self.state, self.spare, self.model, self.averaging, self.config.train
         lanes, copies = self.rank.lanes, self.rank.copies
         width, tokens = self.schedule.width(state.window), self.schedule.tokens(state.window)
@@ -119,18 +122,18 @@ class Trainer:
         new.set_scalars(state.scalars())
         new.tokens += tokens
         new.bytes_sent += averaging.bytes_sent - sent
-        self._losses_are_finite = bool(np.isfinite(losses).all())
+        finite = bool(np.isfinite(losses).all())
         new.next_window(self.schedule.windows, train.carry)
         self.state, self.spare = new, state
         model.bind(new.theta)
-        return norm, lr, tokens
+        return norm, lr, tokens, finite
 
-    def _leave_out_if_spoilt(self, norm: float, tokens: int) -> None:
+    def _leave_out_if_spoilt(self, norm: float, tokens: int, finite: bool) -> None:
         """A step whose gradient is not finite changes nothing, on all ranks; its text is passed over. Collective.
 
         Raises UserError on all ranks where it was one too many.
         """
-        verdict, state = self.averaging.verdict(norm, self._losses_are_finite), self.state
+        verdict, state = self.averaging.verdict(norm, finite), self.state
         if verdict.sound is None:
             return
         state.skipped_in_a_row = 0 if verdict.sound else state.skipped_in_a_row + 1

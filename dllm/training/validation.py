@@ -13,8 +13,8 @@ from . import optim
 from .progress import Reporter
 
 
-class NoValidation:
-    """Of a corpus without a validation split."""
+class Validation:
+    """What a run asks of it; as it stands, for a corpus without a validation split."""
 
     best = math.inf  # loss, nats a token, over all evaluations
 
@@ -30,8 +30,9 @@ class NoValidation:
         return False
 
 
-class Validation(NoValidation):
-    """
+class SplitValidation(Validation):
+    """The loss of the model that all ranks make up, on the validation split.
+
     Parameters
     ----------
     evaluation : Evaluation

@@ -288,6 +288,14 @@ def test_a_method_says_what_it_cannot_do(settings):
     assert REFUSED_BY_METHODS[settings] in str(error.value)
 
 
+@pytest.mark.parametrize("command", ["train", "serve"])
+def test_a_command_that_is_only_starting_can_be_signalled(command):
+    """What takes long is imported behind the signal handlers."""
+    code = f"import sys, dllm.{command}; print(sorted({{'numba', 'h5py', 'mpi4py.MPI'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
 def test_to_ask_methods_what_they_can_do_starts_no_mpi():
     code = "import sys; from dllm.comm import methods; print(*methods.choices()); assert 'mpi4py.MPI' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -1,4 +1,4 @@
-"""What all methods are made of that see this rank's gradient whole, before anything of it is sent: graphs, means, exchanges.
+"""The base of methods that see the whole gradient of this rank before anything of it is sent: graphs, means, exchanges.
 
 x_i are the parameters of rank i, g_i the gradient of its own share of the loss, scaled so that the mean of all g_i is the
 gradient of the whole loss. The optimiser's step is written x - lr g; with momentum or Adam read its direction for g.
@@ -22,7 +22,7 @@ from .. import topology
 from ..averaging import Averaging, Gradient, Table, Tensors
 from ..control import Control
 from ..neighbours import Mixing, Neighbours, mean
-from ..runtime import agree, wait
+from ..runtime import agree, wait_for
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -86,7 +86,6 @@ class WholeVector(Averaging):
         self.neighbourhood: Neighbours | None = None
         self.gap: float | None = None  # of the topology
         self.used: Array | slice = slice(None)  # rows of the table to make zero again
-        self.final = 0
         self.prepare()
 
     def prepare(self) -> None:
@@ -161,10 +160,7 @@ class WholeVector(Averaging):
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request while nothing is computed."""
         with self.exposed():
-            if self.oversubscribed:
-                wait(request)
-            else:
-                request.Wait()
+            wait_for(request, self.oversubscribed)
 
     @contextlib.contextmanager
     def exposed(self) -> Iterator[None]:
@@ -192,9 +188,7 @@ class WholeVector(Averaging):
             return super().agreed()
 
     def ready(self, part: slice) -> None:
-        if part.start != self.final:
-            raise RuntimeError(f"the gradient is final up to {self.final}, but {part} is announced")
-        self.final = part.stop
+        self.advance(part)
         self.progress()
 
     def progress(self) -> None:
@@ -213,10 +207,13 @@ class WholeVector(Averaging):
             self.vector[self.table.start :].reshape(self.table.shape)[self.used] = 0
 
     def mix(self, theta: Array, lr: float) -> None:
-        if theta is not self.x:
-            raise ValueError("theta must be the vector that the method was made with")
+        self._is_own(theta)
         self.arrive(lr)
         self.step += 1
+
+    def _is_own(self, theta: Array) -> None:
+        if theta is not self.x:
+            raise ValueError("theta must be the vector that the method was made with")
 
     def round_trips(self) -> dict[int, float]:
         return self.neighbourhood.round_trips(self.comm, self.oversubscribed) if self.neighbourhood else {}

@@ -37,6 +37,7 @@ class LocalSteps(WholeVector):
         self.mean(self.x, out)
 
     def model(self, theta: Array) -> Array:
+        self._is_own(theta)
         out = self._buffers(0)[0]
         self.average(out)
         return out

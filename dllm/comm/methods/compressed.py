@@ -19,7 +19,7 @@ class CompressedAllreduce(WholeVector):
         x  <- x - lr mean of all Q(p_j)
 
     averaging.compression : powersgd (Vogels et al. 2019: the factors are averaged), signum (Bernstein et al. 2019: a majority
-    vote on the signs of momenta, with no memory of errors), or what compression.NAMES has
+    vote on the signs of momenta, with no memory of errors), or what compression.LOSSY has
     """
 
     compressions = ("powersgd", "signum", *compression.LOSSY)

@@ -34,8 +34,6 @@ class Hierarchical(LocalSteps):
     others : as LocalSteps
     """
 
-    periodic = True  # where its `kind` is
-
     def __init__(self, kind: type[LocalSteps], node: MPI.Comm, comm: MPI.Comm, *others: Any, **named: Any) -> None:
         self.kind, self.node = kind, node.Dup()
         super().__init__(comm, *others, **named)
@@ -55,7 +53,7 @@ class Hierarchical(LocalSteps):
         self.arrays, self.mixings = self.between.arrays, self.between.mixings
 
     def meeting(self) -> bool:
-        return not self.kind.periodic or super().meeting()
+        return not self.kind.periodic or (self.step + 1) % self.config.period == 0
 
     def depart(self) -> None:
         self.between.step = self.step
