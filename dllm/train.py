@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     stopping: list[bool] = []
-    signal.signal(
-        signal.SIGUSR1, lambda *_: stopping.append(True)
-    )  # before imports that take long: a starting rank must not die
+    signal.signal(signal.SIGUSR1, lambda *_: stopping.append(True))  # before long imports: a starting rank must not die
     return cli.collective(lambda argv, comm: train(argv, comm, stopping), argv)
 
 

@@ -68,7 +68,7 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def leader_first(node: NodeInfo) -> Iterator[bool]:
-    """A block that one rank of a node runs first, while the others wait without using its cores. Yields whether it is this one."""
+    """A block that one rank of a node runs first; the others wait and leave it the cores. Yields whether it is this one."""
     if node.rank > 0:
         wait(node.comm.Ibarrier(), nap=0.01)
     try:

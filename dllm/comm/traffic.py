@@ -1,6 +1,7 @@
 """How vectors travel: in how many buckets at a time, and how many bytes a rank sends in a collective.
 
-The bytes are those of the usual algorithms for long messages: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH".
+The bytes are those of the usual algorithms for long messages: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective
+communication operations in MPICH".
 """
 
 IN_FLIGHT = 4  # buckets at a time, so the receive buffers stay small however large the vector

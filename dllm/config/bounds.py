@@ -34,6 +34,12 @@ def in_words(rule: str, limit: float) -> str:
     return "not negative" if (rule, limit) == ("at_least", 0) else f"{RULES[rule][0]} {limit:g}"
 
 
+def demand(rule: str, limit: float) -> str:
+    """What a bound asks of a value, such as "must be at least 1"."""
+    words = in_words(rule, limit)
+    return f"must {words.replace('not ', 'not be ')}" if words.startswith("not ") else f"must be {words}"
+
+
 def choices_in_words(choices: tuple[Any, ...]) -> str:
     """Those that are not empty, such as "one of sgd, adam"."""
     return f"one of {', '.join(str(choice) for choice in choices if choice != '')}"

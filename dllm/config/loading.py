@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import UserError, reason
-from .bounds import KINDS, LARGEST, RULES, choices_in_words, in_words
+from .bounds import KINDS, LARGEST, RULES, choices_in_words, demand
 from .sections import FIELDS, SECTIONS, Config, flat
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
@@ -123,6 +123,4 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"{name} = {value}: it must be a finite number of at most {LARGEST}")
     for rule, limit in FIELDS[name].metadata["bounds"].items():
         if not RULES[rule][1](value, limit) and value != FIELDS[name].metadata["also"]:
-            raise UserError(
-                f"{name} = {value}: it must {'not be negative' if limit == 0 and rule == 'at_least' else f'be {in_words(rule, limit)}'}"
-            )
+            raise UserError(f"{name} = {value}: it {demand(rule, limit)}")

@@ -1,5 +1,5 @@
-"""Checkpoints on disk: a folder with one HDF5 file a rank, each with its slice of the standard vectors (model/layout.py) and the
-states of its lanes, and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N
+"""Checkpoints on disk: a folder with one HDF5 file a rank, each with its slice of the standard vectors (model/layout.py) and
+the states of its lanes, and a manifest that is renamed into place last. A folder without a manifest is not a checkpoint. Any N
 ranks load what any M ranks wrote. How they are written stands in checkpoint_writer.py.
 """
 

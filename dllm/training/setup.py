@@ -136,11 +136,7 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        if resume is not None:
-            checkpoint.check_fits(resume, layout, layout.dtype, len(state.moments), config.train.lanes)
-            checkpoint.load(resume, layout, state, own)
-        elif survived is None:
-            model.initialise(config.train.seed)
+        _begin(config, model, state, own, resume, survived)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -216,6 +212,17 @@ def _make_state(config: Config, layout: Layout, lanes: int, moments: int, surviv
         return state
     theta, *rest = (aligned((layout.size,), layout.dtype) for _ in range(1 + moments))
     return State(theta, rest, *states)
+
+
+def _begin(
+    config: Config, model: LanguageModel, state: State, own: range, resume: Checkpoint | None, survived: Survived | None
+) -> None:
+    """Fill the state as the checkpoint has it, or as a new run begins."""
+    if resume is not None:
+        checkpoint.check_fits(resume, model.layout, model.layout.dtype, len(state.moments), config.train.lanes)
+        checkpoint.load(resume, model.layout, state, own)
+    elif survived is None:
+        model.initialise(config.train.seed)
 
 
 def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: State) -> None:
