@@ -275,7 +275,7 @@ class RandomK(Sparse):
         return self.indices
 
 
-KINDS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Sign, TopK, RandomK, QSGD, BFloat16, Dense)}
+KINDS: dict[str, type[Compressor]] = {kind.name: kind for kind in (TopK, RandomK, Sign, QSGD, BFloat16, Dense)}
 NAMES = tuple(KINDS)
 LOSSY = tuple(name for name in NAMES if name != "none")
 

@@ -31,7 +31,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     ),
     "averaging: PowerSGD of differences": (
         TRAIN + " --set averaging.method=choco --set averaging.compression=powersgd",
-        "choco: it takes sign, top-k",
+        "choco: it takes top-k, random-k, sign",
     ),
     "averaging: neighbours of all": (TRAIN + " --set averaging.topology=ring", "allreduce has no neighbours: leave out"),
     "averaging: a period": (

@@ -269,7 +269,7 @@ def test_the_table_as_markdown_has_a_line_for_each_setting_under_its_section():
 
 REFUSED_BY_METHODS = {
     "averaging.compression=sign averaging.method=dpsgd": "allreduce and choco compress",
-    "averaging.compression=powersgd averaging.method=choco": "does not go with averaging.method = choco: it takes sign",
+    "averaging.compression=powersgd averaging.method=choco": "does not go with averaging.method = choco: it takes top-k",
     "averaging.compression=zip": "averaging.compression = zip: it is one of none, powersgd",
     "averaging.topology=ring": "averaging.method = allreduce has no neighbours: leave out averaging.topology",
     "averaging.method=sgp averaging.weights=uniform": "has no choice of weights: leave out averaging.weights",
