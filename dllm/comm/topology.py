@@ -186,7 +186,7 @@ def _random(name: str, n: int, degree: int, seed: int) -> Phase:
     if name == "erdos-renyi":
         draw = functools.partial(nx.fast_gnp_random_graph, n, min(1.0, degree / (n - 1)))
         enough = max(degree + 1, math.ceil(math.log(n)) + 1)  # isolated ranks become rare from ln n on [3]
-    else:
+    elif name == "random-regular":
         possible = range(2, n, 1 + n % 2)  # n * degree is twice the number of edges
         if degree not in possible:
             enough = min(possible, key=lambda other: (abs(other - degree), -other))
@@ -195,6 +195,8 @@ def _random(name: str, n: int, degree: int, seed: int) -> Phase:
             order = random.Random(seed).sample(range(n), n)
             return _phase(n, itertools.pairwise([*order, order[0]]))
         draw, enough = functools.partial(_regular, n, degree), degree + 1
+    else:
+        raise ValueError(f"nothing says how {name} is drawn")
     for graph in (draw(seed=other) for other in range(seed, seed + TRIES)):
         if nx.is_connected(graph):
             return _phase(n, graph.edges)

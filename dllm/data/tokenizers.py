@@ -2,7 +2,11 @@
 
 A tokenizer is built from counts of units (characters, words or pre-tokens), so that ranks can count their own text and
 merge counts; text itself never has to travel. Round trips are exact for byte and bpe, and for char where every character
-is known. To add one: a class with the methods of Tokenizer, a line in KINDS.
+is known.
+
+To add one: a class with the methods of Tokenizer, its name in KINDS, its line in the help of prepare.py. `encode` sees a text
+in pieces that are cut behind a line or white space. The bytes of single tokens, one behind the other, must be those of all
+together.
 
 For pairs of texts every tokenizer has two tokens more, behind those of text: `sep` between source and target, `end` behind the
 target. They have no spelling, so that no text is ever encoded as one of them.

@@ -1,6 +1,7 @@
 """The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop.
 
-To add a route: a handler here or in a file beside this, its Route in Service.app, and its description in openapi.py.
+To add a route: a handler here or in a file beside this, its Route in Service.app, and its description in
+openapi.py. limits.py lists the paths that need no token.
 """
 
 from __future__ import annotations

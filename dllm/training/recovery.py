@@ -1,8 +1,11 @@
 """A run through the death of ranks: those that are left find each other, share the lanes anew and go on.
 
 This decides what follows from a death that can be survived in memory. A policy reads its settings from config.resilience. How
-survivors find each other stands in comm/survivors.py, and which LSTM states they have in lane_copies.py. All other deaths end
-the job, and launching/training_supervisor.py decides how it starts anew.
+survivors find each other stands in comm/survivors.py, and which LSTM states they have in lane_copies.py. All other deaths
+end the job, and launching/training_supervisor.py decides how it starts anew.
+
+To add a policy: a field in ResilienceConfig of config/sections.py, and its decision in `_go_on` here, where GiveUp ends the
+run, or in `take_lanes` of lane_copies.py. `set_up` of setup.py says which runs survive at all.
 """
 
 from __future__ import annotations
