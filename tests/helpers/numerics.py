@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dllm.config import ModelConfig
-from dllm.kernels import gemm
+from dllm.kernels import compress, gemm
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
 
@@ -188,3 +188,15 @@ class Bundled:
 
     def model(self, window, lanes, team):
         return LanguageModel(self._model.layout, window, lanes, theta=self._model.theta, training=False, team=team)
+
+
+def numbers(size, dtype=np.float64, seed=1):
+    """Normal numbers, some of them zero."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(size) * (rng.random(size) > 0.1)).astype(dtype)
+
+
+def chosen(n, k, step, seed=1):
+    indices = np.full(k, -1, np.int32)
+    compress.random_indices(indices, n, seed, step)
+    return indices
