@@ -252,7 +252,7 @@ def sentences(text):
         yield from re.split(r"(?<=[.!?:])\s+", " ".join(paragraph.split()))
 
 
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RUN, *COMPARED], ids=lambda path: path.stem)
 def test_sentences_are_short(path):
     long = [one for one in sentences(path.read_text(encoding="utf-8")) if len(one.split()) > WORDS]
     assert not long, "\n".join(long)
