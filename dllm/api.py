@@ -26,9 +26,8 @@ import numpy as np
 from .data.tokenizers import Tokenizer
 from .errors import UserError, reason
 from .files import storage
-from .inference.answering import prompt as source_prompt
 from .inference.evaluation import perplexity
-from .inference.generation import WINDOW, Sampling, choose, continuation, decode, start_tokens
+from .inference.generation import WINDOW, Sampling, choose, continuation, decode, source_prompt, start_tokens
 from .inference.loaded_model import LoadedModel
 from .kernels.sample import Choice
 from .kernels.types import Array
@@ -152,7 +151,7 @@ class Model:
         if not self.pairs:
             raise UserError(f"{self.name} was not trained on pairs: let it continue a text by generate(prompt)")
         _check_range(tokens=(tokens, 1), beams=(beams, 1))
-        prompt = source_prompt(self.tokenizer, self.tokenizer.encode(source.encode(), False))
+        prompt = source_prompt(self.tokenizer, source)
         return self._continue(prompt, tokens, Sampling(temperature=0), beams)
 
     def score(self, text: str) -> Score:

@@ -89,8 +89,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
 
 def _prompt(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
     """Token numbers that the model reads before it says anything. Raises UserError."""
-    from .inference.answering import prompt
-    from .inference.generation import start_tokens
+    from .inference.generation import source_prompt, start_tokens
 
     if tokenizer.pairs != (options.source is not None):
         raise UserError(
@@ -99,7 +98,7 @@ def _prompt(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
         )  # fmt: skip
     if options.source is None:
         return start_tokens(tokenizer, options.prompt)
-    return prompt(tokenizer, tokenizer.encode(options.source.encode(), False))
+    return source_prompt(tokenizer, options.source)
 
 
 if __name__ == "__main__":

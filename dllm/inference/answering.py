@@ -22,17 +22,12 @@ from ..kernels.types import Array
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 from .evaluation import perplexity
-from .generation import beam_search, greedy
+from .generation import beam_search, greedy, source_prompt
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Pair: TypeAlias = tuple[Array, Array, str]  # tokens (n,) of the source, tokens (n,) of the target, the target's text
-
-
-def prompt(tokenizer: Tokenizer, source: Array) -> Array:
-    """Token numbers (n,) that ask for the target of `source`, tokens of text."""
-    return np.concatenate([[tokenizer.end], source, [tokenizer.sep]]).astype(np.int64)
 
 
 def read_files(source: str, target: str, tokenizer: Tokenizer) -> list[Pair]:
@@ -73,7 +68,7 @@ def answers(
 
     beams : continuations that a search keeps for each source; None: the most likely token each time
     """
-    prompts = [prompt(tokenizer, source) for source in sources]
+    prompts = [source_prompt(tokenizer, source) for source in sources]
     if beams is None:
         return greedy(decoder, prompts, tokens, tokenizer.end)
     found = [text for text, _ in beam_search(decoder, prompts, tokens, beams, end=tokenizer.end)]
@@ -82,7 +77,7 @@ def answers(
 
 def pair_losses(model: LanguageModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
     """The loss (B,) of each target with its <end>, in nats, float64; at most as many pairs as the model has lanes."""
-    rows = [np.concatenate([prompt(tokenizer, pair[0]), pair[1], [tokenizer.end]]) for pair in pairs]
+    rows = [np.concatenate([source_prompt(tokenizer, pair[0]), pair[1], [tokenizer.end]]) for pair in pairs]
     width, config = max(map(len, rows)) - 1, model.config
     tokens = np.full((width, len(rows)), tokenizer.end, np.int64)
     targets = np.full_like(tokens, IGNORE)

@@ -44,6 +44,12 @@ def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
     return tokens
 
 
+def source_prompt(tokenizer: Tokenizer, source: str | Array) -> Array:
+    """Token numbers (n,) that ask a model of pairs for the target of a source, a text or its tokens."""
+    tokens = tokenizer.encode(source.encode(), end=False) if isinstance(source, str) else source
+    return np.concatenate([[tokenizer.end], tokens, [tokenizer.sep]]).astype(np.int64)
+
+
 def continuation(model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None) -> Iterator[int]:
     """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts."""
     decoder = Decoder(model.model(WINDOW), beams or 1)

@@ -58,11 +58,11 @@ class Supervisor(ABC):
         hosts = self.hosts
         while True:
             begin = time.monotonic()
-            verdict = self.judge(self._run_once(hosts), time.monotonic() - begin)
-            if verdict.code is not None:
-                return verdict.code
-            if verdict.pause:
-                self._rest(verdict.pause)
+            outcome = self.judge(self._run_once(hosts), time.monotonic() - begin)
+            if outcome.code is not None:
+                return outcome.code
+            if outcome.pause:
+                self._rest(outcome.pause)
                 if self.job.stops:
                     return self.stopped()
                 hosts = self._answering()

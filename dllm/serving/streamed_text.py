@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.tokenizers import Tokenizer
-from ..inference.answering import prompt as ask_for_target
-from ..inference.generation import start_tokens
+from ..inference.generation import source_prompt, start_tokens
 from ..kernels.types import Array
 from .requests import Token
 
@@ -133,7 +132,7 @@ class Vocabulary:
         A text that is given to a model of pairs is a source.
         """
         if isinstance(given, str) and self.tokenizer.pairs:
-            return Prompt(ask_for_target(self.tokenizer, self.tokenizer.encode(given.encode(), False)), False)
+            return Prompt(source_prompt(self.tokenizer, given), False)
         if isinstance(given, str):
             return Prompt(start_tokens(self.tokenizer, given), not given)
         return Prompt(np.array(given, np.int64), False)

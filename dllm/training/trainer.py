@@ -14,7 +14,7 @@ from ..comm.runtime import allgather, mpi_library
 from ..config import as_dict
 from ..errors import UserError
 from ..inference.evaluation import perplexity
-from ..runs.state import State, parameters_hash
+from ..runs.state import parameters_hash
 from . import optim
 from .setup import Rank
 
@@ -84,7 +84,7 @@ class Trainer:
         validation = self.rank.validation
         best = not stopped and not validation.due(self.state) and validation.run(self.state, final=True)
         if saver.step != self.state.step:
-            saver.save(self._to_save(), best, self._own_arrays())
+            saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
         saver.complete()
         return not stopped
 
@@ -163,13 +163,7 @@ class Trainer:
             saver.settle()
         best = self.rank.validation.due(state) and self.rank.validation.run(state)
         if best or (every and state.step % every == 0) or (agreed.checkpoint and not saver.under_way):
-            saver.begin(self._to_save(), best, self._own_arrays())
-
-    def _to_save(self) -> State:
-        return self.averaging.consensus(self.state)
-
-    def _own_arrays(self) -> dict[str, Any]:
-        return dict(self.averaging.own_arrays(self.state))
+            saver.begin(self.averaging.consensus(state), best, self.averaging.own_arrays(state))
 
     def close(self) -> None:
         """Nothing is under way any more, and all ranks have the model that they make up. Collective."""

@@ -21,7 +21,7 @@ from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
 from dllm.files import storage
 from dllm.inference import answering
-from dllm.inference.generation import beam_search, greedy
+from dllm.inference.generation import beam_search, greedy, source_prompt
 from dllm.kernels.gemm import aligned
 from dllm.model.decoder import Decoder
 from dllm.model.language_model import LanguageModel
@@ -224,7 +224,7 @@ def test_the_loss_of_a_batch_is_that_of_each_target_by_itself(tmp_path, model, e
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory, examples):
     tokenizer = make_corpus(tmp_path_factory.mktemp("prompts"), examples).tokenizer
-    return [answering.prompt(tokenizer, np.array(source)) for source, _ in examples]
+    return [source_prompt(tokenizer, np.array(source)) for source, _ in examples]
 
 
 @pytest.fixture(scope="module")
