@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import cli
 from .comm import runtime
+from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
 from .launching.mpirun import launched_rank
@@ -124,7 +125,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 
     with runtime.together(comm):
         listener = listen(options.host, options.port) if node.rank == 0 else None
-    port = runtime.allgather(node.comm, listener.getsockname()[1] if listener else 0)[0]
+    port = broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cli, config
 from .comm import runtime
+from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
 from .errors import DONE, STOPPED_EARLY, reason
 
@@ -55,7 +56,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
-    ownership = comm.bcast(Ownership.of_this_job(run) if comm.rank == 0 else None)
+    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
     run = ownership.run
     for warning in warnings:
         reporter.warn(warning)

@@ -12,7 +12,7 @@ from ..kernels.types import Array
 from .averaging import Averaging, Gradient, Table
 from .control import Control
 from .runtime import wait_for
-from .traffic import IN_FLIGHT, sent_by_allgather, sent_by_allreduce
+from .traffic import IN_FLIGHT, sent_by_allreduce
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,7 +49,8 @@ class Allreduce(Averaging):
         super().__init__(comm, gradient, oversubscribed)
         start, shape = (gradient.size, (0, 1)) if table is None else (table.start, table.shape)
         self.table = gradient[start:].reshape(shape)
-        # Sending rows costs an extra message and two copies: it pays where few of the rows can be in use.
+        # Summing rows costs an extra message and two copies: it pays where few of the rows can be in use. Which ones are is
+        # said by a bit for each, combined over ranks: that tells no more than the sum does, whose other rows are zero.
         self.sparse = tokens * self.comm.size < shape[0] // 2
         dense = start if self.sparse else gradient.size
         step = max(1, bucket_bytes // gradient.itemsize)
@@ -57,9 +58,8 @@ class Allreduce(Averaging):
         self.buckets = [slice(at, min(at + step, dense)) for at in range(0, dense, step)] if comm.size > 1 else []
         self.longest = max((bucket.stop - bucket.start for bucket in self.buckets), default=0)
         self.free: list[Array] = []
-        self.mine = np.full(tokens, -1, np.int32)
-        self.everyones = np.full(tokens * comm.size, -1, np.int32)
-        self.in_use = np.zeros(shape[0] if self.sparse else 0, bool)
+        self.in_use = np.zeros(shape[0] if self.sparse else 0, bool)  # by this rank
+        self.mask, self.union = np.zeros((2, -(-self.in_use.size // 8)), np.uint8)  # the same in bits; of all ranks
         self.flight: list[tuple[MPI.Request, slice, Array]] = []
         self.rows_request: MPI.Request | None = None
         self.rows = np.zeros(0, np.int64)  # of the table, in use by any rank
@@ -73,9 +73,7 @@ class Allreduce(Averaging):
         self.squares = 0.0 if self.buckets else None
         self.bytes_sent += self.control.begin(self.comm, control)
         if self.sparse:
-            self.mine[: len(tokens)], self.mine[len(tokens) :] = tokens, -1
-            self.rows_request = self.comm.Iallgather(self.mine, self.everyones)
-            self.bytes_sent += sent_by_allgather(self.mine.nbytes, self.comm.size)
+            self._say_rows(tokens)
 
     def ready(self, part: slice) -> None:
         self.advance(part)
@@ -143,13 +141,21 @@ class Allreduce(Averaging):
         if not np.isfinite(total).all():
             self.unsound = self.unsound or not np.isfinite(own).all()
 
+    def _say_rows(self, tokens: Array) -> None:
+        """Begin to combine which rows of the table the ranks use; neither how often nor in which order is said."""
+        from mpi4py import MPI
+
+        self.in_use[:] = False
+        self.in_use[tokens] = True
+        self.mask[:] = np.packbits(self.in_use)
+        self.rows_request = self.comm.Iallreduce(self.mask, self.union, MPI.BOR)
+        self.bytes_sent += sent_by_allreduce(self.mask.nbytes, self.comm.size)
+
     def _list_rows(self) -> None:
-        """The rows that any rank's tokens use, the same list on all ranks."""
+        """The rows that any rank uses, the same on all ranks."""
         if self.rows_request is not None:
             self._wait(self.rows_request)
-        self.in_use[:] = False
-        self.in_use[self.everyones[self.everyones >= 0]] = True
-        self.rows = np.flatnonzero(self.in_use)
+        self.rows = np.flatnonzero(np.unpackbits(self.union, count=self.in_use.size))
 
     def _sum_rows(self) -> None:
         """Sum only the rows in use."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..kernels.types import Array
 from .control import Control, ControlExchange
-from .runtime import allgather
+from .messages import allgather
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -174,7 +174,7 @@ class Averaging(ABC):
         """
         if np.isfinite(norm):
             return Verdict(True)
-        well = allgather(self.comm, sound and not self.unsound)
+        well = allgather(self.comm, bool(sound and not self.unsound), bool)
         return Verdict(False, tuple(rank for rank, one in enumerate(well) if not one))
 
     def model(self, theta: Array) -> Array:

@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 def pack(value: Any) -> bytes:
     """A message that says `value`: of numbers, text, lists, tuples, dicts, dataclasses and arrays of numbers.
 
-    Numbers that are not finite belong in arrays: JSON has none.
+    Numbers that are not finite belong in arrays: JSON has none. Raises UserError for text that is not UTF-8.
     """
     parts: list[bytes] = []
 
@@ -50,7 +50,10 @@ def pack(value: Any) -> bytes:
         parts.append(np.ascontiguousarray(array).tobytes())
         return _Place(at, array.dtype.str, array.shape)
 
-    text = msgspec.json.encode(value, enc_hook=place)
+    try:
+        text = msgspec.json.encode(value, enc_hook=place)
+    except UnicodeEncodeError:
+        raise UserError(f"{str(value)[:100]!r} is not UTF-8, as names and paths must be here: choose another") from None
     return b"".join([len(text).to_bytes(HEAD, "little"), text, *parts])
 
 

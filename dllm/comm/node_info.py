@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .runtime import allgather, wait
+from .messages import allgather
+from .runtime import wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,12 +43,12 @@ def find_node(comm: MPI.Comm, threads: int = 0) -> NodeInfo:
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    cores, machines = _cores(local), allgather(comm, _machine())
+    cores, machines = _cores(local), allgather(comm, _machine(), str)
     return NodeInfo(
         comm=local,
         cores=cores,
         threads=threads or max(1, cores // local.size),
-        pids=dict(allgather(local, (comm.rank, os.getpid()))),
+        pids=dict(allgather(local, (comm.rank, os.getpid()), tuple[int, int])),
         oversubscribed=local.size > cores or machines.count(_machine()) > (os.cpu_count() or 1),
     )
 
@@ -55,7 +56,7 @@ def find_node(comm: MPI.Comm, threads: int = 0) -> NodeInfo:
 def _cores(local: MPI.Comm) -> int:
     """Cores that the ranks of this node may use together, however MPI has bound them."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return len(set().union(*allgather(local, set(mine))))
+    return len(set().union(*allgather(local, sorted(mine), list[int])))
 
 
 def _machine() -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hashlib
 import os
 import signal
 import sys
@@ -22,9 +23,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import mpi4py
-import numpy as np
 
 from ..errors import BAD_INPUT, UserError
+from .messages import allgather
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MOST_SHOWN = 100  # characters of a fact on which ranks do not agree
 NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 
@@ -117,24 +119,6 @@ def kill_self() -> NoReturn:
     raise SystemExit(1)  # never reached: a type checker does not know what this signal does
 
 
-def allgather(comm: MPI.Comm, value: T) -> list[T]:
-    """The values of all ranks, a list, in mpi4py's own form. Collective.
-
-    For whatever is said between steps, where a rank may die: mpi4py's allgather has been seen to return garbage then, and its
-    allreduce waits for ever, in a communicator of its own that nobody can revoke.
-    """
-    if comm.size == 1:
-        return [value]
-    from mpi4py import MPI
-
-    mine = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
-    lengths = np.empty(comm.size, np.int64)
-    comm.Iallgather(np.array([mine.size]), lengths).Wait()
-    everyones = np.empty(lengths.sum(), np.uint8)
-    comm.Iallgatherv(mine, [everyones, lengths]).Wait()
-    return [MPI.pickle.loads(part) for part in np.split(everyones, np.cumsum(lengths)[:-1])]
-
-
 @contextlib.contextmanager
 def together(comm: MPI.Comm) -> Iterator[None]:
     """A block that may fail on any rank, without communication inside: the lowest rank's UserError is raised on all."""
@@ -145,7 +129,7 @@ def together(comm: MPI.Comm) -> Iterator[None]:
         problem = str(error)
     except (OSError, MemoryError) as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = allgather(comm, problem)
+    problems = allgather(comm, problem, str | None)
     found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
     if found:
         rank, text = found[0]
@@ -160,12 +144,16 @@ def agree(comm: MPI.Comm, function: Callable[P, T], *arguments: P.args, **option
 
 
 def check_same(comm: MPI.Comm, facts: dict[str, Any]) -> None:
-    """Raise UserError on all ranks where `facts`, name -> value, differ between ranks; it names the fact and a rank."""
-    everyone = allgather(comm, facts)
+    """Raise UserError on all ranks where `facts`, name -> value, differ between ranks; it names the fact and a rank.
+
+    Digests travel; only where two differ, what these ranks have of this one fact does.
+    """
+    digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in facts.items()}
+    everyone = allgather(comm, digests, dict[str, str])
     for name in everyone[0]:
-        values = [other.get(name) for other in everyone]
-        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        odd = [rank for rank, other in enumerate(everyone) if other.get(name) != everyone[0][name]]
         if odd:
+            values = allgather(comm, str(facts.get(name))[:MOST_SHOWN], str)
             raise UserError.of_all(
                 f"the ranks do not agree on the {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
                 "start all of them with the same command, code and data"

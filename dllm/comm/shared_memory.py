@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.types import DType
-from .runtime import allgather
+from .messages import allgather, broadcast
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -63,7 +63,7 @@ def _map(node: MPI.Comm, length: int) -> mmap.mmap:
             os.ftruncate(handle, length)
     except (OSError, AttributeError) as error:
         problem = str(error)
-    pid, number, problem = allgather(node, (os.getpid(), handle, problem))[0]
+    pid, number, problem = broadcast(node, (os.getpid(), handle, problem), tuple[int, int | None, str | None])
     memory = None
     if problem is None:
         try:
@@ -75,7 +75,7 @@ def _map(node: MPI.Comm, length: int) -> mmap.mmap:
                     os.close(own)
         except (OSError, ValueError, OverflowError) as error:
             problem = str(error)
-    problem = next((text for text in allgather(node, problem) if text), None)
+    problem = next((text for text in allgather(node, problem, str | None) if text), None)
     if handle is not None:
         os.close(handle)
     if problem or memory is None:
@@ -94,5 +94,5 @@ def share(comm: MPI.Comm, node: MPI.Comm, size: int, dtype: DType) -> SharedMemo
             memory = SharedMemory(node, size, dtype)
         except OSError:
             memory = None
-    everyone = allgather(comm, node.size if memory is not None else 0)
+    everyone = allgather(comm, node.size if memory is not None else 0, int)
     return memory if len(set(everyone)) == 1 else None

@@ -21,7 +21,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ..kernels.types import Array
-from .runtime import allgather, kill_self, survivable
+from .messages import allgather
+from .runtime import kill_self, survivable
 
 PAUSE = 0.15  # seconds before Shrink: a second death within the first milliseconds of it has crashed survivors
 PATIENCE = 20.0  # seconds that survivors may take to find each other
@@ -133,9 +134,9 @@ def shrink(
                     one.Revoke()
             _let_end(requests, PAUSE)
             new = comm.Shrink()
-            everyone: list[tuple[int, int, set[int]]] = []
+            everyone: list[tuple[int, int, list[int]]] = []
             with contextlib.suppress(MPI.Exception):
-                everyone = allgather(new, (rank, step, set(pids)))
+                everyone = allgather(new, (rank, step, list(pids)), tuple[int, int, list[int]])
             if all_agree(new, bool(everyone)):
                 ranks, steps, known = zip(*everyone, strict=True)
                 _fence(pid for mate, pid in pids.items() if mate not in ranks)

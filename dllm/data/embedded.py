@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..comm.messages import allgather, broadcast
 from ..comm.runtime import together
 from .preparation import prepare_corpus
 from .shards import FORMAT
@@ -27,15 +28,15 @@ def embedded_corpus(comm: MPI.Comm, node_comm: MPI.Comm, progress: Callable[[str
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
     folder = cache / f"python-{sys.version.split()[0]}-{KIND}{SIZE}-{FORMAT}"
-    if all(comm.allgather((folder / "manifest.json").exists())):
+    if all(allgather(comm, (folder / "manifest.json").exists(), bool)):
         return folder
     with together(comm):
         building = folder.with_name(f".{folder.name}.{os.getpid()}")
         if comm.rank == 0:
             building.mkdir(parents=True)
-    building = comm.bcast(building)
-    group = comm if all(comm.allgather(building.exists())) else node_comm
-    building = group.bcast(building.with_name(building.name + f"-{comm.rank}"))
+    building = pathlib.Path(broadcast(comm, str(building), str))
+    group = comm if all(allgather(comm, building.exists(), bool)) else node_comm
+    building = pathlib.Path(broadcast(group, f"{building}-{comm.rank}", str))
     train, valid = standard_library()
     prepare_corpus(group, {"train": train, "valid": valid}, KIND, SIZE, building, progress=progress)
     with together(comm):

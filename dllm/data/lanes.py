@@ -6,16 +6,18 @@ tokens is left out. With private corpora lanes of different ranks differ in leng
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comm.messages import largest, total
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from .corpus import Corpus
 
 AHEAD = 1 << 16  # tokens of a lane read at a time
@@ -102,16 +104,16 @@ class Schedule:
         This rank's.
     last : "keep" or "drop"
         What becomes of a shorter window at the end.
-    gather : callable
-        gather(value) gives the values of all ranks, a list. Collective.
+    comm : MPI.Comm, optional
+        Of all ranks that have lanes. Collective. None: there are no others.
     """
 
-    def __init__(self, lanes: Lanes, last: str = "keep", gather: Callable[[Any], list[Any]] = lambda value: [value]) -> None:
-        longest = max(gather(max(lanes.steps, default=0)))
+    def __init__(self, lanes: Lanes, last: str = "keep", comm: MPI.Comm | None = None) -> None:
+        longest = int(largest(comm, np.array([max(lanes.steps, default=0)]))[0])
         self.windows = max(1, longest // lanes.T) if last == "drop" else -(-longest // lanes.T)
-        tokens, widths = zip(*gather(lanes.shapes(self.windows)), strict=True)
-        self._tokens: list[int] = np.sum(tokens, axis=0).tolist()
-        self._widths: list[int] = np.max(widths, axis=0).tolist()
+        tokens, widths = lanes.shapes(self.windows)
+        self._tokens: list[int] = total(comm, tokens).tolist()
+        self._widths: list[int] = largest(comm, widths).tolist()
         self.per_epoch = sum(self._tokens)
 
     def width(self, number: int) -> int:

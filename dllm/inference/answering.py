@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..comm.runtime import allgather, together
+from ..comm.messages import allgather
+from ..comm.runtime import together
 from ..data.corpus import Corpus
 from ..data.pairs import PairFiles
 from ..data.tokenizers import Tokenizer
@@ -102,16 +103,18 @@ def solve(
     """
     order = sorted(range(len(pairs)), key=lambda number: (-len(pairs[number][0]), number))
     batches = [order[start : start + lanes] for start in range(0, len(order), lanes)]
-    mine: list[tuple[int, str, float]] = []
+    numbers, texts, losses = list[int](), list[str](), list[float]()
     with together(comm):
         decoder = Decoder(model, lanes)
         for batch in batches[comm.rank :: comm.size]:
             part = [pairs[number] for number in batch]
             found = answers(decoder, tokenizer, [pair[0] for pair in part], limit)
-            texts = [" ".join(as_text(tokenizer, tokens).split()) for tokens in found]
-            mine += zip(batch, texts, pair_losses(model, tokenizer, part), strict=True)
-    together_again = sorted(one for part in allgather(comm, mine) for one in part)
-    return [text for _, text, _ in together_again], np.array([loss for _, _, loss in together_again])
+            numbers += batch
+            texts += [" ".join(as_text(tokenizer, tokens).split()) for tokens in found]
+            losses += pair_losses(model, tokenizer, part).tolist()
+    everyone = allgather(comm, (numbers, texts, np.array(losses)), tuple[list[int], list[str], np.ndarray])
+    answered = sorted(one for part in everyone for one in zip(*part, strict=True))
+    return [text for _, text, _ in answered], np.array([loss for _, _, loss in answered])
 
 
 def check_scorers() -> None:

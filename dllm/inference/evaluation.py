@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..comm.messages import largest, total
 from ..comm.node_info import NodeInfo
-from ..comm.runtime import allgather, together
+from ..comm.runtime import together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
 from ..data.lanes import Schedule, deal
@@ -98,13 +98,13 @@ class Evaluation:
         wanted = config.train.eval_lanes or config.train.lanes
         most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
         count = max(1, min(wanted // comm.size if private else wanted, most))
-        window = max(config.train.window, *allgather(comm, entry.get("longest", 0)))
+        window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
         with together(comm):
             self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
-        self.schedule = Schedule(self.lanes, gather=functools.partial(allgather, comm))
+        self.schedule = Schedule(self.lanes, comm=comm)
         self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
-        sizes = comm.allgather((entry["tokens"], entry["bytes"])) if private else [(entry["tokens"], entry["bytes"])]
-        self.bytes_per_token = sum(size for _, size in sizes) / sum(tokens for tokens, _ in sizes)
+        tokens, size = total(comm if private else None, np.array([entry["tokens"], entry["bytes"]]))
+        self.bytes_per_token = size / tokens
         width = len(self.lanes.starts)
         layout = Layout(config.model, corpus.vocabulary, dtype)
         self.model = LanguageModel(layout, window, width, training=False, team=team)
@@ -128,7 +128,7 @@ class Evaluation:
                 totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 between()
         tokens = self.schedule.per_epoch
-        everyones: Array = functools.reduce(np.add, allgather(self.comm, totals))
+        everyones = total(self.comm, totals)
         loss = float(everyones.sum()) / tokens
         losses = everyones / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
         return {

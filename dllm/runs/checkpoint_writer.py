@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..comm.runtime import allgather
+from ..comm.messages import allgather, broadcast
 from ..config import CheckpointConfig
 from ..errors import reason
 from ..files import hdf5, storage
@@ -222,7 +222,7 @@ class Saver:
             hook(self, stage)
 
     def _all_have_written(self) -> None:
-        everyone = allgather(self.comm, (self.problem, self.result))
+        everyone = allgather(self.comm, (self.problem, self.result), tuple[str | None, tuple[str, float] | None])
         self.problem = next((problem for problem, _ in everyone if problem), None)
         if self.problem:
             self._end()
@@ -242,7 +242,7 @@ class Saver:
         checkpoint.prune(self.ownership.run, self.config.keep)
 
     def _manifest_is_there(self) -> None:
-        self.problem = allgather(self.comm, self.problem)[0]
+        self.problem = broadcast(self.comm, self.problem, str | None)
         self._end()
 
     def _end(self) -> None:

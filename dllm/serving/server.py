@@ -18,6 +18,7 @@ import uvicorn
 
 from ..comm import runtime
 from ..comm.membership import Membership
+from ..comm.messages import allgather
 from ..comm.node_info import NodeInfo
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
@@ -68,7 +69,7 @@ class Server:
     ) -> None:
         self.comm, self.model, self.engine, self.options, self.token = comm, model, engine, options, token
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
-        self.secret = hashlib.sha256(b"".join(runtime.allgather(comm, os.urandom(32)))).digest()
+        self.secret = hashlib.sha256("".join(allgather(comm, os.urandom(32).hex(), str)).encode()).digest()
         self.loopback = listener.getsockname()[0] in LOOPBACK or node.ranks == comm.size  # is where other ranks are
         self.hosts = LOOPBACK if listener.getsockname()[0] in LOOPBACK else None
         with runtime.together(comm):

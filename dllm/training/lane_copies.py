@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..comm import survivors
-from ..comm.runtime import allgather
+from ..comm.messages import allgather
 from ..config import Config
 from ..data.lanes import deal
 from ..kernels.types import Array, DType
@@ -97,7 +98,9 @@ def take_lanes(
     Lanes that nobody has begin from zero, or where config.resilience.lost_lanes says so GiveUp is raised on all ranks.
     """
     found = np.zeros(config.train.lanes, bool)
-    for first, h, c, lane_loss in (Piece(*piece) for part in allgather(comm, pieces) for piece in part):
+    mine: list[tuple[int, Array, Array, Array]] = [(*piece,) for piece in pieces]
+    everyone = allgather(comm, mine, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]])
+    for first, h, c, lane_loss in itertools.chain(*everyone):
         lanes = range(first, first + len(lane_loss))
         found[lanes.start : lanes.stop] = True
         for lane in set(lanes) & set(own):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..comm.averaging import Averaging
-from ..comm.runtime import allgather
+from ..comm.messages import allgather, total
 from ..errors import UserError
 from ..runs.ownership import Ownership
 from ..runs.state import State
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LINKS = 64  # pairs of neighbours in a line of metrics, the slowest
 BEAT = 5.0  # seconds between signs of life in the run's folder
+TOLD = tuple[str, tuple[float, float, float], bool | None, dict[int, float], int]  # by each rank, for a line of metrics
 SLOW, PATIENCE = 1.5, 20.0  # a rank that takes so many times as long for so many seconds is named
 
 
@@ -105,10 +106,10 @@ class Metrics:
         Raises UserError on all ranks.
         """
         own_times = self.seconds, self.exposed, self.flight
-        own = digest, own_times, state.lane_loss, self._is_held(), self.averaging.round_trips(), state.bytes_sent
-        digests, times, losses, holds, trips, sent = zip(*allgather(self.comm, own), strict=True)
-        by_lane = np.concatenate(losses)  # by lane, so that the sum does not depend on who computed which
-        loss = float(by_lane.sum() / state.tokens) if state.tokens else 0.0
+        own = digest, own_times, self._is_held(), self.averaging.round_trips(), state.bytes_sent
+        digests, times, holds, trips, sent = zip(*allgather(self.comm, own, TOLD), strict=True)
+        loss = total(self.comm, state.lane_loss.sum(keepdims=True))[0]  # of all lanes: that of one says how one text reads
+        loss = float(loss / state.tokens) if state.tokens else 0.0
         self._check(state.step, digests, loss)
         self._check_owner(state.step, list(holds))
         seconds, exposed, flight = np.mean(times, axis=0)
@@ -148,7 +149,7 @@ class Metrics:
 
     def check_owner(self, step: int) -> None:
         """Raise UserError on all ranks where another job has taken the run's folder. Collective."""
-        self._check_owner(step, allgather(self.comm, self._is_held()))
+        self._check_owner(step, allgather(self.comm, self._is_held(), bool | None))
 
     def _is_held(self) -> bool | None:
         """What the first rank says: whether the run's folder is still this job's."""

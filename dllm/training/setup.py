@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from ..comm import methods
 from ..comm.averaging import Averaging
 from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
-from ..comm.runtime import allgather, check_same, survivable, together
+from ..comm.runtime import check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
 from ..config import Config
 from ..data.corpus import Corpus
@@ -193,7 +192,7 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, 
             lanes = read_lanes(corpus, "train", range(len(own)), len(own), train.window, own.start)
         else:
             lanes = read_lanes(corpus, "train", own, train.lanes, train.window)
-    return own, lanes, Schedule(lanes, train.last_window, functools.partial(allgather, comm))
+    return own, lanes, Schedule(lanes, train.last_window, comm)
 
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..comm.control import Control
-from ..comm.runtime import allgather, mpi_library
+from ..comm.messages import allgather
+from ..comm.runtime import mpi_library
 from ..config import as_dict
 from ..errors import UserError
 from ..inference.evaluation import perplexity
@@ -173,7 +174,7 @@ class Trainer:
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds. Collective."""
-        peaks = allgather(self.comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peaks = allgather(self.comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, int)
         clock, saver, best = self.rank.metrics.clock, self.rank.saver, self.rank.validation.best
         speed = clock.settled_tokens / clock.settled_seconds if clock.settled_seconds else None
         return {

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from helpers.launch import write_pairs
 from helpers.numerics import reference
+from helpers.schedules import schedule_of_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pairs, shards
 from dllm.data.corpus import Corpus
-from dllm.data.lanes import Schedule, deal
+from dllm.data.lanes import deal
 from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
@@ -136,8 +137,7 @@ def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_aske
         patch.setattr(pair_lanes, "GROUP", 4)
         patch.setattr(pair_lanes, "ORDER", np.array([2, 0, 3, 1]))
         parts = [pair_lanes.read_lanes(corpus, "train", deal(count, ranks, rank), count, window) for rank in range(ranks)]
-        gather = lambda mine: [max(p.steps, default=0) if isinstance(mine, int) else p.shapes(len(mine[0])) for p in parts]
-        schedule = Schedule(parts[0], gather=gather)
+        schedule = schedule_of_ranks(parts)
         assert schedule.windows == -(-len(examples) // count)
         assert schedule.per_epoch == sum(len(target) + 1 for _, target in examples)
         found = [[] for _ in range(count)]
@@ -289,10 +289,10 @@ def test_pairs_are_solved_alike_in_any_batches_by_any_number_of_ranks(tmp_path, 
     alone = [answering.solve(comm(0, 1), model, tokenizer, [pair], 1, 9) for pair in pairs]
     told = []
     monkeypatch.setattr(answering, "together", lambda comm: nullcontext())
-    monkeypatch.setattr(answering, "allgather", lambda comm, mine: told.append(mine) or [mine])
+    monkeypatch.setattr(answering, "allgather", lambda comm, mine, kind: told.append(mine) or [mine])
     for rank in range(ranks):
         answering.solve(comm(rank, ranks), model, tokenizer, pairs, lanes, 9)
-    found = sorted(one for part in told for one in part)
+    found = sorted(one for part in told for one in zip(*part, strict=True))
     assert [text for _, text, _ in found] == [text for (text,), _ in alone]
     assert [loss for _, _, loss in found] == [loss for _, (loss,) in alone]
 

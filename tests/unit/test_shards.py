@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers.run_files import flip, place_of
+from helpers.schedules import schedule_of_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,10 +225,7 @@ def schedule_of(steps, window, last="keep"):
     for number, rank in enumerate(ranks):
         rank.steps, rank.T = steps[2 * number : 2 * number + 2], window
 
-    def gather(mine):
-        return [max(rank.steps) if isinstance(mine, int) else rank.shapes(len(mine[0])) for rank in ranks]
-
-    return lanes.Schedule(ranks[0], last, gather)
+    return schedule_of_ranks(ranks, last)
 
 
 def epoch(reader, schedule):

@@ -17,7 +17,7 @@ from ...kernels.gemm import aligned
 from ...kernels.types import Array
 from ..averaging import Moving, Verdict
 from ..control import Control
-from ..runtime import allgather
+from ..messages import total
 from .base import WholeVector
 
 S = TypeVar("S", bound=Moving)
@@ -57,8 +57,8 @@ class LocalSteps(WholeVector):
         |x_i - mean|^2, over |mean|.
         """
         own_loss = loss(theta)
-        squares = allgather(self.comm, float(np.square(theta - mean, dtype=np.float64).sum()))
-        apart = math.sqrt(np.mean(squares) / np.square(mean, dtype=np.float64).sum())
+        squares = total(self.comm, np.square(theta - mean, dtype=np.float64).sum(keepdims=True))[0] / self.comm.size
+        apart = math.sqrt(squares / np.square(mean, dtype=np.float64).sum())
         return {"own_loss": own_loss, "consensus_distance": apart}
 
     def begin(self, tokens: Array, control: Control) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...kernels.types import Array
-from ..runtime import allgather
+from ..messages import allgather, broadcast
 from ..traffic import sent_by_allgather
 from .base_local_steps import LocalSteps
 
@@ -40,13 +40,13 @@ class Hierarchical(LocalSteps):
 
     def prepare(self) -> None:
         k, n = self.node.rank, self.node.size
-        everyone = allgather(self.comm, (n, allgather(self.node, self.comm.rank)[0]))
+        everyone = allgather(self.comm, (n, broadcast(self.node, self.comm.rank, int)), tuple[int, int])
         if len({size for size, _ in everyone}) > 1:
             raise UserError.of_all("averaging.hierarchical needs as many ranks on every node: start with mpirun --map-by ppr")
         edges = [self.x.size * part // n for part in range(n + 1)]
         self.part, self.counts = slice(edges[k], edges[k + 1]), np.diff(edges)
         self.nodes = self.comm.Split(k, everyone[self.comm.rank][1])
-        self.ranks = allgather(self.nodes, self.comm.rank)
+        self.ranks = allgather(self.nodes, self.comm.rank, int)
         self.between = self.kind(
             self.nodes, self.x[self.part], self.vector[self.part], None, self.config, self.optimizer, self.oversubscribed
         )
