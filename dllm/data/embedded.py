@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..comm.runtime import together
 from .preparation import prepare_corpus
 from .shards import FORMAT
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,7 +38,7 @@ def embedded_corpus(comm: MPI.Comm, node_comm: MPI.Comm, progress: Callable[[str
     group = comm if all(comm.allgather(building.exists())) else node_comm
     building = group.bcast(building.with_name(building.name + f"-{comm.rank}"))
     train, valid = standard_library()
-    prepare_corpus(group, {"train": train, "valid": valid}, KIND, SIZE, building, progress=progress)
+    prepare_corpus(group, {"train": train, "valid": valid}, Vocabulary(KIND, SIZE), building, progress=progress)
     with together(comm):
         if group.rank == 0:
             try:
