@@ -1,6 +1,7 @@
 """Private text stays where it is: nothing of it is in what MPI is given, and nothing that a peer sends runs as code."""
 
 import itertools
+import os
 import pickletools
 import re
 
@@ -86,8 +87,8 @@ def check(folder, detector, commands):
     return calls
 
 
-def train(folder, run, *settings, data="corpus-{rank}"):
-    _, *words = train_arguments(folder / data, folder / run, *STEPS, *settings)
+def train(folder, run, *settings, data="corpus-{rank}", extra=()):
+    _, *words = train_arguments(folder / data, folder / run, *STEPS, *settings, extra=extra)
     return words
 
 
@@ -165,3 +166,21 @@ def command(words, comm):
 
 sys.exit(cli.collective(command))
 """
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_private_run_says_what_others_learn_shows_no_sample_and_is_its_owners_alone(sites, tmp_path, ranks):
+    old = os.umask(0o022)
+    try:
+        prepare = ["dllm.prepare", "--tokenizer-from", sites / "public", "--train", sites / "text-{rank}.txt"]
+        words = train(tmp_path, "run", extra=("--progress", "plain"))
+        _, ended = run_several(tmp_path / "all", ranks, [[*prepare, "--out", tmp_path / "corpus-{rank}"], words], check=True)
+    finally:
+        os.umask(old)
+    (line,) = re.findall("^private .*$", ended.text, re.MULTILINE)
+    assert ("one rank" in line, "how often" in line) == (ranks == 1, ranks == 2)
+    assert "done " in ended.text
+    assert "sample" not in ended.text
+    made = [*tmp_path.glob("corpus-*/**/*"), *tmp_path.glob("run/**/*"), tmp_path / "run", tmp_path / "corpus-0"]
+    assert len(made) > 12
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
