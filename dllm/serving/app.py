@@ -102,7 +102,11 @@ class Service:
         self._answered.add(route, status, seconds)
         if route in ("/health", "/metrics") and status == 200:
             return  # asked for all the time
-        self.log("request", method=scope["method"][:10], route=route, status=status, seconds=round(seconds, 4), **fields)
+        line = {"method": scope["method"][:10], "route": route, "status": status, "seconds": round(seconds, 4), **fields}
+        if scope["dllm"].get("authenticated"):
+            self.log("request", **line)
+        else:
+            self.log.limited("requests of strangers", "request", **line)
 
     # ---- what is there
 

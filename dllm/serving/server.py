@@ -149,6 +149,7 @@ class Server:
         """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
         while self.engine.load()["alive"]:
             await asyncio.sleep(0.5)
+            self.log.catch_up()
         self.log("failed")
         self.stop()
 
@@ -166,6 +167,7 @@ class Server:
         """End this process with an exit code."""
         self.state = "drained"
         self.engine.stop(0)
+        self.log.catch_up(ending=True)
         self.log("ended")
         self.gossip.end()
         runtime.exit_together(self.comm, code)
