@@ -350,14 +350,14 @@ def test_the_cache_keeps_what_was_used_last_and_finds_the_longest_prefix(steps, 
     for number, (put, tokens) in enumerate(steps):
         array, key = np.array(tokens, np.int64), tuple(tokens)
         if put:
-            cache.put(array, STATE + number)
+            cache.put(b"", array, STATE + number)
             if tokens and room:
                 known[key] = known.pop(key, number)
                 while len(known) > room:
                     del known[next(iter(known))]
         else:
             prefixes = [key[:length] for length in range(len(key), 0, -1) if key[:length] in known]
-            length, state = cache.find(array)
+            length, state = cache.find(b"", array)
             assert length == (len(prefixes[0]) if prefixes else 0)
             if prefixes:
                 assert state[0] == known[prefixes[0]]
