@@ -41,7 +41,7 @@ import numpy as np
 from ..kernels.types import Array
 
 DELTA = 1e-6  # the probability that the promise of epsilon does not hold, at most
-LARGEST_EPSILON = 100.0  # beyond it epsilon promises nothing: chances may differ by a factor of 1e43
+LEAST_EPSILON, LARGEST_EPSILON = 0.001, 100.0  # no count passes below; above it promises nothing: a factor of 1e43
 UNITS_PER_EXAMPLE = 20
 MOST_UNITS = 1_000_000  # of an example
 METHOD = "noise of Balle and Wang 2018, Theorem 8; threshold of Gopi et al. 2020, Theorem 5.1, with weights of 1"
