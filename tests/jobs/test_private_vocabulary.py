@@ -263,3 +263,20 @@ def test_what_cannot_be_is_refused_in_one_line(refused, case):
 
 def test_nothing_is_left_of_what_was_refused(ends, refused):
     assert refused[1]
+
+
+ODD = """
+import os, sys
+from dllm import prepare
+rank = int(os.environ.get("PMI_RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
+sys.exit(prepare.main(sys.argv[2:] + (sys.argv[1].split() if rank == 1 else [])))
+"""
+
+
+def test_sites_that_do_not_agree_on_the_way_are_told_before_anything_is_counted(sites, tmp_path):
+    (tmp_path / "odd.py").write_text(ODD)
+    words = ["dllm.prepare", *f"{PRIVATE} --tokenizer word --epsilon 2".split()]
+    done = mpirun(2, tmp_path / "odd.py", "--epsilon 8", *words[1:], cwd=sites)
+    assert done.returncode == REFUSED
+    assert "dllm: the ranks do not agree on the --epsilon: rank 0 has 2.0, rank 1 has 8.0" in done.stderr
+    assert not list(sites.glob("new-*"))

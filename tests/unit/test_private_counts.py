@@ -82,6 +82,13 @@ def test_the_noise_is_fresh_each_time():
     assert PrivateCounting(1.0).release(counts) != PrivateCounting(1.0).release(counts)
 
 
+def test_the_order_in_which_units_came_is_not_told():
+    words = [str(number) for number in range(100)]
+    counting = PrivateCounting(1.0)
+    told = [list(counting.release(dict.fromkeys(order, 1000))) for order in (words, words[::-1])]
+    assert told[0] == told[1] == sorted(words)
+
+
 def test_the_noise_is_normal():
     """Against the normal distribution: Kolmogorov and Smirnov's distance, which passes 2.2 / sqrt(n) once in 10,000 times."""
     n = 100_000
@@ -108,21 +115,24 @@ def test_which_units_of_a_long_line_count_is_drawn_evenly():
     assert all(abs(count - 3000) < 5 * math.sqrt(2100) for count in counts.values())
 
 
-def examples(path, kind, piece=1 << 20, search=1 << 16):
+def examples(path, kind, piece=1 << 20, search=1 << 16, line=1 << 20):
+    """How many pieces a file has, and its examples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "PIECE", piece)
         patch.setattr(text, "_SEARCH", search)
+        patch.setattr(text, "LINE", line)
         pieces = [piece for part in text.plan_text([path]) for piece in part]
-    return len(pieces), list(text.examples_of_text(pieces, kind))
+        return len(pieces), list(text.examples_of_text(pieces, kind))
 
 
 @FEW
-@given(st.text("ab \n", max_size=60), st.integers(1, 25))
-def test_a_line_is_one_example_however_it_is_cut_into_pieces(tmp_path_factory, content, piece):
+@given(st.text("abß \n", max_size=60), st.integers(1, 25), st.integers(1, 25))
+def test_a_line_is_one_example_and_its_units_are_its_own_however_it_is_cut(tmp_path_factory, content, piece, line):
     path = tmp_path_factory.getbasetemp() / "cut"
     path.write_text(content)
-    expected = [set(line) for line in content.split("\n")]
-    found = examples(path, CharTokenizer, piece, 4)[1]
+    begins = [whole.encode()[:line].decode(errors="ignore") for whole in content.split("\n")]
+    expected = [set(begin.split(" ")) - {""} for begin in begins]
+    found = examples(path, WordTokenizer, piece, 4, line)[1]
     assert [units for units in found if units] == [units for units in expected if units]
 
 
@@ -133,7 +143,7 @@ def test_a_line_of_10_mb_is_one_example(tmp_path, kind, size):
     assert pieces > 2
     assert len([units for units in found if units]) == 2
     if kind is WordTokenizer:
-        assert found[:2] == [{"number", "4711", "of"}, {"short"}]  # cut behind a space
+        assert found[:2] == [{"number", "4711", "of", "n"}, {"short"}]  # of a long line its first MiB counts
 
 
 def test_a_line_ends_with_its_file(tmp_path):
