@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
@@ -69,13 +70,14 @@ def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str
     return run(lambda words: command(words, comm), argv, comm)
 
 
-def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, whole where kind is int."""
+def at_least(least: float, kind: Callable[[str], float] = int, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `least` and at most `most`, whole where kind is int."""
+    bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most:,}")
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {bounds}")
         return value
 
     convert.__name__ = getattr(kind, "__name__", "number")  # argparse's message names it

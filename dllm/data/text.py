@@ -16,6 +16,7 @@ from ..kernels.types import Array
 from .tokenizers import Tokenizer, UnknownUnitError
 
 PIECE = 1 << 20  # bytes read at a time
+LINE = 1 << 20  # bytes of a line whose units are an example
 SHARD = 8 << 20  # bytes of text whose tokens share a file
 _SEARCH = 1 << 16  # how far behind the wanted place a cut looks for the end of a line
 Path = str | os.PathLike[str]
@@ -48,17 +49,14 @@ class TextPiece:
         """Counter of the units. Raises UserError."""
         return self._apply(tokenizer.count)
 
-    def lines(self, tokenizer: type[Tokenizer]) -> list[set[str]]:
-        """The distinct units of each line; the last one, an empty set behind a newline, goes on in the next piece of the file.
+    def lines(self) -> list[bytes]:
+        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece of the file. Raises UserError."""
 
-        Raises UserError.
-        """
+        def lines(data: bytes, end: bool) -> list[bytes]:
+            data.decode()  # fails with its place
+            return data.split(b"\n")
 
-        def units(data: bytes, end: bool) -> list[set[str]]:
-            data.decode()  # fails at the place of the whole piece
-            return [set(tokenizer.count(line, False)) for line in data.split(b"\n")]
-
-        return self._apply(units)
+        return self._apply(lines)
 
     def encode(self, tokenizer: Tokenizer) -> Array:
         """Token numbers, (n,) int64. Raises UserError."""
@@ -86,18 +84,25 @@ class TextPiece:
 
 
 def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
-    """The distinct units of each line of pieces in order, of whole lines however long they are. Raises UserError."""
-    begun: set[str] = set()
+    """The distinct units of each line of pieces in order, of long lines those of the first `LINE` bytes. Raises UserError.
+
+    They depend on the line alone, not on where pieces are cut, which other lines decide.
+    """
+
+    def units(line: bytes) -> set[str]:
+        return set(tokenizer.count(line[:LINE].decode(errors="ignore").encode(), False))
+
+    begun = b""
     for piece in pieces:
-        first, *others = piece.lines(tokenizer)
-        begun |= first
+        first, *others = piece.lines()
+        begun = (begun + first)[:LINE]
         if others:
-            yield begun
-            yield from others[:-1]
+            yield units(begun)
+            yield from map(units, others[:-1])
             begun = others[-1]
         if piece.last:
-            yield begun
-            begun = set()
+            yield units(begun)
+            begun = b""
 
 
 def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:

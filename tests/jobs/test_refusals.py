@@ -131,7 +131,10 @@ ON_FOUR = {
         PREPARE + "{rank} --deal files",
         "rank 1 of 4 gets no train text: take fewer ranks, or more files",
     ),
-    "prepare: one text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt: .* \(rank 3\)"),
+    "prepare: one text is missing": (
+        PREPARE + "/{rank} --share-vocabulary --train t{rank}.txt",
+        r"cannot read t3.txt: .* \(rank 3\)",
+    ),
 }
 STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
 ON_ONE = {
