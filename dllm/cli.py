@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
-from .errors import BAD_INPUT, UserError
+from .errors import BAD_INPUT, UserError, line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -54,7 +54,7 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
         if comm is None or comm.rank == 0:
             sys.stdout.flush()
-            sys.stderr.write(f"dllm: {error}\n")
+            sys.stderr.write(line(error))
             sys.stderr.flush()
         return BAD_INPUT
     finally:
