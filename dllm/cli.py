@@ -49,6 +49,11 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
     """
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
+    except MemoryError as error:
+        if comm is not None:
+            raise  # the excepthook of comm.runtime says it
+        sys.stderr.write(line(UserError(f"out of memory: {error}")))
+        return BAD_INPUT
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job

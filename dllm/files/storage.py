@@ -133,6 +133,8 @@ def read_json(path: Path, keys: Iterable[str], most: int = LARGEST_JSON) -> dict
     _check_size(path, data, most)
     try:
         value: dict[str, Any] = json.loads(data.decode("utf-8"))
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half a character of UTF-16 is no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     missing = [key for key in keys if not (isinstance(value, dict) and key in value)]
