@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
-from .errors import BAD_INPUT, UserError
+from .errors import BAD_INPUT, UserError, line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -50,12 +50,17 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
     """
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
+    except MemoryError as error:
+        if comm is not None:
+            raise  # the excepthook of comm.runtime says it
+        sys.stderr.write(line(UserError(f"out of memory: {error}")))
+        return BAD_INPUT
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
         if comm is None or comm.rank == 0:
             sys.stdout.flush()
-            sys.stderr.write(f"dllm: {error}\n")
+            sys.stderr.write(line(error))
             sys.stderr.flush()
         return BAD_INPUT
     finally:

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import UserError, reason
+from ..files import storage
 from ..kernels.types import Array
 from .tokenizers import Tokenizer, UnknownUnitError
 
@@ -50,7 +51,7 @@ class TextPiece:
         return self._apply(tokenizer.count)
 
     def lines(self) -> list[bytes]:
-        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece of the file. Raises UserError."""
+        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece. Raises UserError."""
 
         def lines(data: bytes, end: bool) -> list[bytes]:
             data.decode()  # fails with its place
@@ -121,6 +122,7 @@ def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
 
 def _pieces(path: str, start: int = 0, end: int | None = None) -> Iterator[TextPiece]:
     try:
+        storage.check_regular(path)
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             end = length if end is None else end
@@ -140,6 +142,7 @@ def deal_out(paths: Sequence[Path], shares: Array) -> list[list[Span]]:
     dealt: list[list[Span]] = [[] for _ in range(shares.shape[1])]
     for path, places in zip(map(str, paths), np.cumsum(shares, axis=1), strict=True):
         try:
+            storage.check_regular(path)
             with open(path, "rb") as file:
                 length = os.fstat(file.fileno()).st_size
                 nears = [round(length * place) for place in places[:-1]]

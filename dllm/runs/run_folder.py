@@ -97,10 +97,10 @@ def take_resize_request(run: Path) -> int | None:
     """The number of ranks that somebody wants, once; None where nobody does."""
     path = pathlib.Path(run, "resize")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = storage.read_text(path)
         path.unlink()
         return int(text)
-    except (OSError, ValueError):
+    except (UserError, OSError, ValueError):
         return None
 
 
