@@ -7,14 +7,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from . import cli, config
-from .comm import runtime
+from .comm import messages, runtime
 from .data import text
 from .data.corpus import Corpus
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
+from .data.private_counts import LARGEST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
 from .data.tokenizers import KINDS
+from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
+from .files import storage
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,14 +29,23 @@ EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
   mpirun -n 8 python -m dllm.prepare --train *.txt --valid held-out/*.txt --tokenizer bpe --vocab-size 8192 --out data/web
-  mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer word --out 'data/site{rank}'
+  mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer-from data/web --out 'data/site{rank}'
+  mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
   python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
 
-With {rank} in --out every rank prepares its own text, and only counts of words travel between ranks, never text. All
-folders get one vocabulary. To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole
-files, or each file by shares drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a
-piece at a time; --tokenizer byte takes anything, the others UTF-8.
+With {rank} in --out every rank prepares its own private text, and only its owner can read what is written. All folders get
+one vocabulary. Rare words may be names or numbers of people, so say where it comes from:
+  --tokenizer byte       fixed: nothing travels
+  --tokenizer-from DIR   that of a corpus, a run or a model, made of text that may be known: nothing travels
+  --epsilon E            a private count: each line counts at most --words-per-line words, drawn at random, and every rank
+                         adds noise and drops rare words before anything leaves it. What is told is (E, 1e-6)-differentially
+                         private for a line, or a pair. A small E tells less and needs more text; 1 is strict, 8 is loose
+  --share-vocabulary     all words and their counts go to rank 0, and into everybody's vocabulary
+
+To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole files, or each file by shares
+drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a piece at a time; --tokenizer
+byte takes anything, the others UTF-8.
 
 Pairs are for translation, summaries, questions and answers: line i of SRC belongs to line i of TGT. They are shuffled by
 --seed, and only targets are predicted. Pairs of which a side is empty are left out. --vocab-size counts tokens of text; two
@@ -55,8 +69,15 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
         parser.add_argument(
             name, nargs=2, action="append", default=[], metavar=("SRC", "TGT"), help=f"{split} pairs; may be repeated"
         )
-    parser.add_argument("--tokenizer", choices=list(KINDS), required=True)
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", choices=list(KINDS), help="the kind of one that is made here")
+    tokenizer.add_argument("--tokenizer-from", metavar="DIR", help="take that of a corpus, a run or a model, as it is")
     parser.add_argument("--vocab-size", type=cli.at_least(1), default=0, metavar="N", help="at most N tokens")
+    parser.add_argument("--epsilon", type=_epsilon, metavar="E", help="private text: count with noise, so that little is told")
+    parser.add_argument(
+        "--words-per-line", type=_words_per_line, metavar="M", help=f"with --epsilon: at most (default {UNITS_PER_EXAMPLE})"
+    )
+    parser.add_argument("--share-vocabulary", action="store_true", help="private text: send all words and counts to rank 0")
     parser.add_argument("--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out")
     parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
     parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs (default 1)")
@@ -65,7 +86,9 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
     options = parser.parse_args(argv)
-    return options, _splits(parser, options)
+    splits = _splits(parser, options)
+    _check_vocabulary(parser, options)
+    return options, splits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +101,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     with runtime.together(comm):
         options, splits = arguments(argv, comm.rank)
     private = config.is_private(options.out)
+    if private and not options.deal:
+        storage.owner_only()
     if private:
         splits = {name: _of_rank(paths, comm.rank) for name, paths in splits.items()}
     if options.deal:
@@ -89,18 +114,20 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(text, flush=True)
 
-    prepare_corpus(comm, splits, options.tokenizer, options.vocab_size, out, private, say, pairing)
+    prepare_corpus(comm, splits, _vocabulary(options, comm.rank), out, private, say, pairing)
     corpus = Corpus(out)
-    counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in corpus.manifest["splits"].items())
-    say(f"{out}: {counts} {options.tokenizer} tokens, vocabulary {corpus.vocabulary:,}")
+    entries = corpus.manifest["splits"]
+    counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in entries.items())
+    say(f"{out}: {counts} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}")
     if private:
-        sizes = sorted(comm.allgather(corpus.split("train")["tokens"]))
-        say(f"train tokens of a rank: {sizes[0]:,} to {sizes[-1]:,}, {sum(sizes):,} in all")
+        size = np.array([entries["train"]["tokens"]])
+        (most,), (least,), (total,) = messages.largest(comm, size), -messages.largest(comm, -size), messages.total(comm, size)
+        of_each = f" a rank {least:,} to {most:,}," if options.deal else ""  # a site's size is nobody else's business
+        say(f"train tokens:{of_each} {total:,} in all")
     recipe = ""
     if options.pairs:
-        entries = corpus.manifest["splits"]
         say("pairs: " + ", ".join(f"{name} {entry['pairs']:,}" for name, entry in entries.items()))
-        longest = max(max(entry["longest"] for entry in part.values()) for part in comm.allgather(entries))
+        longest = int(messages.largest(comm, np.array([max(entry["longest"] for entry in entries.values())]))[0])
         recipe = " --preset pairs"
         if longest > config.resolve("pairs").train.window:
             say(f"the longest pair has {longest:,} tokens, and a window must hold it; --longest leaves long ones out")
@@ -108,6 +135,55 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     say(f"train with  mpirun -n {comm.size if private else 8} python -m dllm.train --data '{options.out}'{recipe}")
     runtime.finish(comm)
     return DONE
+
+
+def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
+    counting = None
+    if options.epsilon:
+        counting = PrivateCounting(options.epsilon, options.words_per_line or UNITS_PER_EXAMPLE)
+    folder = config.path_of_rank(options.tokenizer_from or "", rank)
+    return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting)
+
+
+def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
+    """Raises UserError where a vocabulary of private text would tell of it and nobody has said so."""
+    counted = options.tokenizer not in (None, "byte")
+    private = config.is_private(options.out) and not options.deal
+    chosen = [name for name in ("epsilon", "share_vocabulary") if getattr(options, name)]
+    if options.tokenizer_from == "":
+        parser.error("--tokenizer-from names no folder")
+    if options.tokenizer_from and options.vocab_size:
+        parser.error("--vocab-size goes with --tokenizer: that of --tokenizer-from is taken as it is")
+    if options.words_per_line and not options.epsilon:
+        parser.error("--words-per-line goes with --epsilon")
+    if len(chosen) > 1:
+        parser.error(
+            "give either --epsilon or --share-vocabulary: one tells little of the text, the other all words and counts"
+        )
+    for option in ("--" + name.replace("_", "-") for name in chosen):
+        if not counted:
+            parser.error(f"{option} goes with --tokenizer char, word or bpe: here nothing is counted")
+        if not private:
+            parser.error(f"{option} is for private text, with {{rank}} in --out and without --deal")
+    if private and counted and not chosen:
+        raise UserError(
+            f"a vocabulary of --tokenizer {options.tokenizer} tells of private text: take --tokenizer byte, --tokenizer-from "
+            "DIR (of public text) or --epsilon E (a private count); --share-vocabulary shares all words and counts"
+        )
+
+
+def _epsilon(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= LARGEST_EPSILON:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and at most {LARGEST_EPSILON:g}")
+    return value
+
+
+def _words_per_line(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= MOST_UNITS:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1 and at most {MOST_UNITS:,}")
+    return value
 
 
 def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[Any]]:

@@ -2,7 +2,8 @@
 
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
 tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split. A split of
-pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>.
+pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>. Where the
+vocabulary was made of private counts, `counts` says how (private_counts.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..errors import UserError
 from ..files import storage
 from ..kernels.types import Array
 from .embedded import embedded_corpus
+from .private_counts import check_described
 from .shards import FORMAT, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
 
@@ -59,6 +61,8 @@ class Corpus:
             if self.manifest["dtype"] not in ("uint8", "uint16", "uint32"):
                 raise ValueError(f"its dtype is {self.manifest['dtype']}")
             np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
+            if "counts" in self.manifest:
+                check_described(self.manifest["counts"])
             for split, entry in self.manifest["splits"].items():
                 shards = entry["shards"]
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))

@@ -14,6 +14,7 @@ from ..comm.messages import allgather, broadcast
 from ..comm.runtime import together
 from .preparation import prepare_corpus
 from .shards import FORMAT
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,7 +39,7 @@ def embedded_corpus(comm: MPI.Comm, node_comm: MPI.Comm, progress: Callable[[str
     group = comm if all(allgather(comm, building.exists(), bool)) else node_comm
     building = pathlib.Path(broadcast(group, f"{building}-{comm.rank}", str))
     train, valid = standard_library()
-    prepare_corpus(group, {"train": train, "valid": valid}, KIND, SIZE, building, progress=progress)
+    prepare_corpus(group, {"train": train, "valid": valid}, Vocabulary(KIND, SIZE), building, progress=progress)
     with together(comm):
         if group.rank == 0:
             try:

@@ -10,9 +10,9 @@ import collections
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,9 +20,7 @@ from ..errors import UserError, reason
 from ..kernels.types import Array
 from . import text
 from .text import Path
-
-if TYPE_CHECKING:
-    from .tokenizers import Tokenizer
+from .tokenizers import Tokenizer, UnknownUnitError
 
 BLOCK = 2048  # pairs that are encoded at a time
 T = TypeVar("T")
@@ -92,6 +90,8 @@ class PairFiles:
                 values.append(function(side[number]))
             except UnicodeDecodeError:
                 raise UserError(f"{side.place(number)} is not UTF-8; convert it, or use --tokenizer byte") from None
+            except UnknownUnitError as error:
+                raise error.within(side.place(number)) from None
         return values
 
 
@@ -122,6 +122,14 @@ class PairPiece:
             if not 0 < self.longest < len(source) + len(target) + 2:
                 parts += [source, sep, target, end]
         return np.concatenate(parts or [np.empty(0, np.int64)])
+
+
+def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
+    """The distinct units of each pair, of both sides. Raises UserError."""
+    for piece in pieces:
+        for file, line in piece.numbers:
+            units = piece.files[file].apply(lambda side: tokenizer.count(side, False), line)
+            yield set().union(*units)
 
 
 class Pairing(NamedTuple):

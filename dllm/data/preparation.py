@@ -1,25 +1,29 @@
 """Text, or pairs of texts, to a prepared corpus, the work shared by all ranks.
 
-With private text every rank prepares its own folder. Only counts of units travel between ranks, never text.
+With private text every rank prepares its own folder. What travels for the vocabulary stands in vocabulary.py; text never does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..comm.runtime import together
+from ..comm import messages
+from ..comm.runtime import agree, together
 from ..errors import UserError, reason
 from ..files import storage
-from . import shards
-from .pairs import Pairing, PairPiece, figures, plan_pairs
-from .text import TextPiece, plan_text
+from . import shards, vocabulary
+from .pairs import Pairing, PairPiece, examples_of_pairs, figures, plan_pairs
+from .private_counts import PrivateCounting
+from .text import TextPiece, examples_of_text, plan_text
 from .tokenizer_files import save_tokenizer, tokenizer_hash
 from .tokenizers import KINDS, Tokenizer
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,8 +34,7 @@ Plan = list[list[TextPiece]] | list[list[PairPiece]]  # of a split: the pieces o
 def prepare_corpus(
     comm: MPI.Comm,
     splits: Mapping[str, Sequence[Any]],
-    kind: str,
-    size: int,
+    wanted: Vocabulary,
     out: str | os.PathLike[str],
     private: bool = False,
     progress: Callable[[str], None] = lambda message: None,
@@ -43,8 +46,8 @@ def prepare_corpus(
     ----------
     splits : dict
         split -> paths or Spans, with `pairing` (source, target) paths; with private=True this rank's own.
-    kind, size
-        The tokenizer, and its vocabulary size (0: its default).
+    wanted
+        Where the vocabulary comes from.
     out
         A folder that is empty or not there; with private=True this rank's own.
     progress : callable
@@ -64,19 +67,22 @@ def prepare_corpus(
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if work.rank == 0:
                 _make_folder(work.out)
-        tokenizer = work.build_tokenizer(plans, KINDS[kind], size)
+        tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
             written = work.write_shards(plans, tokenizer)
-        everyones = [written] if private else comm.allgather(written)
+        everyones = [written] if private else messages.gather(comm, written, list[_Shard])  # on rank 0
         with together(comm):
             if work.rank == 0:
-                work.write_manifest(plans, tokenizer, {place: shard for part in everyones for place, shard in part.items()})
+                facts = {"counts": wanted.counting.described("pair" if pairing else "line")} if wanted.counting else {}
+                work.write_manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
         undo.pop_all()
 
 
 class _Shard(NamedTuple):
     """One that was written."""
 
+    split: str
+    number: int
     name: str
     tokens: int
     sha256: str
@@ -96,34 +102,39 @@ class _Preparation:
         """Of a split, the same on every rank. Raises UserError."""
         return plan_text(paths) if self.pairing is None else plan_pairs(paths, self.pairing, self.say)
 
-    def build_tokenizer(self, plans: dict[str, Plan], kind: type[Tokenizer], size: int) -> Tokenizer:
-        """The tokenizer of all ranks' text. Collective. Raises UserError."""
+    def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
+        """The tokenizer of all ranks. Collective. Raises UserError."""
+        pairs = self.pairing is not None
+        if wanted.folder:
+            return vocabulary.take(self.comm, wanted.folder, pairs, self.say)
+        if wanted.kind == "byte":
+            return agree(self.comm, wanted.of_counts, {}, pairs)
         with together(self.comm):
-            found = self._count(plans, kind)
-        counts, others = (self.comm.reduce(part, op=lambda a, b: a + b) or Counter() for part in found)  # on rank 0
-        value = None
-        with together(self.comm):
-            if self.comm.rank == 0:
-                self.say("building the vocabulary")
-                unseen = kind.kind != "bpe" and any(unit not in counts for unit in others)
-                tokenizer = kind.build(counts, size, unseen)
-                tokenizer.pairs = self.pairing is not None
-                value = tokenizer.to_json()
-        return kind.from_json(self.comm.bcast(value))
+            kind = KINDS[wanted.kind]
+            counts = (
+                self._count_privately(plans["train"], kind, wanted.counting) if wanted.counting else self._count(plans, kind)
+            )
+        return vocabulary.build(self.comm, wanted, counts, pairs, self.say)
 
-    def _count(self, plans: dict[str, Plan], kind: type[Tokenizer]) -> tuple[Counter[str], Counter[str]]:
-        """Counts of units in this rank's part of the train text, and in that of the other splits."""
-        train: Counter[str] = Counter()
-        others: Counter[str] = Counter()
-        for split, plan in plans.items() if kind.kind != "byte" else ():
+    def _count(self, plans: dict[str, Plan], kind: type[Tokenizer]) -> dict[str, int]:
+        """Counts of units in this rank's part of the train text; 0 for those that only its other splits have."""
+        counts: Counter[str] = Counter()
+        for split, plan in plans.items():
             for _, pieces in self._my_share(plan, f"counting {split}"):
                 for piece in pieces:
-                    (train if split == "train" else others).update(piece.count(kind))
-        return train, others
+                    found = piece.count(kind)
+                    counts.update(found if split == "train" else dict.fromkeys(found, 0))
+        return counts
 
-    def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> dict[tuple[str, int], _Shard]:
-        """Encode and write this rank's shards, named by (split, number). Raises UserError, OSError."""
-        written, dtype = {}, shards.token_dtype(tokenizer.size)
+    def _count_privately(self, plan: Plan, kind: type[Tokenizer], counting: PrivateCounting) -> dict[str, int]:
+        """What this rank may tell of the units of its train text. Its other splits are not looked at."""
+        examples = examples_of_text if self.pairing is None else examples_of_pairs
+        pieces: Iterator[Any] = (piece for _, pieces in self._my_share(plan, "counting train") for piece in pieces)
+        return counting.release(counting.count(examples(pieces, kind)))
+
+    def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> list[_Shard]:
+        """Encode and write this rank's shards. Raises UserError, OSError."""
+        written, dtype = [], shards.token_dtype(tokenizer.size)
         for split, plan in plans.items():
             for number, pieces in self._my_share(plan, f"encoding {split}"):
                 path, found = self.out / f"{split}-{number:05d}.h5", []
@@ -133,7 +144,7 @@ class _Preparation:
                         shard.append(tokens.astype(dtype))
                         if tokenizer.pairs:
                             found.append(figures(tokens, tokenizer))
-                written[split, number] = _Shard(path.name, shard.tokens, storage.sha256(path), found)
+                written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), found))
         return written
 
     def _my_share(self, plan: Plan, what: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
@@ -141,9 +152,15 @@ class _Preparation:
             self.say(f"{what}: {number + 1} of {len(plan)}")
             yield number, plan[number]
 
-    def write_manifest(self, plans: dict[str, Plan], tokenizer: Tokenizer, written: dict[tuple[str, int], _Shard]) -> None:
-        """Write what names the shards of all ranks; it does not depend on who wrote which. Raises UserError, OSError."""
+    def write_manifest(
+        self, plans: dict[str, Plan], tokenizer: Tokenizer, shards_of_all: list[_Shard], facts: dict[str, Any]
+    ) -> None:
+        """Write what names the shards of all ranks; it does not depend on who wrote which. Raises UserError, OSError.
+
+        facts : what the manifest says beside that
+        """
         save_tokenizer(self.out, tokenizer)
+        written = {(shard.split, shard.number): shard for shard in shards_of_all}
         splits = {}
         for split, plan in plans.items():
             start, parts = 0, []
@@ -167,6 +184,7 @@ class _Preparation:
                 "vocabulary": tokenizer.size,
                 "dtype": shards.token_dtype(tokenizer.size).name,
                 "tokenizer": tokenizer_hash(tokenizer),
+                **facts,
                 "splits": splits,
             },
         )

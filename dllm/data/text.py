@@ -7,15 +7,13 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..errors import UserError, reason
 from ..kernels.types import Array
-
-if TYPE_CHECKING:
-    from .tokenizers import Tokenizer
+from .tokenizers import Tokenizer, UnknownUnitError
 
 PIECE = 1 << 20  # bytes read at a time
 SHARD = 8 << 20  # bytes of text whose tokens share a file
@@ -50,9 +48,24 @@ class TextPiece:
         """Counter of the units. Raises UserError."""
         return self._apply(tokenizer.count)
 
+    def lines(self, tokenizer: type[Tokenizer]) -> list[set[str]]:
+        """The distinct units of each line; the last one, an empty set behind a newline, goes on in the next piece of the file.
+
+        Raises UserError.
+        """
+
+        def units(data: bytes, end: bool) -> list[set[str]]:
+            data.decode()  # fails at the place of the whole piece
+            return [set(tokenizer.count(line, False)) for line in data.split(b"\n")]
+
+        return self._apply(units)
+
     def encode(self, tokenizer: Tokenizer) -> Array:
         """Token numbers, (n,) int64. Raises UserError."""
-        return self._apply(tokenizer.encode)
+        try:
+            return self._apply(tokenizer.encode)
+        except UnknownUnitError as error:
+            raise error.within(self.path) from None
 
     def _apply(self, function: Callable[[bytes, bool], T]) -> T:
         """function(bytes, end); text that is not UTF-8 is a UserError with its place."""
@@ -70,6 +83,21 @@ class TextPiece:
                 return file.read(self.stop - self.start)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {reason(error)}") from None
+
+
+def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
+    """The distinct units of each line of pieces in order, of whole lines however long they are. Raises UserError."""
+    begun: set[str] = set()
+    for piece in pieces:
+        first, *others = piece.lines(tokenizer)
+        begun |= first
+        if others:
+            yield begun
+            yield from others[:-1]
+            begun = others[-1]
+        if piece.last:
+            yield begun
+            begun = set()
 
 
 def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:

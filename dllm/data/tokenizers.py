@@ -14,6 +14,7 @@ target. They have no spelling, so that no text is ever encoded as one of them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -30,10 +31,27 @@ Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
 
+class UnknownUnitError(UserError):
+    """A unit that a vocabulary lacks."""
+
+    def __init__(self, unit: str, kind: str, size: int) -> None:
+        super().__init__(f"{unit!r} is not in the vocabulary of {size} {kind}s; use text of the same corpus")
+        self.kind, self.size = kind, size
+
+    def within(self, place: str) -> UserError:
+        """The error that names a place instead of the unit: a text may be private, and a message is seen by others."""
+        return UserError(
+            f"{place} has a {self.kind} that is not among the vocabulary's {self.size}, which has no {UNKNOWN}; "
+            "take a vocabulary with it, or one of bytes or of bpe"
+        )
+
+
 class Tokenizer:
     """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
 
     kind = ""
+    unit = ""  # what is counted, in a word
+    of_every_text: tuple[str, ...] = ()  # units that every text has: they say nothing of it, and need no counting
     text_size = 0
     pairs = False
 
@@ -139,8 +157,8 @@ class UnitTokenizer(Tokenizer):
             ranked = [UNKNOWN, *(unit for unit in ranked if unit != UNKNOWN)]
         return cls(ranked[: size or None])
 
-    def _missing(self, unit: str) -> UserError:
-        return UserError(f"{unit!r} is not in the vocabulary of {self.text_size} {self.kind}s; use text of the same corpus")
+    def _missing(self, unit: str) -> UnknownUnitError:
+        return UnknownUnitError(unit, self.unit, self.text_size)
 
     def vocabulary(self) -> dict[str, Any]:
         return {"units": self.units}
@@ -154,7 +172,8 @@ class UnitTokenizer(Tokenizer):
 class CharTokenizer(UnitTokenizer):
     """One token a Unicode character."""
 
-    kind = "char"
+    kind = unit = "char"
+    of_every_text = ("\n",)
 
     def __init__(self, units: list[str]) -> None:
         super().__init__(units)
@@ -182,7 +201,8 @@ class CharTokenizer(UnitTokenizer):
 class WordTokenizer(UnitTokenizer):
     """Words between white space, and one `<eos>` a line, which is predicted too, as the published figures count."""
 
-    kind = "word"
+    kind = unit = "word"
+    of_every_text = (END_OF_LINE,)
 
     @staticmethod
     def count(data: bytes, end: bool = True) -> Counter[str]:
@@ -214,7 +234,7 @@ class WordTokenizer(UnitTokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, GPT-2's bytes) by the `tokenizers` library."""
 
-    kind = "bpe"
+    kind, unit = "bpe", "piece"
     DEFAULT_SIZE = 4096
 
     def __init__(self, model: Any) -> None:
@@ -231,9 +251,14 @@ class BPETokenizer(Tokenizer):
         return blank
 
     @staticmethod
+    @functools.cache
+    def _splitter() -> Any:
+        return BPETokenizer._blank().pre_tokenizer
+
+    @staticmethod
     def count(data: bytes, end: bool = True) -> Counter[str]:
         counts: Counter[str] = Counter()
-        split = BPETokenizer._blank().pre_tokenizer
+        split = BPETokenizer._splitter()
         for text in _blocks(data.decode()):
             counts.update(text[start:stop] for _, (start, stop) in split.pre_tokenize_str(text))
         return counts

@@ -52,6 +52,11 @@ def atomic_folder(path: Path) -> Iterator[pathlib.Path]:
         raise
 
 
+def owner_only() -> None:
+    """Let nobody but this user read what this process makes from here on: files and folders, of all libraries."""
+    os.umask(os.umask(0o077) | 0o077)
+
+
 def flush(path: Path) -> None:
     """fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)

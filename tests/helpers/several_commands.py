@@ -28,18 +28,19 @@ class Ending:
         return "".join(self.texts)
 
 
-def run_several(folder, ranks, commands, *, cwd=None, timeout=LIMIT, check=False):
+def run_several(folder, ranks, commands, *, cwd=None, timeout=LIMIT, check=False, script="helpers.several_commands", env=None):
     """Run commands, each a list of words that begins with a module that has `main`. Returns a list of Ending.
 
     folder : a new one, for what they write
     ranks : 0 is one process without mpirun
     check : fail where one of them does not end with 0
+    script : what calls `run` in each rank
     """
     folder.mkdir(parents=True)
     commands = [list(map(str, command)) for command in commands]
     (folder / "commands.json").write_text(json.dumps(commands))
-    env = {"PYTHONPATH": pathlib.Path(__file__).parents[1]}
-    mpirun(ranks, "-m", "helpers.several_commands", folder, cwd=cwd, env=env, timeout=timeout, check=True)
+    env = {"PYTHONPATH": pathlib.Path(__file__).parents[1], **(env or {})}
+    mpirun(ranks, "-m", script, folder, cwd=cwd, env=env, timeout=timeout, check=True)
     ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks or 1)]
     found = []
     for number, command in enumerate(commands):
@@ -50,7 +51,8 @@ def run_several(folder, ranks, commands, *, cwd=None, timeout=LIMIT, check=False
     return found
 
 
-def _run(folder):
+def run(folder):
+    """What each rank does."""
     from mpi4py import MPI
 
     comm, ends = MPI.COMM_WORLD, []
@@ -69,4 +71,4 @@ def _run(folder):
 
 
 if __name__ == "__main__":
-    _run(pathlib.Path(sys.argv[1]))
+    run(pathlib.Path(sys.argv[1]))
