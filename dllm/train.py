@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
+    from .files import storage
     from .model.precision import check_precision
     from .training.options import print_settings, train_config, train_options
 
@@ -39,6 +40,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE
+    if configuration.data.private:
+        storage.owner_only()  # states of lanes and a model say much about a text
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus

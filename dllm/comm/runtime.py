@@ -150,12 +150,12 @@ def check_same(comm: MPI.Comm, facts: dict[str, Any]) -> None:
 
     Digests travel; only where two differ, what these ranks have of this one fact does.
     """
-    digests = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in facts.items()}
-    everyone = allgather(comm, digests, dict[str, str])
-    for name in everyone[0]:
-        odd = [rank for rank, other in enumerate(everyone) if other.get(name) != everyone[0][name]]
+    digests = [hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in facts.values()]
+    everyone = allgather(comm, digests, list[str])
+    for number, name in enumerate(facts):
+        odd = [rank for rank, others in enumerate(everyone) if others[number : number + 1] != everyone[0][number : number + 1]]
         if odd:
-            values = allgather(comm, str(facts.get(name))[:MOST_SHOWN], str)
+            values = allgather(comm, str(facts[name])[:MOST_SHOWN], str)
             raise UserError.of_all(
                 f"the ranks do not agree on the {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
                 "start all of them with the same command, code and data"

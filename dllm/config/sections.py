@@ -164,7 +164,7 @@ class LogConfig:
     """What is shown and written down."""
 
     every: int = setting(50, "steps between lines in metrics.jsonl", at_least=1)
-    sample: int = setting(200, "tokens of the sample at the end; 0: none")
+    sample: int = setting(200, "tokens of the sample at the end; 0: none; private text: always none")
     prompt: str = setting("", "what the sample continues")
 
 

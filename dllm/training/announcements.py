@@ -19,7 +19,7 @@ SAMPLE_PAIRS = 3  # that the sample at the end answers
 
 
 def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -> str:
-    """Ten lines that say what is about to happen. compiling, starting : seconds that this took."""
+    """Some ten lines that say what is about to happen. compiling, starting : seconds that this took."""
     rank, model, train = trainer.rank, trainer.config.model, trainer.config.train
     comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
@@ -34,10 +34,19 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
         "averaging": trainer.averaging.describe(),
+        **({"private": _what_others_learn(comm.size)} if trainer.config.data.private else {}),
         "run": f"{run}  {what}",
         "start": f"{starting:.1f} s, of which {compiling:.1f} s compiling or loading kernels",
     }
     return "\n".join(f"{name:11}{text}" for name, text in lines.items())
+
+
+def _what_others_learn(ranks: int) -> str:
+    """A warning to those who train on private text."""
+    if ranks == 1:
+        return "one rank: nothing leaves it"
+    how_often = ", and how often, since there are only two ranks" if ranks == 2 else ""
+    return f"the text stays at its rank; what it sends tells the others which words it read{how_often}; MPI encrypts nothing"
 
 
 def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
@@ -55,7 +64,7 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     best = summary["best_valid_perplexity"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
     reporter.say("done       " + ", ".join(parts))
-    if trainer.config.log.sample:
+    if trainer.config.log.sample and not trainer.config.data.private:  # it might repeat a text of another site
         reporter.say("sample\n" + _sample(trainer))
     plot = reporter.plot()
     reporter.say(f"plot       {plot}" if plot else "plot       pip install matplotlib draws loss.png next time")

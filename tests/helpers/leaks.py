@@ -143,9 +143,9 @@ def _orders(arrays):
 
 def _hashes(data, length):
     """(len - length + 1,) uint64 of every stretch of `length` bytes, which is 12, 24 or 48."""
-    words = _words(data, "<u8")
+    words = _mixed(_words(data, "<u8"))
     if length == 12:
-        return words[: len(data) - 11] * MULTIPLIERS[0] + _words(data, "<u4")[8:].astype(np.uint64) * MULTIPLIERS[1]
+        return words[: len(data) - 11] * MULTIPLIERS[0] + _mixed(_words(data, "<u4")[8:].astype(np.uint64)) * MULTIPLIERS[1]
     count, total = len(data) - length + 1, np.zeros(len(data) - length + 1, np.uint64)
     for number in range(length // 8):
         total += words[8 * number : 8 * number + count] * MULTIPLIERS[number]
@@ -160,3 +160,10 @@ def _words(data, form):
         part = data[offset:]
         words[offset::size] = np.frombuffer(part[: len(part) // size * size].tobytes(), form)
     return words
+
+
+def _mixed(words):
+    """Words (n,) uint64 whose every bit depends on all: numbers such as 3.0 differ in a few high bits only."""
+    words = words ^ (words >> np.uint64(32))
+    words *= MULTIPLIERS[0]
+    return words ^ (words >> np.uint64(29))

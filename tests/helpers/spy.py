@@ -10,8 +10,9 @@ import pathlib
 import sys
 
 import numpy as np
-from helpers import several_commands
 from mpi4py import MPI
+
+from helpers import several_commands
 
 NODES = "DLLM_SPY_NODES"  # variable: ranks stand for so many machines
 SENDING = {  # what is sent is their first argument
@@ -71,7 +72,7 @@ def _watched(base, file):
 def _main(folder):
     from dllm.comm import runtime
 
-    file = open(folder / f"sent-{MPI.COMM_WORLD.rank}.bin", "wb")
+    file = open(folder / f"sent-{MPI.COMM_WORLD.rank}.bin", "wb")  # noqa: SIM115, until the process ends
     real = runtime.world
 
     def world():
