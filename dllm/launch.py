@@ -35,6 +35,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "-n", "--ranks", type=cli.at_least(1), metavar="N", help="default: one a core, or as the hosts have slots"
     )
     parser.add_argument("--hostfile", metavar="FILE", help="hosts to run on, as for mpirun")
+    parser.add_argument("--interface", metavar="NAME", help="network interface between hosts, such as wg0")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run")
     parser.add_argument("--run", metavar="RUN", help="the run's folder: made, or gone on with where it has a checkpoint")
     parser.add_argument(

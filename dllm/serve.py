@@ -63,6 +63,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
         ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
+        ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 import mpi4py
 
 from ..errors import BAD_INPUT, UserError, line
+from . import loopback
 from .messages import allgather
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def world() -> MPI.Comm:
     mpi4py.rc.thread_level = "serialized"
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_verbose", "-1")
-    from mpi4py import MPI
+    with loopback.quiet():
+        from mpi4py import MPI
 
     sys.excepthook = _abort
     return MPI.COMM_WORLD

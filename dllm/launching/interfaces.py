@@ -1,26 +1,25 @@
-"""Network interfaces of this machine, such as wg0, by their names."""
+"""The network interfaces of this host."""
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import struct
 
 from ..errors import UserError
 
-SIOCGIFADDR = 0x8915  # of netdevice(7): the IPv4 address of an interface
-NAME = 15  # bytes that the name of an interface may have
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 def address_of(name: str) -> str:
-    """The IPv4 address of a network interface. Raises UserError where there is none of that name or it has none."""
-    there = sorted(found for _, found in socket.if_nameindex())
+    """The IPv4 address of a network interface of this host, such as wg0. Raises UserError."""
+    import fcntl
+
+    there = [known for _, known in socket.if_nameindex()]
     if name not in there:
-        raise UserError(f"--interface {name[:50]}: there is none of that name here; there is {', '.join(there)}")
-    request = struct.pack("256s", name.encode()[:NAME])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        raise UserError(f"this host has no network interface {name!r:.40}; it has {', '.join(sorted(there))}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
-            answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
+            found = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("16s24x", name.encode()))
         except OSError:
-            raise UserError(f"--interface {name}: it has no IPv4 address; give it one, or name another") from None
-    return socket.inet_ntoa(answer[20:24])  # struct ifreq: 16 bytes of name, 2 of family, 2 of port, 4 of address
+            raise UserError(f"the network interface {name} has no IPv4 address: bring it up first") from None
+    return socket.inet_ntoa(found[20:24])

@@ -12,12 +12,15 @@ import time
 import uuid
 from collections.abc import Callable
 
+from ..comm import loopback
+from ..errors import reason
 from ..runs import ownership
 from . import mpirun
 
 START = 60.0  # seconds until the first rank must be there; at each further attempt twice as many
 LONGER = 4  # times as many at most
 LOOK = 0.1  # seconds between looks at the ranks
+SOON = 0.005  # and at mpirun's sockets, while it starts
 GRACE = 10.0  # seconds that what was killed gets to be gone
 
 
@@ -35,6 +38,7 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
         self.stops = 0  # how often the user has asked for the end
         self.seen = False  # whether a rank was there
+        self.open = False  # whether other hosts can reach mpirun though they need not
 
     def run(
         self,
@@ -43,6 +47,7 @@ class Job:
         hosts: dict[str, int],
         due: Callable[[float], bool],
         patience: float,
+        local: bool = False,
     ) -> int:
         """Exit code of mpirun, once it has ended by itself or was ended.
 
@@ -56,6 +61,8 @@ class Job:
             Whether a job that was started so many seconds ago shall be ended; asked at every look.
         patience : float
             Seconds until a rank must be there: Open MPI's daemons have been seen to wait for each other for ever.
+        local : bool
+            Whether all ranks are on this host, so that nobody else needs to reach mpirun.
         """
         process = subprocess.Popen(words, env=variables | {ownership.JOB: self.mark}, start_new_session=True)
         self.process = process
@@ -64,7 +71,7 @@ class Job:
         begin = time.monotonic()
         self.seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
         while process.poll() is None:
-            time.sleep(LOOK)
+            self._look(process, local and time.monotonic() - begin < patience)
             self.seen, lasted = self.seen or self.has_ranks(), time.monotonic() - begin
             if not self.seen and lasted > patience:
                 self.say(f"no rank was there after {patience:.0f} s: ending the job")
@@ -73,6 +80,19 @@ class Job:
                 break
         self._sweep()
         return process.wait()
+
+    def _look(self, process: subprocess.Popen[bytes], confine: bool) -> None:
+        """Wait until the next look; meanwhile keep other hosts from mpirun, as soon as it listens."""
+        end = time.monotonic() + LOOK
+        try:
+            while confine and time.monotonic() < end:
+                loopback.confine_process(process.pid)
+                time.sleep(SOON if not self.seen else LOOK)
+        except OSError as error:
+            if not self.open:
+                self.say(f"mpirun can be reached from the network, which this system does not let dllm forbid: {reason(error)}")
+            self.open = True
+        time.sleep(max(0.0, end - time.monotonic()))
 
     def stop(self) -> None:
         """The first time the program ends in its own way, the second time at once, the third time it is killed."""

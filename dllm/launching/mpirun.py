@@ -26,6 +26,13 @@ DETECTOR = {
     "OMPI_MCA_mpi_ft_detector_timeout": "2.5",
     "OMPI_MCA_mpi_ft_propagator_with_rbcast": "1",  # without it survivors may wait for each other for ever
 }
+INTERFACE = "HYDRA_IFACE", "UCX_NET_DEVICES", "FI_TCP_IFACE", "PRTE_MCA_prte_if_include", "OMPI_MCA_btl_tcp_if_include"
+BY_INTERFACE = {"FI_PROVIDER": "tcp", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp"}  # no faster network beside it
+# Of resource managers, and of MPI: they give mpirun hosts that no hostfile of ours names.
+MANAGERS = (
+    "PBS_NODEFILE", "PE_HOSTFILE", "LSB_HOSTS", "LSB_DJOB_HOSTFILE", "COBALT_NODEFILE", "FLUX_JOB_ID", "HYDRA_HOST_FILE",
+    "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_hostfile",
+)  # fmt: skip
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
@@ -66,9 +73,25 @@ def command(ranks: int, cores: int, hosts: dict[str, int], *pass_on: str) -> lis
     return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if oversubscribed else [])]
 
 
-def environment(detect: bool = False) -> dict[str, str]:
-    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise. detect: hosts that fall silent."""
-    return {**OPENMPI, **(DETECTOR if detect else {}), **os.environ}
+def environment(detect: bool = False, interface: str | None = None) -> dict[str, str]:
+    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise.
+
+    detect : bool
+        Whether hosts that fall silent shall be noticed.
+    interface : str or None
+        The only network interface to go by.
+    """
+    network = {**dict.fromkeys(INTERFACE, interface), **BY_INTERFACE} if interface else {}
+    return {**OPENMPI, **(DETECTOR if detect else {}), **network, **os.environ}
+
+
+def all_here(hosts: dict[str, int]) -> bool:
+    """Whether all ranks will be on this host. hosts: name -> ranks; empty: this machine, or what a manager of jobs gives."""
+    if hosts:
+        return all(is_here(host) for host in hosts)
+    if os.environ.get("SLURM_JOB_ID"):  # salloc leaves the user where he was
+        return os.environ.get("SLURM_JOB_NUM_NODES") == "1" and "SLURMD_NODENAME" in os.environ
+    return not any(name in os.environ for name in MANAGERS)
 
 
 def read_hosts(path: str | os.PathLike[str]) -> dict[str, int]:

@@ -9,7 +9,12 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from . import mpirun
+from .interfaces import address_of
 from .job import LONGER, LOOK, START, Job
+
+NOT_ENCRYPTED = (
+    "MPI does not encrypt what goes between hosts; where others can listen give --interface of a tunnel, such as wg0"
+)
 
 
 class Outcome(NamedTuple):
@@ -36,13 +41,24 @@ class Supervisor(ABC):
         Variables that ranks on other hosts shall see.
     detect : bool
         Whether hosts that fall silent shall be noticed, where there are several.
+    interface : str or None
+        The network interface between hosts.
     """
 
     def __init__(
-        self, command: str, module: str, ranks: int, hosts: dict[str, int], pass_on: tuple[str, ...], detect: bool
+        self,
+        command: str,
+        module: str,
+        ranks: int,
+        hosts: dict[str, int],
+        pass_on: tuple[str, ...],
+        detect: bool,
+        interface: str | None = None,
     ) -> None:
         self.command, self.module, self.ranks, self.hosts = command, module, ranks, hosts
-        self.pass_on, self.detect = pass_on, detect
+        self.pass_on, self.detect, self.interface = pass_on, detect, interface
+        if interface:
+            address_of(interface)  # what is wrong with it is said here
         self.cores = mpirun.cores()
         self.failures = 0  # in a row; the more, the longer the ranks get to come up
         self.job = Job(self.say)
@@ -56,6 +72,8 @@ class Supervisor(ABC):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.stop())
         hosts = self.hosts
+        if not (self.interface or mpirun.all_here(hosts)) and hosts:
+            self.say(NOT_ENCRYPTED)
         while True:
             begin = time.monotonic()
             outcome = self.judge(self._run_once(hosts), time.monotonic() - begin)
@@ -92,8 +110,9 @@ class Supervisor(ABC):
         ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
         before = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
         words = [*before, sys.executable, "-m", self.module, *self.arguments()]
-        variables = mpirun.environment(detect=self.detect and len(hosts) > 1)
-        return self.job.run(words, variables, hosts, self.is_due, START * min(2**self.failures, LONGER))
+        local = mpirun.all_here(hosts)
+        variables = mpirun.environment(self.detect and len(hosts) > 1, None if local else self.interface)
+        return self.job.run(words, variables, hosts, self.is_due, START * min(2**self.failures, LONGER), local)
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -21,7 +21,7 @@ class TrainingSupervisor(Supervisor):
     Parameters
     ----------
     options : namespace
-        Of launch: ranks, resume, retries, silence.
+        Of launch: ranks, interface, resume, retries, silence.
     wanted : namespace
         Options of train.
     hosts : dict
@@ -32,7 +32,7 @@ class TrainingSupervisor(Supervisor):
 
     def __init__(self, options: argparse.Namespace, wanted: argparse.Namespace, hosts: dict[str, int], run: str) -> None:
         ranks = options.ranks or sum(hosts.values()) or mpirun.cores()
-        super().__init__("launch", "dllm.train", ranks, hosts, (ownership.JOB,), detect=True)
+        super().__init__("launch", "dllm.train", ranks, hosts, (ownership.JOB,), True, options.interface)
         self.options, self.wanted, self.run = options, wanted, run
         self.ranks_before: int | None = None  # a resize, until it has brought the run further
         self.newest = run_folder.newest_step(run)  # checkpoint that the run had come to
