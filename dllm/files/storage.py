@@ -151,10 +151,12 @@ def _check_size(path: Path, data: bytes, most: int) -> None:
         raise UserError(f"{path} holds too much: over {MOST_VALUES:,} values")
 
 
-def check_file(path: Path, digest: str) -> None:
-    """Raise UserError where the file is missing or its sha256 is not `digest`."""
+def check_file(path: Path, digest: str, most: int | None = None) -> None:
+    """Raise UserError where the file is missing, has more than `most` bytes, or its sha256 is not `digest`."""
     try:
         check_regular(path)
+        if most is not None and os.stat(path).st_size > most:  # of a sparse file a terabyte costs its maker nothing
+            raise UserError(f"{path} is too large: over {most >> 10:,} kB, which is more than it can hold")
         found = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
