@@ -119,7 +119,8 @@ def _read(path: Path, most: int, what: str = "") -> bytes:
             found = os.fstat(file.fileno())  # of what was opened, should another have taken its place: a pipe has no end
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"cannot read {what}{path}: it is not a file")
-            data = file.read(most + 1) if found.st_size <= most else None
+            # What is asked for takes memory before it is there, so no more than the file has, and a little: it may grow.
+            data = file.read(min(most, max(found.st_size, BLOCK)) + 1) if found.st_size <= most else None
     except OSError as error:
         raise UserError(f"cannot read {what}{path}: {reason(error)}") from None
     if data is None or len(data) > most:
