@@ -124,7 +124,8 @@ def _read(path: Path, most: int, what: str = "") -> bytes:
             found = os.fstat(file.fileno())  # of what was opened, should another have taken its place: a pipe has no end
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"cannot read {what}{path}: it is not a file")
-            data = file.read(most + 1) if found.st_size <= most else None
+            # What is asked for takes memory before it is there, so no more than the file has, and a little: it may grow.
+            data = file.read(min(most, max(found.st_size, BLOCK)) + 1) if found.st_size <= most else None
     except OSError as error:
         raise UserError(f"cannot read {what}{path}: {reason(error)}") from None
     if data is None or len(data) > most:
@@ -156,10 +157,12 @@ def _check_size(path: Path, data: bytes, most: int) -> None:
         raise UserError(f"{path} holds too much: over {MOST_VALUES:,} values")
 
 
-def check_file(path: Path, digest: str) -> None:
-    """Raise UserError where the file is missing or its sha256 is not `digest`."""
+def check_file(path: Path, digest: str, most: int | None = None) -> None:
+    """Raise UserError where the file is missing, has more than `most` bytes, or its sha256 is not `digest`."""
     try:
         check_regular(path)
+        if most is not None and os.stat(path).st_size > most:  # of a sparse file a terabyte costs its maker nothing
+            raise UserError(f"{path} is too large: over {most >> 10:,} kB, which is more than it can hold")
         found = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
