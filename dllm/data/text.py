@@ -50,7 +50,7 @@ class TextPiece:
         return self._apply(tokenizer.count)
 
     def lines(self) -> list[bytes]:
-        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece of the file. Raises UserError."""
+        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece. Raises UserError."""
 
         def lines(data: bytes, end: bool) -> list[bytes]:
             data.decode()  # fails with its place
