@@ -44,7 +44,7 @@ class UnknownUnitError(UserError):
         """The error that names a place instead of the unit: a text may be private, and a message is seen by others."""
         return UserError(
             f"{place} has a {self.kind} that is not among the vocabulary's {self.size}, which has no {UNKNOWN}; "
-            "take a vocabulary with it, or one of bytes or of bpe"
+            "use text of the same corpus, or a vocabulary of bytes or of bpe"
         )
 
 

@@ -118,7 +118,7 @@ REFUSALS = {  # command: what the message says
     "one file": ("dllm.evaluate straight --pairs one", "it takes SRC and TGT, or nothing"),
     "write what": ("dllm.evaluate straight --write file", "--write goes with --pairs"),
     "an empty line": ("dllm.evaluate straight --pairs gap gap", "gap is empty at line 2: take the line out of both"),
-    "an unknown word": ("dllm.evaluate straight --pairs one one", "'a' is not in the vocabulary"),
+    "an unknown word": ("dllm.evaluate straight --pairs one one", "one line 1 has a word that is not among the vocabulary's"),
     "no folder to write to": ("dllm.evaluate straight --pairs --write no/file", "cannot write --write no/file: No such"),
     "prompt for pairs": ("dllm.generate straight --prompt a", "straight was trained on pairs: give --source"),
     "text and pairs": ("dllm.generate straight --prompt a --source b", "give either --prompt or --source"),
