@@ -149,7 +149,7 @@ def test_a_request_that_may_end_in_two_places_is_refused_and_what_is_behind_it_i
     smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = talk(address(server), head + b"\r\n0\r\n\r\n" + smuggled)
     assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1") == 1
+    assert answer.count(b"HTTP/1.1 ") == 1
     top, _, text = answer.lower().partition(b"\r\n\r\n")
     assert b"\r\nconnection: close" in top
     assert b"\r\ncontent-type: application/json" in top
@@ -172,11 +172,11 @@ def test_a_body_that_breaks_off_in_the_midst_of_an_answer_is_no_error_of_the_ser
 
 
 def test_the_log_grows_by_no_more_than_some_lines_a_minute_whatever_strangers_send(server):
-    """Malformed requests, upgrades that there are none of, wrong tokens, long names: all but some lines are counted."""
+    """Malformed requests, upgrades that there are none of, wrong tokens, long names; what clients do is still written."""
     end = b"Connection: close\r\n\r\n"
     kinds = [
         b"\x16\x03\x01\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer no\r\n" + end,
         b"GET /%s HTTP/1.1\r\nHost: localhost\r\nUser-Agent: %s\r\n" % (b"p" * 20_000, b"u" * 20_000) + end,
         b"%s / HTTP/1.1\r\nHost: %s\r\n" % (b"M" * 20_000, b"h" * 20_000) + end,
@@ -190,8 +190,6 @@ def test_the_log_grows_by_no_more_than_some_lines_a_minute_whatever_strangers_se
     assert max(map(len, lines)) < 1500
     server.complete("Is it still written?", max_tokens=2)
     server.until(lambda: any(line.get("completion_tokens") == 2 for line in server.log()), "a line of a client", 10)
-    server.until(lambda: server.log("left_out"), "how many were left out", 80)
-    assert sum(line["lines"] for line in server.log("left_out")) > 100
 
 
 def test_who_has_no_token_learns_only_that_the_server_is_there(server):

@@ -53,16 +53,10 @@ class Tokens(Server):
 
 
 def test_each_token_is_good_and_no_other(server):
-    for token, status in (
-        (ONE, 200),
-        (OTHER, 200),
-        (ONE + OTHER, 401),
-        (ONE[:-1], 401),
-        ("# of the two hospitals", 401),
-        ("", 401),
-    ):
-        headers = {"Authorization": f"Bearer {token}"}
-        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+    for token in (ONE, OTHER):
+        assert httpx.get(f"{server.url}/v1/models", headers=bearer(token)).status_code == 200
+    for token in (ONE + OTHER, ONE[:-1], f"{ONE} {OTHER}", "# of the two hospitals", ""):
+        assert httpx.get(f"{server.url}/v1/models", headers=bearer(token)).status_code == 401
 
 
 def test_what_one_client_has_said_makes_no_answer_to_another_faster(server):
