@@ -1,4 +1,7 @@
-"""Four hosts on this machine: network namespaces on one switch, with names, addresses, and links that can be slow or cut."""
+"""Four hosts on this machine: network namespaces on one switch, with names, addresses, and links that can be slow or cut.
+
+Each has an interface e0 with its name's address, and one more for each further network, e1 and so on.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def missing() -> str | None:
 class Hosts:
     """Up from its making to the end of its `with`."""
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
+    def __init__(self, folder: str | pathlib.Path, networks: int = 1) -> None:
+        self.networks = networks
         self.folder, tag = pathlib.Path(folder), f"{os.getpid():x}"
         self.names = [f"h{number}-{tag}" for number in range(1, COUNT + 1)]
         self.switch, self.agent, self.file = f"switch-{tag}", self.folder / "agent", self.folder / "hosts"
@@ -47,8 +51,9 @@ class Hosts:
     def __enter__(self) -> Hosts:
         with contextlib.ExitStack() as self.stack:  # which undoes what was done where this fails
             self._add(self.switch)
-            _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
-            _ip("-n", self.switch, "link", "set", "br0", "up")
+            for net in range(self.networks):
+                _ip("-n", self.switch, "link", "add", f"br{net}", "type", "bridge")
+                _ip("-n", self.switch, "link", "set", f"br{net}", "up")
             addresses = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(self.names, 1))
             for number, name in enumerate(self.names, 1):
                 self._add(name)
@@ -56,10 +61,12 @@ class Hosts:
                 known.mkdir(parents=True)
                 self.stack.callback(shutil.rmtree, known)
                 (known / "hosts").write_text("127.0.0.1 localhost\n" + addresses)
-                _ip("link", "add", "e0", "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", self.switch)
-                _ip("-n", self.switch, "link", "set", f"p{number}", "master", "br0", "up")
-                _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "e0")
-                _ip("-n", name, "link", "set", "e0", "up")
+                for net in range(self.networks):
+                    mine, port = f"e{net}", self.port(number, net)
+                    _ip("link", "add", mine, "netns", name, "type", "veth", "peer", "name", port, "netns", self.switch)
+                    _ip("-n", self.switch, "link", "set", port, "master", f"br{net}", "up")
+                    _ip("-n", name, "addr", "add", f"10.77.{net}.{number}/24", "dev", mine)
+                    _ip("-n", name, "link", "set", mine, "up")
             self.stack = self.stack.pop_all()
         return self
 
@@ -70,6 +77,11 @@ class Hosts:
         _ip("netns", "add", name)
         self.stack.callback(_ip, "netns", "del", name)
         _ip("-n", name, "link", "set", "lo", "up")
+
+    @staticmethod
+    def port(number: int, net: int = 0) -> str:
+        """The switch's end of the link of host `number`, from 1, to a network."""
+        return f"{'pqrs'[net]}{number}"
 
     def cut(self, number: int) -> None:
         """Cut the link of host `number`, from 1."""
@@ -100,13 +112,19 @@ class Hosts:
         name = self.names[number - 1]
         return ["ip", "netns", "exec", name, "unshare", "-u", "/bin/bash", "-c", 'hostname "$0"; exec "$@"', name]
 
-    def environment(self) -> dict[str, object]:
-        """Variables that make both MPIs use these hosts' network."""
+    def agents(self) -> dict[str, object]:
+        """Variables with which both MPIs reach these hosts, in place of ssh."""
         return {
-            "PRTE_MCA_plm_ssh_agent": self.agent, "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1",
-            "OMPI_MCA_btl": "self,tcp", "OMPI_MCA_mpi_yield_when_idle": "1",
-            "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24", "HYDRA_LAUNCHER": "ssh",
-            "HYDRA_LAUNCHER_EXEC": self.agent, "HYDRA_IFACE": "e0", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "e0",
+            "PRTE_MCA_plm_ssh_agent": self.agent, "HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": self.agent,
+            "OMPI_MCA_mpi_yield_when_idle": "1",
+        }  # fmt: skip
+
+    def environment(self) -> dict[str, object]:
+        """Variables that make both MPIs use these hosts' first network."""
+        return self.agents() | {
+            "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,tcp",
+            "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24",
+            "HYDRA_IFACE": "e0", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "e0",
         }  # fmt: skip
 
 

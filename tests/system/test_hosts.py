@@ -1,7 +1,5 @@
 """A run over four hosts with a network between them, and a server; the link of one is cut in mid-run, a rank killed."""
 
-import contextlib
-import json
 import pathlib
 import re
 import signal
@@ -9,23 +7,21 @@ import subprocess
 import sys
 
 import pytest
+from helpers.faults import slow_steps
+from helpers.host_clients import TOKEN, ask, busy
 from helpers.launch import Job, flavour, mpirun, train_arguments
 from helpers.run_files import column, metrics, same_losses
+from helpers.wire import Capture
 
 from benchmarks import hosts as network
 
 STEPS = 150
-TOKEN = "for-these-four-hosts"
-CLIENT = """
-import json, sys, httpx
-url, body, token = json.loads(sys.argv[1])
-known = {"Authorization": f"Bearer {token}"}
-with httpx.stream("POST" if body else "GET", url, json=body, headers=known, timeout=30) as answer:
-    if body and body.get("stream"):
-        print(answer.headers["x-dllm-rank"], flush=True)
-        for _ in answer.iter_lines(): pass
-    answer.read()
-    print(json.dumps([answer.status_code, answer.headers.get("x-dllm-rank"), answer.json()]))
+KNOCK = """
+import socket, sys
+for port in map(int, sys.argv[2:]):
+    with socket.socket() as knocking:
+        knocking.settimeout(2)
+        if knocking.connect_ex((sys.argv[1], port)) == 0: print(port)
 """
 SILENCE = 10  # seconds; MPICH notices a cut link after many minutes only
 pytestmark = pytest.mark.skipif(bool(network.missing()), reason=str(network.missing()))
@@ -37,7 +33,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    with network.Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+    with network.Hosts(tmp_path_factory.mktemp("hosts"), networks=2) as hosts:
         yield hosts
 
 
@@ -68,6 +64,41 @@ def test_the_bytes_counted_are_those_that_the_links_carry(hosts, tiny, tmp_path)
         carried.append(sum(hosts.sent()) - before)
         counted.append(network.COUNT * column(metrics(run, "train"), "bytes_sent").sum())
     assert carried[1] - carried[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
+
+
+def test_with_an_interface_named_nothing_goes_by_another(hosts, tiny, tmp_path):
+    train = train_arguments(tiny, tmp_path / "run", "train.max_steps=20", "model.hidden=128")[2:]
+    words = "-m", "dllm.launch", "--hostfile", hosts.file, "--interface", "e1", "--", *train
+    with Capture(hosts.switch, tmp_path) as wire:
+        with Job(0, *words, timeout=100, env=hosts.agents(), before=hosts.on(1)) as started:
+            done = started.wait()
+            assert done.returncode == 0, str(started)
+    addresses = {address for stream in wire.streams for address in (stream[0], stream[2])}
+    assert addresses == {f"10.77.1.{number}" for number in range(1, network.COUNT + 1)}
+    assert sum(map(len, wire.streams.values())) > 20 * 4 * 200_000  # bytes: ranks, steps, gradients
+    assert "--interface" not in done.stderr
+
+
+def test_without_one_the_user_is_told_that_nothing_is_encrypted(hosts, tiny, tmp_path):
+    train = train_arguments(tiny, tmp_path / "run", "train.max_steps=2")[2:]
+    words = "-m", "dllm.launch", "--hostfile", hosts.file, "--", *train
+    with Job(0, *words, timeout=100, env=hosts.environment(), before=hosts.on(1)) as started:
+        done = started.wait()
+        assert done.returncode == 0, str(started)
+    assert done.stderr.count("does not encrypt") == 1
+
+
+def test_a_run_on_one_host_cannot_be_reached_from_another(hosts, tiny, tmp_path):
+    train = train_arguments(tiny, tmp_path / "run", "train.max_steps=2000")[2:]
+    words = "-m", "dllm.launch", "-n", 2, "--", *train
+    with Job(0, *words, timeout=100, env=slow_steps(tmp_path, 0.05), before=hosts.on(1)) as started:
+        started.until_step(tmp_path / "run", 3)
+        found = subprocess.run([*hosts.on(1), "ss", "-HlntO"], capture_output=True, text=True, check=True, timeout=20).stdout
+        ports = sorted({int(line.split()[3].rpartition(":")[2]) for line in found.splitlines()})
+        asked = subprocess.run([*hosts.on(2), sys.executable, "-c", KNOCK, hosts.names[0], *map(str, ports)],
+            capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+        assert len(ports) >= 3
+        assert asked.stdout == ""
 
 
 def check(run, undisturbed):
@@ -105,30 +136,6 @@ def test_the_link_of_a_host_is_cut(hosts, tiny, undisturbed, tmp_path, victim):
     elif victim > 1:
         assert re.search(rf"rank {victim - 1} of 4 died; 3 go on from step \d+", done.stderr), done.stderr
     check(run, undisturbed)
-
-
-def client(hosts, number, path, body=None):
-    """The words that ask host `number`, from that host."""
-    url = f"http://{hosts.names[number - 1]}:8000{path}"
-    return [*hosts.on(number), sys.executable, "-c", CLIENT, json.dumps([url, body, TOKEN])]
-
-
-def ask(hosts, number, path, body=None):
-    """(status, rank that computed it, answer)"""
-    done = subprocess.run(client(hosts, number, path, body), capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
-
-
-@contextlib.contextmanager
-def busy(hosts, number):
-    """A long stream that a client of a host reads: the rank that computes it."""
-    body = {"prompt": "To be", "max_tokens": 10**5, "stream": True}
-    with subprocess.Popen(client(hosts, number, "/v1/completions", body), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield int(process.stdout.readline())
-        finally:
-            process.kill()
 
 
 def test_each_host_serves_hands_on_what_is_too_much_for_it_and_outlives_another(hosts, world):
