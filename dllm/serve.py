@@ -49,7 +49,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--host", str, "127.0.0.1", "ADDRESS", "address to listen on"),
         ("--port", cli.at_least(0), 8000, "P", "of all ranks of a host; 0: a free one"),
         ("--token-file", str, None, "FILE", f"file with the tokens of clients, one a line, mode 600 (or one in {TOKEN})"),
-        ("--interface", str, None, "NAME", "network interface, such as wg0, on which ranks of several hosts hand on streams"),
+        ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
         ("--slots", positive, 64, "N", "streams that a rank computes at once"),
         ("--queue", cli.at_least(0), 256, "N", "streams that wait for a slot"),
         ("--threads", cli.at_least(0), 0, "N", "of a rank; 0: cores / ranks of its host"),
@@ -63,7 +63,6 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
         ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
-        ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
