@@ -106,8 +106,10 @@ def gather(comm: MPI.Comm, value: T, kind: Any) -> list[T]:
     return [_read(part, kind, rank) for rank, part in enumerate(_split(everyones, lengths))] if comm.rank == 0 else []
 
 
-def broadcast(comm: MPI.Comm, value: T | None, kind: Any) -> T:
+def broadcast(comm: MPI.Comm, value: T, kind: Any) -> T:
     """Rank 0's value on all ranks; what the others give is not looked at. Collective. Raises UserError."""
+    if comm.size == 1:
+        return value
     message = pack(value) if comm.rank == 0 else b""
     length = np.array([len(message)])
     comm.Ibcast(length).Wait()

@@ -80,7 +80,7 @@ def _load(folder: str | os.PathLike[str], pairs: bool) -> Tokenizer:
 
 def build(comm: MPI.Comm, vocabulary: Vocabulary, counts: Mapping[str, int], pairs: bool, say: Say) -> Tokenizer:
     """The tokenizer of all ranks' counts, those of `Vocabulary.of_counts`. Collective. Raises UserError."""
-    merged, value = merge(comm, counts), None
+    merged, value = merge(comm, counts), dict[str, Any]()
     with together(comm):
         if comm.rank == 0:
             if counting := vocabulary.counting:
