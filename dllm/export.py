@@ -65,6 +65,7 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     options = arguments(argv)
     model_folder.check_free(options.out)
     source = LoadedModel.open(options.run, options.checkpoint == "best")
+    model_folder.check_windows(source.settings.train)
     for warning in source.warnings:
         _say(warning)
     layout = source.layout
@@ -174,7 +175,7 @@ def _origin(
 def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
     """Tokens that training has predicted when the checkpoint was written."""
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
-    this_epoch = sum(schedule.tokens(window) for window in range(scalars["window"]))
+    this_epoch = sum(schedule.tokens(window) for window in range(min(scalars["window"], schedule.windows)))
     seen: int = scalars["epoch"] * schedule.per_epoch + this_epoch
     return seen
 

@@ -108,8 +108,8 @@ class Corpus:
     def verify(self, split: str, start: int, stop: int) -> None:
         """Check the sha256 of every shard that holds tokens of [start, stop). Raises UserError."""
         for shard in self._shards(split, start, stop):
-            tokens = shard["stop"] - shard["start"]
-            storage.check_file(self.folder / shard["name"], shard["sha256"], hdf5.most_bytes(tokens * self.dtype.itemsize))
+            size = (shard["stop"] - shard["start"]) * self.dtype.itemsize
+            storage.check_file(self.folder / shard["name"], shard["sha256"], size, hdf5.most_bytes(size))
 
     def read(self, split: str, start: int, stop: int) -> Array:
         """Tokens [start, stop) of a split, (n,) int64. Opens only the shards that hold them. Raises UserError."""

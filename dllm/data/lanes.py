@@ -48,12 +48,12 @@ class Lanes:
 
     def __init__(self, corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> None:
         self.corpus, self.split, self.T = corpus, split, window
-        self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
         self._buffers: dict[int, tuple[int, Array]] = {}  # lane -> (first token, those that were read)
         self.starts: list[int] = []
         self.lengths: list[int] = []
         self.steps: list[int] = []
-        self._cut(lanes, of)
+        self._cut(lanes, of)  # refuses more lanes than there can be
+        self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
         self.length = max(self.lengths, default=0)
 
     def _cut(self, lanes: range, of: int) -> None:

@@ -157,12 +157,15 @@ def _check_size(path: Path, data: bytes, most: int) -> None:
         raise UserError(f"{path} holds too much: over {MOST_VALUES:,} values")
 
 
-def check_file(path: Path, digest: str, most: int | None = None) -> None:
-    """Raise UserError where the file is missing, has more than `most` bytes, or its sha256 is not `digest`."""
+def check_file(path: Path, digest: str, least: int = 0, most: int | None = None) -> None:
+    """Raise UserError where the file is missing, has not between `least` and `most` bytes, or its sha256 is not `digest`."""
     try:
         check_regular(path)
-        if most is not None and os.stat(path).st_size > most:  # of a sparse file a terabyte costs its maker nothing
-            raise UserError(f"{path} is too large: over {most >> 10:,} kB, which is more than it can hold")
+        size = os.stat(path).st_size
+        if most is not None and size > most:  # of a sparse file a terabyte costs its maker nothing
+            raise UserError(f"{path} is damaged: it has {size:,} bytes, what it should hold takes at most {most:,}")
+        if size < least:
+            raise UserError(f"{path} is damaged: it has {size:,} bytes, what it should hold takes at least {least:,}")
         found = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None

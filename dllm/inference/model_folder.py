@@ -127,14 +127,15 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
             raise UserError(f"weights are {shown(facts['weights'])}; there are {', '.join(torch_weights.KINDS)}")
         train = {"window": facts["window"], "lanes": facts["lanes"]}
         settings = config.from_dict({"model": facts["model"], "train": train})
-        _check_windows(settings.train.window, settings.train.lanes)
+        check_windows(settings.train)
         return settings
     except UserError as error:
         raise UserError(f"{path}: {error!s:.200}") from None
 
 
-def _check_windows(window: int, lanes: int) -> None:
+def check_windows(train: config.TrainConfig) -> None:
     """Raise UserError where an evaluation would take windows that no model is trained with."""
+    window, lanes = train.window, train.eval_lanes or train.lanes
     if window > LONGEST_WINDOW or window * lanes > MOST_TOKENS:
         most = f"at most {LONGEST_WINDOW:,} tokens in a window and {MOST_TOKENS:,} in those of all lanes"
         raise UserError(f"window = {window} and lanes = {lanes}: a model folder has {most}")
@@ -155,7 +156,7 @@ def _origin(path: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def describe(settings: config.Config, tokenizer: Tokenizer, kind: str, data: bytes) -> dict[str, Any]:
     """What a config.json must say of weights that are stored as `kind`; data: the file's bytes. Raises UserError."""
-    _check_windows(settings.train.window, settings.train.eval_lanes or settings.train.lanes)
+    check_windows(settings.train)
     layout = Layout(settings.model, tokenizer.size, np.float32)
     model = {name: value for name, value in asdict(settings.model).items() if name in SHAPE}
     return {

@@ -212,6 +212,8 @@ class Saver:
         """This rank's file. Returns its sha256 and the seconds it took."""
         begin = time.thread_time()
         self._reach("begin")
+        if self.folder.is_symlink():
+            raise OSError(f"{self.folder} is a link to another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         digest = hdf5.write_arrays(self.folder / self.part.name, arrays, self._rest)
         self._reach("end")

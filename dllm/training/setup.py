@@ -135,7 +135,7 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        _begin(config, model, state, own, resume, survived)
+        _begin(config, model, state, own, schedule, resume, survived)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -214,12 +214,22 @@ def _make_state(config: Config, layout: Layout, lanes: int, moments: int, surviv
 
 
 def _begin(
-    config: Config, model: LanguageModel, state: State, own: range, resume: Checkpoint | None, survived: Survived | None
+    config: Config,
+    model: LanguageModel,
+    state: State,
+    own: range,
+    schedule: Schedule,
+    resume: Checkpoint | None,
+    survived: Survived | None,
 ) -> None:
     """Fill the state as the checkpoint has it, or as a new run begins."""
     if resume is not None:
         checkpoint.check_fits(resume, model.layout, model.layout.dtype, len(state.moments), config.train.lanes)
         checkpoint.load(resume, model.layout, state, own)
+        if not 0 <= state.window < schedule.windows:
+            raise UserError(
+                f"{resume.folder} is at window {state.window} of an epoch, which has {schedule.windows} in this text"
+            )
     elif survived is None:
         model.initialise(config.train.seed)
 

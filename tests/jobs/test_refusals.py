@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,6 +13,7 @@ from helpers.run_files import flip
 from helpers.several_commands import run_several
 
 import dllm
+from dllm.runs import checkpoint
 
 SECONDS = 25  # for a refusal; it takes 1 to 5 where nothing else runs
 SMALL = " --set model.hidden=16 --set model.embedding=16 --set train.lanes=8 --set train.window=8"
@@ -53,6 +55,23 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "train: unknown preset": (TRAIN + " --preset nothing", "--preset nothing: there is none of that name"),
     "train: no configuration": (TRAIN + " --config nothing.toml", "cannot read the configuration nothing.toml: No"),
     "train: configuration not TOML": (TRAIN + " --config text.txt", "cannot read the configuration text.txt: "),
+    "train: a pipe for a configuration": (TRAIN + " --config pipe", "cannot read the configuration pipe: it is not a file"),
+    "train: endless zeros": (TRAIN + " --config /dev/zero", "cannot read the configuration /dev/zero: it is not a file"),
+    "train: a key of many parts": (TRAIN + " --config keys.toml", "cannot read the configuration keys.toml: a key of so many"),
+    "train: deep brackets": (TRAIN + " --config deep.toml", "cannot read the configuration deep.toml: brackets are nested"),
+    "train: a deep value": (TRAIN + f" --set train.lr={'[' * 9000}", r"train\.lr = '\[\[.*\.\.\.: it takes a number"),
+    "train: endless digits": (TRAIN + f" --set train.lanes=0x{'f' * 9000}", r"train\.lanes = a number of too many digits"),
+    "train: escapes": (TRAIN + " --set train.\x1b[2J=1", r"unknown key 'train\.\\u001b\[2J'"),
+    "train: a pipe for a graph": (
+        TRAIN + " --set averaging.method=dpsgd --set averaging.topology=./pipe",
+        "cannot read ./pipe: it is not a file|no topology",
+    ),
+    "prepare: a pipe for text": (PREPARE + " --valid pipe", "cannot read pipe: it is not a file"),
+    "resume: a pipe for a configuration": ("dllm.train --resume piped", "configuration piped/config.toml: it is not a file"),
+    "resume: behind the epoch": ("dllm.train --resume beyond", "is at window 1000000000 of an epoch, which has"),
+    "resume: more lanes than text": ("dllm.train --resume run --set train.lanes=2147483647", "too few for 2147483647 lanes"),
+    "evaluate: endless windows": ("dllm.evaluate endless", r"windows of 2,147,483,647 tokens in \d+ lanes take .* memory has"),
+    "evaluate: a pipe for a configuration": ("dllm.evaluate piped", "configuration piped/config.toml: it is not a file"),
     "train: two origins": (TRAIN + " --resume run", "--resume brings its own configuration"),
     "train: no corpus": (TRAIN + " --data nothing", "there is no prepared corpus at .*nothing; make one with"),
     "train: shard truncated": (TRAIN + " --data truncated", "truncated/train-00000.h5 is damaged"),
@@ -178,6 +197,19 @@ def world(world, tiny, prepare, text):
     (world / "full" / "mine").write_text("mine")
 
     shutil.copytree(world / "run", world / "fresh", ignore=shutil.ignore_patterns("checkpoints"))
+    os.mkfifo(world / "pipe")
+    (world / "keys.toml").write_text("a" + ".a" * 50_000 + " = 1")
+    (world / "deep.toml").write_text("x = " + "[" * 60_000)
+    for name in ("piped", "endless", "beyond"):
+        shutil.copytree(world / "run", world / name)
+    (world / "piped" / "config.toml").unlink()
+    os.mkfifo(world / "piped" / "config.toml")
+    settings = (world / "endless" / "config.toml").read_text()
+    (world / "endless" / "config.toml").write_text(settings.replace("\nwindow = 8\n", "\nwindow = 2147483647\n"))
+    for path in (world / "beyond").glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["scalars"]["window"] = 10**9
+        path.write_text(json.dumps(manifest | {"seal": checkpoint.seal(manifest)}))
     return world
 
 

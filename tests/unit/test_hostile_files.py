@@ -1,16 +1,19 @@
 """HDF5 files made to harm: each is refused in one line before anything of it is read."""
 
+import json
 import os
 import shutil
+import time
 
 import h5py
 import numpy as np
 import pytest
 from helpers import mutated_files
 
+from dllm.data import corpus
 from dllm.errors import UserError
 from dllm.files import hdf5, storage
-from dllm.runs import checkpoint
+from dllm.runs import checkpoint, run_folder
 
 
 def virtual(file, name, data, outside):
@@ -236,6 +239,13 @@ def test_many_small_chunks_are_refused(tmp_path):
         ("sha256", {}, "sha256 for each rank"),
         ("scalars", {"step": 1}, "scalars of a state"),
         ("scalars", dict.fromkeys(mutated_files.State.SCALARS, "x"), "no numbers"),
+        *(
+            ("scalars", dict.fromkeys(mutated_files.State.SCALARS, 1) | {name: value}, f"has {name} = ")
+            for name in ("step", "epoch", "window", "tokens", "skipped", "skipped_in_a_row")
+            for value in (1.5, -1, 10**300)
+        ),
+        ("dtype", "object", "is of 'object'; no checkpoint is"),
+        ("dtype", ["float32"], r"is of \['float32'\]; no checkpoint is"),
         ("format", "/etc/passwd" * 1000, "is of format"),
     ],
 )
@@ -252,6 +262,112 @@ def test_a_manifest_that_no_run_writes_is_refused(tmp_path, name, value, complai
     with pytest.raises(UserError, match=complaint) as refusal:
         checkpoint.Checkpoint.open(path.parent)
     assert len(str(refusal.value)) < 300
+
+
+def shard(**changes):
+    return lambda manifest: manifest["splits"]["train"]["shards"][0].update(changes)
+
+
+def split(**changes):
+    return lambda manifest: manifest["splits"]["train"].update(changes)
+
+
+def both(size):
+    """A split of so many tokens, by its manifest alone."""
+    return lambda manifest: (split(tokens=size)(manifest), shard(stop=size)(manifest))
+
+
+MANIFESTS = {  # what is done to the manifest of a corpus: what is said
+    "the folder above": (shard(name=".."), "a shard of split 'train' is not described"),
+    "an absolute name": (shard(name="/etc/passwd"), "a shard of split 'train' is not described"),
+    "a name in another folder": (shard(name="../x.h5"), "a shard of split 'train' is not described"),
+    "a name with NUL": (shard(name="a\0b"), "a shard of split 'train' is not described"),
+    "a name with escapes": (shard(name="\x1b[2J"), "a shard of split 'train' is not described"),
+    "a name that is a list": (shard(name=["x"]), "is not a manifest of dllm.prepare"),
+    "no hash": (shard(sha256="x" * 64), "a shard of split 'train' is not described"),
+    "false for a start": (shard(start=False), "start of split 'train' is False"),
+    "tokens with a point": (split(tokens=70_000.0), "tokens of split 'train' is 70000.0"),
+    "negative bytes": (split(bytes=-1), "bytes of split 'train' is -1"),
+    "no number of bytes": (split(bytes=float("nan")), "bytes of split 'train' is nan"),
+    "tokens beyond numbers": (both(10**30), "tokens of split 'train' is 1000000"),
+    "true for a vocabulary": (lambda manifest: manifest.update(vocabulary=True), "its vocabulary is no whole number"),
+    "a hundred thousand empty shards": (
+        split(shards=[{"name": "x", "start": 0, "stop": 0, "sha256": "0" * 64}] * 100_000),
+        "split 'train' does not add up",
+    ),
+    "more tokens than bytes": (both(1 << 47), "it has [0-9,]+ bytes, what it should hold takes at least 140,737,488,355,328"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_the_manifest_of_a_corpus_that_no_text_has_is_refused(tmp_path, case):
+    file = mutated_files.Shard(tmp_path)
+    file.write()
+    change, says = MANIFESTS[case]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=says) as error:
+        corpus.Corpus(tmp_path).verify("train", 0, 10)
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", mutated_files.KINDS)
+def test_a_sparse_terabyte_is_refused_without_being_read(tmp_path, kind):
+    file = mutated_files.KINDS[kind](tmp_path)
+    file.write()
+    os.truncate(file.path, 1 << 40)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"is damaged: it has 1,099,511,627,776 bytes, what it should hold takes at most"):
+        file.read(check=True)
+    assert time.monotonic() - begin < 10  # its sha256 would take half an hour
+
+
+def test_a_checkpoint_of_more_parameters_than_bytes_is_refused_before_memory_is_taken(tmp_path):
+    file = mutated_files.Rank(tmp_path)
+    file.write()
+    path = file.path.parent / "manifest.json"
+    manifest = storage.read_json(path, []) | {"parameters": 1 << 48}
+    storage.write_json(path, manifest | {"seal": checkpoint.seal(manifest)})
+    with pytest.raises(UserError, match="what it should hold takes at least"):
+        file.read(check=True)
+
+
+def test_what_is_not_a_checkpoint_is_not_removed_and_links_are_not_followed(tmp_path):
+    file = mutated_files.Rank(tmp_path / "run")
+    file.write()
+    folder, precious = tmp_path / "run" / "checkpoints", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "mine").write_text("mine")
+    for name in ("step-by-step", "step-1", "step-00000001"):
+        (folder / name).mkdir()
+    (folder / "step-00000002").symlink_to(precious)
+    checkpoint.prune(tmp_path / "run", 1)
+    assert {path.name for path in folder.iterdir()} == {"step-00000000", "step-00000002", "step-1", "step-by-step"}
+    assert (precious / "mine").read_text() == "mine"
+
+
+def test_a_run_folder_that_is_a_link_is_not_begun_anew(tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "config.toml").write_text("mine")
+    (tmp_path / "run").symlink_to(precious)
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        run_folder.begin_anew(tmp_path / "run")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        run_folder.begin_anew(tmp_path / "dangling")
+    assert (precious / "config.toml").read_text() == "mine"
+
+
+def test_no_checkpoint_is_written_through_a_link(tmp_path):
+    file = mutated_files.Rank(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000000").symlink_to(tmp_path / "precious")
+    with pytest.raises(AssertionError):  # of `write`: it is not whole
+        file.write()
+    assert list((tmp_path / "precious").iterdir()) == []
 
 
 def test_a_pipe_or_device_is_not_waited_for(outside):

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
+import tomllib
 
 import numpy as np
 import pytest
 from helpers.model_folders import commands, make
+from helpers.several_commands import run_several
 
 from dllm.data.tokenizers import BPETokenizer
 from dllm.errors import UserError
@@ -25,6 +27,23 @@ def says(**facts):
         for name, value in facts.items():
             (known["model"] if name in known["model"] else known)[name] = value
         path.write_text(json.dumps(known))
+
+    return change
+
+
+TRAINING = {
+    "step": 10, "averaged": 1, "tokens": None, "corpus": None, "measured": [], "recipe": {"log": {"prompt": "a"}},
+}  # fmt: skip
+
+
+def trained(**changes):
+    """Let config.json say that the model was trained, and how."""
+
+    def change(folder):
+        path = folder / "config.json"
+        known = json.loads(path.read_text())
+        del known["imported"]
+        path.write_text(json.dumps(known | {"training": TRAINING | changes}))
 
     return change
 
@@ -153,6 +172,33 @@ ATTACKS = {  # what is wrong: (what is done to a folder, what is said of it)
     "one-hot": (says(embedding=0), r"is F32\[24, 4\] there, F32\[24, 11\] by its config.json"),
     "one bias": (says(biases=1), "is not zero, but by its config.json the model has one bias"),
     "another vocabulary": (says(vocabulary=12), "tokenizer.json is not the one of its config.json"),
+    "true for a format": (says(format=True), "format is True, not a whole number"),
+    "a format with a point": (says(format=1.0), "format is 1.0, not a whole number"),
+    "a vocabulary with a point": (says(vocabulary=11.0), "vocabulary is 11.0, not a whole number"),
+    "true for parameters": (says(parameters=True), "parameters is True, not a whole number"),
+    "no number of parameters": (says(parameters=float("nan")), "parameters is nan, not a whole number"),
+    "other parameters": (says(parameters=5), r"parameters are 5, a model of its shape has \d+"),
+    "an endless window": (says(window=2**31 - 1), r"window = 2147483647 and lanes = \d+: a model folder has at most 1,048,576"),
+    "endless lanes": (says(lanes=2**31 - 1), r"lanes = 2147483647: a model folder has .* and 67,108,864 in those of all lanes"),
+    "much of both": (says(window=1 << 20, lanes=65), "lanes = 65: a model folder has at most"),
+    "true for a window": (says(window=True), "train.window = True: it takes a whole number"),
+    "a window with a point": (says(window=8.0), "train.window = 8.0: it takes a whole number"),
+    "a negative window": (says(window=-8), "train.window = -8: it must be at least 1"),
+    "one for tied": (says(tied=1), "model.tied = 1: it takes true or false"),
+    "biases with a point": (says(biases=2.0), "model.biases = 2.0: it takes a whole number"),
+    "one for embedded": (says(embedded=1), "does not say where the model comes from, .*Expected `bool`, got `int`"),
+    "no origin at all": (says(imported=None), "does not say where .*either training or imported"),
+    "two origins": (says(training=TRAINING), "does not say where .*either training or imported"),
+    "an origin that is a list": (says(imported=["x"]), "does not say where .*Expected `str"),
+    "a long origin": (says(imported="x" * 10_000), "does not say where .*length <= 255"),
+    "steps with a point": (trained(step=1.5), "does not say where .*training.step"),
+    "too many steps": (trained(step=10**30), "does not say where .*training.step"),
+    "a corpus of HTML": (trained(corpus="<script>"), "does not say where .*training.corpus"),
+    "a recipe with headings": (trained(recipe={"a\n# b": {}}), "does not say where .*training.recipe"),
+    "a deep recipe": (trained(recipe={"a": {"b": {"c": 1}}}), "does not say where .*training.recipe"),
+    "half a character": (says(imported="\ud800"), "config.json is not valid JSON"),
+    "two megabytes": (lambda folder: (folder / "config.json").write_text(" " * (2 << 20)), "config.json is too large"),
+    "escapes": (says(weights="\x1b[2J" * 1000), r"weights are '\\x1b\[2J.*\.\.\.; there are fp32"),
     "no hash": (says(sha256=None), "model.safetensors is damaged"),
     "another tokenizer": (says(tokenizer="0" * 64), "tokenizer.json is not the one of its config.json"),
     "no origin": (says(imported=None, training={"step": "x"}), "does not say where the model comes from"),
@@ -215,6 +261,74 @@ def test_what_was_not_attacked_is_read(tmp_path):
         assert LoadedModel.open(tmp_path / kind).config.hidden == 6
     (tmp_path / "link").symlink_to(tmp_path / "int8")
     assert LoadedModel.open(tmp_path / "link").name == "int8"
+
+
+HOSTILE = "a|b`<script>alert(1)</script>\n# x [y](http://z) ![](http://z)\u202e\x1b[2J"
+CARD_TRAINING = {
+    "measured": [{"split": HOSTILE, "tokens": 1, "before": 1, "after": 2.5, "corpus": "0" * 64}],
+    "recipe": {"log": {"prompt": "```\n# x\n\u202e\x1b[31m<script>"}, "data": {"path": "\u2028```"}},
+}
+
+
+def outside_of_code(card):
+    """The lines of a card without its blocks and spans of code."""
+    return re.sub("`[^`\n]*`", "", re.sub(r"^```.*?^```$|^    .*?$", "", card, flags=re.M | re.S))
+
+
+def test_names_do_nothing_in_a_card_and_on_a_screen(tmp_path):
+    """Export and evaluate of hostile names: of the folder, of a split, of settings, of an imported file."""
+    folder = tmp_path / "a\x1b[31m\n# h <b>`x`|\u202e"
+    make(folder)
+    weights = tmp_path / "\x1b[1m`<b>|.safetensors"
+    weights.write_bytes((folder / "model.safetensors").read_bytes())
+    trained(**CARD_TRAINING)(folder)
+    words = [
+        ["dllm.export", folder, "--out", tmp_path / "out`<b>\x1b\n;rm -rf"],
+        ["dllm.generate", folder, "--tokens", "2", "--prompt", "cd"],
+        ["dllm.generate", f"{folder}x"],
+        ["dllm.import_", weights, "--tokenizer", folder, "--out", tmp_path / "imported"],
+    ]
+    ends = run_several(tmp_path / "ends", 0, words, cwd=tmp_path, timeout=100)
+    assert [end.codes for end in ends] == [{0}, {0}, {2}, {0}]
+    for end in (ends[0], *ends[2:]):
+        assert all(line.isprintable() for line in end.text.split("\n")), end.text
+    for name in ("out`<b>\x1b\n;rm -rf", "imported"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert all(line.isprintable() for line in card.split("\n"))
+        plain = outside_of_code(card)
+        assert not re.search(r"<|\[.*\]\(|^# [^\n`]*x", plain, flags=re.M), plain
+        assert [line for line in plain.split("\n") if line.startswith("#")][1:] == ["## Use", "## Licence"] + ["## Recipe"] * (
+            name != "imported"
+        )
+    assert (
+        "    python -m dllm.generate 'out`<b>\\u001b\\u000a;rm -rf' --prompt"
+        in (tmp_path / words[0][3] / "README.md").read_text()
+    )
+    recipe = re.search(r"^```toml\n(.*?)^```$", (tmp_path / words[0][3] / "README.md").read_text(), flags=re.M | re.S)[1]
+    assert tomllib.loads(recipe) == CARD_TRAINING["recipe"]
+    assert LoadedModel.open(tmp_path / words[0][3]).facts["training"]["measured"][0]["split"] == HOSTILE
+    assert LoadedModel.open(folder).name == "a\\u001b[31m\\u000a# h <b>`x`|\\u202e"
+
+
+def test_export_carries_nothing_on_that_no_config_has(tmp_path):
+    make(tmp_path / "model")
+    trained(more={"x": ["y"] * 1000})(tmp_path / "model")
+    says(stranger=1)(tmp_path / "model")
+    facts = LoadedModel.open(tmp_path / "model").facts
+    assert "stranger" not in facts
+    assert facts["training"] == TRAINING
+
+
+def test_windows_beyond_memory_are_refused_before_they_are_there(tmp_path):
+    """A model folder within its limits, and a run of a width that no machine has memory for."""
+    make(tmp_path / "model")
+    model = LoadedModel.open(tmp_path / "model")
+    for window, lanes in ((1 << 34, 64), (64, 1 << 34), (2**31 - 1, 2**31 - 1)):
+        with pytest.raises(
+            UserError, match=r"^windows of [\d,]+ tokens in [\d,]+ lanes take [\d,]+ MB; this machine's memory has"
+        ):
+            model.model(window, lanes)
+    assert model.model(64, 32).window == 64
 
 
 def test_a_scale_that_makes_infinities_is_refused(tmp_path):
