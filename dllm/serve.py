@@ -102,7 +102,7 @@ def start(words: list[str]) -> int:
     options = arguments(words)
     read_tokens(options)  # what is wrong with them is said here, once
     check(options)
-    pass_on = [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ]
+    pass_on = [ownership.JOB, *([TOKEN] if TOKEN in os.environ and not options.token_file else [])]
     return ServerSupervisor(options, words, pass_on).supervise()
 
 

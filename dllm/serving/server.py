@@ -73,13 +73,10 @@ class Server:
         self.comm, self.model, self.engine, self.options, self.clients = comm, model, engine, options, Clients(tokens)
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.keys = agreed_keys(comm, tokens)
-        together, host = node.ranks == comm.size, listener.getsockname()[0]
+        host = listener.getsockname()[0]
         self.hosts = LOOPBACK if host in LOOPBACK else None
         with runtime.together(comm):
-            named = interfaces.address_of(options.interface) if options.interface else ""
-            here = together or (not named and host in LOOPBACK)  # is where other ranks are
-            self.listen_at = "127.0.0.1" if here else named or _everywhere(options.host)
-            self.address = "127.0.0.1" if here else named or _address(options.host)
+            self.listen_at, self.address = peer_addresses(host, options.host, options.interface, node.ranks == comm.size)
         self.port = 0  # until it is known
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
         self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
@@ -193,9 +190,26 @@ class _Http(uvicorn.Server):
         yield
 
 
-def _everywhere(host: str) -> str:
-    """Where to listen for other ranks: they are called by addresses of IPv4."""
-    return "0.0.0.0" if host == "::" else host
+def peer_addresses(bound: str, host: str, interface: str | None, one_host: bool) -> tuple[str, str]:
+    """Where to listen for other ranks, and where they find this one. Raises UserError where that is nowhere.
+
+    Parameters
+    ----------
+    bound : str
+        Address that clients reach.
+    host : str
+        As the user said it.
+    interface : str or None
+        Between the hosts.
+    one_host : bool
+        Whether all ranks are here.
+    """
+    named = interfaces.address_of(interface) if interface else ""
+    if one_host or (bound in LOOPBACK and not named):
+        return "127.0.0.1", "127.0.0.1"
+    if named:
+        return named, named
+    return "0.0.0.0" if host == "::" else host, _address(host)  # ranks are called by addresses of IPv4
 
 
 def _address(host: str) -> str:

@@ -2,7 +2,10 @@
 
 import pytest
 
+from dllm.errors import UserError
+from dllm.launching import interfaces
 from dllm.serve import arguments, has_ranks_option
+from dllm.serving import server
 
 
 @pytest.mark.parametrize("words", [["-n", "4"], ["-n4"], ["-n=4"], ["--ranks", "4"], ["--ranks=4"]], ids=" ".join)
@@ -19,3 +22,27 @@ def test_every_form_of_the_ranks_option_starts_ranks(words):
 )
 def test_other_words_do_not(words):
     assert not has_ranks_option(["model", *words])
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "interface", "one_host", "found"),
+    [
+        ("127.0.0.1", "127.0.0.1", None, True, ("127.0.0.1", "127.0.0.1")),
+        ("0.0.0.0", "0.0.0.0", "wg0", True, ("127.0.0.1", "127.0.0.1")),
+        ("0.0.0.0", "0.0.0.0", "wg0", False, ("10.9.0.7", "10.9.0.7")),
+        ("127.0.0.1", "127.0.0.1", "wg0", False, ("10.9.0.7", "10.9.0.7")),
+        ("127.0.0.1", "127.0.0.1", None, False, ("127.0.0.1", "127.0.0.1")),
+        ("192.0.2.7", "192.0.2.7", None, False, ("192.0.2.7", "192.0.2.7")),
+    ],
+)
+def test_ranks_of_one_host_stay_on_it_and_those_of_several_on_their_interface(
+    monkeypatch, bound, host, interface, one_host, found
+):
+    monkeypatch.setattr(interfaces, "address_of", {"wg0": "10.9.0.7"}.__getitem__)
+    assert server.peer_addresses(bound, host, interface, one_host) == found
+
+
+def test_the_address_of_an_interface_is_what_the_system_says():
+    assert interfaces.address_of("lo") == "127.0.0.1"
+    with pytest.raises(UserError, match=r"--interface nothing0: there is none of that name here; there is .*lo"):
+        interfaces.address_of("nothing0")
