@@ -161,8 +161,8 @@ def _hashes(words, length):
 
 
 def _words(data):
-    """(len - 7,) uint64 that begin at every byte."""
+    """(len - 7,) uint64 that begin at every byte, mixed."""
     words = np.empty(max(len(data) - 7, 0), "<u8")
     for offset in range(min(8, len(words))):
         words[offset::8] = np.ndarray((len(data) - offset) // 8, "<u8", data, offset)
-    return words
+    return words ^ words >> np.uint64(32)  # of doubles the upper bits alone say something, and products carry upwards
