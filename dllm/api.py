@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .data.tokenizers import Tokenizer
-from .errors import UserError, reason
+from .errors import UserError
 from .files import storage
 from .inference.evaluation import perplexity
 from .inference.generation import WINDOW, Sampling, choose, continuation, decode, source_prompt, start_tokens
@@ -244,16 +244,15 @@ def metrics(run: str | os.PathLike[str]) -> dict[str, dict[str, Array]]:
     """
     path = pathlib.Path(run, "metrics.jsonl")
     try:
-        storage.check_regular(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; is {run} the folder of a run?") from None
+        text = storage.read_text(path, storage.LARGEST_METRICS)
+    except UserError as error:
+        raise UserError(f"{error}; is {run} the folder of a run?") from None
     kinds: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         try:
             entry = json.loads(line)
             kinds.setdefault(str(entry.get("split", "train")), []).append(entry)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             if number == text.count("\n") + 1:  # the run is writing it
                 continue
             raise UserError(f"{path} line {number} is not a line of metrics") from None

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
-from .errors import BAD_INPUT, UserError
+from .errors import BAD_INPUT, UserError, line
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -49,12 +50,17 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
     """
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
+    except MemoryError as error:
+        if comm is not None:
+            raise  # the excepthook of comm.runtime says it
+        sys.stderr.write(line(UserError(f"out of memory: {error}")))
+        return BAD_INPUT
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
         if comm is None or comm.rank == 0:
             sys.stdout.flush()
-            sys.stderr.write(f"dllm: {error}\n")
+            sys.stderr.write(line(error))
             sys.stderr.flush()
         return BAD_INPUT
     finally:
@@ -69,13 +75,14 @@ def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str
     return run(lambda words: command(words, comm), argv, comm)
 
 
-def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, whole where kind is int."""
+def at_least(least: float, kind: Callable[[str], float] = int, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `least` and at most `most`, whole where kind is int."""
+    bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most:,}")
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {bounds}")
         return value
 
     convert.__name__ = getattr(kind, "__name__", "number")  # argparse's message names it

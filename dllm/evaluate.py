@@ -12,7 +12,7 @@ from . import cli
 from .comm import runtime
 from .comm.node_info import NodeInfo, find_node, leader_first
 from .config import is_private
-from .errors import DONE, UserError, reason
+from .errors import DONE, UserError, printable, reason
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -88,7 +88,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         warm_up(settings)
     result = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads)).run(model.vector)
     if comm.rank == 0:
-        print(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}")
+        print(printable(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}"))
         print(json.dumps(result), flush=True)
 
 
@@ -128,7 +128,11 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
                 except OSError as error:
                     raise UserError(f"cannot write --write {options.write}: {reason(error)}") from None
             what = options.pairs[0] if options.pairs else options.split
-            print(f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each")
+            print(
+                printable(
+                    f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each"
+                )
+            )
             print(json.dumps({"split": what, **answering.measure(pairs, texts, losses)}), flush=True)
 
 

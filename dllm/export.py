@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .comm.node_info import NodeInfo, find_node
 from .data.corpus import Corpus
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
-from .errors import DONE, UserError
+from .errors import DONE, UserError, printable
 from .files import safetensors
 from .inference import model_card, model_folder
 from .inference.loaded_model import LoadedModel
@@ -83,13 +84,13 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     facts |= _origin(source, step, options.average or 1, None if options.data else corpus, measured)
     model_folder.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
-    print(f"{options.out}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
-    print(f"try it: python -m dllm.generate {options.out} {model_card.question(source.tokenizer)}")
+    print(f"{printable(options.out)}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
+    print(f"try it: python -m dllm.generate {shlex.quote(printable(options.out))} {model_card.question(source.tokenizer)}")
     return DONE
 
 
 def _say(text: str) -> None:
-    print(f"dllm: {text}", file=sys.stderr)
+    print(f"dllm: {printable(text)}", file=sys.stderr)
 
 
 def _average(options: argparse.Namespace, source: LoadedModel, layout: Layout) -> tuple[Array, int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import cli, config
 from .data import tokenizer_files, tokenizers
-from .errors import DONE, UserError
+from .errors import DONE, UserError, printable
 from .files import safetensors, storage
 from .inference import model_folder
 from .model import torch_weights
@@ -49,9 +49,11 @@ def import_(argv: list[str]) -> int:
     if vocabulary != tokenizer.size:
         raise UserError(f"{options.module} has a vocabulary of {vocabulary}, {options.tokenizer} one of {tokenizer.size}")
     data = safetensors.pack(tensors)
-    facts = model_folder.describe(settings, tokenizer, "fp32", data) | {"imported": pathlib.Path(options.module).name}
+    facts = model_folder.describe(settings, tokenizer, "fp32", data) | {
+        "imported": printable(pathlib.Path(options.module).name)[:255]
+    }
     model_folder.write(options.out, data, tokenizer, facts)
-    print(f"{options.out}: {facts['parameters']:,} parameters, of {facts['model']}")
+    print(f"{printable(options.out)}: {facts['parameters']:,} parameters, of {facts['model']}")
     return DONE
 
 

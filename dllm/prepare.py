@@ -15,7 +15,7 @@ from .data import text
 from .data.corpus import Corpus
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
-from .data.private_counts import LARGEST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
+from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
 from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SPLITS = ("train", "valid", "test")
+OF_ALL = ("tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal")  # the same on all ranks
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
@@ -73,9 +74,10 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     tokenizer.add_argument("--tokenizer", choices=list(KINDS), help="the kind of one that is made here")
     tokenizer.add_argument("--tokenizer-from", metavar="DIR", help="take that of a corpus, a run or a model, as it is")
     parser.add_argument("--vocab-size", type=cli.at_least(1), default=0, metavar="N", help="at most N tokens")
-    parser.add_argument("--epsilon", type=_epsilon, metavar="E", help="private text: count with noise, so that little is told")
+    epsilon, words = cli.at_least(LEAST_EPSILON, float, LARGEST_EPSILON), cli.at_least(1, most=MOST_UNITS)
+    parser.add_argument("--epsilon", type=epsilon, metavar="E", help="private text: count with noise, so that little is told")
     parser.add_argument(
-        "--words-per-line", type=_words_per_line, metavar="M", help=f"with --epsilon: at most (default {UNITS_PER_EXAMPLE})"
+        "--words-per-line", type=words, metavar="M", help=f"with --epsilon: at most so many count (default {UNITS_PER_EXAMPLE})"
     )
     parser.add_argument("--share-vocabulary", action="store_true", help="private text: send all words and counts to rank 0")
     parser.add_argument("--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out")
@@ -100,6 +102,7 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     """Exit code once the corpus is there. Collective. Raises UserError."""
     with runtime.together(comm):
         options, splits = arguments(argv, comm.rank)
+    runtime.check_same(comm, {"--" + name.replace("_", "-"): str(getattr(options, name)) for name in OF_ALL})
     private = config.is_private(options.out)
     if private and not options.deal:
         storage.owner_only()
@@ -170,20 +173,6 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
             f"a vocabulary of --tokenizer {options.tokenizer} tells of private text: take --tokenizer byte, --tokenizer-from "
             "DIR (of public text) or --epsilon E (a private count); --share-vocabulary shares all words and counts"
         )
-
-
-def _epsilon(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= LARGEST_EPSILON:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and at most {LARGEST_EPSILON:g}")
-    return value
-
-
-def _words_per_line(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= MOST_UNITS:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1 and at most {MOST_UNITS:,}")
-    return value
 
 
 def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[Any]]:

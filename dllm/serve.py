@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import ipaddress
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -16,8 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import cli
-from .comm import runtime
-from .comm.messages import broadcast
+from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
 from .launching.mpirun import launched_rank
@@ -36,10 +33,11 @@ examples
 OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
 share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
 none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
-A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN.
+A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN. Each line of the token file is the
+token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
+share what is kept, but for requests that say "cache_salt": TEXT.
 """
 TOKEN = "DLLM_TOKEN"
-MIN_TOKEN = 16  # characters
 RANKS_OPTION = re.compile(r"-n(=?\d+)?|--ranks(=.*)?")
 
 
@@ -50,11 +48,12 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     for name, kind, default, metavar, text in (
         ("--host", str, "127.0.0.1", "ADDRESS", "address to listen on"),
         ("--port", cli.at_least(0), 8000, "P", "of all ranks of a host; 0: a free one"),
-        ("--token-file", str, None, "FILE", f"file with the token that clients need (or in {TOKEN})"),
+        ("--token-file", str, None, "FILE", f"file with the tokens of clients, one a line, mode 600 (or one in {TOKEN})"),
+        ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
         ("--slots", positive, 64, "N", "streams that a rank computes at once"),
         ("--queue", cli.at_least(0), 256, "N", "streams that wait for a slot"),
         ("--threads", cli.at_least(0), 0, "N", "of a rank; 0: cores / ranks of its host"),
-        ("--cache", cli.at_least(0), 64, "MIB", "for states of prompts that come again"),
+        ("--cache", cli.at_least(0), 64, "MIB", "for states of prompts that come again; 0: nothing is kept"),
         ("--max-prompt", positive, 32768, "N", "tokens"),
         ("--max-tokens", positive, 4096, "N", "tokens of a choice"),
         ("--max-body", positive, 1 << 20, "N", "bytes"),
@@ -64,7 +63,6 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
         ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
-        ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
@@ -102,7 +100,7 @@ def start(words: list[str]) -> int:
     from .launching.server_supervisor import ServerSupervisor
 
     options = arguments(words)
-    read_token(options)  # what is wrong with it is said here, once
+    read_tokens(options)  # what is wrong with them is said here, once
     check(options)
     pass_on = [name for name in (ownership.JOB, TOKEN) if name == ownership.JOB or name in os.environ]
     return ServerSupervisor(options, words, pass_on).supervise()
@@ -115,7 +113,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
-        token = read_token(options)
+        tokens = read_tokens(options)
         check(options)
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
@@ -126,16 +124,16 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 
     with runtime.together(comm):
         listener = listen(options.host, options.port) if node.rank == 0 else None
-    port = broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
+    port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint, "token": hashlib.sha256((token or "").encode()).hexdigest()[:16]})
+    runtime.check_same(comm, {"model": model.fingerprint})
     threads = options.threads or node.threads
     engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, model, engine, options, token, listener)
+    server = Server(comm, node, model, engine, options, tokens, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
@@ -144,19 +142,14 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     return code
 
 
-def read_token(options: argparse.Namespace) -> str | None:
-    """The token, None where there is none. Raises UserError where there has to be one."""
-    token = os.environ.get(TOKEN) or None
-    if options.token_file:
-        try:
-            token = pathlib.Path(options.token_file).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --token-file {options.token_file}: {reason(error)}") from None
-    if token is not None and (len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
-        raise UserError(f"the token must be at least {MIN_TOKEN} printable ASCII characters without spaces")
-    if token is None and not is_loopback(options.host):
-        raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {TOKEN}")
-    return token
+def read_tokens(options: argparse.Namespace) -> tuple[str, ...]:
+    """The tokens, empty where there are none. Raises UserError where there has to be one."""
+    from .serving.tokens import VARIABLE, read_tokens
+
+    tokens = read_tokens(options.token_file)
+    if not tokens and not is_loopback(options.host):
+        raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {VARIABLE}")
+    return tokens
 
 
 def is_loopback(host: str) -> bool:
@@ -194,8 +187,8 @@ def check(options: argparse.Namespace) -> None:
     from .model.precision import check_precision
 
     check_precision(options.precision)
-    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
-        raise UserError("serving needs Starlette and uvicorn: pip install 'dllm[serve]'")
+    if not all(importlib.util.find_spec(name) for name in ("cryptography", "starlette", "uvicorn")):
+        raise UserError("serving needs Starlette, uvicorn and cryptography: pip install 'dllm[serve]'")
 
 
 if __name__ == "__main__":

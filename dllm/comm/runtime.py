@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import mpi4py
 
-from ..errors import BAD_INPUT, UserError
+from ..errors import BAD_INPUT, UserError, line
 from . import loopback
 from .messages import allgather
 
@@ -61,7 +61,7 @@ def _abort(kind: type[BaseException], error: BaseException, trace: TracebackType
 
     rank = MPI.COMM_WORLD.Get_rank()
     if isinstance(error, UserError):
-        text, code = f"dllm: {error} (rank {rank})\n", BAD_INPUT
+        text, code = line(error, f" (rank {rank})"), BAD_INPUT
     elif isinstance(error, MemoryError):
         text, code = f"dllm: out of memory (rank {rank}): {error}; try more ranks, or fewer train.lanes\n", BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):

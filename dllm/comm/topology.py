@@ -37,8 +37,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import UserError, reason
-from ..files.storage import check_regular
+from ..errors import UserError
+from ..files.storage import LARGEST_LIST, read_text
 from ..kernels.types import Array
 
 # networkx is imported where it is needed: that takes half a second, and most runs do without.
@@ -218,19 +218,14 @@ def _read(path: str, n: int) -> Topology:
     A first line `# directed` says that edges lead from the first to the second rank only.
     """
     directed, edges = False, []
-    try:
-        check_regular(path)
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                directed = directed or (number == 1 and line.lower().split() in (["#", "directed"], ["#directed"]))
-                text = line.partition("#")[0].rstrip()
-                match = EDGE.fullmatch(text)
-                if match:
-                    edges.append((int(match[1]), int(match[2])))
-                elif text:
-                    raise UserError(f"{path}, line {number}: {text!r:.60} is no edge; write two ranks, for example  0 1")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+    for number, line in enumerate(read_text(path, LARGEST_LIST, errors="replace").splitlines(), 1):
+        directed = directed or (number == 1 and line.lower().split() in (["#", "directed"], ["#directed"]))
+        text = line.partition("#")[0].rstrip()
+        match = EDGE.fullmatch(text)
+        if match:
+            edges.append((int(match[1]), int(match[2])))
+        elif text:
+            raise UserError(f"{path}, line {number}: {text!r:.60} is no edge; write two ranks, for example  0 1")
     ranks = set(itertools.chain(*edges)) or {0}
     missing = next(rank for rank in itertools.count() if rank not in ranks)
     if missing < len(ranks):

@@ -5,16 +5,26 @@ A preset sets some fields, a TOML file more, ``--set section.key=value`` wins.
 
 import dataclasses
 import difflib
+import math
 import pathlib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import UserError, reason
+from ..errors import UserError, reason, shown
+from ..files import storage
 from .bounds import KINDS, LARGEST, RULES, choices_in_words, demand
 from .sections import FIELDS, SECTIONS, Config, flat
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
+LONGEST_WORD = 4096  # characters of a setting that is a word, as many as a path has: all of them fit into storage.SMALL
+# Strings and comments of TOML, where a dot means nothing, and a key of ten parts or more. One of n parts takes n^2 to read.
+QUOTED = re.compile(
+    r"'''.*?(?:'''|\Z)" r'|"""(?:\\.|[^\\])*?(?:"""|\Z)' r"|'[^'\n]*'" r'|"(?:\\.|[^"\\\n])*"' r"|#[^\n]*", re.DOTALL
+)
+TEXTS = ("log.prompt",)  # settings that may have lines
+LONG_KEY = re.compile(r"(?:\.[ \t]*[\w-]+[ \t]*){9}")
 
 
 def resolve(preset: str = "default", file: str | pathlib.Path | None = None, settings: Iterable[str] = ()) -> Config:
@@ -40,9 +50,21 @@ def preset_path(name: str) -> pathlib.Path:
 def load_toml(path: str | pathlib.Path) -> dict[str, Any]:
     """What a TOML file holds. Raises UserError."""
     try:
-        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration {path}: {reason(error)}") from None
+        return _parse(storage.read_text(path, what="the configuration "))
+    except ValueError as error:
+        raise UserError(f"cannot read the configuration {path}: {reason(error):.200}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """What TOML says. Raises ValueError: also where nobody writes settings so, and reading them would take too long."""
+    if len(text) > storage.SMALL:
+        raise ValueError(f"more than {storage.SMALL >> 10} kB")
+    if LONG_KEY.search(QUOTED.sub("_", text)):
+        raise ValueError("a key of so many parts is no setting's")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,9 +83,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
         name, equals, written = text.partition("=")
         section, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise UserError(f"--set {text}: write it as section.key=value, for example --set train.lr=0.01")
+            raise UserError(f"--set {text:.80}: write it as section.key=value, for example --set train.lr=0.01")
         try:
-            value = tomllib.loads(f"value = {written}")["value"]
+            value = _parse(f"value = {written}")["value"]
         except ValueError:
             value = written.strip()
         sections.setdefault(section, {})[key] = value
@@ -75,13 +97,13 @@ def from_dict(sections: Mapping[str, Any]) -> Config:
     parts = {}
     for section, values in sections.items():
         if section not in SECTIONS:
-            raise UserError(f"unknown section '{section}'{_suggest(section, list(SECTIONS))}")
+            raise UserError(f"unknown section '{section:.80}'{_suggest(section, list(SECTIONS))}")
         if not isinstance(values, dict):
             raise UserError(f"'{section}' is a section: write {section}.key = value")
         keys = [entry.name for entry in dataclasses.fields(SECTIONS[section])]
         for key in values:
             if key not in keys:
-                raise UserError(f"unknown key '{section}.{key}'{_suggest(key, keys, section + '.')}")
+                raise UserError(f"unknown key '{section}.{key:.80}'{_suggest(key, keys, section + '.')}")
         parts[section] = SECTIONS[section](**{key: _typed(f"{section}.{key}", value) for key, value in values.items()})
     config = Config(**parts)
     _check(config)
@@ -89,17 +111,29 @@ def from_dict(sections: Mapping[str, Any]) -> Config:
 
 
 def _suggest(name: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:80], known, n=1)
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; there are {', '.join(prefix + key for key in known)}"
 
 
 def _typed(name: str, value: Any) -> Any:
     kind = FIELDS[name].type
     if kind is float and type(value) is int:
-        value = float(str(value))  # infinity, not an OverflowError, where it is too large
+        value = float(value) if abs(value) <= LARGEST else math.inf
     if type(value) is not kind:
-        raise UserError(f"{name} = {value!r}: it takes {KINDS[kind]}")
+        raise UserError(f"{name} = {shown(value)}: it takes {KINDS[kind]}")
+    if isinstance(value, str):
+        _check_word(name, value)
     return value
+
+
+def _check_word(name: str, value: str) -> None:
+    """Raise UserError where a word is none that a file or a screen can take."""
+    if len(value) > LONGEST_WORD:
+        raise UserError(f"{name} = {shown(value)}: it has {len(value):,} characters, at most {LONGEST_WORD:,} are taken")
+    if name not in TEXTS and not value.isprintable():
+        raise UserError(f"{name} = {shown(value)}: it must have printable characters alone")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{name} = {shown(value)}: it must be UTF-8")
 
 
 def _check(config: Config) -> None:
@@ -116,11 +150,11 @@ def _check(config: Config) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     if (choices := FIELDS[name].metadata["choices"]) and value not in choices:
-        raise UserError(f"{name} = {value}: it is {choices_in_words(choices)}")
+        raise UserError(f"{name} = {value!s:.60}: it is {choices_in_words(choices)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not abs(value) <= LARGEST:
-        raise UserError(f"{name} = {value}: it must be a finite number of at most {LARGEST}")
+        raise UserError(f"{name} = {shown(value)}: it must be a finite number of at most {LARGEST}")
     for rule, limit in FIELDS[name].metadata["bounds"].items():
         if not RULES[rule][1](value, limit) and value != FIELDS[name].metadata["also"]:
             raise UserError(f"{name} = {value}: it {demand(rule, limit)}")

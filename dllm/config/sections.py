@@ -27,7 +27,7 @@ class ModelConfig:
 
     embedding: int = setting(256, "width of the embedding; 0: one-hot inputs, as in char-rnn")
     hidden: int = setting(256, "units of each layer", at_least=1)
-    layers: int = setting(1, "LSTM layers", at_least=1)
+    layers: int = setting(1, "LSTM layers", at_least=1, at_most=1000)
     tied: bool = setting(False, "one matrix for embedding and output (Press and Wolf 2017); needs embedding = hidden")
     dropout: float = setting(0.0, "on embeddings, between layers and before the output, never on the recurrence", below=1)
     biases: int = setting(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ import numpy as np
 
 from ..comm.runtime import agree
 from ..config import path_of_rank
-from ..errors import UserError
-from ..files import storage
+from ..errors import UserError, shown
+from ..files import hdf5, storage
 from ..kernels.types import Array
 from .embedded import embedded_corpus
 from .private_counts import check_described
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..comm.node_info import NodeInfo
 
+MOST = 1 << 48  # tokens or bytes of a split
 KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
 
 
@@ -63,15 +65,20 @@ class Corpus:
             np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
             if "counts" in self.manifest:
                 check_described(self.manifest["counts"])
+            if type(self.manifest["vocabulary"]) is not int:
+                raise ValueError("its vocabulary is no whole number")
             for split, entry in self.manifest["splits"].items():
                 shards = entry["shards"]
+                _check_counts(split, entry, "tokens", "bytes", *(("pairs", "longest") if pairs else ()))
+                for part in shards:
+                    _check_counts(split, part, "start", "stop", *(("pairs",) if pairs else ()))
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
                 if pairs:
                     self._check_pairs(split, entry)
                 for part in shards:
-                    plain = pathlib.Path(part["name"]).name == part["name"] and len(part["sha256"]) == 64
+                    plain = re.fullmatch(r"[\w-][\w.-]{,199}", part["name"]) and re.fullmatch("[0-9a-f]{64}", part["sha256"])
                     if not (plain and 0 <= part["start"] <= part["stop"]):
                         raise ValueError(f"a shard of split '{split}' is not described")
         except KeyError as error:
@@ -101,7 +108,8 @@ class Corpus:
     def verify(self, split: str, start: int, stop: int) -> None:
         """Check the sha256 of every shard that holds tokens of [start, stop). Raises UserError."""
         for shard in self._shards(split, start, stop):
-            storage.check_file(self.folder / shard["name"], shard["sha256"])
+            tokens = shard["stop"] - shard["start"]
+            storage.check_file(self.folder / shard["name"], shard["sha256"], hdf5.most_bytes(tokens * self.dtype.itemsize))
 
     def read(self, split: str, start: int, stop: int) -> Array:
         """Tokens [start, stop) of a split, (n,) int64. Opens only the shards that hold them. Raises UserError."""
@@ -117,6 +125,13 @@ class Corpus:
 
     def _shards(self, split: str, start: int, stop: int) -> list[dict[str, Any]]:
         return [part for part in self.split(split)["shards"] if part["start"] < stop and part["stop"] > start]
+
+
+def _check_counts(split: str, entry: dict[str, Any], *names: str) -> None:
+    """Raise ValueError where a number of a manifest is none that a text has: True and 1.0 are equal to 1, but no counts."""
+    for name in names:
+        if type(entry[name]) is not int or not 0 <= entry[name] <= MOST:
+            raise ValueError(f"{name} of split '{split:.40}' is {shown(entry[name])}")
 
 
 def open_corpus(comm: MPI.Comm, node: NodeInfo, path: str, progress: Callable[[str], None]) -> Corpus:

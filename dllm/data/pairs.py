@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import UserError, reason
+from ..files import storage
 from ..kernels.types import Array
 from . import text
 from .text import Path
@@ -33,6 +34,7 @@ class Lines:
         self.path, places = str(path), [np.zeros(1, np.int64)]
         self._bytes: mmap.mmap | bytes
         try:
+            storage.check_regular(path)
             with open(path, "rb") as file:
                 size, at = os.fstat(file.fileno()).st_size, 0
                 while block := file.read(text.PIECE):

@@ -110,10 +110,8 @@ class _Preparation:
         if wanted.kind == "byte":
             return agree(self.comm, wanted.of_counts, {}, pairs)
         with together(self.comm):
-            kind = KINDS[wanted.kind]
-            counts = (
-                self._count_privately(plans["train"], kind, wanted.counting) if wanted.counting else self._count(plans, kind)
-            )
+            kind, counting = KINDS[wanted.kind], wanted.counting
+            counts = self._count_privately(plans["train"], kind, counting) if counting else self._count(plans, kind)
         return vocabulary.build(self.comm, wanted, counts, pairs, self.say)
 
     def _count(self, plans: dict[str, Plan], kind: type[Tokenizer]) -> dict[str, int]:

@@ -41,7 +41,7 @@ import numpy as np
 from ..kernels.types import Array
 
 DELTA = 1e-6  # the probability that the promise of epsilon does not hold, at most
-LARGEST_EPSILON = 100.0  # beyond it epsilon promises nothing: chances may differ by a factor of 1e43
+LEAST_EPSILON, LARGEST_EPSILON = 0.001, 100.0  # no count passes below; above it promises nothing: a factor of 1e43
 UNITS_PER_EXAMPLE = 20
 MOST_UNITS = 1_000_000  # of an example
 METHOD = "noise of Balle and Wang 2018, Theorem 8; threshold of Gopi et al. 2020, Theorem 5.1, with weights of 1"
@@ -85,9 +85,10 @@ class PrivateCounting:
 
     def release(self, counts: Mapping[str, int]) -> dict[str, int]:
         """What may be told of exact counts: units whose noisy count is above the threshold, with it, rounded."""
-        noisy = np.fromiter(counts.values(), np.float64, len(counts)) + self.sigma * normals(len(counts))
-        passed = noisy > self.threshold
-        return {unit: int(count) for unit, count, well in zip(counts, np.rint(noisy), passed, strict=True) if well}
+        units = sorted(counts)  # they stand in `counts` as they came in the text, which nobody is to learn
+        noisy = np.array([counts[unit] for unit in units], np.float64) + self.sigma * normals(len(units))
+        told = np.flatnonzero(noisy > self.threshold)
+        return {units[place]: round(noisy[place]) for place in told}
 
     def described(self, example: str) -> dict[str, Any]:
         """What the manifest of a corpus says. `example`: what one is, "line" or "pair"."""

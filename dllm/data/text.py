@@ -12,10 +12,12 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import UserError, reason
+from ..files import storage
 from ..kernels.types import Array
 from .tokenizers import Tokenizer, UnknownUnitError
 
 PIECE = 1 << 20  # bytes read at a time
+LINE = 1 << 20  # bytes of a line whose units are an example
 SHARD = 8 << 20  # bytes of text whose tokens share a file
 _SEARCH = 1 << 16  # how far behind the wanted place a cut looks for the end of a line
 Path = str | os.PathLike[str]
@@ -48,17 +50,14 @@ class TextPiece:
         """Counter of the units. Raises UserError."""
         return self._apply(tokenizer.count)
 
-    def lines(self, tokenizer: type[Tokenizer]) -> list[set[str]]:
-        """The distinct units of each line; the last one, an empty set behind a newline, goes on in the next piece of the file.
+    def lines(self) -> list[bytes]:
+        """Its lines without their ends; the last, maybe an empty one, goes on in the next piece. Raises UserError."""
 
-        Raises UserError.
-        """
+        def lines(data: bytes, end: bool) -> list[bytes]:
+            data.decode()  # fails with its place
+            return data.split(b"\n")
 
-        def units(data: bytes, end: bool) -> list[set[str]]:
-            data.decode()  # fails at the place of the whole piece
-            return [set(tokenizer.count(line, False)) for line in data.split(b"\n")]
-
-        return self._apply(units)
+        return self._apply(lines)
 
     def encode(self, tokenizer: Tokenizer) -> Array:
         """Token numbers, (n,) int64. Raises UserError."""
@@ -86,18 +85,25 @@ class TextPiece:
 
 
 def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
-    """The distinct units of each line of pieces in order, of whole lines however long they are. Raises UserError."""
-    begun: set[str] = set()
+    """The distinct units of each line of pieces in order, of long lines those of the first `LINE` bytes. Raises UserError.
+
+    They depend on the line alone, not on where pieces are cut, which other lines decide.
+    """
+
+    def units(line: bytes) -> set[str]:
+        return set(tokenizer.count(line[:LINE].decode(errors="ignore").encode(), False))
+
+    begun = b""
     for piece in pieces:
-        first, *others = piece.lines(tokenizer)
-        begun |= first
+        first, *others = piece.lines()
+        begun = (begun + first)[:LINE]
         if others:
-            yield begun
-            yield from others[:-1]
+            yield units(begun)
+            yield from map(units, others[:-1])
             begun = others[-1]
         if piece.last:
-            yield begun
-            begun = set()
+            yield units(begun)
+            begun = b""
 
 
 def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
@@ -116,6 +122,7 @@ def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
 
 def _pieces(path: str, start: int = 0, end: int | None = None) -> Iterator[TextPiece]:
     try:
+        storage.check_regular(path)
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             end = length if end is None else end
@@ -135,6 +142,7 @@ def deal_out(paths: Sequence[Path], shares: Array) -> list[list[Span]]:
     dealt: list[list[Span]] = [[] for _ in range(shares.shape[1])]
     for path, places in zip(map(str, paths), np.cumsum(shares, axis=1), strict=True):
         try:
+            storage.check_regular(path)
             with open(path, "rb") as file:
                 length = os.fstat(file.fileno()).st_size
                 nears = [round(length * place) for place in places[:-1]]

@@ -12,8 +12,8 @@ from . import tokenizers
 
 
 def save_tokenizer(folder: str | os.PathLike[str], tokenizer: tokenizers.Tokenizer) -> None:
-    """Write tokenizer.json. Raises OSError."""
-    storage.write_json(pathlib.Path(folder, "tokenizer.json"), tokenizer.to_json())
+    """Write tokenizer.json. Raises OSError; UserError where `load_tokenizer` would refuse it."""
+    storage.write_json(pathlib.Path(folder, "tokenizer.json"), tokenizer.to_json(), storage.LARGEST_JSON)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:

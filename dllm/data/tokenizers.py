@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from ..kernels.types import Array
 
 Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+MOST_TOKENS = 1 << 20  # of a vocabulary; the largest published ones of words have 800,000
+LONGEST_TOKEN = 4096  # characters; longer words are <unk>
 
 
 class UnknownUnitError(UserError):
@@ -42,7 +44,7 @@ class UnknownUnitError(UserError):
         """The error that names a place instead of the unit: a text may be private, and a message is seen by others."""
         return UserError(
             f"{place} has a {self.kind} that is not among the vocabulary's {self.size}, which has no {UNKNOWN}; "
-            "take a vocabulary with it, or one of bytes or of bpe"
+            "use text of the same corpus, or a vocabulary of bytes or of bpe"
         )
 
 
@@ -152,10 +154,13 @@ class UnitTokenizer(Tokenizer):
 
     @classmethod
     def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
-        ranked = sorted(counts, key=lambda unit: (-counts[unit], unit))
-        if (size and len(ranked) > size) or unseen:
+        ranked = sorted((unit for unit in counts if len(unit) <= LONGEST_TOKEN), key=lambda unit: (-counts[unit], unit))
+        if (size and len(ranked) > size) or unseen or len(ranked) < len(counts):
             ranked = [UNKNOWN, *(unit for unit in ranked if unit != UNKNOWN)]
-        return cls(ranked[: size or None])
+        ranked = ranked[: size or None]
+        if len(ranked) > MOST_TOKENS:
+            raise UserError(f"the text has {len(ranked):,} {cls.kind}s: keep the most frequent {MOST_TOKENS:,} by --vocab-size")
+        return cls(ranked)
 
     def _missing(self, unit: str) -> UnknownUnitError:
         return UnknownUnitError(unit, self.unit, self.text_size)
@@ -165,8 +170,11 @@ class UnitTokenizer(Tokenizer):
 
     @classmethod
     def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
-        "".join(list(value["units"])).encode()  # fails where one is no text
-        return cls(value["units"])
+        units = value["units"]
+        if not isinstance(units, list):
+            raise TypeError("its units are no list")
+        _check_tokens(units)
+        return cls(units)
 
 
 class CharTokenizer(UnitTokenizer):
@@ -270,8 +278,12 @@ class BPETokenizer(Tokenizer):
         size = size or cls.DEFAULT_SIZE
         if size < 256:
             raise UserError(f"--vocab-size {size}: bpe needs at least 256, one token for each byte")
+        if size > MOST_TOKENS // 4:
+            raise UserError(f"--vocab-size {size}: bpe has at most {MOST_TOKENS // 4:,} tokens")
         model, alphabet = cls._blank(), sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, show_progress=False, max_token_length=LONGEST_TOKEN
+        )
         units = itertools.chain.from_iterable(itertools.repeat(unit, counts[unit]) for unit in sorted(counts))
         model.train_from_iterator(iter(lambda: list(itertools.islice(units, 10000)), []), trainer)
         return cls(model)
@@ -298,7 +310,11 @@ class BPETokenizer(Tokenizer):
     def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
         from tokenizers import Tokenizer as Library
 
-        parts = json.loads(cls._blank().to_str()) | {"model": value["model"]["model"]}  # text is split as `_blank` does
+        parts = json.loads(cls._blank().to_str())  # text is split as `_blank` does
+        model = value["model"]["model"]
+        parts["model"] |= {"vocab": model["vocab"], "merges": _merges(model["vocab"], model["merges"])}
+        if parts["model"] | model != parts["model"] | {"merges": model["merges"]}:
+            raise ValueError("it is no byte-level BPE")
         return cls(Library.from_str(json.dumps(parts)))
 
 
@@ -319,6 +335,38 @@ def _bytes_of_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
+def _check_tokens(tokens: Collection[Any]) -> None:
+    """Raise ValueError where these are no vocabulary's: too many, too long, empty, twice the same, or no text."""
+    if len(tokens) > MOST_TOKENS:
+        raise ValueError(f"it has {len(tokens):,} tokens, at most {MOST_TOKENS:,} are read")
+    if not all(isinstance(token, str) and 0 < len(token) <= LONGEST_TOKEN for token in tokens):
+        raise ValueError(f"a token has no characters, or more than {LONGEST_TOKEN:,}")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("a token is there twice")
+    "".join(tokens).encode()
+
+
+def _merges(vocabulary: Any, merges: Any) -> list[tuple[Any, ...]]:
+    """The merges of a BPE, checked with its vocabulary. Raises ValueError, TypeError.
+
+    The library's Rust side may end the process for what it does not expect, so nothing goes there that was not checked.
+    """
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise TypeError("it has no vocabulary, or no merges")
+    _check_tokens(vocabulary)
+    if any(type(number) is not int for number in vocabulary.values()) or set(vocabulary.values()) != {*range(len(vocabulary))}:
+        raise ValueError("its tokens are not numbered from 0 without gaps")
+    if not set().union(*vocabulary) <= _bytes_of_alphabet().keys():
+        raise ValueError("a token is not of bytes")
+    pairs: list[tuple[Any, ...]] = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(part, str) and part in vocabulary for part in (*pair, "".join(pair))):
+            raise ValueError("a merge is not of its tokens")
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("a merge is there twice")
+    return pairs
+
+
 KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}
 
 
@@ -331,5 +379,8 @@ def load(value: Mapping[str, Any], source: str | os.PathLike[str]) -> Tokenizer:
         tokenizer = KINDS[value["kind"]].from_json(value)
         tokenizer.decode(range(tokenizer.size))
         return tokenizer
-    except Exception:
-        raise UserError(f"{source} holds no tokenizer that this version knows; prepare the data anew") from None
+    except BaseException as error:  # a panic of Rust's is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        why = f": {error}" if type(error) in (ValueError, TypeError) else ""
+        raise UserError(f"{source} holds no tokenizer that this version knows{why:.200}; prepare the data anew") from None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # characters of units that a rank tells at a time, so that rank 0 never has all counts of all ranks at once
 Say = Callable[[str], None]
-_Counts = dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+_Counts = dict[str, Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def merge(comm: MPI.Comm, counts: Mapping[str, int]) -> Counter[str]:
 def _blocks(counts: Mapping[str, int]) -> Iterator[list[str]]:
     block: list[str] = []
     size = 0
-    for unit in counts:
+    for unit in sorted(counts):  # not as they came in the text
         block.append(unit)
         size += len(unit) + 8
         if size >= BLOCK:

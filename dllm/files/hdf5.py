@@ -28,6 +28,7 @@ import h5py
 
 CHUNK = 1 << 20  # bytes of a chunk, about; a row that is longer is a chunk of its own
 LEAST = 1 << 12  # no dataset is cut into chunks of fewer bytes than this
+SPARE = 1 << 21  # bytes that a file of ours may have beside its data and their checksums
 Spans: TypeAlias = dict[str, list[tuple[int, int]]]  # name -> bytes (start, stop) that its chunks take in the file
 Opener: TypeAlias = Callable[[str, DType, Iterable[int]], h5py.Dataset]  # name, dtype, shape
 
@@ -51,6 +52,11 @@ def open_arrays(path: Path, names: Iterable[str] | None = None) -> Iterator[Open
             yield lambda name, dtype, shape: _dataset(path, file, name, np.dtype(dtype), tuple(shape), spans)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises any of them on a damaged file
         raise UserError(f"cannot read {path}: {reason(error) or 'it is damaged'}") from None
+
+
+def most_bytes(size: int) -> int:
+    """The most that a file of ours has whose datasets take `size` bytes: the last chunk of each is stored whole."""
+    return size + size // 64 + 16 * CHUNK + SPARE
 
 
 def _check_names(path: Path, file: h5py.Group, names: set[str]) -> None:

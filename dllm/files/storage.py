@@ -17,14 +17,22 @@ from ..errors import UserError, reason
 Path: TypeAlias = str | os.PathLike[str]
 
 BLOCK = 1 << 20  # bytes that are hashed at a time
-LARGEST_JSON = 1 << 28  # bytes; no vocabulary comes near
+# What is read whole has a largest size, in bytes, so that no file takes all memory. What dllm writes stays far below.
+SMALL = 1 << 17  # settings, which have 3 kB
+LARGEST_LIST = 1 << 24  # hosts, edges of a graph: 30 bytes and 10 bytes a line
+LARGEST_JSON = 1 << 26  # a vocabulary of a million words has 20 MB, a manifest of a terabyte of text 25 MB
+LARGEST_METRICS = 1 << 30  # a line has 400 bytes
+MOST_VALUES = 1 << 22  # commas and brackets in a JSON file: what Python makes of a value takes 20 times its bytes
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path` to write to; on leaving it is flushed to disk and renamed, on error removed."""
+    """A temporary path beside `path` to make a file at; on leaving it is flushed to disk and renamed, on error removed.
+
+    Make the file by mode "x", which follows no link that somebody else has put there.
+    """
     target = pathlib.Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         yield temporary
         flush(temporary)
@@ -39,7 +47,7 @@ def atomic(path: Path) -> Iterator[pathlib.Path]:
 def atomic_folder(path: Path) -> Iterator[pathlib.Path]:
     """The same for a folder with files in it, which must not be there yet; its parents are made."""
     target = pathlib.Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -57,6 +65,11 @@ def owner_only() -> None:
     os.umask(os.umask(0o077) | 0o077)
 
 
+def _temporary(target: pathlib.Path) -> pathlib.Path:
+    """A name beside it that nobody can foresee, in a folder where others may write."""
+    return target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}.tmp")
+
+
 def flush(path: Path) -> None:
     """fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -68,8 +81,8 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8, atomically. Raises OSError."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def sha256(path: Path, rest: Callable[[], object] = lambda: None) -> str:
@@ -82,20 +95,52 @@ def sha256(path: Path, rest: Callable[[], object] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, atomically. Raises OSError."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, most: int | None = None) -> None:
+    """Write JSON, atomically. Raises OSError; UserError where it has more than `most` bytes, which `read_json` would refuse."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    if most is not None:
+        _check_size(path, text.encode(), most)
+    write_text(path, text)
 
 
-def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """A JSON object that has `keys`. Raises UserError that names the file and what is wrong with it."""
+def read_text(path: Path, most: int = SMALL, what: str = "", errors: str = "strict") -> str:
+    """The text of a file of at most `most` bytes: UTF-8, with or without a byte-order mark.
+
+    what : named before the path in messages, such as "the hosts in "
+    errors : what becomes of other bytes, as `bytes.decode` has it
+
+    Raises UserError where there is none: also for a pipe, a device, a folder, a larger file and other bytes.
+    """
     try:
-        check_regular(path)
-        if os.stat(path).st_size > LARGEST_JSON:
-            raise UserError(f"{path} is too large: over {LARGEST_JSON >> 20} MB")
-        value: dict[str, Any] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return _read(path, most, what).decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {what}{path}: {reason(error)}") from None
+
+
+def _read(path: Path, most: int, what: str = "") -> bytes:
+    try:
+        check_regular(path, what)  # before it is opened, since opening a device may do something
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())  # of what was opened, should another have taken its place: a pipe has no end
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"cannot read {what}{path}: it is not a file")
+            # What is asked for takes memory before it is there, so no more than the file has, and a little: it may grow.
+            data = file.read(min(most, max(found.st_size, BLOCK)) + 1) if found.st_size <= most else None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+        raise UserError(f"cannot read {what}{path}: {reason(error)}") from None
+    if data is None or len(data) > most:
+        raise UserError(f"{path} is too large: over {most >> 10:,} kB")
+    return data
+
+
+def read_json(path: Path, keys: Iterable[str], most: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes that has `keys`. Raises UserError that names the file and what is wrong with it."""
+    data = _read(path, most)
+    _check_size(path, data, most)
+    try:
+        value: dict[str, Any] = json.loads(data.decode("utf-8"))
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half a character of UTF-16 is no text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     missing = [key for key in keys if not (isinstance(value, dict) and key in value)]
@@ -104,10 +149,20 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     return value
 
 
-def check_file(path: Path, digest: str) -> None:
-    """Raise UserError where the file is missing or its sha256 is not `digest`."""
+def _check_size(path: Path, data: bytes, most: int) -> None:
+    """Raise UserError where `read_json` does not take so much."""
+    if len(data) > most:
+        raise UserError(f"{path} is too large: over {most >> 10:,} kB")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise UserError(f"{path} holds too much: over {MOST_VALUES:,} values")
+
+
+def check_file(path: Path, digest: str, most: int | None = None) -> None:
+    """Raise UserError where the file is missing, has more than `most` bytes, or its sha256 is not `digest`."""
     try:
         check_regular(path)
+        if most is not None and os.stat(path).st_size > most:  # of a sparse file a terabyte costs its maker nothing
+            raise UserError(f"{path} is too large: over {most >> 10:,} kB, which is more than it can hold")
         found = sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
@@ -115,10 +170,14 @@ def check_file(path: Path, digest: str) -> None:
         raise UserError(f"{path} is damaged: its sha256 is not the one in the manifest; make or copy it anew")
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, what: str = "") -> None:
     """Raise UserError where `path` is a pipe or a device: reading it might never end. Raises OSError where it is missing."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"cannot read {path}: it is not a file")
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError as error:  # a name with NUL in it
+        raise UserError(f"cannot read {what}{path}: {reason(error)}") from None
+    if not regular:
+        raise UserError(f"cannot read {what}{path}: it is not a file")
 
 
 def forget(path: Path) -> None:

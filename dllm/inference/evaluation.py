@@ -107,7 +107,8 @@ class Evaluation:
         self.bytes_per_token = size / tokens
         width = len(self.lanes.starts)
         layout = Layout(config.model, corpus.vocabulary, dtype)
-        self.model = LanguageModel(layout, window, width, training=False, team=team)
+        with together(comm):
+            self.model = LanguageModel(layout, window, width, training=False, team=team)
 
     def run(self, theta: Array, between: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).

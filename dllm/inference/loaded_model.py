@@ -13,7 +13,7 @@ import xxhash
 from ..config import Config, ModelConfig
 from ..data.tokenizer_files import tokenizer_hash
 from ..data.tokenizers import Tokenizer
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..kernels.team import Team
 from ..kernels.types import Array
 from ..model import torch_weights
@@ -53,21 +53,21 @@ class LoadedModel:
         run = Trained.open(folder, best)
         scalars = run.checkpoint.manifest["scalars"]
         return cls(
-            name=folder.resolve().name,
+            name=printable(folder.resolve().name),
             settings=run.settings,
             tokenizer=run.tokenizer,
             vector=run.theta(Layout(run.settings.model, run.tokenizer.size, run.dtype)),
             data=run.settings.data.path,
             origin=f"step {scalars['step']}",
             scalars=scalars,
-            warnings=run.warnings,
+            warnings=[printable(text) for text in run.warnings],
         )
 
     @classmethod
     def _of_model(cls, folder: pathlib.Path) -> LoadedModel:
         found = model_folder.read(folder)
         return cls(
-            name=folder.resolve().name,
+            name=printable(folder.resolve().name),
             settings=found.settings,
             tokenizer=found.tokenizer,
             vector=found.vector,

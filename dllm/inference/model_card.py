@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import Any
 
 import tomli_w
 
 from ..data.tokenizers import Tokenizer
+from ..errors import printable
 
 CARD = """---
 license: other  # yours to choose: the text that a model was trained on may have a say in it
@@ -22,8 +25,8 @@ tags: [lstm, language-model, dllm]
 
 ## Use
 
-    python -m dllm.generate {name} {question}
-    mpirun -n 2 python -m dllm.evaluate {name} --data DIR
+    python -m dllm.generate {folder} {question}
+    mpirun -n 2 python -m dllm.evaluate {folder} --data DIR
 
 In PyTorch, without dllm:
 
@@ -74,6 +77,13 @@ def question(tokenizer: Tokenizer) -> str:
     return '--source "..."' if tokenizer.pairs else '--prompt "..."'
 
 
+def label(name: str) -> str:
+    """A name as Markdown that shows it and does nothing else: no HTML, no link, no new line, no cell of a table."""
+    if re.fullmatch(r"(?!www\.)[A-Za-z0-9][A-Za-z0-9 ._-]*", name):
+        return name
+    return f"`{printable(name).replace('`', chr(39)).replace('|', '/'):.300}`"
+
+
 def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -> str:
     """The model card of `facts`, a config.json."""
     model = facts["model"]
@@ -82,14 +92,15 @@ def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -
     training = facts.get("training")
     recipe = "" if training is None else f"\n## Recipe\n\n{_recipe(training['recipe'])}\n"
     return CARD.format(
-        name=name, kind=kind + f", vocabulary of {facts['vocabulary']:,}", parameters=facts["parameters"], version=version,
+        name=label(name), folder=shlex.quote(printable(name)), kind=kind + f", vocabulary of {facts['vocabulary']:,}",
+        parameters=facts["parameters"], version=version,
         weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
         tokenizer=tokenizer.kind, question=question(tokenizer), script=script(facts),
     )  # fmt: skip
 
 
 def _imported(facts: dict[str, Any]) -> str:
-    return f"Imported from a state dict of PyTorch, `{facts['imported']}`."
+    return f"Imported from a state dict of PyTorch, {label(facts['imported'])}."
 
 
 def _trained(training: dict[str, Any]) -> str:
@@ -101,11 +112,12 @@ def _trained(training: dict[str, Any]) -> str:
         "corpus, sha256 of its manifest": f"`{corpus}`" if corpus else "unknown",
     }
     for entry in training["measured"]:
-        what = f"perplexity on its {entry['split']} split, {entry['tokens']:,} tokens"
+        what = f"perplexity on its {label(entry['split'])} split, {entry['tokens']:,} tokens"
         rows[what] = f"{entry['after']:.4g} ({entry['before']:.4g} as trained)"
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _recipe(sections: dict[str, Any]) -> str:
     """The settings of a run as TOML, in a block of code."""
-    return f"```toml\n{tomli_w.dumps(sections)}```"
+    lines = tomli_w.dumps(sections).split("\n")  # strings have no lines of their own there, so none begins with ```
+    return "\n".join(["```toml", *map(printable, lines[:-1]), "```"])

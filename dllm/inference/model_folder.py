@@ -16,14 +16,15 @@ import hashlib
 import os
 import pathlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import numpy as np
 
 from .. import __version__, config
 from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..data.tokenizers import Tokenizer
-from ..errors import UserError, reason
+from ..errors import UserError, reason, shown
 from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
@@ -34,8 +35,44 @@ from . import model_card
 FORMAT = 1
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
 SHAPE = ("embedding", "hidden", "layers", "tied", "biases")  # what of ModelConfig a trained model depends on
-KEYS = ("format", "vocabulary", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
-MOST_LAYERS = 1000
+KEYS = ("format", "vocabulary", "parameters", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
+LARGEST = 1 << 20  # bytes of a config.json, which has 3 kB
+LONGEST_WINDOW, MOST_TOKENS = 1 << 20, 1 << 26  # tokens of a window, and of the windows of all lanes
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=255)]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Key: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{1,40}$")]
+Setting: TypeAlias = bool | int | float | Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Measured(msgspec.Struct):
+    """Perplexity of a split before and after weights were stored in another precision."""
+
+    split: Name
+    tokens: Count
+    before: float
+    after: float
+    corpus: Digest
+
+
+class Training(msgspec.Struct):
+    """Where the model of an exported run comes from."""
+
+    step: Count
+    averaged: Count
+    tokens: Count | None
+    corpus: Digest | None
+    measured: Annotated[list[Measured], msgspec.Meta(max_length=100)]
+    recipe: dict[Key, dict[Key, Setting]]
+
+
+class Origin(msgspec.Struct, omit_defaults=True):
+    """What of a config.json is for people, and goes into the next one that is made of the folder."""
+
+    embedded: bool
+    training: Training | None = None
+    imported: Name | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +93,16 @@ def is_model_folder(folder: pathlib.Path) -> bool:
 def read(folder: pathlib.Path) -> ModelFolder:
     """Read a model folder. Raises UserError that says what in it no model has."""
     path = folder / CONFIG
-    facts = storage.read_json(path, KEYS)
-    settings, tokenizer = _settings(path, facts), load_tokenizer(folder)
+    facts = storage.read_json(path, KEYS, LARGEST)
+    settings, origin, tokenizer = _settings(path, facts), _origin(path, facts), load_tokenizer(folder)
     if not 0 < tokenizer.size == facts["vocabulary"] or tokenizer_hash(tokenizer) != facts["tokenizer"]:
         raise UserError(f"{folder}/tokenizer.json is not the one of its {CONFIG}")
     shape = settings.model, tokenizer.size
     tensors = torch_weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
-    try:
-        model_card.text(folder.resolve().name, facts, tokenizer, __version__)
-    except Exception:  # anything at all may stand in its parts
-        raise UserError(f"{path} does not say where the model comes from, as every config.json of dllm does") from None
-    return ModelFolder(settings, tokenizer, flat(*shape, tensors), facts)
+    parameters = Layout(*shape, np.float32).parameters
+    if facts["parameters"] != parameters:
+        raise UserError(f"{path}: parameters are {shown(facts['parameters'])}, a model of its shape has {parameters}")
+    return ModelFolder(settings, tokenizer, flat(*shape, tensors), {name: facts[name] for name in KEYS} | origin)
 
 
 def flat(model: config.ModelConfig, vocabulary: int, tensors: torch_weights.Tensors) -> Array:
@@ -80,23 +116,46 @@ def flat(model: config.ModelConfig, vocabulary: int, tensors: torch_weights.Tens
 def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
     """The Config of a config.json. Raises UserError that says what in it no model has."""
     try:
+        for name in ("format", "vocabulary", "parameters"):
+            if type(facts[name]) is not int:  # True and 1.0 are equal to 1
+                raise UserError(f"{name} is {shown(facts[name])}, not a whole number")
         if facts["format"] != FORMAT:
-            raise UserError(f"format is {facts['format']!r}, this version of dllm reads {FORMAT}")
+            raise UserError(f"format is {shown(facts['format'])}, this version of dllm reads {FORMAT}")
         if not isinstance(facts["model"], dict) or set(facts["model"]) != set(SHAPE):
             raise UserError(f"model does not have {', '.join(SHAPE)} and nothing else")
         if facts["weights"] not in list(torch_weights.KINDS):
-            raise UserError(f"weights are {facts['weights']!r}; there are {', '.join(torch_weights.KINDS)}")
+            raise UserError(f"weights are {shown(facts['weights'])}; there are {', '.join(torch_weights.KINDS)}")
         train = {"window": facts["window"], "lanes": facts["lanes"]}
         settings = config.from_dict({"model": facts["model"], "train": train})
-        if settings.model.layers > MOST_LAYERS:
-            raise UserError(f"model.layers = {settings.model.layers}: no model has so many")
+        _check_windows(settings.train.window, settings.train.lanes)
         return settings
     except UserError as error:
         raise UserError(f"{path}: {error!s:.200}") from None
 
 
+def _check_windows(window: int, lanes: int) -> None:
+    """Raise UserError where an evaluation would take windows that no model is trained with."""
+    if window > LONGEST_WINDOW or window * lanes > MOST_TOKENS:
+        most = f"at most {LONGEST_WINDOW:,} tokens in a window and {MOST_TOKENS:,} in those of all lanes"
+        raise UserError(f"window = {window} and lanes = {lanes}: a model folder has {most}")
+
+
+def _origin(path: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of where the model comes from, without what else may stand there. Raises UserError."""
+    try:
+        origin = msgspec.convert(facts, Origin)
+        if (origin.training is None) == (origin.imported is None):
+            raise ValueError("either training or imported")
+    except (ValueError, RecursionError) as error:
+        complaint = f"as every config.json of dllm does ({reason(error):.100})"
+        raise UserError(f"{path} does not say where the model comes from, {complaint}") from None
+    found: dict[str, Any] = msgspec.to_builtins(origin)
+    return found
+
+
 def describe(settings: config.Config, tokenizer: Tokenizer, kind: str, data: bytes) -> dict[str, Any]:
-    """What a config.json must say of weights that are stored as `kind`; data: the file's bytes."""
+    """What a config.json must say of weights that are stored as `kind`; data: the file's bytes. Raises UserError."""
+    _check_windows(settings.train.window, settings.train.eval_lanes or settings.train.lanes)
     layout = Layout(settings.model, tokenizer.size, np.float32)
     model = {name: value for name, value in asdict(settings.model).items() if name in SHAPE}
     return {

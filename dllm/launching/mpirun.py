@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import pathlib
 import re
 import shutil
 import socket
 import subprocess
 
-from ..errors import UserError, reason
+from ..errors import UserError
+from ..files import storage
 
 OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -36,7 +36,8 @@ MANAGERS = (
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
-HOST = re.compile(r"(\w[\w.-]*)(?:(?:\s+slots\s*=\s*|:)(\d+))?")
+HOST = re.compile(r"(\w[\w.-]{,252})(?:(?:\s+slots\s*=\s*|:)(\d{1,7}))?")
+MOST_SLOTS = 1 << 20  # ranks on a host
 
 
 def flavour() -> str:
@@ -96,15 +97,11 @@ def all_here(hosts: dict[str, int]) -> bool:
 def read_hosts(path: str | os.PathLike[str]) -> dict[str, int]:
     """name -> ranks that it takes, of a file with lines such as `node1`, `node1 slots=8` or `node1:8`. Raises UserError."""
     hosts: dict[str, int] = {}
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the hosts in {path}: {reason(error)}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(storage.read_text(path, storage.LARGEST_LIST, "the hosts in ").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if text:
             match = HOST.fullmatch(text)
-            if match is None or int(match[2] or 1) == 0:
+            if match is None or not 0 < int(match[2] or 1) <= MOST_SLOTS:
                 raise UserError(f"{path}, line {number}: {text!r:.60} is no host; write  name  or  name slots=N")
             hosts[match[1]] = hosts.get(match[1], 0) + int(match[2] or 1)
     if not hosts:

@@ -6,11 +6,13 @@ Knows no MPI and no files. How the vectors are laid out stands in layout.py.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..errors import UserError
 from ..kernels.dropout import dropout
 from ..kernels.embedding import (
     embedding_backward,
@@ -22,7 +24,7 @@ from ..kernels.embedding import (
 )
 from ..kernels.gemm import Operands, aligned, from_panels, to_panels, zero_panels
 from ..kernels.lstm import lstm_backward, lstm_forward
-from ..kernels.softmax import Chunk, softmax_cross_entropy
+from ..kernels.softmax import GROUP, Chunk, softmax_cross_entropy
 from ..kernels.team import Team
 from ..kernels.types import Array
 from .layout import Layout
@@ -36,6 +38,19 @@ def tokens_of_chunk(tokens: int, vocabulary: int, R: int) -> int:
     """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R."""
     chunks = -(-tokens * vocabulary // CHUNK)
     return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R
+
+
+def check_memory(layout: Layout, window: int, lanes: int) -> None:
+    """Raise UserError where a LanguageModel for inference and the states of its lanes take more than this machine's memory."""
+    config, B, tokens = layout.config, lanes, window * lanes
+    H, E = layout.R * -(-config.hidden // layout.R), config.embedding
+    numbers = 2 * B * H * (config.layers + 1) + tokens * (7 * H + E + min(layout.vocabulary, GROUP) + 5)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if numbers * layout.dtype.itemsize > memory:
+        raise UserError(
+            f"windows of {window:,} tokens in {lanes:,} lanes take {numbers * layout.dtype.itemsize >> 20:,} MB; "
+            f"this machine's memory has {memory >> 20:,}"
+        )
 
 
 class LanguageModel:
@@ -75,6 +90,8 @@ class LanguageModel:
     ) -> None:
         self.layout, self.window, self.training = layout, window, training
         self.config, self.vocabulary, self.dtype = layout.config, layout.vocabulary, layout.dtype
+        if not training:
+            check_memory(layout, window, lanes)
         self.operands = Operands(self.dtype, bf16, team)
         T, B, R, V, dtype = window, lanes, layout.R, layout.vocabulary, layout.dtype
         H, L, E = layout.config.hidden, layout.config.layers, layout.config.embedding

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..data.lanes import deal
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files import hdf5, storage
 from ..files.storage import Path
 from ..kernels.types import Array, DType
@@ -25,6 +27,7 @@ from .state import State
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+COUNTS = ("step", "epoch", "window", "tokens", "skipped", "skipped_in_a_row")  # scalars that are whole numbers
 OWN = "own."  # before the names of what only one rank has, such as its model where models differ
 LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
 KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)
@@ -74,9 +77,15 @@ class Checkpoint:
         return [(part, self.folder / part.name) for part in parts]
 
     def verify(self) -> None:
-        """Raise UserError where the sha256 of a file does not hold."""
-        for (_, path), digest in zip(self.parts(), self.manifest["sha256"], strict=True):
-            storage.check_file(path, digest)
+        """Raise UserError where the sha256 of a file does not hold, or one has not the size of what it should hold."""
+        manifest, itemsize = self.manifest, np.dtype(self.manifest["dtype"]).itemsize
+        for (part, path), digest in zip(self.parts(), manifest["sha256"], strict=True):
+            theta, lanes = (part.slice.stop - part.slice.start) * itemsize, len(part.lanes)
+            own = 64 * manifest["parameters"] * itemsize * (len(manifest["own"]) - 1)  # whatever a method keeps
+            states = lanes * (8 + 2 * manifest["layers"] * manifest["hidden"] * itemsize)
+            storage.check_file(path, digest, hdf5.most_bytes(theta * (1 + manifest["moments"]) + states + own))
+            if os.stat(path).st_size < theta:
+                raise UserError(f"{path} is too small for {part.slice.stop - part.slice.start:,} parameters")
 
     def arrays(self, path: pathlib.Path) -> Any:
         """hdf5.open_arrays of one rank's file. Raises UserError."""
@@ -118,7 +127,7 @@ def _flaw(manifest: dict[str, Any]) -> str | None:
         return "is damaged: its checksum does not hold"
     for name, limit in LIMITS.items():
         if not (type(manifest[name]) is int and 0 <= manifest[name] <= limit):
-            return f"has {name} = {manifest[name]!r:.40}; no checkpoint has"
+            return f"has {name} = {shown(manifest[name])}; no checkpoint has"
     digests, scalars = manifest["sha256"], manifest["scalars"]
     if not (isinstance(digests, list) and len(digests) == manifest["ranks"] > 0):
         return "does not have a sha256 for each rank"
@@ -126,6 +135,11 @@ def _flaw(manifest: dict[str, Any]) -> str | None:
         return "does not have the scalars of a state"
     if not all(type(value) in (int, float) for value in scalars.values()) or not isinstance(manifest["layout"], dict):
         return "has scalars that are no numbers"
+    for name in COUNTS:
+        if not (type(scalars[name]) is int and 0 <= scalars[name] <= 2**53):
+            return f"has {name} = {shown(scalars[name])}; no run has"
+    if manifest["dtype"] not in ("float32", "float64"):
+        return f"is of {shown(manifest['dtype'])}; no checkpoint is"
     own = manifest["own"]
     if not (isinstance(own, list) and own and all(isinstance(name, str) for name in own)):
         return "does not name what each rank has of its own"
@@ -138,7 +152,7 @@ def prune(run: Path, keep: int) -> None:
     best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
     stay = {checkpoint.folder for checkpoint in [*found[:keep], *best]}
     for folder in pathlib.Path(run, "checkpoints").glob("step-*"):
-        if folder not in stay:
+        if folder not in stay and re.fullmatch(r"step-\d{8,}", folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 

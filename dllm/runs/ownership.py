@@ -8,6 +8,7 @@ import pathlib
 import uuid
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..files import storage
 from ..files.storage import Path
 
@@ -52,6 +53,6 @@ def last_alive(run: Path) -> float:
 def owner(run: Path) -> str | None:
     """The token of the job that took the folder last; None where nobody has."""
     try:
-        return pathlib.Path(run, FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return storage.read_text(pathlib.Path(run, FILE))
+    except UserError:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -59,9 +60,14 @@ def create(run: Path, settings: config.Config, tokenizer: Tokenizer) -> None:
 def begin_anew(run: Path) -> None:
     """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays."""
     folder = pathlib.Path(run)
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir() or not all(_is_of_a_run(path.name) for path in folder.iterdir()) or newest_step(run) is not None:
+    if (
+        folder.is_symlink()
+        or not folder.is_dir()
+        or not all(_is_of_a_run(path.name) for path in folder.iterdir())
+        or newest_step(run) is not None
+    ):
         raise UserError(f"{run} exists and is not the folder of a run: choose another name")
     shutil.rmtree(folder)
 
@@ -97,10 +103,10 @@ def take_resize_request(run: Path) -> int | None:
     """The number of ranks that somebody wants, once; None where nobody does."""
     path = pathlib.Path(run, "resize")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = storage.read_text(path)
         path.unlink()
         return int(text)
-    except (OSError, ValueError):
+    except (UserError, OSError, ValueError):
         return None
 
 

@@ -32,9 +32,11 @@ from .errors import Disconnected, Refused
 from .limits import Guard, Limits
 from .log import Log
 from .openai import Answer, Completion, Json, encode, models_body, read_json
-from .peers import Peers, state_of
+from .peers import Peers
+from .reports import state_of
 from .streamed_text import Prompt, Vocabulary
 from .streams import LocalStreams, unless_disconnected
+from .tokens import Clients, mixed
 
 MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
 PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -69,10 +71,10 @@ class Service:
         self._writing, self._answered = asyncio.Lock(), metrics.RequestCounts()
         self._paths: set[str] = set()
 
-    def app(self, token: str | None = None, hosts: set[str] | None = None) -> ASGIApp:
-        """The ASGI application. token, hosts: see limits.Guard."""
+    def app(self, clients: Clients, hosts: set[str] | None = None) -> ASGIApp:
+        """The ASGI application. clients, hosts: see limits.Guard."""
         page, policy = _page()
-        description = openapi.describe(self.name, self.vocabulary.size, self.limits, token is not None)
+        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed)
 
         async def show_page(request: HttpRequest) -> Response:
             headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
@@ -92,7 +94,7 @@ class Service:
         kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
         inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
         inside.router.redirect_slashes = False
-        return Guard(inside, self.limits, token, hosts, self._finished)
+        return Guard(inside, self.limits, clients, hosts, self._finished)
 
     def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
         fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
@@ -100,7 +102,11 @@ class Service:
         self._answered.add(route, status, seconds)
         if route in ("/health", "/metrics") and status == 200:
             return  # asked for all the time
-        self.log("request", method=scope["method"][:10], route=route, status=status, seconds=round(seconds, 4), **fields)
+        line = {"method": scope["method"][:10], "route": route, "status": status, "seconds": round(seconds, 4), **fields}
+        if scope["dllm"].get("authenticated"):
+            self.log("request", **line)
+        else:
+            self.log.limited("requests of strangers", "request", **line)
 
     # ---- what is there
 
@@ -135,7 +141,8 @@ class Service:
         fields = self.log_fields(request, wanted.prompts)
         fields["stream"] = wanted.stream
         prompts = await self.read_prompts(wanted.prompts, "prompt")
-        run = CompletionRun(wanted, prompts, self.vocabulary, self.peers, MOST_NUMBERS * self.limits.tokens)
+        salt = mixed(request.scope["dllm.salt"], wanted.cache_salt)
+        run = CompletionRun(wanted, prompts, salt, self.vocabulary, self.peers, MOST_NUMBERS * self.limits.tokens)
         fields["computed_by"], answer = run.rank, Answer(self.name, wanted.seed)
         headers = {"x-dllm-rank": str(run.rank)}
         if wanted.stream:

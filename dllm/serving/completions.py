@@ -23,6 +23,8 @@ class CompletionChoice:
     index : int
     wanted : openai.Completion
     prompt : Prompt
+    salt : bytes
+        Of what may be kept of it.
     echoed : bytes
         What the text begins with.
     vocabulary : Vocabulary
@@ -35,8 +37,10 @@ class CompletionChoice:
         "stop" or "length"; None: it is under way.
     """
 
-    def __init__(self, index: int, wanted: Completion, prompt: Prompt, echoed: bytes, vocabulary: Vocabulary) -> None:
-        self.index, self.wanted, self.prompt, self.vocabulary = index, wanted, prompt, vocabulary
+    def __init__(
+        self, index: int, wanted: Completion, prompt: Prompt, salt: bytes, echoed: bytes, vocabulary: Vocabulary
+    ) -> None:
+        self.index, self.wanted, self.prompt, self.salt, self.vocabulary = index, wanted, prompt, salt, vocabulary
         self.text = Detokenizer(vocabulary.decode, wanted.stop)
         self.count = 0
         self.reason: str | None = None
@@ -55,6 +59,7 @@ class CompletionChoice:
         return Request(
             prompt=self.prompt.tokens, max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
             top_k=wanted.top_k, seed=seed, logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens,
+            salt=self.salt,
         )  # fmt: skip
 
     def add(self, event: Event) -> None:
@@ -91,6 +96,8 @@ class CompletionRun:
     ----------
     wanted : openai.Completion
     prompts : list of Prompt
+    salt : bytes
+        Of the client and its request: what is kept is found again by the same alone.
     vocabulary : Vocabulary
     peers : Peers
     most : int
@@ -102,7 +109,9 @@ class CompletionRun:
         Which computes it.
     """
 
-    def __init__(self, wanted: Completion, prompts: list[Prompt], vocabulary: Vocabulary, peers: Peers, most: int) -> None:
+    def __init__(
+        self, wanted: Completion, prompts: list[Prompt], salt: bytes, vocabulary: Vocabulary, peers: Peers, most: int
+    ) -> None:  # fmt: skip
         tokens = sum(wanted.max_tokens + wanted.echo * len(prompt) for prompt in prompts)
         numbers = wanted.n * tokens * (1 + (wanted.logprobs or 0))
         if numbers > most:
@@ -112,7 +121,7 @@ class CompletionRun:
         for prompt in prompts:
             echoed = vocabulary.echo(prompt) if wanted.echo and wanted.logprobs is None else b""
             for _ in range(wanted.n):
-                self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, echoed, vocabulary))
+                self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, salt, echoed, vocabulary))
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         requests = {one.index: request for one in self.choices if (request := one.request())}
         self._left = [one for one in self.choices if one.index in requests]

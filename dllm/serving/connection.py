@@ -1,14 +1,39 @@
-"""Connections that a server bears: for how long, and how many."""
+"""Connections that a server bears: for how long, how many, and where their requests end."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .errors import Refused
 from .limits import Limits
 
+HEAD = 1 << 16  # bytes of a request head
 DRAIN = 1.0  # seconds that a connection without a request stays when the server ends
+LENGTHS = re.compile(rb"^(content-length|transfer-encoding)[ \t]*:([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+
+
+class Requests(h11.Connection):
+    """As h11 reads them, but for those whose end a proxy before this server might see elsewhere.
+
+    RFC 9112, sections 6.1 and 11.2. h11 takes a chunked body where both lengths are given, and one of several that are the
+    same.
+    """
+
+    def next_event(self) -> Any:
+        """The next event. Raises RemoteProtocolError."""
+        before = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            given = LENGTHS.findall(before[: len(before) - len(self.trailing_data[0])])  # of the head as it came
+            chunked = any(name.lower() == b"transfer-encoding" for name, _ in given)
+            if len(given) > 1 or any(b"," in value for _, value in given) or (chunked and event.http_version < b"1.1"):
+                raise h11.RemoteProtocolError("the length of the body can be read in two ways")
+        return event
 
 
 class Connection(H11Protocol):
@@ -25,6 +50,10 @@ class Connection(H11Protocol):
     _idle_since = 0.0  # seconds, of the event loop's clock
     _draining = False
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = Requests(h11.SERVER, self.config.h11_max_incomplete_event_size or HEAD)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """Give a new connection its time."""
         super().connection_made(transport)
@@ -40,6 +69,15 @@ class Connection(H11Protocol):
         self._set_timer()
         if self._draining and self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, unless an answer is under way; nothing that came behind it is read."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = Refused("this is no request of HTTP/1.1, or its length can be read in two ways", code="bad_request").data()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""

@@ -204,7 +204,7 @@ class Engine:
             stream.tokens_read += length
             done = stream.tokens_read == stream.request.to_read
             if done or stream.tokens_read % self.scheduler.window == 0:
-                self.cache.put(stream.seen(), self.decoder.states[stream.slot])
+                self.cache.put(stream.request.salt, stream.seen(), self.decoder.states[stream.slot])
             if done:
                 self._end_prompt(stream)
             else:
@@ -215,7 +215,7 @@ class Engine:
         request = stream.request
         if request.scores_prompt:  # every token's log-probability is wanted, so all are read
             return False
-        length, state = self.cache.find(request.prompt[: request.to_read], stream.tokens_read)
+        length, state = self.cache.find(request.salt, request.prompt[: request.to_read], stream.tokens_read)
         if length > stream.tokens_read:
             stream.tokens_read = length
             self.decoder.states[stream.slot] = state
@@ -274,7 +274,7 @@ class Engine:
         state = None
         if stream.slot is not None:
             if reason != "error":
-                self.cache.put(stream.seen(), self.decoder.states[stream.slot])
+                self.cache.put(stream.request.salt, stream.seen(), self.decoder.states[stream.slot])
             if stream.request.want_state:
                 state = self.decoder.top(stream.slot)
             self.scheduler.release(stream)

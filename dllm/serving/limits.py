@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import Refused, busy
+from .tokens import Clients
 
 OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -39,8 +39,8 @@ class Guard:
     app : ASGI application
         Answers `Refused` itself; handlers add to the dict scope["dllm"], which is logged.
     limits : Limits
-    token : str or None
-        That clients must have; None: they need none.
+    clients : tokens.Clients
+        Who may ask. A client's salt is in scope["dllm.salt"].
     hosts : set of str or None
         Names by which clients may call this server: else a page anywhere could reach a loopback server by a name of its own.
     finished : callable
@@ -48,10 +48,10 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, token: str | None, hosts: set[str] | None,
+        self, app: ASGIApp, limits: Limits, clients: Clients, hosts: set[str] | None,
         finished: Callable[[Scope, int | None, float], None],
     ) -> None:  # fmt: skip
-        self.app, self.limits, self.token, self.hosts, self.finished = app, limits, token, hosts, finished
+        self.app, self.limits, self.clients, self.hosts, self.finished = app, limits, clients, hosts, finished
         self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +75,8 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         self._check_origin(headers)
-        scope["dllm"]["authenticated"] = self._is_authenticated(headers)
+        salt = self.clients.salt_of(headers.get(b"authorization", b""))
+        scope["dllm"]["authenticated"], scope["dllm.salt"] = salt is not None, salt
         if not scope["dllm"]["authenticated"] and scope["path"] not in OPEN:
             wanted = {"WWW-Authenticate": "Bearer"}
             raise Refused("this needs the right bearer token", status=401, code="invalid_api_key", headers=wanted)
@@ -100,12 +101,6 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and origin.partition("://")[2] != host:
             raise Refused("pages of other sites may not ask", status=403, code="wrong_origin")
-
-    def _is_authenticated(self, headers: dict[bytes, bytes]) -> bool:
-        if self.token is None:
-            return True
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        return kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token.encode())
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` of one request, which raises Refused where the body is too large or too slow."""

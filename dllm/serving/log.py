@@ -1,10 +1,18 @@
-"""The log of a server: a line for each request, and for whatever else happens."""
+"""The log of a server: a line for each request, and for whatever else happens. What strangers can cause is bounded."""
 
 import json
 import logging
 import os
+import re
+import threading
 import time
 from typing import Any
+
+MINUTE = 60.0  # seconds
+MOST = 20  # lines in a minute of a kind that anybody can cause
+TEXT, TRACE = 1000, 8000  # characters of a message of a library, and of its traceback
+# What terminals obey or hide, beside what JSON escapes.
+UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Log:
@@ -18,11 +26,36 @@ class Log:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self._lock = threading.Lock()
+        self._kinds: dict[str, list[float]] = {}  # kind -> [when its minute began, lines since, of which not written]
 
     def __call__(self, event: str, **values: Any) -> None:
         """Write {"time", "rank", "event", ...}; time in seconds since 1970."""
         line = {"time": round(time.time(), 3), "rank": self.rank, "event": event, **values}
-        os.write(2, (json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+        text = UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(line, ensure_ascii=False))
+        os.write(2, (text + "\n").encode(errors="replace"))
+
+    def limited(self, kind: str, event: str, **values: Any) -> None:
+        """Write a line of a kind of which there are at most MOST in a minute; `catch_up` says how many more there were."""
+        self.catch_up()
+        with self._lock:
+            state = self._kinds.setdefault(kind, [time.monotonic(), 0, 0])
+            state[1] += 1
+            if state[1] > MOST:
+                state[2] += 1
+                return
+        self(event, **values)
+
+    def catch_up(self, ending: bool = False) -> None:
+        """Write how many lines were left out in the minutes that have passed. ending: and in this one."""
+        now, ended = time.monotonic(), []
+        with self._lock:
+            for kind, (begun, _, left) in list(self._kinds.items()):
+                if ending or now - begun >= MINUTE:
+                    del self._kinds[kind]
+                    ended += [(kind, int(left))] if left else []
+        for kind, left in ended:
+            self("left_out", kind=kind, lines=left)
 
     def capture_libraries(self) -> None:
         """Have what libraries say by Python's `logging` in this log, too."""
@@ -35,5 +68,6 @@ class _Handler(logging.Handler):
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        more = {"trace": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
-        self.log("message", level=record.levelname, source=record.name, text=record.getMessage(), **more)
+        more = {"trace": logging.Formatter().formatException(record.exc_info)[-TRACE:]} if record.exc_info else {}
+        kind, text = f"{record.name}, line {record.lineno}", record.getMessage()[:TEXT]
+        self.log.limited(kind, "message", level=record.levelname, source=record.name, text=text, **more)

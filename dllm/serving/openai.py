@@ -1,6 +1,7 @@
 """OpenAI's protocol: what a request may say, checked, and the bodies of answers.
 
-The form is that of https://platform.openai.com/docs/api-reference/completions; `top_k` and `seed` in answers are additions.
+The form is that of https://platform.openai.com/docs/api-reference/completions; `top_k`, `cache_salt` (of
+vLLM) and `seed` in answers are additions.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=F
 SEEDS = 1 << 63  # seeds are 0 to SEEDS - 1; the next choice has the next seed
 CHOICES = 64  # streams that one request may ask for
 STOPS, STOP_LENGTH = 4, 256
+SALT_LENGTH = 256
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what we do not do, and the values of it that ask for nothing
     "suffix": (None, ""), "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
 }  # fmt: skip
@@ -94,6 +96,13 @@ class Fields:
             raise Refused(f"{name} must be true or false", name)
         return value
 
+    def cache_salt(self) -> str:
+        """The field of that name: what was kept for requests with another is not used for this one."""
+        value = self.get("cache_salt", "")
+        if not isinstance(value, str) or len(value) > SALT_LENGTH or not _is_unicode(value):
+            raise Refused(f"cache_salt must be a string of at most {SALT_LENGTH} characters", "cache_salt")
+        return value
+
     def texts(self, name: str, vocabulary: int, most: int = CHOICES) -> list[str | list[int]]:
         """Texts and lists of token numbers below `vocabulary`, at most `most`, from a field with one of them or several."""
         value = self.get(name)
@@ -148,6 +157,7 @@ class Completion:
     n: int  # choices for each prompt
     stream: bool
     include_usage: bool
+    cache_salt: str  # "": none
 
     @classmethod
     def read(cls, body: Json, model: str, vocabulary: int, max_tokens: int) -> Completion:
@@ -180,6 +190,7 @@ class Completion:
             n=n,
             stream=fields.flag("stream"),
             include_usage=_include_usage(fields.get("stream_options"), body.get("stream")),
+            cache_salt=fields.cache_salt(),
         )
         fields.refuse_unread()
         if len(wanted.prompts) * n > CHOICES:

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 from .. import __version__
 from .limits import Limits
-from .openai import CHOICES, SEEDS, STOP_LENGTH, STOPS
+from .openai import CHOICES, SALT_LENGTH, SEEDS, STOP_LENGTH, STOPS
 from .requests import MAX_LOGPROBS
 
 Schema: TypeAlias = dict[str, Any]
@@ -101,7 +101,8 @@ def _requests(model: str, vocabulary: int, limits: Limits) -> Schema:
     several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
     texts = {"anyOf": [text, tokens, *several]}
     stop = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
-    named = {"model": _maybe({"const": model}), "user": _maybe(text)}
+    salt = _maybe({"type": "string", "maxLength": SALT_LENGTH})
+    named = {"model": _maybe({"const": model}), "user": _maybe(text), "cache_salt": salt}
     return {
         "CompletionRequest": _object(
             ["prompt"], closed=True, **named, prompt=texts,

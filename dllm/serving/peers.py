@@ -1,42 +1,38 @@
 """The other ranks: which of them is free, and streams that they compute for this one.
 
-A rank without a free slot hands a stream to one that has some, over a private port that only ranks of this job can use. Since
-a stream depends on nothing but its request, one whose rank dies goes on here from where it broke off, the same to the bit.
+A rank without a free slot hands a stream to one that has some, over a private port that only ranks of this job can use
+(sealed.py), and believes what can be true of it (wire.py). Since a stream depends on nothing but its request, one whose rank
+dies, or is not the one it should be, goes on here from where it broke off, the same to the bit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
-import json
-import secrets
-from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+import socket
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from . import sealed
 from .errors import busy
-from .limits import LOOPBACK
-from .requests import Event, Finished, Full, Request, Token
+from .limits import LOOPBACK, Limits
+from .reports import state_of
+from .requests import Event, Finished, Full, Request
+from .sealed import Channel, Keys
 from .streams import Cancel, Inbox, LocalStreams
+from .wire import Answer, read_question, write_news, write_question
 
 if TYPE_CHECKING:
     from ..comm.membership import Membership
 
-SILENT = 3.0  # seconds without a word after which a rank is taken for gone
-PATIENCE = 5.0  # seconds for a connection to begin
-LINE = 16 << 20  # bytes of a request, or of a line of events
-CALLERS = 1024  # connections at once
-
-Entry: TypeAlias = tuple[Mapping[str, Any], float, bool]  # a rank's report, seconds since it was heard of, whether it died
-
-
-def state_of(entry: Entry) -> str:
-    """Of a rank's entry in the table of the gossip: "dead", "silent", "draining" or "ok"."""
-    report, silence, dead = entry
-    return "dead" if dead else "silent" if silence > SILENT else "draining" if report["draining"] else "ok"
+BEAT = 1.0  # seconds after which a rank that has nothing to say of a stream says so
+PATIENCE = 5.0  # seconds for a connection to begin, and for each message
+SHUNNED = 10.0  # seconds in which nothing is asked of a rank that was of no use
+CALLERS = 1024  # connections of ranks at once
+STRANGERS = 256  # connections at once of those who have not proved to be ranks
+TOGETHER = 4096  # events of a message at most: fewer bytes than one may have
+UNREAD = 30_000  # milliseconds that a rank may leave something unread
 
 
 class Peers:
@@ -46,8 +42,10 @@ class Peers:
     ----------
     gossip : comm.membership.Membership
     local : streams.LocalStreams
-    secret : bytes
-        That all ranks share.
+    keys : sealed.Keys
+        That all ranks have agreed on.
+    limits : limits.Limits
+        Of requests, those of other ranks, too.
 
     Attributes
     ----------
@@ -55,22 +53,21 @@ class Peers:
         Streams that this rank computes for others.
     """
 
-    def __init__(self, gossip: Membership, local: LocalStreams, secret: bytes) -> None:
-        self.gossip, self.local, self.secret, self.rank = gossip, local, secret, gossip.rank
+    def __init__(self, gossip: Membership, local: LocalStreams, keys: Keys, limits: Limits) -> None:
+        self.gossip, self.local, self.keys, self.limits, self.rank = gossip, local, keys, limits, gossip.rank
         self.callers = 0
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # in the order in which they came
+        self._shunned: dict[int, float] = {}  # rank -> until when, of the monotonic clock
         self._handed: dict[int, tuple[int, int]] = {}  # rank -> (count of its report, streams that it got since)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, address: str) -> int:
         """Take streams from other ranks at a port of this address. Returns the port."""
         server = await asyncio.start_server(self._serve, address, 0)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have what their listener has
+            server.sockets[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
         port: int = server.sockets[0].getsockname()[1]
         return port
-
-    def is_lost(self, rank: int) -> bool:
-        """Whether a rank is dead or has been silent for long."""
-        entry = self.gossip.table().get(rank)
-        return entry is None or state_of(entry) in ("dead", "silent")
 
     def choose_rank(self, streams: int) -> int:
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
@@ -83,7 +80,8 @@ class Peers:
         for rank, entry in table.items():
             report = entry[0]
             near = report["address"][0] not in LOOPBACK or report["host"] == here  # loopback ends at a host
-            if rank != self.rank and near and state_of(entry) == "ok":
+            shunned = time.monotonic() < self._shunned.get(rank, 0.0)
+            if rank != self.rank and near and not shunned and state_of(entry) == "ok":
                 free[rank] = report["slots"] - report["active"] - report["queued"] - self._handed_since(rank, known[rank][0])
         best = max(free, key=lambda rank: free[rank], default=self.rank)
         if best == self.rank or free[best] < streams:
@@ -125,17 +123,22 @@ class Peers:
     async def _relay(self, rank: int, request: Request, inbox: Inbox, index: int, accepted: asyncio.Future[bool]) -> None:
         """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
         count = 0
-        with contextlib.suppress(Exception):  # whatever it is, that rank is of no use
-            async for events in self._ask(rank, request):
-                if not accepted.done():
-                    accepted.set_result(True)
-                for event in events:
-                    if isinstance(event, Finished) and event.reason == "error":  # which may be that rank's alone
-                        raise ConnectionError(event.message)
-                    inbox.put(index, event)
-                    count += 1
-                    if isinstance(event, Finished):
-                        return
+        try:
+            async with contextlib.aclosing(self._ask(rank, request)) as answer:
+                async for events in answer:
+                    if not accepted.done():
+                        accepted.set_result(True)
+                    for event in events:
+                        if isinstance(event, Finished) and event.reason != "length":  # which may be that rank's alone
+                            raise ConnectionError(event.message)
+                        inbox.put(index, event)
+                        count += 1
+                        if isinstance(event, Finished):
+                            return
+        except Full:
+            pass
+        except Exception:  # whatever it is, that rank is of no use
+            self._shunned[rank] = time.monotonic() + SHUNNED
         room = True
         try:
             self.local.submit(request, _Remainder(inbox, count), index)
@@ -145,77 +148,76 @@ class Peers:
         if not accepted.done():
             accepted.set_result(room)
 
-    async def _ask(self, rank: int, request: Request) -> AsyncIterator[list[Event]]:
+    async def _ask(self, rank: int, request: Request) -> AsyncGenerator[list[Event], None]:
         """Lists of events of a stream of another rank, the first of them empty: it was taken.
 
-        Raises OSError, EOFError or ValueError where the rank is lost, or has no room.
+        Raises Full, or OSError, EOFError or ValueError where the rank is lost or is not the one that it should be.
         """
-        address = self.gossip.known[rank][1]["address"]
+        engine = self.local.engine
+        answer = Answer(request, engine.decoder.vocabulary, engine.decoder.config.hidden)
         async with asyncio.timeout(PATIENCE):
-            reader, writer = await asyncio.open_connection(*address, limit=LINE)
+            reader, writer = await asyncio.open_connection(*self.gossip.known[rank][1]["address"])
         try:
             async with asyncio.timeout(PATIENCE):
-                question = json.dumps(vars(request) | {"prompt": request.prompt.tolist()}).encode()
-                nonce, size = (await reader.readline()).strip(), b"%d" % len(question)
-                writer.write(b" ".join((size, self._seal(nonce, size), self._seal(nonce, question))) + b"\n" + question)
-                await writer.drain()
+                channel = await sealed.call(self.keys, rank, reader, writer, write_question(request))
             while True:
-                try:
-                    async with asyncio.timeout(SILENT / 2):
-                        line = await reader.readuntil(b"\n")
-                except TimeoutError:
-                    if self.is_lost(rank):
-                        raise
-                    continue
-                yield [Finished(*entry) if isinstance(entry[0], str) else Token(*entry) for entry in json.loads(line)]
+                async with asyncio.timeout(PATIENCE):  # some times BEAT
+                    events = answer.read(await channel.receive())
+                if events and events[-1] == Finished("full"):
+                    raise Full
+                yield events
         finally:
             writer.close()
-
-    def _seal(self, nonce: bytes, data: bytes) -> bytes:
-        return hmac.new(self.secret, nonce + data, hashlib.sha256).hexdigest().encode()
-
-    def _is_sealed(self, nonce: bytes, data: bytes, seal: bytes = b"") -> bool:
-        return hmac.compare_digest(seal, self._seal(nonce, data))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from another rank, or from somebody who has no business here."""
-        inbox = Inbox()
-        self.callers += 1
         try:
-            if self.callers <= CALLERS:
-                await self._answer(reader, writer, inbox)
+            channel = await self._welcome(reader, writer)
+            inbox = Inbox()
+            self.callers += 1
+            try:
+                if self.callers <= CALLERS:
+                    await self._answer(channel, inbox)
+            finally:
+                self.callers -= 1
+                inbox.cancel()
         except (OSError, EOFError, ValueError, TypeError):
             pass  # whoever asked sees the connection end
         finally:
-            self.callers -= 1
-            inbox.cancel()
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, inbox: Inbox) -> None:
-        nonce = secrets.token_hex(16).encode()
-        async with asyncio.timeout(PATIENCE):
-            writer.write(nonce + b"\n")
-            size, *seals = (await reader.readline()).split()
-            if not self._is_sealed(nonce, size, *seals[:1]) or int(size) > LINE:  # nothing large is read from a stranger
-                return
-            question = await reader.readexactly(int(size))
-        if not self._is_sealed(nonce, question, *seals[1:]):
-            return
-        fields = json.loads(question)
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        """A channel with whoever proves to be a rank. Of too many who do not, those go that have had the longest time."""
+        self._strangers[writer] = None
+        if len(self._strangers) > STRANGERS:
+            next(iter(self._strangers)).transport.abort()
         try:
-            self.local.submit(Request(**fields | {"prompt": np.array(fields["prompt"], np.int64)}), inbox, 0)
+            async with asyncio.timeout(PATIENCE):
+                return await sealed.welcome(self.keys, reader, writer)
+        finally:
+            self._strangers.pop(writer, None)
+
+    async def _answer(self, channel: Channel, inbox: Inbox) -> None:
+        async with asyncio.timeout(PATIENCE):
+            question = read_question(await channel.receive(), self.limits)
+        try:
+            self.local.submit(question, inbox, 0)
         except Full:
+            await channel.send(write_news([Finished("full")]))
             return
-        writer.write(b"[]\n")
-        gone = asyncio.create_task(reader.read(1))  # which ends when the other closes
+        await channel.send(write_news([]))
+        gone = asyncio.create_task(channel.reader.read(1))  # which ends when the other closes
         gone.add_done_callback(lambda _: inbox.close())
         try:
-            while True:
-                events = [event for _, event in await inbox.get()]
-                writer.write(json.dumps(events, default=np.ndarray.tolist).encode() + b"\n")
-                await writer.drain()
-                if isinstance(events[-1], Finished):
-                    return
+            events: list[Event] = []
+            while not (events and isinstance(events[-1], Finished)):
+                try:
+                    async with asyncio.timeout(BEAT):
+                        events = [event for _, event in await inbox.get()]
+                except TimeoutError:
+                    events = []  # all that is to be said is that this rank is there
+                for start in range(0, max(1, len(events)), TOGETHER):
+                    await channel.send(write_news(events[start : start + TOGETHER]))
         finally:
             gone.cancel()
 

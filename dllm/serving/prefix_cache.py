@@ -13,7 +13,7 @@ class PrefixCache:
     """Tokens -> state, the least recently used leave first.
 
     Entries are found by BLAKE2b of their tokens (Aumasson et al. 2013), which nobody can make collide: a text never gets
-    the state of another.
+    the state of another. Its key is the salt, so what was kept with one salt is not there for whoever has another.
 
     Parameters
     ----------
@@ -34,12 +34,12 @@ class PrefixCache:
         self._count: Counter[int] = Counter()  # how many entries have a length
         self._lengths: list[int] = []  # those there are, sorted
 
-    def find(self, tokens: Array, beyond: int = 0) -> tuple[int, Array | None]:
-        """The longest prefix of tokens (n,) int64 that is known: its length and its state, not to be written to.
+    def find(self, salt: bytes, tokens: Array, beyond: int = 0) -> tuple[int, Array | None]:
+        """The longest prefix of tokens (n,) int64 that is known with this salt: its length and its state, not to be written to.
 
         (0, None) where none is longer than `beyond`.
         """
-        found, hasher, at = [], hashlib.blake2b(digest_size=20), 0
+        found, hasher, at = [], hashlib.blake2b(digest_size=20, key=salt), 0
         first, stop = (bisect.bisect_right(self._lengths, length) for length in (beyond, len(tokens)))
         for length in self._lengths[first:stop]:
             hasher.update(tokens[at:length].tobytes())
@@ -53,12 +53,12 @@ class PrefixCache:
         self._entries.move_to_end(found[-1])
         return self._entries[found[-1]]
 
-    def put(self, tokens: Array, state: Array) -> None:
-        """Keep a copy of the state behind tokens (n,) int64."""
+    def put(self, salt: bytes, tokens: Array, state: Array) -> None:
+        """Keep a copy of the state behind tokens (n,) int64, for those who have this salt, of at most 64 bytes."""
         size = state.nbytes + OVERHEAD
         if size > self.limit or len(tokens) == 0:
             return
-        digest = hashlib.blake2b(tokens.tobytes(), digest_size=20).digest()
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=20, key=salt).digest()
         if digest in self._entries:
             self._entries.move_to_end(digest)
             return

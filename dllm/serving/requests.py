@@ -12,6 +12,7 @@ import numpy as np
 from ..kernels.types import Array
 
 MAX_LOGPROBS = 20  # most likely tokens that can be had beside each token
+MAX_SALT = 64  # bytes: of a key of BLAKE2b
 
 
 class Full(Exception):
@@ -36,6 +37,7 @@ class Request:
     echo: bool = False  # the prompt's tokens come too, with their log-probabilities
     score_only: bool = False  # nothing but these, whatever max_tokens says
     want_state: bool = False  # Finished holds the top layer's last output; behind the whole prompt where nothing is generated
+    salt: bytes = b""  # what was kept of requests with the same salt is used, and of no others; at most 64 bytes
 
     def __post_init__(self) -> None:
         prompt = np.ascontiguousarray(self.prompt, np.int64)
@@ -50,6 +52,8 @@ class Request:
             raise ValueError("top_p is a probability")
         if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
             raise ValueError(f"logprobs is at most {MAX_LOGPROBS}")
+        if len(self.salt) > MAX_SALT:
+            raise ValueError(f"a salt has at most {MAX_SALT} bytes")
 
     @property
     def scores_prompt(self) -> bool:

@@ -80,11 +80,11 @@ class Scheduler:
         is_read : callable
             Takes over what is known of a stream's prompt. Returns whether that is all of it; then the stream does not read.
         share : bool
-            Of streams with the same tokens one reads: the others wait for the state behind them.
+            Of streams with the same tokens and salt one reads: the others wait for the state behind them.
         """
         streams: list[Stream] = []
         lengths: list[int] = []
-        read: set[bytes] = set()
+        read: set[tuple[bytes, bytes]] = set()
         for stream in list(self.reading):
             if is_read(stream):
                 continue
@@ -93,7 +93,7 @@ class Scheduler:
             if len(streams) == max(1, WINDOW_TOKENS // longest):
                 break
             length = min(longest, left)
-            tokens = stream.request.prompt[: stream.tokens_read + length].tobytes()
+            tokens = stream.request.salt, stream.request.prompt[: stream.tokens_read + length].tobytes()
             if tokens not in read or stream.request.scores_prompt:
                 streams.append(stream)
                 lengths.append(length)

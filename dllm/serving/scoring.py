@@ -17,6 +17,7 @@ from .openai import Fields, Json, json_number, read_json, usage
 from .requests import Event, Finished, Request, Token
 from .streamed_text import Prompt
 from .streams import Inbox, collect, unless_disconnected
+from .tokens import mixed
 
 if TYPE_CHECKING:
     from .app import Service
@@ -31,9 +32,10 @@ async def score(service: Service, request: HttpRequest) -> Response:
     if isinstance(fields.body[given[0]], str) != (given[0] == "text"):
         raise Refused("text must be a string, tokens a list of token numbers", given[0])
     texts = fields.texts(given[0], service.vocabulary.size, most=1)
+    salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
     fields.refuse_unread()
     prompts = await service.read_prompts(texts, given[0])
-    wanted = [Request(prompt=prompts[0].tokens, logprobs=0, score_only=True)]
+    wanted = [Request(prompt=prompts[0].tokens, logprobs=0, score_only=True, salt=salt)]
     (events,), headers = await _compute(service, request, texts, prompts, wanted)
     tokens = [event for event in events if isinstance(event, Token)][prompts[0].blank :]
     values = [json_number(token.logprob) for token in tokens]
@@ -56,9 +58,10 @@ async def embeddings(service: Service, request: HttpRequest) -> Response:
         raise Refused("encoding_format must be float or base64", "encoding_format")
     if fields.get("dimensions") is not None:
         raise Refused("dimensions is not supported", "dimensions", code="unsupported_parameter")
+    salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
     fields.refuse_unread()
     prompts = await service.read_prompts(inputs, "input")
-    wanted = [Request(prompt=prompt.tokens, max_tokens=0, want_state=True) for prompt in prompts]
+    wanted = [Request(prompt=prompt.tokens, max_tokens=0, want_state=True, salt=salt) for prompt in prompts]
     streams, headers = await _compute(service, request, inputs, prompts, wanted)
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(events[-1].state, form)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from ..comm import runtime
+from ..comm import messages, runtime
 from ..comm.membership import Membership
-from ..comm.messages import allgather
 from ..comm.node_info import NodeInfo
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
+from ..launching import interfaces
 from .app import Service
 from .connection import Connection
 from .engine import Engine
 from .limits import LOOPBACK, Limits
 from .log import Log
 from .peers import Peers
+from .reports import RankReport
+from .sealed import Keys
 from .streams import LocalStreams
+from .tokens import Clients, stretched
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,8 +54,8 @@ class Server:
         Started.
     options : argparse.Namespace
         Of the command.
-    token : str or None
-        That clients must have.
+    tokens : sequence of str
+        Of which clients must have one; empty: they need none.
     listener : socket
         Bound, not yet listening: no request comes before somebody answers.
     """
@@ -64,18 +67,23 @@ class Server:
         model: LoadedModel,
         engine: Engine,
         options: argparse.Namespace,
-        token: str | None,
+        tokens: Sequence[str],
         listener: socket.socket,
     ) -> None:
-        self.comm, self.model, self.engine, self.options, self.token = comm, model, engine, options, token
+        self.comm, self.model, self.engine, self.options, self.clients = comm, model, engine, options, Clients(tokens)
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
-        self.secret = hashlib.sha256("".join(allgather(comm, os.urandom(32).hex(), str)).encode()).digest()
-        self.loopback = listener.getsockname()[0] in LOOPBACK or node.ranks == comm.size  # is where other ranks are
-        self.hosts = LOOPBACK if listener.getsockname()[0] in LOOPBACK else None
+        self.keys = agreed_keys(comm, tokens)
+        together, host = node.ranks == comm.size, listener.getsockname()[0]
+        self.hosts = LOOPBACK if host in LOOPBACK else None
         with runtime.together(comm):
-            self.address: list[str | int] = ["127.0.0.1" if self.loopback else _address(options.host), 0]
-        self.fixed: dict[str, Any] = {"host": socket.gethostname()[:64], "pid": os.getpid()}
-        self.gossip = Membership(comm, self.report)
+            named = interfaces.address_of(options.interface) if options.interface else ""
+            here = together or (not named and host in LOOPBACK)  # is where other ranks are
+            self.listen_at = "127.0.0.1" if here else named or _everywhere(options.host)
+            self.address = "127.0.0.1" if here else named or _address(options.host)
+        self.port = 0  # until it is known
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
+        self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
+        self.gossip = Membership(comm, self.report, RankReport)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, tokens=options.max_tokens, requests=options.max_requests,
             connections=options.max_connections, deadline=options.deadline,
@@ -89,7 +97,7 @@ class Server:
         numbers = {name: int(load[name]) for name in ("active", "queued", "slots", "tokens")}
         rate = {"tokens_per_second": round(load["tokens_per_second"], 1)}
         state = {"draining": self.state != "ok", "drained": self.state == "drained"}
-        return {**self.fixed, "address": self.address, **state, **numbers, **rate}
+        return {**self.fixed, "address": (self.address, self.port), **state, **numbers, **rate}
 
     def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
@@ -104,12 +112,12 @@ class Server:
     async def _run(self, stopping: Sequence[bool]) -> None:
         loop = asyncio.get_running_loop()
         local = LocalStreams(self.engine, loop)
-        peers = Peers(self.gossip, local, self.secret)
+        peers = Peers(self.gossip, local, self.keys, self.limits)
         self.service = Service(self.model, local, peers, self.limits, self.log, self.options.log_prompts)
-        self.address[1] = await peers.listen("127.0.0.1" if self.loopback else _everywhere(self.options.host))
+        self.port = await peers.listen(self.listen_at)
         self.gossip.start()
         config = uvicorn.Config(
-            self.service.app(self.token, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
+            self.service.app(self.clients, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
             loop="asyncio", lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
             backlog=1024, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=max(1, round(self.options.drain)),
         )  # fmt: skip
@@ -141,6 +149,7 @@ class Server:
         """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
         while self.engine.load()["alive"]:
             await asyncio.sleep(0.5)
+            self.log.catch_up()
         self.log("failed")
         self.stop()
 
@@ -158,9 +167,23 @@ class Server:
         """End this process with an exit code."""
         self.state = "drained"
         self.engine.stop(0)
+        self.log.catch_up(ending=True)
         self.log("ended")
         self.gossip.end()
         runtime.exit_together(self.comm, code)
+
+
+def agreed_keys(comm: MPI.Comm, tokens: Sequence[str]) -> Keys:
+    """What this rank shares with each other one. Collective. Raises UserError where the ranks do not have the same tokens."""
+    compared, common = stretched(tokens, bytes.fromhex(messages.broadcast(comm, os.urandom(16).hex(), str)))
+    everyones = messages.allgather(comm, compared, str)
+    if odd := [rank for rank, other in enumerate(everyones) if other != everyones[0]]:
+        raise UserError.of_all(f"rank 0 and rank {odd[0]} do not have the same tokens: give all ranks the same --token-file")
+    keys = Keys(comm.rank)
+    publics = messages.allgather(comm, keys.public, str)
+    with runtime.together(comm):
+        keys.agree(publics, common)
+    return keys
 
 
 class _Http(uvicorn.Server):

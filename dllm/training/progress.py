@@ -176,9 +176,11 @@ def _on_terminal() -> bool:
 def _lines(path: pathlib.Path) -> list[Line]:
     """The lines of metrics; one that a full disk or a crash cut short is left out."""
     lines: list[Line] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    for text in storage.read_text(path, storage.LARGEST_METRICS).splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss")):
+                lines.append(line)
     return lines
 
 

@@ -1,6 +1,7 @@
 """A server for tests: real ranks, a free port, clients that reach any of them."""
 
 import json
+import pathlib
 import re
 import time
 
@@ -8,19 +9,26 @@ import httpx
 
 from helpers.launch import ULFM, Job, flavour
 
+TESTS = pathlib.Path(__file__).parents[1]
 SURVIVES = flavour() == "openmpi"
 
 
 class Server(Job):
-    """`dllm serve MODEL` on some ranks, by mpirun; keep: by its own launcher instead. Entering its `with` waits for it."""
+    """`dllm serve MODEL` on some ranks, by mpirun; keep: by its own launcher instead. Entering its `with` waits for it.
 
-    def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200):
+    spied : a new folder, where helpers.spy writes what MPI is given
+    """
+
+    def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200, spied=None):
         words = ["-m", "dllm", "serve", model, "--port", 0, *options, *(["-n", ranks] if keep else [])]
+        if spied:
+            spied.mkdir()
+            words = ["-m", "helpers.spy", spied, "dllm.serve", *words[3:]]
         super().__init__(
             0 if keep else ranks,
             *words,
             timeout=timeout,
-            env=(ULFM if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
+            env={"PYTHONPATH": TESTS} | (ULFM if SURVIVES else {}) | ({"DLLM_TOKEN": token} if token else {}),
         )
         self.size, self.headers = ranks, {"Authorization": f"Bearer {token}"} if token else {}
 

@@ -36,9 +36,7 @@ def run_several(folder, ranks, commands, *, cwd=None, timeout=LIMIT, check=False
     check : fail where one of them does not end with 0
     script : what calls `run` in each rank
     """
-    folder.mkdir(parents=True)
-    commands = [list(map(str, command)) for command in commands]
-    (folder / "commands.json").write_text(json.dumps(commands))
+    commands = write_commands(folder, commands)
     env = {"PYTHONPATH": pathlib.Path(__file__).parents[1], **(env or {})}
     mpirun(ranks, "-m", script, folder, cwd=cwd, env=env, timeout=timeout, check=True)
     ends = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks or 1)]
@@ -49,6 +47,14 @@ def run_several(folder, ranks, commands, *, cwd=None, timeout=LIMIT, check=False
         assert not check or set(codes) == {0}, f"{' '.join(command)}\n{''.join(texts)}"
         found.append(Ending(texts, set(codes), max(seconds)))
     return found
+
+
+def write_commands(folder, commands):
+    """Make a folder for `run`. Returns the commands as lists of str."""
+    folder.mkdir(parents=True)
+    commands = [list(map(str, command)) for command in commands]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    return commands
 
 
 def run(folder):

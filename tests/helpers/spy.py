@@ -1,9 +1,11 @@
 """Every byte that MPI is given to send, by commands that run as they are.
 
-As a script, what each rank runs: python -m helpers.spy FOLDER. It runs the commands of helpers.several_commands with
-communicators that write to FOLDER/sent-R.bin what they are given, and refuse every call that this file does not know.
+As a script, what each rank runs: python -m helpers.spy FOLDER [MODULE ARGUMENTS]. It runs this command, or those of
+helpers.several_commands, with communicators that write to FOLDER/sent-R.bin what they are given, and refuse every call that
+this file does not know.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -69,7 +71,7 @@ def _watched(base, file):
     return type(base.__name__, (base,), watched)
 
 
-def _main(folder):
+def _main(folder, *words):
     from dllm.comm import runtime
 
     file = open(folder / f"sent-{MPI.COMM_WORLD.rank}.bin", "wb")  # noqa: SIM115, until the process ends
@@ -82,8 +84,10 @@ def _main(folder):
 
     runtime.world = world
     MPI.Win = _watched(MPI.Win, file)
+    if words:
+        sys.exit(importlib.import_module(words[0]).main(list(words[1:])))
     several_commands.run(folder)
 
 
 if __name__ == "__main__":
-    _main(pathlib.Path(sys.argv[1]))
+    _main(pathlib.Path(sys.argv[1]), *sys.argv[2:])

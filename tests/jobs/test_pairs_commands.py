@@ -118,7 +118,7 @@ REFUSALS = {  # command: what the message says
     "one file": ("dllm.evaluate straight --pairs one", "it takes SRC and TGT, or nothing"),
     "write what": ("dllm.evaluate straight --write file", "--write goes with --pairs"),
     "an empty line": ("dllm.evaluate straight --pairs gap gap", "gap is empty at line 2: take the line out of both"),
-    "an unknown word": ("dllm.evaluate straight --pairs one one", "'a' is not in the vocabulary"),
+    "an unknown word": ("dllm.evaluate straight --pairs one one", "one line 1 has a word that is not among the vocabulary's"),
     "no folder to write to": ("dllm.evaluate straight --pairs --write no/file", "cannot write --write no/file: No such"),
     "prompt for pairs": ("dllm.generate straight --prompt a", "straight was trained on pairs: give --source"),
     "text and pairs": ("dllm.generate straight --prompt a --source b", "give either --prompt or --source"),
@@ -176,7 +176,7 @@ def test_each_rank_may_have_pairs_of_its_own(tmp_path):
         (tmp_path / str(rank)).mkdir()
         write_pairs(tmp_path / str(rank), [(f"a{number}", f"b{number % 3}") for number in range(10 * rank, 10 * rank + 12)])
     out = tmp_path / "corpus{rank}"
-    mpirun(2, *prepare_arguments(tmp_path / "{rank}", out, splits=["train"]), check=True)
+    mpirun(2, *prepare_arguments(tmp_path / "{rank}", out, "--share-vocabulary", splits=["train"]), check=True)
     assert [Corpus(tmp_path / f"corpus{rank}").split("train")["pairs"] for rank in range(2)] == [12, 12]
     mpirun(2, *train_arguments(out, tmp_path / "run", *SMALL, extra=("--max-steps", 4)), check=True)
     assert len(metrics(tmp_path / "run", "train")) == 4

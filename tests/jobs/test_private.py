@@ -1,14 +1,17 @@
 """Private text stays where it is: nothing of it is in what MPI is given, and nothing that a peer sends runs as code."""
 
+import concurrent.futures
 import itertools
 import os
 import pickletools
 import re
+import signal
 
 import numpy as np
 import pytest
 from helpers.launch import REFUSED, complaint, mpirun, train_arguments, write_pairs
 from helpers.leaks import Detector
+from helpers.server import Server, texts
 from helpers.several_commands import run_several
 from helpers.spy import NODES, sent
 
@@ -16,6 +19,7 @@ from dllm.comm import methods
 from dllm.data.corpus import Corpus
 from dllm.data.lanes import deal
 from dllm.data.pair_lanes import read_lanes
+from dllm.data.tokenizer_files import load_tokenizer
 
 RANKS, LANES, WINDOW, PAIRS_WINDOW = 4, 8, 8, 256
 STEPS = (
@@ -184,3 +188,19 @@ def test_a_private_run_says_what_others_learn_shows_no_sample_and_is_its_owners_
     made = [*tmp_path.glob("corpus-*/**/*"), *tmp_path.glob("run/**/*"), tmp_path / "run", tmp_path / "corpus-0"]
     assert len(made) > 12
     assert [path for path in made if path.stat().st_mode & 0o077] == []
+
+
+def test_no_prompt_and_no_answer_is_in_what_mpi_is_given_by_a_server(world, text, tmp_path):
+    prompts = [text[start : start + 300].decode() for start in range(0, 24_000, 3000)]
+    tokenizer = load_tokenizer(world / "tiny")
+    with Server(world / "run", "--slots", 1, spied=tmp_path / "sent") as server:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [*pool.map(lambda prompt: server.complete(prompt, max_tokens=60, seed=1), prompts)]
+        said = [text for answer in answers for text in texts(answer)]
+        server.signal(signal.SIGTERM, server.ranks().values())
+        assert server.wait().returncode == 0
+    private = [prompt.encode() for prompt in prompts] + [answer.encode() for answer in said]
+    detector = Detector(private, [tokenizer.encode(one, False)[:, None] for one in private])
+    seen = {data for _, _, _, data in sent(tmp_path / "sent", 2)}
+    assert len(seen) > 10
+    assert not [found for data in seen for found in detector.find(data)]

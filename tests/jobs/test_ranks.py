@@ -173,7 +173,7 @@ def test_private_text_of_different_length_shares_a_vocabulary_and_each_token_is_
         start += size
     out = tmp_path / "site{rank}"
     texts = "--train", tmp_path / "site{rank}.txt", "--valid", tmp_path / "valid{rank}.txt"
-    mpirun(3, "-m", "dllm.prepare", *texts, "--tokenizer", "char", "--out", out, check=True)
+    mpirun(3, "-m", "dllm.prepare", *texts, "--tokenizer", "char", "--share-vocabulary", "--out", out, check=True)
     corpora = [Corpus(tmp_path / f"site{rank}") for rank in range(3)]
     assert [corpus.split("train")["tokens"] for corpus in corpora] == list(sizes)
     vocabularies = {(tmp_path / f"site{rank}" / "tokenizer.json").read_bytes() for rank in range(3)}

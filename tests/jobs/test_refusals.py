@@ -71,7 +71,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "resume: another number of lanes": ("dllm.train --resume run --set train.lanes=16", "lanes = 8, this run has 16"),
     "resume: another vocabulary": ("dllm.train --resume run --data other", "the vocabulary of .*other is not the one"),
     "prepare: missing file": (PREPARE + " --valid nothing.txt", "cannot read nothing.txt: No such file or directory"),
-    "prepare: a folder as text": (PREPARE + " --valid full", "cannot read full: Is a directory"),
+    "prepare: a folder as text": (PREPARE + " --valid full", "cannot read full: it is not a file"),
     "prepare: empty file": (PREPARE + " --valid empty.txt", "the valid text is empty: empty.txt"),
     "prepare: not UTF-8, char": (PREPARE + " --test latin.txt", "latin.txt is not UTF-8 at byte 4; convert it, or use"),
     "prepare: not UTF-8, word": (PREPARE + " --train latin.txt --tokenizer word", "latin.txt is not UTF-8 at byte 4"),
@@ -131,7 +131,10 @@ ON_FOUR = {
         PREPARE + "{rank} --deal files",
         "rank 1 of 4 gets no train text: take fewer ranks, or more files",
     ),
-    "prepare: one text is missing": (PREPARE + "/{rank} --train t{rank}.txt", r"cannot read t3.txt: .* \(rank 3\)"),
+    "prepare: one text is missing": (
+        PREPARE + "/{rank} --share-vocabulary --train t{rank}.txt",
+        r"cannot read t3.txt: .* \(rank 3\)",
+    ),
 }
 STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
 ON_ONE = {

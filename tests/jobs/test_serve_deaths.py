@@ -1,6 +1,5 @@
-"""Ranks that die, or are told to end, while clients are served; streams that a rank computes for another."""
+"""Ranks that die, or are told to end, while clients are served."""
 
-import asyncio
 import collections
 import contextlib
 import json
@@ -10,16 +9,9 @@ import threading
 import time
 
 import httpx
-import numpy as np
 import pytest
 from helpers.launch import mpirun
 from helpers.server import SURVIVES, Server, texts
-
-from dllm.inference.loaded_model import LoadedModel
-from dllm.serving.engine import Engine
-from dllm.serving.peers import Peers
-from dllm.serving.requests import Finished, Request
-from dllm.serving.streams import Inbox, LocalStreams
 
 CLIENTS, TOKENS = 64, 100
 
@@ -133,117 +125,6 @@ def test_ranks_that_are_told_to_end_finish_what_is_under_way(world, which):
             server.signal(signal.SIGTERM, [pids[1]])
         assert server.process.wait(30) == 0
         assert len(server.log("ended")) == 2
-
-
-class Rank:
-    """One rank's engine and peers, in this process: gossip is what the test says."""
-
-    def __init__(self, bundle, rank, slots=1):
-        self.rank, self.known, self.dead = rank, {}, False
-        self.engine = Engine(bundle, slots=slots, queue=4)
-        self.engine.start()
-        self.local = LocalStreams(self.engine, asyncio.get_running_loop())
-        self.peers = Peers(self, self.local, b"secret of these")
-
-    def table(self):
-        return {rank: (report, 0.1, self.dead) for rank, (_, report) in self.known.items()}
-
-    def hear_of(self, other, port, host="here"):
-        load = {name: other.engine.load()[name] for name in ("active", "queued", "slots")}
-        self.known[other.rank] = (1, load | {"address": ["127.0.0.1", port], "host": host, "draining": False})
-
-
-async def collect(inbox):
-    events = []
-    while not (events and isinstance(events[-1], Finished)):
-        events += [event for _, event in await inbox.get()]
-    return events
-
-
-def plain(events):
-    """JSON knows no tuples."""
-    return json.loads(json.dumps(events))
-
-
-async def _rest(reader):
-    """What comes until the other closes, be it in the midst of what was sent to it."""
-    try:
-        return await reader.read()
-    except ConnectionResetError:
-        return b""
-
-
-@pytest.mark.parametrize("fate", ["lives", "dies", "fails"])
-def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(world, fate):
-    """It goes on from where it broke off, the same to the bit."""
-
-    async def compare():
-        bundle = LoadedModel.open(world / "run")
-        one, two = Rank(bundle, 0), Rank(bundle, 1)
-        writers = []
-
-        async def serve(reader, writer):
-            writers.append(writer)
-            await two.peers._serve(reader, writer)
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        one.hear_of(one, 0)
-        one.hear_of(two, server.sockets[0].getsockname()[1])
-        request = Request(prompt=np.arange(5), max_tokens=3000, seed=3, logprobs=2)
-        alone, blocker, inbox = Inbox(), Inbox(), Inbox()
-        one.local.submit(request, alone, 0)
-        expected = await collect(alone)
-        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
-        rank, _ = one.peers.submit({0: request}, inbox)
-        assert rank == 1
-        got = [event for _, event in await inbox.get()]
-        if fate == "fails":
-            two.engine.stop()
-        if fate == "dies":
-            one.dead = True
-            writers[0].transport.abort()
-            server.close()
-        blocker.cancel()
-        got += await collect(inbox)
-        assert plain(got) == plain(expected)
-        server.close()
-        for rank in (one, two):
-            rank.engine.stop()
-
-    asyncio.run(asyncio.wait_for(compare(), 60))
-
-
-def test_nothing_is_handed_to_the_loopback_of_another_host(world):
-    async def choose():
-        bundle = LoadedModel.open(world / "run")
-        one, two = Rank(bundle, 0), Rank(bundle, 1)
-        one.hear_of(one, 0)
-        blocker = Inbox()
-        one.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
-        for host, chosen in (("there", 0), ("here", 1)):
-            one.hear_of(two, 1, host)
-            assert one.peers.choose_rank(1) == chosen
-        blocker.cancel()
-        for rank in (one, two):
-            rank.engine.stop()
-
-    asyncio.run(asyncio.wait_for(choose(), 30))
-
-
-@pytest.mark.parametrize("words", [b"16 %s %s\n" % (2 * (b"0" * 64,)), b"16\n", b"\n", b"x" * 100_000])
-def test_who_does_not_know_the_secret_gets_nothing(world, words):
-    async def knock():
-        rank = Rank(LoadedModel.open(world / "run"), 0)
-        port = await rank.peers.listen("127.0.0.1")
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        await reader.readline()
-        writer.write(words + b'{"prompt": [1]} ')
-        assert await asyncio.wait_for(_rest(reader), 5) == b""
-        writer.close()
-        assert rank.engine.load()["active"] + rank.engine.load()["queued"] == 0
-        rank.engine.stop()
-
-    asyncio.run(asyncio.wait_for(knock(), 30))
 
 
 def test_the_launcher_ends_where_starting_again_would_not_help(world):

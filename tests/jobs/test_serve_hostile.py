@@ -121,6 +121,77 @@ def test_a_bad_request_is_refused_at_once(server, data, status):
         assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
 
 
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+TWO_ENDS = {
+    "both lengths": b"Content-Length: 5\r\n" + CHUNKED,
+    "both, the other first": CHUNKED + b"Content-Length: 5\r\n",
+    "both, in other letters": b"content-LENGTH:5\r\nTRANSFER-encoding:\tchunked\r\n",
+    "both, folded": b"Content-Length: 5\r\nTransfer-Encoding:\r\n chunked\r\n",
+    "the same length twice": b"Content-Length: 5\r\nContent-Length: 5\r\n",
+    "a list of lengths": b"Content-Length: 5, 5\r\n",
+    "chunked twice": CHUNKED + CHUNKED,
+    "another coding": b"Transfer-Encoding: gzip, chunked\r\n",
+    "no coding that there is": b"Transfer-Encoding: xchunked\r\n",
+    "identity": b"Transfer-Encoding: identity\r\nContent-Length: 5\r\n",
+    "a sign": b"Content-Length: +5\r\n",
+    "hexadecimal": b"Content-Length: 0x5\r\n",
+    "a space before the colon": b"Content-Length : 5\r\n",
+    "a lonely return": b"X: 1\rContent-Length: 5\r\n" + CHUNKED,
+}
+
+
+@pytest.mark.parametrize("kind", [*TWO_ENDS, "chunked in HTTP/1.0"])
+def test_a_request_that_may_end_in_two_places_is_refused_and_what_is_behind_it_is_not_read(server, kind):
+    """RFC 9112, section 11.2: a proxy that sees the other end would pass on a request of somebody else as a body."""
+    head = HEAD.encode() + TWO_ENDS.get(kind, CHUNKED)
+    if kind.endswith("1.0"):
+        head = head.replace(b"HTTP/1.1", b"HTTP/1.0")
+    smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = talk(address(server), head + b"\r\n0\r\n\r\n" + smuggled)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    top, _, text = answer.lower().partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in top
+    assert b"\r\ncontent-type: application/json" in top
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_breaks_off_in_the_midst_of_an_answer_is_no_error_of_the_server(server):
+    """The answer begins before the body ends, here: a refusal."""
+    before = len(server.log("message"))
+    for _ in range(5):
+        data = HEAD.replace(TOKEN, "wrong").encode() + CHUNKED + b"\r\n5\r\nhello\r\n"
+        with socket.create_connection(address(server), timeout=5) as connection:
+            connection.sendall(data)
+            assert connection.recv(12) == b"HTTP/1.1 401"
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"ZZZ\r\n")
+                connection.recv(1000)
+    server.complete(max_tokens=1)
+    assert not any("Fatal" in line["text"] or "trace" in line for line in server.log("message")[before:])
+
+
+def test_the_log_grows_by_no_more_than_some_lines_a_minute_whatever_strangers_send(server):
+    """Malformed requests, upgrades that there are none of, wrong tokens, long names; what clients do is still written."""
+    end = b"Connection: close\r\n\r\n"
+    kinds = [
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer no\r\n" + end,
+        b"GET /%s HTTP/1.1\r\nHost: localhost\r\nUser-Agent: %s\r\n" % (b"p" * 20_000, b"u" * 20_000) + end,
+        b"%s / HTTP/1.1\r\nHost: %s\r\n" % (b"M" * 20_000, b"h" * 20_000) + end,
+    ]
+    begin = len(server.err)
+    with healthy(server):
+        for data in kinds * 200:
+            talk(address(server), data)
+    lines = server.err[begin:].splitlines()
+    assert len(lines) < 2 * 6 * 25  # of two ranks, six kinds, in a minute or two
+    assert max(map(len, lines)) < 1500
+    server.complete("Is it still written?", max_tokens=2)
+    server.until(lambda: any(line.get("completion_tokens") == 2 for line in server.log()), "a line of a client", 10)
+
+
 def test_who_has_no_token_learns_only_that_the_server_is_there(server):
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/").status_code == 200

@@ -69,10 +69,10 @@ def test_the_bytes_counted_are_those_that_the_links_carry(hosts, tiny, tmp_path)
 def test_with_an_interface_named_nothing_goes_by_another(hosts, tiny, tmp_path):
     train = train_arguments(tiny, tmp_path / "run", "train.max_steps=20", "model.hidden=128")[2:]
     words = "-m", "dllm.launch", "--hostfile", hosts.file, "--interface", "e1", "--", *train
-    started = Job(0, *words, timeout=100, env=hosts.agents(), before=hosts.on(1))
-    with Capture(hosts.switch, tmp_path) as wire, started:
-        done = started.wait()
-        assert done.returncode == 0, str(started)
+    with Capture(hosts.switch, tmp_path) as wire:  # noqa: SIM117, the job ends first
+        with Job(0, *words, timeout=100, env=hosts.agents(), before=hosts.on(1)) as started:
+            done = started.wait()
+            assert done.returncode == 0, str(started)
     addresses = {address for stream in wire.streams for address in (stream[0], stream[2])}
     assert addresses == {f"10.77.1.{number}" for number in range(1, network.COUNT + 1)}
     assert sum(map(len, wire.streams.values())) > 20 * 4 * 200_000  # bytes: ranks, steps, gradients

@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     latin.write_bytes(b"[model]\n# caf\xe9\n")
     for path, reason in [
         (tmp_path / "missing.toml", "No such file"),
-        (tmp_path, "Is a directory"),
+        (tmp_path, "it is not a file"),
         (latin, "codec can't decode"),
     ]:
         with pytest.raises(UserError, match=reason) as error:

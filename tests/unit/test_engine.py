@@ -350,19 +350,51 @@ def test_the_cache_keeps_what_was_used_last_and_finds_the_longest_prefix(steps, 
     for number, (put, tokens) in enumerate(steps):
         array, key = np.array(tokens, np.int64), tuple(tokens)
         if put:
-            cache.put(array, STATE + number)
+            cache.put(b"", array, STATE + number)
             if tokens and room:
                 known[key] = known.pop(key, number)
                 while len(known) > room:
                     del known[next(iter(known))]
         else:
             prefixes = [key[:length] for length in range(len(key), 0, -1) if key[:length] in known]
-            length, state = cache.find(array)
+            length, state = cache.find(b"", array)
             assert length == (len(prefixes[0]) if prefixes else 0)
             if prefixes:
                 assert state[0] == known[prefixes[0]]
                 known[prefixes[0]] = known.pop(prefixes[0])
         assert cache.bytes == len(known) * SIZE <= cache.limit
+
+
+def test_the_cache_finds_nothing_that_was_kept_with_another_salt():
+    cache, tokens = PrefixCache(10 * SIZE), np.arange(5)
+    salts = [b"", b"a", b"b", b"a" * 64]
+    for number, salt in enumerate(salts):
+        assert cache.find(salt, tokens) == (0, None)
+        cache.put(salt, tokens, STATE + number)
+    for number, salt in enumerate(salts):
+        assert cache.find(salt, tokens)[1][0] == number
+    assert cache.hits == len(salts)
+    with pytest.raises(ValueError, match="64 bytes"):
+        Request(prompt=[1], salt=bytes(65))
+
+
+def test_a_prompt_of_another_client_is_read_as_if_nobody_had_said_it(start):
+    """And gets the same bits; all of its tokens are read, whoever said them before or says them now."""
+    rng, engine = np.random.default_rng(15), start(slots=3)
+    first = request(rng, prompt=rng.integers(0, V, 200), echo=False, max_tokens=5)
+    ask = lambda salt: Request(**vars(first) | {"salt": salt})
+    reads, read = [], engine.decoder.read
+    engine.decoder.read = lambda tokens, slots, lengths=None: (
+        reads.append(tokens.size if lengths is None else int(np.sum(lengths))),
+        read(tokens, slots) if lengths is None else read(tokens, slots, lengths),
+    )
+    expected = answers(engine, ask(b"one"))[0]
+    alone = sum(reads)
+    for salts, times in (([b"one"], 0), ([b"other"], 1), ([b"one"], 0), ([b"third", b"fourth", b"third"], 2)):
+        hits, _ = engine.load()["cache_hits"], reads.clear()
+        assert all(same(found, expected) for found in answers(engine, *map(ask, salts)))
+        assert sum(reads) == alone * times + (len(salts) - times) * first.max_tokens
+        assert (engine.load()["cache_hits"] > hits) == (times < len(salts))
 
 
 def test_the_cache_of_an_engine_keeps_to_its_bytes(start):

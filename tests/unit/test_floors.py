@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("prepare", "train", "launch", "resize", "evaluate", "generate", "export", "import_", "serve")
 FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "kernels", "presets"),
-    ("config", "files"),
+    ("files",),
+    ("config",),
     ("comm", "model"),
     ("data", "cli"),
     ("runs",),

@@ -92,6 +92,15 @@ def test_of_the_same_tokens_one_stream_reads_unless_they_are_scored_or_nothing_i
     assert scheduler.next_window(unread, False)[0] == [one, same, other, scored]
 
 
+def test_nobody_waits_for_the_same_tokens_of_another_client():
+    """Else how long an answer takes would tell that another has just said the same."""
+    scheduler = Scheduler(8)
+    one, same = admitted(scheduler, stream(20, salt=b"one"), stream(20, salt=b"one"))
+    other, none = admitted(scheduler, stream(20, salt=b"other"), stream(20))
+    assert scheduler.next_window(unread, True)[0] == [one, other, none]
+    assert same not in scheduler.next_window(unread, True)[0]
+
+
 def test_those_whose_prompts_are_known_do_not_read_and_those_that_go_on_let_others_pass():
     scheduler = Scheduler(8)
     known, one, two = admitted(scheduler, stream(100), stream(100, 200), stream(100, 400))

@@ -1,5 +1,7 @@
 """Files written whole or not at all, and the one door to HDF5; what is damaged or foreign is a UserError that names it."""
 
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -167,3 +169,13 @@ def test_a_hash_that_does_not_hold_is_named(tmp_path):
         storage.check_file(path, "0" * 64)
     with pytest.raises(UserError, match=r"cannot read .*missing"):
         storage.check_file(tmp_path / "missing", "0" * 64)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o022, 0o077), (0o000, 0o077), (0o077, 0o077), (0o177, 0o177)])
+def test_what_is_private_is_for_the_owner_only_and_a_stricter_umask_stays(before, after):
+    saved = os.umask(before)
+    try:
+        storage.owner_only()
+        assert os.umask(0) == after
+    finally:
+        os.umask(saved)

@@ -132,7 +132,7 @@ def test_files_go_to_the_rank_with_least_and_small_alphas_make_uneven_shares(tmp
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*/missing: No such file"):
         text.plan_text([tmp_path / "missing"])
-    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*: it is not a file"):
         text.plan_text([tmp_path])
 
 

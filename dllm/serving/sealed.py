@@ -1,0 +1,171 @@
+"""A sealed channel between two ranks: both are who they say they are, and nobody else reads, changes, repeats or drops a word.
+
+Each rank makes a key pair of X25519 (RFC 7748) when it starts, and public keys go to all ranks by MPI. Of a connection, key of
+a direction and what is sent are
+
+    key         = HKDF-SHA256(salt = nonce of the caller | nonce of the other, ikm = X25519 secret | common secret,
+                              info = caller, other, direction)                                        (RFC 5869)
+    frame n     = length | ChaCha20Poly1305(key, nonce = n, what is sealed, aad = length)             (RFC 8439)
+    what is sealed = length of the message | message | zeros up to a multiple of PAD
+
+    other  -> caller    nonce, 32 bytes
+    caller -> other     its rank, its nonce and a seal of them, 52 bytes; and at once, unasked, the first frame
+
+The nonces make every connection's keys new, so nothing can be repeated; info keeps a frame from being sent back to its sender.
+A rank's private key opens nothing between two others. Sizes are rounded up, since the length of a text's parts tells of it
+(Weiss et al. 2024, "What was your prompt?").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from ..errors import UserError
+
+RANK, NONCE, LENGTH, TAG = 4, 32, 4, 16  # bytes
+PAD = 256  # bytes
+LARGEST = 16 << 20  # bytes of a message
+
+
+class NotSealed(ValueError):
+    """What came is not from whom it should be, or not what was sent."""
+
+
+class Keys:
+    """A rank's key pair, and what it shares with each other rank.
+
+    Attributes
+    ----------
+    rank : int
+        This one.
+    public : str
+        What the other ranks shall have, hexadecimal.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self._private = rank, X25519PrivateKey.generate()
+        self.public = self._private.public_key().public_bytes_raw().hex()
+        self._shared: dict[int, bytes] = {}
+
+    def agree(self, publics: Sequence[str], common: bytes = b"") -> None:
+        """Take in the public keys of all ranks. Raises UserError where one is none.
+
+        common : that all ranks have otherwise than by MPI, so that who changes the keys on their way gets nowhere
+        """
+        for rank, public in enumerate(publics):
+            if rank != self.rank:
+                try:
+                    theirs = X25519PublicKey.from_public_bytes(bytes.fromhex(public))
+                    self._shared[rank] = self._private.exchange(theirs) + common
+                except ValueError:
+                    raise UserError(f"rank {rank} sent no public key: start all ranks with the same version of dllm") from None
+
+    def of_connection(self, caller: int, other: int, nonces: bytes) -> tuple[Seal, Seal]:
+        """What seals the frames to `other`, and those to `caller`. Raises NotSealed where that is no rank."""
+        shared = self._shared.get(caller if other == self.rank else other)
+        if shared is None:
+            raise NotSealed(f"there is no other rank {caller}")
+        ends = b"dllm serve %d calls %d, " % (caller, other)
+        to_other, to_caller = (
+            Seal(HKDF(SHA256(), length=32, salt=nonces, info=ends + direction).derive(shared))
+            for direction in (b"question", b"answer")
+        )
+        return to_other, to_caller
+
+
+class Seal:
+    """One direction of a connection: a key, and a count of what was sealed or opened by it."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher, self._count = ChaCha20Poly1305(key), 0
+
+    def _nonce(self) -> bytes:
+        self._count += 1
+        return self._count.to_bytes(12, "little")
+
+    def close(self, data: bytes, beside: bytes) -> bytes:
+        """`data` encrypted, TAG bytes longer; `beside` is not encrypted, and whoever opens must have the same."""
+        return self._cipher.encrypt(self._nonce(), data, beside)
+
+    def open(self, data: bytes, beside: bytes) -> bytes:
+        """What was closed. Raises NotSealed where it was not closed by this key, as the next thing, as it is now."""
+        try:
+            return self._cipher.decrypt(self._nonce(), data, beside)
+        except InvalidTag:
+            raise NotSealed("a frame that the other rank has not sent") from None
+
+
+class Channel:
+    """Messages of bytes over a connection whose two ends have proved themselves.
+
+    Parameters
+    ----------
+    reader : asyncio.StreamReader
+    writer : asyncio.StreamWriter
+    closing : Seal
+        Of what is sent.
+    opening : Seal
+        Of what comes.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, closing: Seal, opening: Seal) -> None:
+        self.reader, self.writer, self._closing, self._opening = reader, writer, closing, opening
+
+    async def send(self, message: bytes) -> None:
+        """Send a message. Raises OSError, or ValueError where it is longer than LARGEST."""
+        frame = self._frame(message)
+        self.writer.write(frame)
+        await self.writer.drain()
+
+    def _frame(self, message: bytes) -> bytes:
+        if len(message) > LARGEST:
+            raise ValueError(f"a message of {len(message)} bytes")
+        size = LENGTH + len(message)
+        padded = (len(message).to_bytes(LENGTH) + message).ljust(-(-size // PAD) * PAD, b"\0")
+        length = (len(padded) + TAG).to_bytes(LENGTH)
+        return length + self._closing.close(padded, length)
+
+    async def receive(self) -> bytes:
+        """The next message. Raises OSError, EOFError, or NotSealed. Who gives up in the midst of one must close the channel."""
+        length = await self.reader.readexactly(LENGTH)
+        size = int.from_bytes(length)
+        if not PAD + TAG <= size <= LARGEST + LENGTH + PAD + TAG:
+            raise NotSealed(f"a frame of {size} bytes")
+        padded = self._opening.open(await self.reader.readexactly(size), length)
+        return padded[LENGTH : LENGTH + int.from_bytes(padded[:LENGTH])]
+
+
+async def call(keys: Keys, other: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> Channel:
+    """Begin to talk with rank `other` by a message that only this rank can read, whoever has answered the call.
+
+    Raises OSError, EOFError, NotSealed.
+    """
+    nonce = secrets.token_bytes(NONCE)
+    theirs = await reader.readexactly(NONCE)
+    closing, opening = keys.of_connection(keys.rank, other, nonce + theirs)
+    hello = keys.rank.to_bytes(RANK) + nonce
+    writer.write(hello + closing.close(b"", hello))
+    channel = Channel(reader, writer, closing, opening)
+    await channel.send(message)
+    return channel
+
+
+async def welcome(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+    """A channel with the rank that has called, of which 52 bytes are read before it has proved that it is one.
+
+    Raises OSError, EOFError, NotSealed.
+    """
+    nonce = secrets.token_bytes(NONCE)
+    writer.write(nonce)
+    hello = await reader.readexactly(RANK + NONCE)
+    opening, closing = keys.of_connection(int.from_bytes(hello[:RANK]), keys.rank, hello[RANK:] + nonce)
+    opening.open(await reader.readexactly(TAG), hello)
+    return Channel(reader, writer, closing, opening)
