@@ -117,6 +117,7 @@ class Hosts:
         return {
             "PRTE_MCA_plm_ssh_agent": self.agent, "HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": self.agent,
             "OMPI_MCA_mpi_yield_when_idle": "1",
+            "UCX_TLS": "tcp,self",  # in truth all hosts are one machine, whose memory UCX would use
         }  # fmt: skip
 
     def environment(self) -> dict[str, object]:
@@ -124,7 +125,7 @@ class Hosts:
         return self.agents() | {
             "PRTE_MCA_prte_if_include": "e0", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,tcp",
             "OMPI_MCA_btl_tcp_if_include": "10.77.0.0/24",
-            "HYDRA_IFACE": "e0", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "e0",
+            "HYDRA_IFACE": "e0", "UCX_NET_DEVICES": "e0",
         }  # fmt: skip
 
 

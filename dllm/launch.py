@@ -21,10 +21,12 @@ examples
   dllm launch -n 6 --resume RUN                            go on with RUN, on 6 ranks
   dllm launch -n 8 --run RUN -- --data DIR                 for batch scripts: make RUN, or go on with it where it is there
   dllm launch --hostfile FILE -- --data DIR                on other hosts too: a line each, such as  node1 slots=8
+  dllm launch --hostfile FILE --interface wg0 -- --data DIR    between hosts by this network interface only
 
 Under Open MPI the job goes on without a rank that dies. Where that is not possible, or everything dies, the job is started
 anew from its newest whole checkpoint, on the hosts that answer. Ctrl-C once: a checkpoint, then the end (exit code 75); twice:
 the end now. `dllm resize RUN -n M` goes on with M ranks.
+MPI does not encrypt what goes between hosts. Ranks that are all on this host cannot be reached from another.
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import ipaddress
 import os
 import re
 import shutil
@@ -118,8 +120,15 @@ def launched_rank() -> int | None:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host is this one."""
-    return host in (socket.gethostname(), "localhost")
+    """Whether a host is this one, by its name or one of its addresses."""
+    if host in (socket.gethostname(), "localhost"):
+        return True
+    with contextlib.suppress(ValueError, OSError):
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as bound:
+            bound.bind((host, 0))  # which the kernel lets us do with an address of ours
+            return True
+    return False
 
 
 def answering(hosts: dict[str, int]) -> dict[str, int]:

@@ -33,9 +33,9 @@ def ask(hosts, number, path, body=None):
 
 
 @contextlib.contextmanager
-def busy(hosts, number):
+def busy(hosts, number, prompt="To be"):
     """A long stream that a client of a host reads: the rank that computes it."""
-    body = {"prompt": "To be", "max_tokens": 10**5, "stream": True}
+    body = {"prompt": prompt, "max_tokens": 10**5, "stream": True}
     with subprocess.Popen(client(hosts, number, "/v1/completions", body), stdout=subprocess.PIPE, text=True) as process:
         try:
             yield int(process.stdout.readline())

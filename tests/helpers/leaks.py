@@ -19,9 +19,10 @@ FORMS = "u1", "u2", "u4", "i8", "f4", "f8"
 BYTES, TOKENS = 12, 6  # the length of a piece
 DIFFERENT = {"bytes": 5, "tokens": 4}  # at least
 LENGTHS = 12, 24, 48  # bytes of a piece, in whatever form
-CHUNK = 1 << 20  # offsets that are looked at together
-BITS = 22  # of a hash, for the first look
-MULTIPLIERS = np.random.default_rng(1).integers(1 << 62, 1 << 63, 6, np.uint64) | np.uint64(1)
+CHUNK = 1 << 16  # offsets that are looked at together
+BITS = 22  # of a hash that are looked up at once
+SHIFTS = 42, 32, 22  # where they stand: few hashes get to the search
+MULTIPLIERS = np.random.default_rng(1).integers(1 << 62, 1 << 63, 7, np.uint64) | np.uint64(1)
 DECIMALS = re.compile(rb"\d{1,10}(?:\s*,\s*\d{1,10}){%d,}" % (TOKENS - 1))
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}={0,2}")
 
@@ -44,7 +45,8 @@ class Detector:
 
         def learn(pieces, name):
             if len(pieces):
-                parts[pieces.shape[1]].append((_hashes(pieces.ravel(), pieces.shape[1])[:: pieces.shape[1]], len(self.names)))
+                length = pieces.shape[1]
+                parts[length].append((_hashes(_words(pieces.ravel()), length)[::length], len(self.names)))
                 self.names.append(name)
 
         for name, text in texts.items() if isinstance(texts, dict) else ((f"text {n}", text) for n, text in enumerate(texts)):
@@ -78,21 +80,20 @@ class Detector:
 
     def _search(self, data):
         """The lines for what stands in `data` as it is."""
-        data, lines = np.frombuffer(data, np.uint8), []
-        for length, table in self._known.items():
-            hits = []  # offsets, numbers of names
-            for begin in range(0, len(data) - length + 1, CHUNK):
-                where, which = table.look(_hashes(data[begin : begin + CHUNK + length - 1], length))
-                hits += zip((where + begin).tolist(), which.tolist(), strict=True)
-            last = {}  # number of the name -> first and last offset of the stretch
-            for offset, which in hits:
-                begin, end = last.get(which, (offset, offset))
-                if offset > end + length:
-                    lines.append(self._line(data, which, begin, end + length))
-                    begin = offset
-                last[which] = begin, offset
-            lines += [self._line(data, which, begin, end + length) for which, (begin, end) in last.items()]
-        return lines
+        data, hits = np.frombuffer(data, np.uint8), []  # offset, number of the name, length
+        for begin in range(0, len(data), CHUNK):
+            words = _words(data[begin : begin + CHUNK + max(LENGTHS) - 1])
+            for length, table in self._known.items():
+                where, which = table.look(_hashes(words, length)[:CHUNK])
+                hits += [(begin + at, number, length) for at, number in zip(where.tolist(), which.tolist(), strict=True)]
+        last, lines = {}, []  # number of the name -> first and last offset of the stretch
+        for offset, which, length in hits:
+            begin, end = last.get(which, (offset, offset))
+            if offset > end:
+                lines.append(self._line(data, which, begin, end))
+                begin = offset
+            last[which] = begin, offset + length
+        return lines + [self._line(data, which, begin, end) for which, (begin, end) in last.items()]
 
     def _line(self, data, which, begin, end):
         return f"{self.names[which]}: bytes {begin} to {end}, {bytes(data[begin : min(end, begin + 48)])!r}"
@@ -105,15 +106,24 @@ class _Table:
         hashes = np.concatenate([part for part, _ in parts])
         names = np.concatenate([np.full(len(part), name) for part, name in parts])
         self.hashes, first = np.unique(hashes, return_index=True)
-        self.names, self.there = names[first], np.zeros(1 << BITS, bool)
-        self.there[self.hashes >> np.uint64(64 - BITS)] = True
+        self.names = names[first]
+        self.there = {shift: np.zeros(1 << BITS, bool) for shift in SHIFTS}
+        for shift, there in self.there.items():
+            there[_bits(self.hashes, shift)] = True
 
     def look(self, hashes):
         """Where in `hashes` known ones are, and the numbers of their names."""
-        where = np.flatnonzero(self.there[hashes >> np.uint64(64 - BITS)])
+        where = np.flatnonzero(self.there[SHIFTS[0]][_bits(hashes, SHIFTS[0])])
+        for shift in SHIFTS[1:]:
+            where = where[self.there[shift][_bits(hashes[where], shift)]]
         place = np.minimum(np.searchsorted(self.hashes, hashes[where]), len(self.hashes) - 1)
         well = self.hashes[place] == hashes[where]
         return where[well], self.names[place[well]]
+
+
+def _bits(hashes, shift):
+    """BITS of every hash."""
+    return (hashes >> np.uint64(shift) & np.uint64((1 << BITS) - 1)).view(np.int64)
 
 
 def _pieces(sequence, length, different):
@@ -141,29 +151,18 @@ def _orders(arrays):
     }
 
 
-def _hashes(data, length):
-    """(len - length + 1,) uint64 of every stretch of `length` bytes, which is 12, 24 or 48."""
-    words = _mixed(_words(data, "<u8"))
-    if length == 12:
-        return words[: len(data) - 11] * MULTIPLIERS[0] + _mixed(_words(data, "<u4")[8:].astype(np.uint64)) * MULTIPLIERS[1]
-    count, total = len(data) - length + 1, np.zeros(len(data) - length + 1, np.uint64)
-    for number in range(length // 8):
-        total += words[8 * number : 8 * number + count] * MULTIPLIERS[number]
-    return total * MULTIPLIERS[0]
+def _hashes(words, length):
+    """(n,) uint64 of every stretch of `length` bytes, which is 12, 24 or 48, of `_words`."""
+    count = max(len(words) - length + 8, 0)
+    total = words[:count] * MULTIPLIERS[0]
+    for number, at in enumerate([4] if length == 12 else range(8, length, 8), 1):
+        total += words[at : at + count] * MULTIPLIERS[number]
+    return total * MULTIPLIERS[-1]
 
 
-def _words(data, form):
-    """(len - size + 1,) the word at every offset."""
-    size = np.dtype(form).itemsize
-    words = np.empty(max(len(data) - size + 1, 0), form)
-    for offset in range(min(size, len(words))):
-        part = data[offset:]
-        words[offset::size] = np.frombuffer(part[: len(part) // size * size].tobytes(), form)
-    return words
-
-
-def _mixed(words):
-    """Words (n,) uint64 whose every bit depends on all: numbers such as 3.0 differ in a few high bits only."""
-    words = words ^ (words >> np.uint64(32))
-    words *= MULTIPLIERS[0]
-    return words ^ (words >> np.uint64(29))
+def _words(data):
+    """(len - 7,) uint64 that begin at every byte, mixed."""
+    words = np.empty(max(len(data) - 7, 0), "<u8")
+    for offset in range(min(8, len(words))):
+        words[offset::8] = np.ndarray((len(data) - offset) // 8, "<u8", data, offset)
+    return words ^ words >> np.uint64(32)  # of doubles the upper bits alone say something, and products carry upwards

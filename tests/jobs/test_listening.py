@@ -77,5 +77,6 @@ def test_whether_all_ranks_are_here_is_known_before_mpirun_starts(monkeypatch, v
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert mpirun.all_here({}) is local
-    assert mpirun.all_here({"localhost": 2})
+    assert mpirun.all_here({"localhost": 2, "127.0.0.1": 2})
+    assert not mpirun.all_here({"192.0.2.77": 2})
     assert not mpirun.all_here({"localhost": 2, "elsewhere": 2})

@@ -66,3 +66,10 @@ def test_numbers_and_bytes_inside_json_are_found(detector):
 def test_what_anything_could_have_sent_is_no_piece():
     detector = Detector([b" " * 50 + b"==========\n"], [np.zeros((20, 4), int), np.ones(50, int)])
     assert detector.find(bytes(5000) + b" " * 100 + np.ones(100).tobytes()) == []
+
+
+def test_doubles_are_told_from_each_other_and_from_nothing():
+    known = [RNG.integers(0, 70_000, (10, 4)) for _ in range(500)]
+    lines = np.zeros((5000, 12))
+    lines[np.arange(5000), 6] = np.arange(5000)
+    assert Detector(windows=known).find(lines.tobytes() + RNG.integers(70_000, 80_000, 50_000).astype("f8").tobytes()) == []
