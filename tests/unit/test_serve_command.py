@@ -2,7 +2,6 @@
 
 import pytest
 
-from dllm.errors import UserError
 from dllm.launching import interfaces
 from dllm.serve import arguments, has_ranks_option
 from dllm.serving import server
@@ -40,9 +39,3 @@ def test_ranks_of_one_host_stay_on_it_and_those_of_several_on_their_interface(
 ):
     monkeypatch.setattr(interfaces, "address_of", {"wg0": "10.9.0.7"}.__getitem__)
     assert server.peer_addresses(bound, host, interface, one_host) == found
-
-
-def test_the_address_of_an_interface_is_what_the_system_says():
-    assert interfaces.address_of("lo") == "127.0.0.1"
-    with pytest.raises(UserError, match=r"--interface nothing0: there is none of that name here; there is .*lo"):
-        interfaces.address_of("nothing0")
