@@ -13,6 +13,7 @@ from .errors import Refused, busy
 from .tokens import Clients
 
 OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
+ONCE = {b"authorization", b"host", b"origin"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
 
@@ -74,6 +75,9 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        names = [name for name, _ in scope["headers"] if name in ONCE]
+        if len(names) > len(set(names)):  # a proxy may have looked at another of them
+            raise Refused("a header that says who asks is there more than once", code="bad_request")
         self._check_origin(headers)
         salt = self.clients.salt_of(headers.get(b"authorization", b""))
         scope["dllm"]["authenticated"], scope["dllm.salt"] = salt is not None, salt
