@@ -17,8 +17,9 @@ from . import cli
 from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
-from .launching.mpirun import launched_rank
+from .launching.mpirun import all_here, launched_rank
 from .runs import ownership
+from .serving import tokens
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,7 +38,6 @@ A host other than loopback needs a token, which clients send as  Authorization: 
 token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
 share what is kept, but for requests that say "cache_salt": TEXT.
 """
-TOKEN = "DLLM_TOKEN"
 RANKS_OPTION = re.compile(r"-n(=?\d+)?|--ranks(=.*)?")
 
 
@@ -48,7 +48,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     for name, kind, default, metavar, text in (
         ("--host", str, "127.0.0.1", "ADDRESS", "address to listen on"),
         ("--port", cli.at_least(0), 8000, "P", "of all ranks of a host; 0: a free one"),
-        ("--token-file", str, None, "FILE", f"file with the tokens of clients, one a line, mode 600 (or one in {TOKEN})"),
+        ("--token-file", str, None, "FILE", f"file with clients' tokens, one a line, mode 600 (or one in {tokens.VARIABLE})"),
         ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
         ("--slots", positive, 64, "N", "streams that a rank computes at once"),
         ("--queue", cli.at_least(0), 256, "N", "streams that wait for a slot"),
@@ -102,8 +102,11 @@ def start(words: list[str]) -> int:
     options = arguments(words)
     read_tokens(options)  # what is wrong with them is said here, once
     check(options)
-    pass_on = [ownership.JOB, *([TOKEN] if TOKEN in os.environ and not options.token_file else [])]
-    return ServerSupervisor(options, words, pass_on).supervise()
+    pass_on = [ownership.JOB, *([tokens.VARIABLE] if tokens.VARIABLE in os.environ and not options.token_file else [])]
+    supervisor = ServerSupervisor(options, words, pass_on)
+    if tokens.VARIABLE in pass_on and not all_here(supervisor.hosts):
+        supervisor.say(f"mpirun sends {tokens.VARIABLE} to other hosts in clear: --token-file, a copy on each host, does not")
+    return supervisor.supervise()
 
 
 def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
@@ -113,7 +116,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
-        tokens = read_tokens(options)
+        clients = read_tokens(options)
         check(options)
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
@@ -133,7 +136,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, model, engine, options, tokens, listener)
+    server = Server(comm, node, model, engine, options, clients, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
@@ -144,12 +147,10 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 
 def read_tokens(options: argparse.Namespace) -> tuple[str, ...]:
     """The tokens, empty where there are none. Raises UserError where there has to be one."""
-    from .serving.tokens import VARIABLE, read_tokens
-
-    tokens = read_tokens(options.token_file)
-    if not tokens and not is_loopback(options.host):
-        raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {VARIABLE}")
-    return tokens
+    found = tokens.read_tokens(options.token_file)
+    if not found and not is_loopback(options.host):
+        raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {tokens.VARIABLE}")
+    return found
 
 
 def is_loopback(host: str) -> bool:
