@@ -144,7 +144,7 @@ def test_a_token_file_that_others_know_or_that_is_none_is_refused_in_one_line(wo
 def test_an_interface_that_is_none_is_refused_in_one_line(world):
     done = mpirun(0, "-m", "dllm.serve", "run", "--interface", "nothing0", cwd=world)
     assert done.returncode == 2
-    assert done.stderr.startswith("dllm: --interface nothing0: there is none of that name here; there is ")
+    assert done.stderr.startswith("dllm: this host has no network interface 'nothing0'; it has ")
     assert done.stderr.count("\n") == 1
 
 
