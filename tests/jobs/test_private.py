@@ -23,7 +23,7 @@ from dllm.data.tokenizer_files import load_tokenizer
 
 RANKS, LANES, WINDOW, PAIRS_WINDOW = 4, 8, 8, 256
 STEPS = (
-    "train.max_steps=5",
+    "train.max_steps=3",
     "train.eval_every=2",
     "checkpoint.every_steps=2",
     "train.optimizer=sgd",
