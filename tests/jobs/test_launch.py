@@ -177,7 +177,7 @@ def test_it_gives_up_on_a_job_that_gets_nowhere(tiny, tmp_path):
         (["--resume", "nowhere"], "is not the folder of a run"),
         (["-n", "0"], "not a number of at least 1"),
         (["--hostfile", "nowhere"], "cannot read the hosts in nowhere: No such file or directory"),
-        (["--hostfile", "/dev/null"], "/dev/null names no host"),
+        (["--hostfile", "/dev/null"], "cannot read the hosts in /dev/null: it is not a file"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_anything_starts(tmp_path, arguments, message):
