@@ -16,7 +16,7 @@ from .data.corpus import Corpus
 from .data.lanes import Schedule
 from .data.pair_lanes import read_lanes
 from .errors import DONE, UserError, printable
-from .files import safetensors
+from .files import safetensors, storage
 from .inference import model_card, model_folder
 from .inference.loaded_model import LoadedModel
 from .kernels.gemm import aligned
@@ -66,6 +66,8 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     model_folder.check_free(options.out)
     source = LoadedModel.open(options.run, options.checkpoint == "best")
     model_folder.check_windows(source.settings.train)
+    if config.is_private(source.data or ""):
+        storage.owner_only()  # it may repeat a text: who else shall have it is for its owner to say
     for warning in source.warnings:
         _say(warning)
     layout = source.layout

@@ -124,9 +124,11 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     say(f"{out}: {counts} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}")
     if private:
         size = np.array([entries["train"]["tokens"]])
-        (most,), (least,), (total,) = messages.largest(comm, size), -messages.largest(comm, -size), messages.total(comm, size)
-        of_each = f" a rank {least:,} to {most:,}," if options.deal else ""  # a site's size is nobody else's business
-        say(f"train tokens:{of_each} {total:,} in all")
+        of_each = ""
+        if options.deal:  # the size of a site that has text of its own is nobody else's business
+            least, most = (abs(int(messages.largest(comm, sign * size)[0])) for sign in (-1, 1))
+            of_each = f" a rank {least:,} to {most:,},"
+        say(f"train tokens:{of_each} {messages.total(comm, size)[0]:,} in all")
     recipe = ""
     if options.pairs:
         say("pairs: " + ", ".join(f"{name} {entry['pairs']:,}" for name, entry in entries.items()))

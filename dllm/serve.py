@@ -100,7 +100,7 @@ def start(words: list[str]) -> int:
     from .launching.server_supervisor import ServerSupervisor
 
     options = arguments(words)
-    read_tokens(options)  # what is wrong with them is said here, once
+    tokens_of(options)  # what is wrong with them is said here, once
     check(options)
     pass_on = [ownership.JOB, *([tokens.VARIABLE] if tokens.VARIABLE in os.environ and not options.token_file else [])]
     supervisor = ServerSupervisor(options, words, pass_on)
@@ -116,7 +116,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
-        clients = read_tokens(options)
+        clients = tokens_of(options)
         check(options)
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
@@ -145,7 +145,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     return code
 
 
-def read_tokens(options: argparse.Namespace) -> tuple[str, ...]:
+def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:
     """The tokens, empty where there are none. Raises UserError where there has to be one."""
     found = tokens.read_tokens(options.token_file)
     if not found and not is_loopback(options.host):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HEAD = 8  # bytes of the length
 LARGEST = 1 << 30  # bytes of a message
-KINDS, MOST_BYTES = "biuf", 8  # of an element of an array
+DTYPES = frozenset({"|b1", "|u1", "|i1", *(f"<{kind}{size}" for kind in "uif" for size in (2, 4, 8))})  # of arrays
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def pack(value: Any) -> bytes:
     parts: list[bytes] = []
 
     def place(array: Any) -> _Place:
-        if not isinstance(array, np.ndarray):
+        if not (isinstance(array, np.ndarray) and array.dtype.str in DTYPES):
             raise TypeError(f"{type(array).__name__} is nothing that a message can say")
         at = sum(map(len, parts))
         parts.append(np.ascontiguousarray(array).tobytes())
@@ -61,15 +61,18 @@ def unpack(message: bytes | memoryview, kind: Any) -> Any:
     """The value of type `kind` that a message says; np.ndarray stands for an array. Raises ValueError where it says none."""
     data = memoryview(message)
     length = int.from_bytes(data[:HEAD], "little")
-    arrays = data[HEAD + length :]
+    arrays, taken = data[HEAD + length :], 0
 
     def find(kind: type, told: Any) -> Array:
+        nonlocal taken
         place = msgspec.convert(told, _Place)
-        dtype = np.dtype(place.dtype)
-        if dtype.kind not in KINDS or dtype.itemsize > MOST_BYTES or min(place.at, *place.shape, 0) < 0:
+        if place.dtype not in DTYPES or min(place.at, *place.shape, 0) < 0:
             raise ValueError(f"no array is {told}")
-        found: Array = np.ndarray(place.shape, dtype, arrays, place.at).copy()
-        return found
+        found: Array = np.ndarray(place.shape, place.dtype, arrays, place.at)
+        taken += found.nbytes
+        if taken > len(arrays):  # two arrays in one place would take more memory than the message
+            raise ValueError("its arrays overlap")
+        return found.copy()
 
     try:
         return msgspec.json.decode(data[HEAD : HEAD + length], type=kind, dec_hook=find)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import mpi4py
 
-from ..errors import BAD_INPUT, UserError, line
+from ..errors import BAD_INPUT, UserError, line, printable
 from . import loopback
 from .messages import allgather
 
@@ -131,7 +132,7 @@ def together(comm: MPI.Comm) -> Iterator[None]:
         problem = str(error)
     except (OSError, MemoryError) as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = allgather(comm, problem, str | None)
+    problems = allgather(comm, problem and printable(problem), str | None)
     found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
     if found:
         rank, text = found[0]
@@ -150,16 +151,21 @@ def check_same(comm: MPI.Comm, facts: dict[str, Any]) -> None:
 
     Digests travel; only where two differ, what these ranks have of this one fact does.
     """
-    digests = [hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in facts.values()]
+    digests = [hashlib.sha256(f"{name}={value!r}".encode(errors="replace")).hexdigest()[:16] for name, value in facts.items()]
     everyone = allgather(comm, digests, list[str])
-    for number, name in enumerate(facts):
-        odd = [rank for rank, others in enumerate(everyone) if others[number : number + 1] != everyone[0][number : number + 1]]
-        if odd:
-            values = allgather(comm, str(facts[name])[:MOST_SHOWN], str)
-            raise UserError.of_all(
-                f"the ranks do not agree on the {name}: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}; "
-                "start all of them with the same command, code and data"
-            )
+    odd = next((rank for rank, others in enumerate(everyone) if others != everyone[0]), None)
+    if odd is None:
+        return
+    # All ranks come here, even where one has more facts than another, as a different version of dllm may have.
+    pairs = itertools.zip_longest(everyone[0], everyone[odd])
+    place = next(number for number, (first, other) in enumerate(pairs) if first != other)
+    name = [*facts][place] if place < len(facts) else "number of settings"
+    told = allgather(comm, (name, printable(str(facts.get(name, len(facts))))[:MOST_SHOWN]), tuple[str, str])
+    (name, first), (_, other) = told[0], told[odd]
+    raise UserError.of_all(
+        f"the ranks do not agree on the {name}: rank 0 has {first}, rank {odd} has {other}; "
+        "start all of them with the same command, code and data"
+    )
 
 
 def mpi_library() -> str:

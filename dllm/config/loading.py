@@ -21,8 +21,9 @@ PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 LONGEST_WORD = 4096  # characters of a setting that is a word, as many as a path has: all of them fit into storage.SMALL
 # Strings and comments of TOML, where a dot means nothing, and a key of ten parts or more. One of n parts takes n^2 to read.
 QUOTED = re.compile(
-    r"'''.*?(?:'''|\Z)" r'|"""(?:\\.|[^\\])*?(?:"""|\Z)' r"|'[^'\n]*'" r'|"(?:\\.|[^"\\\n])*"' r"|#[^\n]*", re.DOTALL
-)
+    r"'''.*?(?:'''|\Z)" r'|"""(?:\\.?|[^\\])*?(?:"""|\Z)' r"|'[^'\n]*+(?:'|\n|\Z)" r'|"(?:\\.|[^"\\\n])*+(?:"|\n|\\?\Z)'
+    r"|#[^\n]*", re.DOTALL,
+)  # fmt: skip  # an open string ends with its line, so each character is looked at once, whatever the text
 TEXTS = ("log.prompt",)  # settings that may have lines
 LONG_KEY = re.compile(r"(?:\.[ \t]*[\w-]+[ \t]*){9}")
 

@@ -37,7 +37,7 @@ CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
 SHAPE = ("embedding", "hidden", "layers", "tied", "biases")  # what of ModelConfig a trained model depends on
 KEYS = ("format", "vocabulary", "parameters", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
 LARGEST = 1 << 20  # bytes of a config.json, which has 3 kB
-LONGEST_WINDOW, MOST_TOKENS = 1 << 20, 1 << 26  # tokens of a window, and of the windows of all lanes
+LONGEST_WINDOW, MOST_IN_WINDOWS = 1 << 20, 1 << 26  # tokens of a window, and of the windows of all lanes
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=255)]
@@ -136,8 +136,8 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
 def check_windows(train: config.TrainConfig) -> None:
     """Raise UserError where an evaluation would take windows that no model is trained with."""
     window, lanes = train.window, train.eval_lanes or train.lanes
-    if window > LONGEST_WINDOW or window * lanes > MOST_TOKENS:
-        most = f"at most {LONGEST_WINDOW:,} tokens in a window and {MOST_TOKENS:,} in those of all lanes"
+    if window > LONGEST_WINDOW or window * lanes > MOST_IN_WINDOWS:
+        most = f"at most {LONGEST_WINDOW:,} tokens in a window and {MOST_IN_WINDOWS:,} in those of all lanes"
         raise UserError(f"window = {window} and lanes = {lanes}: a model folder has {most}")
 
 

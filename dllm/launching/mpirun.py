@@ -76,15 +76,15 @@ def command(ranks: int, cores: int, hosts: dict[str, int], *pass_on: str) -> lis
 
 
 def environment(detect: bool = False, interface: str | None = None) -> dict[str, str]:
-    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise.
+    """Variables for mpirun: what Open MPI needs, unless the user has set it otherwise, and what `interface` asks for.
 
     detect : bool
         Whether hosts that fall silent shall be noticed.
     interface : str or None
-        The only network interface to go by.
+        The only network interface to go by, whatever modules of a cluster have set.
     """
     network = {**dict.fromkeys(INTERFACE, interface), **BY_INTERFACE} if interface else {}
-    return {**OPENMPI, **(DETECTOR if detect else {}), **network, **os.environ}
+    return {**OPENMPI, **(DETECTOR if detect else {}), **os.environ, **network}
 
 
 def all_here(hosts: dict[str, int]) -> bool:

@@ -72,7 +72,7 @@ class Supervisor(ABC):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.stop())
         hosts = self.hosts
-        if not (self.interface or mpirun.all_here(hosts)) and hosts:
+        if not (self.interface or mpirun.all_here(hosts)):
             self.say(NOT_ENCRYPTED)
         while True:
             begin = time.monotonic()

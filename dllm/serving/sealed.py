@@ -9,7 +9,7 @@ a direction and what is sent are
     what is sealed = length of the message | message | zeros up to a multiple of PAD
 
     other  -> caller    nonce, 32 bytes
-    caller -> other     its rank, its nonce and a seal of them, 52 bytes; and at once, unasked, the first frame
+    caller -> other     its rank, its nonce and a seal of them, 52 bytes, as frame 1; and at once, unasked, the first message
 
 The nonces make every connection's keys new, so nothing can be repeated; info keeps a frame from being sent back to its sender.
 A rank's private key opens nothing between two others. Sizes are rounded up, since the length of a text's parts tells of it

@@ -44,7 +44,9 @@ def _read(path: str) -> str:
                 raise UserError(f"--token-file {path} is no regular file")
             if found.st_uid not in (os.geteuid(), 0):
                 raise UserError(f"--token-file {path} belongs to another user, who knows the tokens: make a file of your own")
-            if found.st_mode & 0o077:
+            # Kubernetes mounts secrets of root's for a group, that of this process.
+            for_us = os.geteuid() != 0 == found.st_uid and found.st_gid in (os.getegid(), *os.getgroups())
+            if found.st_mode & (0o037 if for_us else 0o077):
                 raise UserError(f"--token-file {path} can be read or written by others: chmod 600 {path}")
             data = file.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:

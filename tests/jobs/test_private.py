@@ -91,6 +91,10 @@ def check(folder, detector, commands):
     return calls
 
 
+def _holds(data, number):
+    return number.to_bytes(8, "little") in data or (-number).to_bytes(8, "little", signed=True) in data
+
+
 def train(folder, run, *settings, data="corpus-{rank}", extra=()):
     _, *words = train_arguments(folder / data, folder / run, *STEPS, *settings, extra=extra)
     return words
@@ -114,6 +118,9 @@ def test_no_text_is_in_what_mpi_is_given_by_any_method_evaluation_or_checkpoint(
     run_several(tmp_path / "all", RANKS, commands, check=True, script="helpers.spy", timeout=280)
     calls = check(tmp_path / "all", private_text(sites, sites, ("corpus", "pairs")), commands)
     assert calls > {"Iallreduce", "Iallgather", "Iallgatherv", "Ineighbor_allgather", "Accumulate", "Ibcast"}
+    sizes = [Corpus(sites / f"corpus-{rank}").split("train")["tokens"] for rank in range(RANKS)]
+    told = [rank for command, rank, _, data in sent(tmp_path / "all", RANKS) if not command and _holds(data, sizes[rank])]
+    assert sorted(told) == list(range(RANKS))  # prepare gives the size of a site to one sum
 
 
 @pytest.mark.parametrize("nodes", [2, RANKS])

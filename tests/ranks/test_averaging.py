@@ -274,6 +274,16 @@ def test_check_same_names_the_fact_and_the_rank_that_differs(comm):
     assert "lr" not in str(caught.value)
 
 
+@pytest.mark.parametrize("more", [{"new": 1}, {"new": 1, "newer": "\udcff"}])
+def test_check_same_ends_where_ranks_have_different_facts(comm, more):
+    last = comm.size - 1
+    for facts in ({"lr": 0.1, **more}, {**more, "lr": 0.1}):
+        if last:
+            with pytest.raises(UserError, match="the ranks do not agree on the ") as caught:
+                runtime.check_same(comm, facts if comm.rank == last else {"lr": 0.1})
+            assert caught.value.shared
+
+
 def test_one_rank_of_a_node_goes_first(comm):
     place = find_node(comm)
     with leader_first(place) as leads:

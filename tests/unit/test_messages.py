@@ -74,12 +74,20 @@ def test_any_bytes_are_a_value_of_the_kind_or_a_value_error(kind, data):
     [
         [0, "O", [1]], [0, "<f8", [2**40]], [0, "<f8", [-1]], [-8, "<f8", [1]], [9, "<f8", [1]], [0, "<f8,<f8", [1]],
         [0, "V8", [1]], [0, "S8", [1]], [0, "<M8[s]", [1]], [0, "<c16", [1]], [0, "<f8", [1] * 100], [2**70, "<f8", []],
+        [0, "(1,f8", [1]], [0, ">f8", [1]], [0, "\0", [1]], [0, "f8", [1]],
         [0, "x(", [1]], [0, "<f8", 1], [0, "<f8"], {"at": 0}, None, [0, "<f8", [2**62, 2**62]],
     ],
 )  # fmt: skip
 def test_an_array_that_is_not_there_is_refused(place):
     with pytest.raises(ValueError, match="not a message"):
         unpack(pack(place) + bytes(8), np.ndarray)
+
+
+def test_arrays_in_one_place_take_no_more_memory_than_the_message():
+    one = pack([np.zeros(1000), np.ones(1000)])
+    assert [array.sum() for array in unpack(one, list[np.ndarray])] == [0, 1000]
+    with pytest.raises(ValueError, match="overlap"):
+        unpack(pack([[0, "<f8", [1000]]] * 3) + bytes(16_000), list[np.ndarray])
 
 
 @pytest.mark.parametrize("message", [pickle.dumps([1]), b"[" * 10**6, (10**6).to_bytes(8, "little") + b"[" * 10**6, b""])
@@ -128,19 +136,19 @@ def test_ranks_send_each_other_nothing_that_mpi4py_would_pickle():
 def test_the_page_on_privacy_names_every_file_that_gives_something_to_mpi():
     page = (pathlib.Path(__file__).parents[2] / "docs/explanation/privacy.md").read_text()
     listed = set(re.findall(r"`([\w/]+\.py)`", page))
-    said = {"allgather", "gather", "broadcast", "total", "largest", "check_same"}  # of comm/messages.py, and by it
+    said = {"allgather", "gather", "broadcast", "total", "largest", "check_same"}
     for name, tree in modules():
         imported_names = {
             alias.asname or alias.name
             for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("messages")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(("messages", "runtime"))
             for alias in node.names
         }
         gives = [
             call
             for receiver, call in calls(tree)
             if (receiver is not None and call[:1].isupper() and GIVES_TO_MPI.fullmatch(call))
-            or (receiver == "messages" and call in said)
+            or (receiver in ("messages", "runtime") and call in said)
             or (receiver is None and call in said & imported_names)
         ]
         assert not gives or name in listed, f"{name} calls {gives}: docs/explanation/privacy.md must say what that tells"

@@ -1,10 +1,15 @@
 """What `dllm serve` makes of its arguments before anything is served."""
 
+import os
+import stat
+from types import SimpleNamespace
+
 import pytest
 
-from dllm.launching import interfaces
+from dllm.errors import UserError
+from dllm.launching import interfaces, mpirun
 from dllm.serve import arguments, has_ranks_option
-from dllm.serving import server
+from dllm.serving import server, tokens
 
 
 @pytest.mark.parametrize("words", [["-n", "4"], ["-n4"], ["-n=4"], ["--ranks", "4"], ["--ranks=4"]], ids=" ".join)
@@ -39,3 +44,28 @@ def test_ranks_of_one_host_stay_on_it_and_those_of_several_on_their_interface(
 ):
     monkeypatch.setattr(interfaces, "address_of", {"wg0": "10.9.0.7"}.__getitem__)
     assert server.peer_addresses(bound, host, interface, one_host) == found
+
+
+def test_an_interface_that_is_asked_for_wins_over_what_a_cluster_has_set(monkeypatch):
+    for name in ("UCX_NET_DEVICES", "FI_PROVIDER", "OMPI_MCA_pml"):
+        monkeypatch.setenv(name, "fast")
+    assert {mpirun.environment()[name] for name in ("UCX_NET_DEVICES", "FI_PROVIDER", "OMPI_MCA_pml")} == {"fast"}
+    found = mpirun.environment(interface="wg0")
+    assert (found["UCX_NET_DEVICES"], found["FI_PROVIDER"], found["OMPI_MCA_pml"]) == ("wg0", "tcp", "ob1")
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "well"),
+    [(0o440, 7, True), (0o600, 7, True), (0o444, 7, False), (0o460, 7, False), (0o440, 8, False), (0o600, 8, True)],
+)
+def test_a_token_file_of_root_may_be_read_by_the_group_of_this_process_alone(monkeypatch, tmp_path, mode, group, well):
+    path = tmp_path / "tokens"
+    path.write_text("a-token-of-some-client\n")
+    monkeypatch.setattr(os, "fstat", lambda number: SimpleNamespace(st_mode=stat.S_IFREG | mode, st_uid=0, st_gid=group))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getgroups", lambda: [7])
+    if well:
+        assert tokens.read_tokens(str(path)) == ("a-token-of-some-client",)
+    else:
+        with pytest.raises(UserError, match="can be read or written by others"):
+            tokens.read_tokens(str(path))
