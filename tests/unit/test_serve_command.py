@@ -61,7 +61,8 @@ def test_an_interface_that_is_asked_for_wins_over_what_a_cluster_has_set(monkeyp
 def test_a_token_file_of_root_may_be_read_by_the_group_of_this_process_alone(monkeypatch, tmp_path, mode, group, well):
     path = tmp_path / "tokens"
     path.write_text("a-token-of-some-client\n")
-    monkeypatch.setattr(os, "fstat", lambda number: SimpleNamespace(st_mode=stat.S_IFREG | mode, st_uid=0, st_gid=group))
+    like = {"st_mode": stat.S_IFREG | mode, "st_uid": 0, "st_gid": group, "st_size": path.stat().st_size, "st_blksize": 4096}
+    monkeypatch.setattr(os, "fstat", lambda number: SimpleNamespace(**like))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "getgroups", lambda: [7])
     if well:
