@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from dllm.comm import runtime
+from dllm.comm import messages, runtime
 from dllm.kernels import gemm, tiles
 
 SIDE = 2048
@@ -26,7 +26,7 @@ def best_rate(comm, work, amount, repeats=7):
         begin = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begin)
-    return comm.allreduce(amount / sorted(seconds)[repeats // 2] / 1e9)
+    return float(messages.total(comm, np.array([amount / sorted(seconds)[repeats // 2] / 1e9]))[0])
 
 
 def blas(dtype):

@@ -186,6 +186,8 @@ def test_a_private_run_says_what_others_learn_shows_no_sample_and_is_its_owners_
         prepare = ["dllm.prepare", "--tokenizer-from", sites / "public", "--train", sites / "text-{rank}.txt"]
         words = train(tmp_path, "run", extra=("--progress", "plain"))
         _, ended = run_several(tmp_path / "all", ranks, [[*prepare, "--out", tmp_path / "corpus-{rank}"], words], check=True)
+        export = ["dllm.export", tmp_path / "run", "--out", tmp_path / "run" / "model"]
+        run_several(tmp_path / "export", 0, [export], check=True)
     finally:
         os.umask(old)
     (line,) = re.findall("^private .*$", ended.text, re.MULTILINE)
