@@ -87,10 +87,7 @@ def allgather(comm: MPI.Comm, value: T, kind: Any) -> list[T]:
     """
     if comm.size == 1:
         return [value]
-    mine = np.frombuffer(pack(value), np.uint8)
-    lengths = np.empty(comm.size, np.int64)
-    comm.Iallgather(np.array([mine.size]), lengths).Wait()
-    _check_lengths(lengths)
+    mine, lengths = _announce(comm, value)
     everyones = np.empty(lengths.sum(), np.uint8)
     comm.Iallgatherv(mine, [everyones, lengths]).Wait()
     return [_read(part, kind, rank, True) for rank, part in enumerate(_split(everyones, lengths))]
@@ -100,10 +97,7 @@ def gather(comm: MPI.Comm, value: T, kind: Any) -> list[T]:
     """The values of all ranks on rank 0, an empty list on the others. Collective. Raises UserError on rank 0."""
     if comm.size == 1:
         return [value]
-    mine = np.frombuffer(pack(value), np.uint8)
-    lengths = np.empty(comm.size, np.int64)
-    comm.Iallgather(np.array([mine.size]), lengths).Wait()
-    _check_lengths(lengths)
+    mine, lengths = _announce(comm, value)
     everyones = np.empty(lengths.sum() if comm.rank == 0 else 0, np.uint8)
     comm.Igatherv(mine, [everyones, lengths] if comm.rank == 0 else None).Wait()
     return [_read(part, kind, rank) for rank, part in enumerate(_split(everyones, lengths))] if comm.rank == 0 else []
@@ -142,6 +136,14 @@ def _combine(comm: MPI.Comm | None, values: Array, name: str) -> Array:
     send, out = np.ascontiguousarray(values), np.empty(np.shape(values), values.dtype)
     comm.Iallreduce(send, out, getattr(MPI, name)).Wait()
     return out
+
+
+def _announce(comm: MPI.Comm, value: Any) -> tuple[Array, Array]:
+    """This rank's message (n,) uint8, and how long those of all ranks are, (ranks,) int64."""
+    mine, lengths = np.frombuffer(pack(value), np.uint8), np.empty(comm.size, np.int64)
+    comm.Iallgather(np.array([mine.size]), lengths).Wait()
+    _check_lengths(lengths)
+    return mine, lengths
 
 
 def _check_lengths(lengths: Array) -> None:
