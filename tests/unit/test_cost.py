@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from benchmarks import cost
-from dllm.comm import allreduce
+from dllm.comm import traffic
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 64])
 def test_the_model_counts_the_bytes_that_are_sent(ranks):
     size = 840 * ranks
-    assert cost.traffic("allreduce", size, ranks)[1] == allreduce.sent_by_allreduce(size, ranks)
-    assert cost.traffic("allgather", size, ranks)[1] == allreduce.sent_by_allgather(size, ranks)
-    assert cost.traffic("allgather", size, ranks, period=4)[1] == allreduce.sent_by_allgather(size, ranks) / 4
+    assert cost.traffic("allreduce", size, ranks)[1] == traffic.sent_by_allreduce(size, ranks)
+    assert cost.traffic("allgather", size, ranks)[1] == traffic.sent_by_allgather(size, ranks)
+    assert cost.traffic("allgather", size, ranks, period=4)[1] == traffic.sent_by_allgather(size, ranks) / 4
     rounds = (ranks - 1).bit_length()
     assert cost.traffic("neighbours", size, ranks, degree=3) == ((3 + 2 * rounds, 3 * size) if ranks > 1 else (0, 0))
     once, twice = (cost.traffic("allreduce", size, ranks, times=times) for times in (1, 2))

@@ -201,6 +201,7 @@ JSON_BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", JSON_BOMBS)
 def test_json_of_many_values_is_refused_in_the_memory_of_its_text(tmp_path, case):
     path = tmp_path / "manifest.json"

@@ -81,6 +81,7 @@ def test_what_was_not_attacked_is_a_tokenizer():
     assert tokenizers.load(bpe(merges=["a b"]), "x").encode(b"ab").tolist() == [2]  # as older versions of the library write it
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_76_megabytes_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"kind": "word", "units": [f"word{number:08d}" for number in range(4_750_000)]}))
@@ -97,6 +98,7 @@ print(tokenizer_files.load_tokenizer(sys.argv[1]).size)
 """
 
 
+@pytest.mark.slow
 def test_the_largest_tokenizer_that_prepare_makes_is_read(tmp_path):
     """A million words of a language of three bytes a letter, within a minute on a busy machine and 1 GB."""
     counts = {f"\u0905\u0906\u0907{number:06x}": 1 for number in range(tokenizers.MOST_TOKENS - 1)}
@@ -107,6 +109,7 @@ def test_the_largest_tokenizer_that_prepare_makes_is_read(tmp_path):
     assert done.stdout == f"{tokenizers.MOST_TOKENS}\n", done.stderr[-500:]
 
 
+@pytest.mark.slow
 def test_prepare_refuses_what_it_would_not_read():
     with pytest.raises(UserError, match=r"the text has 1,048,577 words: keep the most frequent 1,048,576 by --vocab-size"):
         WordTokenizer.build({f"{number:x}": 1 for number in range(tokenizers.MOST_TOKENS + 1)}, 0)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from helpers.leaks import FORMS, Detector
 
+pytestmark = pytest.mark.slow  # of a helper of tests
+
 TEXT = b"Mrs Okonkwo, born 3 May 1961, was given 40 mg of furosemide.\nShe slept well and left on Tuesday.\n"
 RNG = np.random.default_rng(3)
 WINDOWS = [RNG.integers(300, 5000, (10, 4)) for _ in range(5)]

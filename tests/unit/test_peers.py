@@ -90,6 +90,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["lives", "dies", "fails"])
 def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(bundle, fate):
     """It goes on from where it broke off, the same to the bit."""
@@ -254,6 +255,7 @@ def test_a_stranger_that_calls_gets_a_nonce_and_nothing_else(bundle, words):
     run(knock())
 
 
+@pytest.mark.slow
 def test_a_slow_stranger_is_sent_away_and_many_do_not_keep_a_rank_from_being_heard(bundle, monkeypatch):
     monkeypatch.setattr(peers, "PATIENCE", 1.0)
 

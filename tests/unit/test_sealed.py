@@ -146,6 +146,7 @@ def test_who_is_not_the_one_gets_nothing_and_is_not_believed(who):
 PIECES = [("<", 0), ("<", 1), ("<", 3), (">", 0), (">", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
