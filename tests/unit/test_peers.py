@@ -124,10 +124,11 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(bundle, 
     run(compare())
 
 
+@pytest.mark.slow
 def test_a_stream_that_waits_for_its_turn_is_waited_for(bundle, monkeypatch):
     """As long as that rank says that it is there."""
     monkeypatch.setattr(peers, "BEAT", 0.05)
-    monkeypatch.setattr(peers, "PATIENCE", 0.5)
+    monkeypatch.setattr(peers, "PATIENCE", 3.0)  # of a busy machine, too
 
     async def wait():
         with two_ranks(bundle) as (one, two):
@@ -135,7 +136,7 @@ def test_a_stream_that_waits_for_its_turn_is_waited_for(bundle, monkeypatch):
             blocker, inbox = Inbox(), Inbox()
             two.local.submit(Request(prompt=np.arange(3), max_tokens=10**6), blocker, 0)
             one.peers.submit({0: Request(prompt=PROMPT, max_tokens=5)}, inbox)
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(4)
             assert two.peers.callers == 1
             blocker.cancel()
             events = await collect(inbox)
