@@ -46,7 +46,7 @@ def test_the_end_says_what_was_left_out_until_then(log, capfd):
 
 def test_libraries_are_bounded_in_lines_and_in_length(log, capfd):
     log.capture_libraries()
-    source = logging.getLogger("some.library")
+    source = logging.getLogger("other.package")
     for number in range(100):
         source.warning("%s %s", number, "x" * 100_000)
     found = lines(capfd)
