@@ -24,6 +24,7 @@ from .sections import (
     LogConfig,
     ModelConfig,
     ResilienceConfig,
+    StorageConfig,
     TrainConfig,
     as_dict,
     flat,
@@ -34,7 +35,7 @@ from .table import SettingRow, settings_markdown, settings_table, settings_text
 
 __all__ = [
     "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig",
-    "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "TrainConfig", "as_dict", "flat",
-    "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
+    "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict",
+    "flat", "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
     "settings_markdown", "settings_table", "settings_text",
 ]  # fmt: skip

@@ -160,6 +160,19 @@ class ResilienceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Where copies lie, and how shared stores of files are reached."""
+
+    copies: int = setting(
+        2, "disks that have each shard and each part of a checkpoint, where hosts share none; 0: no copies", at_most=1000
+    )
+    ipfs: str = setting("", 'RPC of an IPFS node, such as http://127.0.0.1:5001; "": the variable DLLM_IPFS')
+    gateways: str = setting("", 'trustless gateways of IPFS, with commas between them; "": the variable IPFS_GATEWAY')
+    timeout: float = setting(30.0, "seconds that a store has to answer", above=0)
+    pin: bool = setting(True, "whether what is published stays at the IPFS node")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is shown and written down."""
 
@@ -178,6 +191,7 @@ class Config:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

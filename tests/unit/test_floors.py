@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "kernels", "presets"),
     ("files",),
     ("config",),
-    ("comm", "model"),
+    ("comm", "model", "remote"),
     ("data", "cli"),
     ("runs",),
     ("inference", "launching"),
