@@ -94,6 +94,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
 
 def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print how good the targets are that the model gives, and write them to a file where that is wanted."""
+    from .data.supply import supply
     from .files import storage
     from .inference import answering
     from .inference.evaluation import corpus_of
@@ -113,6 +114,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     else:
         otherwise = ", or --pairs SRC TGT"
         corpus, _ = corpus_of(comm, node, model, options.model, data=options.data, split=options.split, otherwise=otherwise)
+        supply(comm, corpus, corpus.files(options.split))
         pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
     with leader_first(node):
         warm_up(model.settings)

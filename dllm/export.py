@@ -174,8 +174,10 @@ def _origin(
     return {"embedded": path == "", "training": training}
 
 
-def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
-    """Tokens that training has predicted when the checkpoint was written."""
+def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int | None:
+    """Tokens that training has predicted when the checkpoint was written; None where its pairs are not all on this disk."""
+    if corpus.tokenizer.pairs and not all((corpus.folder / file.name).exists() for file in corpus.files("train")):
+        return None
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
     this_epoch = sum(schedule.tokens(window) for window in range(min(scalars["window"], schedule.windows)))
     seen: int = scalars["epoch"] * schedule.per_epoch + this_epoch
