@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +16,7 @@ from ..comm.messages import allgather
 from ..comm.replicas import Domains, File, plan
 from ..comm.runtime import together
 from ..comm.transfers import replicate
-from ..errors import UserError, line
+from ..errors import UserError, printable
 from .corpus import Corpus
 from .placing import ShardFile, Store
 
@@ -35,10 +34,10 @@ class _Lack(NamedTuple):
     damaged: bool  # else it is not there
 
 
-def supply(comm: MPI.Comm, corpus: Corpus, files: Sequence[ShardFile], say: Say | None = None) -> None:
+def supply(comm: MPI.Comm, corpus: Corpus, files: Sequence[ShardFile], say: Say) -> None:
     """Have this rank's disk hold `files`, the shards that it will read, sound. Collective.
 
-    say : told what was damaged and what takes long, the same on every rank; None: rank 0 writes it to standard error
+    say : told what was damaged and what takes long, the same on every rank
 
     Raises UserError on all ranks, where nobody has a shard, it names that. Of private corpora nothing is told or asked.
     """
@@ -49,7 +48,7 @@ def supply(comm: MPI.Comm, corpus: Corpus, files: Sequence[ShardFile], say: Say 
         return
     everyones = allgather(comm, _lacks(corpus, files), list[_Lack])
     if any(everyones):
-        _Supply(comm, corpus, everyones, say or _speaker(comm)).run()
+        _Supply(comm, corpus, everyones, say).run()
 
 
 def _lacks(corpus: Corpus, files: Sequence[ShardFile]) -> list[_Lack]:
@@ -60,15 +59,6 @@ def _lacks(corpus: Corpus, files: Sequence[ShardFile]) -> list[_Lack]:
         except UserError as error:
             found.append(_Lack(file.name, str(error), os.path.exists(corpus.folder / file.name)))
     return found
-
-
-def _speaker(comm: MPI.Comm) -> Say:
-    def say(text: str) -> None:
-        if comm.rank == 0:
-            sys.stderr.write(line(UserError(text)))
-            sys.stderr.flush()
-
-    return say
 
 
 class _Supply:
@@ -101,7 +91,7 @@ class _Supply:
         }
         for leader, name in sorted(damaged):
             source = sources.get((leader, name), "the store")
-            self.say(f"{self._path(name)} on {self.domains.hosts[leader]} was damaged; it is mended from {source}")
+            self.say(printable(f"{self._path(name)} on {self.domains.hosts[leader]} was damaged; it is mended from {source}"))
         for file in self.files:
             if file.name in want:
                 self.corpus.trust(file)

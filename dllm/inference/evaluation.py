@@ -77,10 +77,12 @@ class Evaluation:
     split : str
     config : Config
     dtype : numpy dtype
-    team : kernels.team.Team, optional
-        Threads that share the work.
     private : bool
         Every rank has a corpus of its own; their lanes add up.
+    team : kernels.team.Team, optional
+        Threads that share the work.
+    say : callable
+        Told by all ranks which shards were damaged on a disk.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Evaluation:
         dtype: DType,
         private: bool = False,
         team: Team | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.comm, self.split = comm, split
         entry = corpus.split(split)
@@ -101,7 +104,7 @@ class Evaluation:
         count = max(1, min(wanted // comm.size if private else wanted, most))
         window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
         mine = deal(count, ranks, rank)
-        supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count))
+        supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count), say)
         self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window)
         self.schedule = Schedule(self.lanes, comm=comm)
         self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"

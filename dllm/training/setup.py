@@ -13,6 +13,7 @@ from ..comm import methods
 from ..comm.averaging import Averaging
 from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
+from ..comm.replicas import Domains
 from ..comm.runtime import agree, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
 from ..config import Config
@@ -62,6 +63,8 @@ class Rank:
     Attributes
     ----------
     comm, node : MPI.Comm, NodeInfo
+    domains : Domains
+        Of the run's folder: which ranks write for their disks.
     own_lanes : range
         This rank's lanes.
     lanes, schedule : Lanes, Schedule
@@ -74,6 +77,7 @@ class Rank:
 
     comm: MPI.Comm
     node: NodeInfo
+    domains: Domains
     config: Config
     corpus: Corpus
     ownership: Ownership
@@ -151,15 +155,16 @@ def set_up(
     if resume is not None:
         _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
     clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
-    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
-    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team)
+    domains = Domains.find(comm, ownership.run)
+    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership, domains)
+    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
+    saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
     return Rank(
-        comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
+        comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
         _make_heartbeat(config, node, memory, reporter), validation, saver, metrics,
     )  # fmt: skip
@@ -171,10 +176,11 @@ def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None,
     return SharedHeartbeat(node, memory, config.resilience.deadline, reporter.complain)
 
 
-def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team) -> Evaluation | None:
+def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team, reporter: Reporter) -> Evaluation | None:
     if "valid" not in corpus.manifest["splits"]:
         return None
-    return Evaluation(comm, corpus, "valid", config, DTYPES[config.train.precision], config.data.private, team)
+    dtype = DTYPES[config.train.precision]
+    return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
 def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter) -> tuple[range, Lanes, Schedule]:

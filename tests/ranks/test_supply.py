@@ -176,7 +176,7 @@ def windows(corpus, split, lanes, of):
 def read_as_reference(comm, corpus, reference, split="train", count=None):
     lanes, of = lanes_of(comm, corpus, split, count or 2 * comm.size)
     files = lane_files(corpus, split, lanes, of)
-    supply(comm, corpus, files)
+    supply(comm, corpus, files, print)
     np.testing.assert_array_equal(windows(corpus, split, lanes, of), windows(reference, split, lanes, of))
     return {file.name for file in files}
 
@@ -201,7 +201,7 @@ def test_a_disk_gets_just_the_shards_that_its_ranks_read_and_hashes_them_once(co
     everything = held(OUT) == held(reference.folder)
     assert everything or held(OUT) == of_disk | SMALL
     assert sorted(hashed) == (sorted(names) if everything else [])  # what comes in is hashed on its way
-    supply(comm, corpus, corpus.files("train")[:1])
+    supply(comm, corpus, corpus.files("train")[:1], print)
     fewer = comm.Split(comm.rank < comm.size - 1)
     if comm.rank < comm.size - 1:
         read_as_reference(fewer, corpus, reference, count=2 * comm.size)  # as after a death
@@ -272,7 +272,7 @@ def test_what_nobody_has_is_named_on_all_ranks_and_nothing_else_is_lost(comm, di
         rf"^{OUT / first.name} is not there{where}, and nobody has a copy, nor of 1 other: start with the hosts that have them"
     )
     with pytest.raises(UserError, match=text) as error:
-        supply(comm, corpus, files)
+        supply(comm, corpus, files, print)
     assert error.value.shared
     assert held(OUT) == before
 
@@ -319,7 +319,7 @@ def test_nothing_of_a_private_corpus_is_copied(comm, disk, reference):
         (corpus.folder / name).unlink()
     before = sorted(disk.rglob("*"))
     with pytest.raises(UserError, match=rf"cannot read site{comm.size - 1}/{name}: No such file"):
-        supply(comm, corpus, corpus.files("train"))
+        supply(comm, corpus, corpus.files("train"), print)
     if last:
         shutil.rmtree(f"site{comm.rank}")
     with pytest.raises(UserError, match=f"there is no prepared corpus at site{comm.size - 1}"):
