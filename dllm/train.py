@@ -69,7 +69,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     run = ownership.run
     for warning in () if gathered else warnings:  # which has said what nobody has
         reporter.warn(warning)
-    corpus = open_corpus(comm, node, configuration.data.path, reporter.say)
+    corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if resume:
         runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
     compiling = time.monotonic()

@@ -14,13 +14,14 @@ from ..comm.averaging import Averaging
 from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
 from ..comm.replicas import Domains
-from ..comm.runtime import check_same, survivable, together
+from ..comm.runtime import agree, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
 from ..comm.upkeep import Store, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
 from ..data.lanes import Lanes, Schedule, deal
-from ..data.pair_lanes import read_lanes
+from ..data.pair_lanes import lane_files, read_lanes
+from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
 from ..kernels.gemm import aligned
@@ -130,7 +131,7 @@ def set_up(
 
     Raises UserError on all ranks.
     """
-    own, lanes, schedule = _deal_lanes(comm, config, corpus)
+    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
@@ -159,7 +160,7 @@ def set_up(
     clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
     domains = Domains.find(comm, ownership.run)
     metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership, domains)
-    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team)
+    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
@@ -186,13 +187,14 @@ def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None,
     return SharedHeartbeat(node, memory, config.resilience.deadline, reporter.complain)
 
 
-def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team) -> Evaluation | None:
+def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team, reporter: Reporter) -> Evaluation | None:
     if "valid" not in corpus.manifest["splits"]:
         return None
-    return Evaluation(comm, corpus, "valid", config, DTYPES[config.train.precision], config.data.private, team)
+    dtype = DTYPES[config.train.precision]
+    return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
-def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, Lanes, Schedule]:
+def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter) -> tuple[range, Lanes, Schedule]:
     """This rank's lanes, their text, and what every rank knows of all of them."""
     train = config.train
     if comm.size > train.lanes:
@@ -203,11 +205,9 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, 
     if corpus.tokenizer.pairs and train.carry != "window":
         raise UserError.of_all("pairs begin from zero states: --preset pairs, or --set train.carry=window")
     own = deal(train.lanes, comm.size, comm.rank)
-    with together(comm):
-        if config.data.private:
-            lanes = read_lanes(corpus, "train", range(len(own)), len(own), train.window, own.start)
-        else:
-            lanes = read_lanes(corpus, "train", own, train.lanes, train.window)
+    mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
+    supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
+    lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
     return own, lanes, Schedule(lanes, train.last_window, comm)
 
 
