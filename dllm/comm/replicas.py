@@ -1,8 +1,8 @@
 """Copies of files on disks that ranks do not share: which ranks see the same disk, who shall have what, and the way there.
 
-A domain is all ranks that see one disk; its leader, the lowest of them, writes for all. Which they are is found by looking: each
-rank drops a token and reads whose tokens are there. A file is placed by rendezvous hashing (Thaler and Ravishankar 1998): every
-rank computes the same places, and where a domain comes or goes, only its own files move.
+A domain is all ranks that see one disk; its leader, the lowest of them, writes for all. Which they are is found by looking:
+each rank drops a token and reads whose tokens are there. A file is placed by rendezvous hashing (Thaler and Ravishankar 1998):
+every rank computes the same places, and where a domain comes or goes, only its own files move.
 """
 
 from __future__ import annotations

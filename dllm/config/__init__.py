@@ -34,8 +34,8 @@ from .sections import (
 from .table import SettingRow, settings_markdown, settings_table, settings_text
 
 __all__ = [
-    "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig",
-    "Config", "DataConfig", "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict",
-    "flat", "from_dict", "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
+    "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig", "Config", "DataConfig", "LogConfig",
+    "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict", "flat", "from_dict",
+    "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
     "settings_markdown", "settings_table", "settings_text",
 ]  # fmt: skip
