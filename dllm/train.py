@@ -38,9 +38,10 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
     reporter = Reporter(comm.rank == 0, options.progress)
+    gathered = False
     if options.resume and not options.settings:
         runtime.check_same(comm, {"--resume": options.resume})
-        gather_run(comm, options.resume, reporter.warn, best=False)
+        gathered = gather_run(comm, options.resume, reporter.warn, best=False)
     with runtime.together(comm):
         configuration = train_config(options)
         check_precision(configuration.train.precision)
@@ -52,7 +53,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .runs import checkpoint, run_folder
+    from .runs import checkpoint, marks, run_folder
     from .runs.ownership import Ownership
     from .training import announcements, recovery
     from .training.setup import set_up
@@ -66,7 +67,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
     ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
     run = ownership.run
-    for warning in warnings:
+    for warning in () if gathered else warnings:  # which has said what nobody has
         reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if resume:
@@ -84,7 +85,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
     if writes:
-        run_folder.not_done(run)
+        marks.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
     limits = options.max_steps, options.max_seconds
@@ -94,7 +95,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
 
 def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     """What is left to write and to say. Returns the exit code."""
-    from .runs import run_folder
+    from .runs import marks
     from .training import announcements
 
     comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
@@ -107,7 +108,7 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     code = DONE if done else STOPPED_EARLY
     if writes and done and ownership.is_held():
         try:
-            run_folder.done(ownership.run, summary["steps"])
+            marks.done(ownership.run, summary["steps"])
         except OSError as error:
             reporter.warn(f"cannot write {ownership.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
     runtime.finish(comm, code if trainer.deaths else None)

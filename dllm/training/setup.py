@@ -16,6 +16,7 @@ from ..comm.node_info import NodeInfo
 from ..comm.replicas import Domains
 from ..comm.runtime import agree, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
+from ..comm.upkeep import Store, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
 from ..data.lanes import Lanes, Schedule, deal
@@ -32,6 +33,7 @@ from ..model.precision import DTYPES
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
+from ..runs.gathering import checkpoint_store
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
@@ -96,6 +98,7 @@ class Rank:
     heartbeat: Heartbeat
     validation: Validation
     saver: Saver
+    upkeep: Upkeep
     metrics: Metrics
 
 
@@ -163,11 +166,19 @@ def set_up(
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
+    upkeep = Upkeep(comm, _stores(comm, config, domains, ownership), reporter.warn)
     return Rank(
         comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
-        _make_heartbeat(config, node, memory, reporter), validation, saver, metrics,
+        _make_heartbeat(config, node, memory, reporter), validation, saver, upkeep, metrics,
     )  # fmt: skip
+
+
+def _stores(comm: MPI.Comm, config: Config, domains: Domains, ownership: Ownership) -> list[Store]:
+    """What has copies on several disks."""
+    if not config.storage.copies:
+        return []
+    return [] if domains.shared else [checkpoint_store(comm, domains, ownership.run, config.storage.copies)]
 
 
 def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> Heartbeat:
