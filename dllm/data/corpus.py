@@ -9,6 +9,7 @@ vocabulary was made of private counts, `counts` says how (private_counts.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -26,8 +27,9 @@ from ..config import StorageConfig, is_private, path_of_rank
 from ..errors import UserError, shown
 from ..files import storage
 from ..kernels.types import Array
+from ..remote.locate import RemoteFolder, cache_folder, is_url, open_folder
 from .embedded import embedded_corpus
-from .placing import ShardFile, Store, shard_file
+from .placing import ShardFile, shard_file
 from .private_counts import check_described
 from .shards import FORMAT, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
@@ -56,7 +58,9 @@ class Corpus:
         Opens the store that the folder comes from.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], private: bool = False, store: Callable[[], Store] | None = None) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], private: bool = False, store: Callable[[], RemoteFolder] | None = None
+    ) -> None:
         self.folder, self.private, self.store = pathlib.Path(folder), private, store
         if not self.folder.is_dir():
             raise UserError(f"there is no prepared corpus at {folder}; make one with python -m dllm.prepare")
@@ -203,6 +207,8 @@ def open_corpus(
     if not path:
         return agree(comm, Corpus, embedded_corpus(comm, node.comm, progress))
     folder, store = pathlib.Path(path), None
+    if is_url(path):
+        folder, store = cache_folder(path), functools.partial(open_folder, path, settings)
     _spread_manifest(comm, folder, store)
     corpus = agree(comm, Corpus, folder, False, store)
     check_same(comm, {"corpus": corpus.hash})
@@ -217,7 +223,7 @@ def _make_folder(folder: pathlib.Path, files: Mapping[str, str]) -> None:
             storage.write_text(place / name, text)
 
 
-def _spread_manifest(comm: MPI.Comm, folder: pathlib.Path, store: Callable[[], Store] | None) -> None:
+def _spread_manifest(comm: MPI.Comm, folder: pathlib.Path, store: Callable[[], RemoteFolder] | None) -> None:
     """Have each disk hold the small files: those of the lowest rank that has some, else of the store. Collective."""
     there = all((folder / name).is_file() for name in SMALL_FILES)
     has = allgather(comm, there, bool)

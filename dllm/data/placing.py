@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +12,6 @@ from ..comm.replicas import Domains, File
 from ..files import hdf5
 
 SMALL = 64 << 20  # bytes of tokens: a split of no more lies on every disk, so that a host alone can go on and measure
-
-
-class Store(Protocol):
-    """Files of a folder elsewhere, checked as they come in."""
-
-    def read(self, name: str, most: int) -> bytes:
-        """The bytes of a file of at most `most` bytes. Raises UserError."""
-
-    def fetch(self, name: str, target: pathlib.Path, most: int | None = None) -> None:
-        """Make the file `target` of one of at most `most` bytes, whole or not at all. Raises UserError."""
 
 
 @dataclass(frozen=True)

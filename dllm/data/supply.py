@@ -17,8 +17,9 @@ from ..comm.replicas import Domains, File, plan
 from ..comm.runtime import together
 from ..comm.transfers import replicate
 from ..errors import UserError, printable
+from ..remote.locate import RemoteFolder
 from .corpus import Corpus
-from .placing import ShardFile, Store
+from .placing import ShardFile
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -71,6 +72,7 @@ class _Supply:
         self.comm, self.corpus, self.say = comm, corpus, say
         self.domains = Domains.find(comm, corpus.folder)
         self.lacks = everyones
+        self._folder: RemoteFolder | None = None  # the store's, once it is asked
         asked = {lack.name for lacks in everyones for lack in lacks}
         self.files = [file for file in corpus.files() if file.name in asked]
 
@@ -128,7 +130,7 @@ class _Supply:
     def _replicate(self, have: set[str], want: set[str]) -> list[File]:
         return replicate(self.comm, self.domains, self.corpus.folder, self.files, have, want, self.say)
 
-    def _fetch(self, gone: Sequence[File], store: Callable[[], Store]) -> set[str]:
+    def _fetch(self, gone: Sequence[File], store: Callable[[], RemoteFolder]) -> set[str]:
         """Names of what this rank has taken from the store: its share of what nobody has."""
         load, mine, names = [0] * self.comm.size, list[ShardFile](), {file.name for file in gone}
         for file in (file for file in self.files if file.name in names):
@@ -137,12 +139,18 @@ class _Supply:
             load[rank] += file.most
             mine += [file] * (rank == self.comm.rank)
         with together(self.comm):
-            if mine:
-                remote = store()
             for file in mine:
-                remote.fetch(file.name, self.corpus.folder / file.name, file.most)
-                self.corpus.check(file)
+                self._fetch_one(file, store)
         return {file.name for file in mine}
+
+    def _fetch_one(self, file: ShardFile, store: Callable[[], RemoteFolder]) -> None:
+        """Take a shard from the store. Raises UserError that names it."""
+        try:
+            self._folder = self._folder or store()
+            self._folder.fetch(file.name, self._path(file.name), file.most)
+        except UserError as error:
+            raise UserError(f"no rank has {self._path(file.name)}, and it does not come from the store: {error}") from None
+        self.corpus.check(file)
 
     def _nobody_has(self, names: list[str]) -> str:
         """What the user is told of shards that nobody has."""

@@ -3,6 +3,7 @@
 Ranks with working folders of their own play hosts with disks of their own.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -12,6 +13,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from helpers.gateway import Gateway
 from helpers.run_files import flip
 from mpi4py import MPI
 
@@ -277,35 +279,46 @@ def test_what_nobody_has_is_named_on_all_ranks_and_nothing_else_is_lost(comm, di
     assert held(OUT) == before
 
 
-class Shelf:
-    """A store: a folder that counts what is taken from it."""
-
-    def __init__(self, folder):
-        self.folder, self.taken = folder, []
-
-    def read(self, name, most):
-        self.taken.append(name)
-        return (self.folder / name).read_bytes()
-
-    def fetch(self, name, target, most):
-        self.taken.append(name)
-        with storage.atomic(target) as temporary:
-            shutil.copy(self.folder / name, temporary)
+@pytest.fixture
+def gateway(comm, reference, disk, monkeypatch):
+    """What serves the corpus's blocks, on rank 0, and settings that name it; each disk has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(disk / "cache"))
+    with contextlib.ExitStack() as stack:
+        gateway = Gateway.of({path.name: path for path in reference.folder.iterdir()})
+        if comm.rank == 0:
+            stack.enter_context(gateway)
+        gateway.url = broadcast(comm, gateway.url if comm.rank == 0 else "", str)
+        yield gateway
+        comm.Barrier()
 
 
-def test_what_no_rank_has_comes_from_the_store_once(comm, disk, reference):
-    if not OUT.exists():
-        OUT.mkdir(parents=True, exist_ok=True)
-        for name in SMALL:
-            shutil.copy(reference.folder / name, OUT / name)
+def test_what_no_rank_has_comes_from_the_store_once(comm, disk, reference, gateway):
+    url, settings = f"ipfs://{gateway.root}", StorageConfig(gateways=gateway.url)
+    corpus = open_corpus(comm, None, url, print, settings)
+    assert corpus.folder.is_relative_to(disk)
+    assert held(corpus.folder) == SMALL
     comm.Barrier()
-    shelf = Shelf(reference.folder)
-    corpus = Corpus(OUT, store=lambda: shelf)
     names = read_as_reference(comm, corpus, reference) | read_as_reference(comm, corpus, reference, "valid", 1)
-    taken = [*itertools.chain(*allgather(comm, shelf.taken, list[str]))]
-    assert set(shelf.taken) <= names
-    assert len(taken) == len(set(taken))
-    assert set(taken) == set().union(*allgather(comm, sorted(names), list[str]))
+    together = allgather(comm, (str(disk), sorted(names)), tuple[str, list[str]])
+    of_disk = {name for other, found in together if other == str(disk) for name in found}
+    assert held(corpus.folder) == of_disk | SMALL
+    if comm.rank == 0:
+        asked = [
+            path for _, path, _ in gateway.asked if gateway.root not in path
+        ]  # the list of the folder is read by each rank
+        files = set().union(*(found for _, found in together)) | SMALL
+        assert len(asked) == len(set(asked)) == len(files)  # each is one block
+    again = open_corpus(comm, None, url, print, settings)
+    before = len(gateway.asked)
+    read_as_reference(comm, again, reference)
+    assert len(gateway.asked) == before
+    for path in corpus.folder.glob("train-00003.h5"):
+        path.unlink(missing_ok=True)
+    gateway.blocks = {name: block for name, block in gateway.blocks.items() if name == gateway.root}
+    comm.Barrier()
+    with pytest.raises(UserError, match=r"no rank has .*/train-00003.h5, and it does not come from the store: .*404") as error:
+        read_as_reference(comm, again, reference)
+    assert error.value.shared
 
 
 @pytest.mark.parametrize("disk", [1], indirect=True)
