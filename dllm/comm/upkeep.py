@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class Store(NamedTuple):
-    """Files of which disks have copies."""
+class Kept(NamedTuple):
+    """Files that are kept on several disks."""
 
     domains: Domains  # of the folder
     folder: pathlib.Path  # on each disk
@@ -32,21 +32,22 @@ class Store(NamedTuple):
 
 
 class Upkeep:
-    """Looks after some stores, once. Every rank has one and calls the same methods at the same steps.
+    """Looks after some folders, once. Every rank has one and calls the same methods at the same steps.
 
     Parameters
     ----------
     comm : MPI.Comm
-    stores : sequence of Store
+    kept : sequence of Kept
         As many on every rank, in the same order.
     say : callable
         Told a line on what is damaged, or cannot be copied, by all ranks alike.
     """
 
-    def __init__(self, comm: MPI.Comm, stores: Sequence[Store], say: Callable[[str], None]) -> None:
-        self.comm, self.stores, self.say = comm, [store for store in stores if not store.domains.shared], say
+    def __init__(self, comm: MPI.Comm, kept: Sequence[Kept], say: Callable[[str], None]) -> None:
+        self.comm, self.say = comm, say
+        self.kept = [files for files in kept if not files.domains.shared]
         self._ended = threading.Event()
-        self._number = 0  # of the store that is looked after
+        self._number = 0  # of the folder that is looked after
         self._have, self._damaged = set[str](), list[str]()
         self._thread: threading.Thread | None = None
         self._moves: list[Move] = []
@@ -56,7 +57,7 @@ class Upkeep:
     @property
     def under_way(self) -> bool:
         """Whether there is something left to look after; the same on all ranks."""
-        return self._number < len(self.stores)
+        return self._number < len(self.kept)
 
     @property
     def busy(self) -> bool:
@@ -81,25 +82,25 @@ class Upkeep:
         self._ended.set()
         if self._transfer is not None:
             self._transfer.cut_short()
-        self._transfer, self._number = None, len(self.stores)
+        self._transfer, self._number = None, len(self.kept)
 
     def abandon(self) -> list[MPI.Request]:
         """Ranks have died. Returns requests in which others may still wait."""
         self._ended.set()
-        transfer, self._transfer, self._number = self._transfer, None, len(self.stores)
+        transfer, self._transfer, self._number = self._transfer, None, len(self.kept)
         return transfer.under_way() if transfer else []
 
     def _look(self) -> None:
-        """Begin with the next store."""
+        """Begin with the next kept."""
         self._have, self._damaged, self._transfer = set(), [], None
-        if self.under_way and self.stores[self._number].domains.leads:
-            self._thread = threading.Thread(target=self._read, args=(self.stores[self._number],), daemon=True)
+        if self.under_way and self.kept[self._number].domains.leads:
+            self._thread = threading.Thread(target=self._read, args=(self.kept[self._number],), daemon=True)
             self._thread.start()
 
-    def _read(self, store: Store) -> None:
+    def _read(self, kept: Kept) -> None:
         """By a thread, for a small part of the time: which files are sound on this disk."""
-        for file in store.files:
-            path = store.folder / file.name
+        for file in kept.files:
+            path = kept.folder / file.name
             if self._ended.is_set():
                 return
             if path.is_symlink() or not path.is_file():
@@ -122,34 +123,34 @@ class Upkeep:
         return rest
 
     def _begin_moves(self) -> None:
-        store = self.stores[self._number]
+        kept = self.kept[self._number]
         told = allgather(self.comm, (sorted(self._have), self._damaged), tuple[list[str], list[str]])
         have = [set(names) for names, _ in told]
-        self._moves, gone = plan(store.files, have, _wanted(store, have))
+        self._moves, gone = plan(kept.files, have, _wanted(kept, have))
         lost = {file.name for file in gone}
         for rank, (_, damaged) in enumerate(told):
             for name in damaged:
-                where = f"{printable(str(store.folder / name))} on {printable(store.domains.hosts[rank])}"
+                where = f"{printable(str(kept.folder / name))} on {printable(kept.domains.hosts[rank])}"
                 self.say(f"{where} is damaged; " + ("nobody here has another copy" if name in lost else "it is made anew"))
-        self._transfer = Transfer(self.comm, store.folder, self._moves, UPKEEP)
+        self._transfer = Transfer(self.comm, kept.folder, self._moves, UPKEEP)
 
     def _end_moves(self) -> None:
-        store, transfer = self.stores[self._number], self._transfer
+        kept, transfer = self.kept[self._number], self._transfer
         own = [(self._moves.index(failure.move), failure.reason) for failure in (transfer.failed if transfer else ())]
         for some in allgather(self.comm, own, list[tuple[int, str]]):
             for number, why in some:
                 move = self._moves[number]
-                self.say(f"no copy of {move.file.name} on {printable(store.domains.hosts[move.target])}: {printable(why)}")
+                self.say(f"no copy of {move.file.name} on {printable(kept.domains.hosts[move.target])}: {printable(why)}")
         self._number += 1
         self._look()
 
 
-def _wanted(store: Store, have: Sequence[set[str]]) -> list[set[str]]:
+def _wanted(kept: Kept, have: Sequence[set[str]]) -> list[set[str]]:
     """By rank, names of files of which a disk shall make a copy; have: by rank, those that are sound there."""
     want = [set[str]() for _ in have]
-    for file, copies in zip(store.files, store.copies, strict=True):
+    for file, copies in zip(kept.files, kept.copies, strict=True):
         there = sum(file.name in names for names in have)
-        others = [leader for leader in store.domains.holders(file.name, len(have)) if file.name not in have[leader]]
+        others = [leader for leader in kept.domains.holders(file.name, len(have)) if file.name not in have[leader]]
         for leader in others[: max(0, copies - there)]:
             want[leader].add(file.name)
     return want

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..comm.replicas import Domains, File
+from ..comm.upkeep import Kept
 from ..files import hdf5
 
 SMALL = 64 << 20  # bytes of tokens: a split of no more lies on every disk, so that a host alone can go on and measure
@@ -38,6 +39,16 @@ def wanted_here(manifest: Mapping[str, Any], domains: Domains, copies: int) -> s
         names = (part["name"] for part in entry["shards"])
         wanted.update(name for name in names if small or here in domains.holders(name, copies))
     return wanted
+
+
+def kept_shards(folder: pathlib.Path, manifest: Mapping[str, Any], domains: Domains, copies: int) -> Kept:
+    """The shards of a corpus, to look after. domains : of its folder"""
+    files, wanted = list[File](), list[int]()
+    for entry in manifest["splits"].values():
+        small = _bytes(entry["shards"], manifest["dtype"]) <= SMALL
+        files += [shard_file(part, manifest["dtype"]) for part in entry["shards"]]
+        wanted += [len(domains.leaders) if small else copies] * len(entry["shards"])
+    return Kept(domains, folder, files, wanted)
 
 
 def _bytes(parts: Iterable[Mapping[str, Any]], dtype: str) -> int:

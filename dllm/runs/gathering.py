@@ -12,7 +12,7 @@ from ..comm.messages import allgather
 from ..comm.replicas import Domains, File
 from ..comm.runtime import together
 from ..comm.transfers import replicate
-from ..comm.upkeep import Store
+from ..comm.upkeep import Kept
 from ..config import from_dict
 from ..errors import UserError, printable
 from ..files import storage
@@ -80,7 +80,7 @@ def spread_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, say:
         _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
 
 
-def checkpoint_store(comm: MPI.Comm, domains: Domains, run: storage.Path, copies: int) -> Store:
+def kept_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, copies: int) -> Kept:
     """The files of the newest checkpoint and of the newest best one, to look after. Collective. Raises UserError.
 
     Every disk has both manifests afterwards.
@@ -91,7 +91,7 @@ def checkpoint_store(comm: MPI.Comm, domains: Domains, run: storage.Path, copies
         for manifest, source in _candidates(shelves, best)[:1]:
             text = _manifest(comm, domains, run, manifest.step, source)
             files |= {file.name: file for file in _files(comm, run, manifest.step, text)}
-    return Store(domains, pathlib.Path(run), list(files.values()), [copies] * len(files))
+    return Kept(domains, pathlib.Path(run), list(files.values()), [copies] * len(files))
 
 
 def _shelf(run: storage.Path) -> Shelf:

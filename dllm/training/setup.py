@@ -16,11 +16,12 @@ from ..comm.node_info import NodeInfo
 from ..comm.replicas import Domains
 from ..comm.runtime import agree, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
-from ..comm.upkeep import Store, Upkeep
+from ..comm.upkeep import Kept, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
 from ..data.lanes import Lanes, Schedule, deal
 from ..data.pair_lanes import lane_files, read_lanes
+from ..data.placing import kept_shards
 from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
@@ -33,7 +34,7 @@ from ..model.precision import DTYPES
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
-from ..runs.gathering import checkpoint_store
+from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
@@ -166,7 +167,7 @@ def set_up(
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
-    upkeep = Upkeep(comm, _stores(comm, config, domains, ownership), reporter.warn)
+    upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run), reporter.warn)
     return Rank(
         comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
@@ -174,11 +175,14 @@ def set_up(
     )  # fmt: skip
 
 
-def _stores(comm: MPI.Comm, config: Config, domains: Domains, ownership: Ownership) -> list[Store]:
-    """What has copies on several disks."""
-    if not config.storage.copies:
-        return []
-    return [] if domains.shared else [checkpoint_store(comm, domains, ownership.run, config.storage.copies)]
+def _kept(comm: MPI.Comm, config: Config, corpus: Corpus, domains: Domains, run: str) -> list[Kept]:
+    """What has copies on several disks; domains : of the run's folder."""
+    copies, found = config.storage.copies, list[Kept]()
+    if copies and not domains.shared:
+        found.append(kept_checkpoints(comm, domains, run, copies))
+    if copies and not corpus.private and corpus.store is None:
+        found.append(kept_shards(corpus.folder, corpus.manifest, Domains.find(comm, corpus.folder), copies))
+    return found
 
 
 def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> Heartbeat:
