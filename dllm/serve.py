@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import ipaddress
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
 from .launching.mpirun import all_here, launched_rank
+from .remote.http import is_loopback
 from .runs import ownership
 from .serving import tokens
 
@@ -122,6 +122,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
+    from .runs.gathering import gather_run
     from .serving.engine import Engine
     from .serving.server import Server
 
@@ -130,6 +131,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
+    gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
     runtime.check_same(comm, {"model": model.fingerprint})
     threads = options.threads or node.threads
@@ -151,14 +153,6 @@ def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:
     if not found and not is_loopback(options.host):
         raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {tokens.VARIABLE}")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listen(host: str, port: int, shared: bool = False) -> socket.socket:
