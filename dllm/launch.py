@@ -29,6 +29,8 @@ examples
 Under Open MPI the job goes on without a rank that dies. Where that is not possible, or everything dies, the job is started
 anew from its newest whole checkpoint, on the hosts that answer. Ctrl-C once: a checkpoint, then the end (exit code 75); twice:
 the end now. `dllm resize RUN -n M` goes on with M ranks.
+Hosts of FILE need share no disk: they are asked, by ssh as mpirun does it, how far the run is and whether it is done. This host
+need not be one of them. FILE is read again at each start, so that hosts may join and leave; a bad one changes nothing.
 MPI does not encrypt what goes between hosts. Ranks that are all on this host cannot be reached from another.
 """
 

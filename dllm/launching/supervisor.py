@@ -64,7 +64,8 @@ class Supervisor(ABC):
         self.hosts = mpirun.read_hosts(hostfile) if hostfile else {}  # name -> ranks that it takes
         self.chosen = self.hosts  # for which so many ranks were asked
         self.ranks = ranks or sum(self.hosts.values()) or self.cores
-        self.warned = False
+        self.warned = False  # that nothing is encrypted
+        self.doubtful = False  # whether a host may not answer now
         self.failures = 0  # in a row; the more, the longer the ranks get to come up
         self.job = Job(self.say)
 
@@ -76,7 +77,7 @@ class Supervisor(ABC):
         """Exit code of the supervisor, once the program may end. SIGINT, SIGTERM and SIGUSR1 stop it."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.stop())
-        hosts = self.hosts
+        hosts = self._answering() if self.doubtful else self.hosts
         while True:
             begin = time.monotonic()
             outcome = self.judge(self._run_once(hosts), time.monotonic() - begin)

@@ -35,6 +35,7 @@ class TrainingSupervisor(Supervisor):
         self.options, self.wanted, self.disks, self.run = options, wanted, disks, disks.run
         self.before: tuple[int, dict[str, int]] | None = None  # ranks and hosts before a resize, until it has got further
         self.newest = found.step  # checkpoint that the run had come to
+        self.doubtful = bool(disks.silent())
         self.begin()
 
     def begin(self) -> None:

@@ -99,8 +99,9 @@ def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tm
     run, hosts = tmp_path / "run", tmp_path / "hosts"
     hosts.write_text("localhost slots=3\n")
     resize = lambda ranks: mpirun(0, "-m", "dllm.resize", run, "-n", ranks)
-    with Job(0, *launch(tiny, run, options=("--hostfile", hosts)), env=slow_steps(tmp_path, 0.1)) as job:
-        for step, ranks, named in ((15, 4, "localhost slots=4\n127.0.0.1\n"), (30, 2, "localhost slots=some\n")):
+    env = slow_steps(tmp_path, 0.1) | {"OMPI_MCA_mpi_yield_when_idle": "1"}  # the slots are more than there are cores
+    with Job(0, *launch(tiny, run, options=("--hostfile", hosts)), env=env, timeout=150) as job:
+        for step, ranks, named in ((15, 4, "localhost slots=4\n"), (30, 2, "localhost slots=some\n")):
             job.until_step(run, step)
             hosts.write_text(named)  # which is read now
             done = resize(ranks)

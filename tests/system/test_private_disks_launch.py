@@ -76,7 +76,7 @@ def test_a_launcher_without_a_copy_brings_a_run_back_and_another_goes_on(hosts, 
         job.signal(signal.SIGKILL, job.ranks().values())
         job.until_step(hosts.disk(1) / RUN, 70)
         job.signal(signal.SIGKILL, job.processes())
-    assert re.search(r"starting it again from step [24]0", job.err)
+        assert re.search(r"starting it again from step [24]0", job.err)
     hosts.wipe(LAUNCHER)
     with launch(hosts, "--resume", RUN, "--", "--progress", "none", on=2) as job:
         finish(job)
