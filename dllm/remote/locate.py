@@ -14,10 +14,10 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from ..config import StorageConfig
-from ..errors import UserError, reason, shown
+from ..errors import LONGEST_LINE, UserError, printable, reason, shown
 from ..files import storage
 from . import ipfs
 from .progress import Progress
@@ -166,23 +166,17 @@ def _remove(path: pathlib.Path) -> None:
 def _alone(place: pathlib.Path, limit: float) -> Iterator[Callable[[], None]]:
     """While it lasts, no other process fetches to the same place; gives what tells others that this one is alive.
 
+    Where it ends by a UserError, those that wait raise the same: each would wait for the same silent node, one after the other.
+
     limit : seconds of silence of another process after which it is not waited for any longer
     """
     path = place.with_name(f"{place.name}.lock")
-    last = time.monotonic()
-    with open(path, "ab") as lock:
-        seen = os.stat(path).st_mtime_ns
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(LOOK_EVERY)
-            if (now := os.stat(path).st_mtime_ns) != seen:
-                seen, last = now, time.monotonic()
-            if time.monotonic() - last > limit:
-                raise UserError(f"another process fetches to {place} and has been silent for {limit:g} s: end it")
-
+    with open(path, "a+", encoding="utf-8") as lock:
+        if _wait(lock, path, limit):
+            lock.seek(0)
+            if why := lock.read(LONGEST_LINE):
+                raise UserError(why)
+        lock.truncate(0)
         shown_alive = 0.0
 
         def alive() -> None:
@@ -191,4 +185,25 @@ def _alone(place: pathlib.Path, limit: float) -> Iterator[Callable[[], None]]:
                 shown_alive = time.monotonic()
                 os.utime(path)
 
-        yield alive
+        try:
+            yield alive
+        except UserError as error:
+            lock.write(printable(str(error)))
+            raise
+
+
+def _wait(lock: TextIO, path: pathlib.Path, limit: float) -> bool:
+    """Lock a file as soon as nobody else has it. Returns whether somebody had. Raises UserError where that one is silent."""
+    waited, last = False, time.monotonic()
+    seen = os.stat(path).st_mtime_ns
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return waited
+        except BlockingIOError:
+            waited = True
+            time.sleep(LOOK_EVERY)
+        if (now := os.stat(path).st_mtime_ns) != seen:
+            seen, last = now, time.monotonic()
+        if time.monotonic() - last > limit:
+            raise UserError(f"another process that fetches what goes to {path.stem} is silent for {limit:g} s: end it")

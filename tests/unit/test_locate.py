@@ -17,7 +17,10 @@ from dllm.remote import car, locate
 from dllm.remote.unixfs import blocks_of
 
 FILES = {"config.json": b"{}", "deep/er/data": bytes(range(256)) * 9000, "empty": b""}
-COPY = "import sys\nfrom dllm.remote.locate import local_copy\nprint(local_copy(sys.argv[1]))"
+COPY = (
+    "import sys\nfrom dllm.config import StorageConfig\nfrom dllm.remote.locate import local_copy\n"
+    "print(local_copy(sys.argv[1], StorageConfig(timeout=float(sys.argv[2]))))"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +154,9 @@ def test_settings_name_sources_too(gateway, monkeypatch):
         assert locate.open_folder(gateway.at, settings).read("config.json", 2) == b"{}"
 
 
-def start(url):
+def start(url, timeout="30"):
     return subprocess.Popen(
-        [sys.executable, "-c", COPY, url], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", COPY, url, timeout], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -166,6 +169,19 @@ def test_processes_fetch_one_after_the_other(gateway):
     assert there(pathlib.Path(ends[0][0].strip())) == FILES
     paths = [path for _, path, _ in gateway.asked]
     assert len(paths) < 2 * len(gateway.blocks)
+
+
+def test_those_that_wait_for_one_that_fails_fail_with_it(gateway):
+    """Four ranks, and a node that says nothing for two seconds: not eight of them."""
+    gateway.answers = lambda handler, name: time.sleep(10)
+    begin = time.monotonic()
+    processes = [start(gateway.at, "2") for _ in range(4)]
+    ends = [process.communicate(timeout=120)[1].splitlines()[-1] for process in processes]
+    assert len(set(ends)) == 1
+    assert "did not answer within 2 s" in ends[0]
+    assert len(gateway.asked) <= 2, time.monotonic() - begin  # a process that starts late may find that nobody is there
+    gateway.answers = None
+    assert there(locate.local_copy(gateway.at)) == FILES
 
 
 def test_one_that_was_killed_holds_nobody_up_and_one_that_stands_still_is_named(gateway):
@@ -181,7 +197,7 @@ def test_one_that_was_killed_holds_nobody_up_and_one_that_stands_still_is_named(
             assert time.monotonic() < end
             time.sleep(0.02)
         os.kill(other.pid, signal.SIGSTOP)
-        with pytest.raises(UserError, match=r"another process fetches to .* silent for 1 s: end it"):
+        with pytest.raises(UserError, match=r"another process that fetches .* is silent for 1 s: end it"):
             locate.local_copy(gateway.at, StorageConfig(timeout=0.1))
     finally:
         other.kill()
