@@ -23,6 +23,7 @@ from .kernels.gemm import aligned
 from .kernels.types import Array
 from .model import torch_weights
 from .model.layout import Layout
+from .remote.locate import local_copy
 from .runs import checkpoint
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _average(options: argparse.Namespace, source: LoadedModel, layout: Layout) -
     if not source.scalars:
         raise UserError(f"--average: {options.run} is a model folder, it has no checkpoints")
     total, newest, count = np.zeros(layout.size), 0, 0
-    for found in checkpoint.available(options.run)[0]:
+    for found in checkpoint.available(local_copy(options.run))[0]:
         try:
             found.verify()
         except UserError as error:

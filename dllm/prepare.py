@@ -20,6 +20,7 @@ from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
 from .files import storage
+from .remote.locate import is_url, local_copy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -108,6 +109,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         storage.owner_only()
     if private:
         splits = {name: _of_rank(paths, comm.rank) for name, paths in splits.items()}
+    with runtime.together(comm):
+        splits = {name: _local(paths) for name, paths in splits.items()}
     if options.deal:
         splits = runtime.agree(comm, _deal, splits, comm.size, options)[comm.rank]
     out = config.path_of_rank(options.out, comm.rank)
@@ -202,6 +205,11 @@ def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[A
 def _of_rank(paths: list[Any], rank: int) -> list[Any]:
     """Paths, or pairs of paths, as they are on a rank."""
     return [config.path_of_rank(path, rank) if isinstance(path, str) else _of_rank(path, rank) for path in paths]
+
+
+def _local(paths: list[Any]) -> list[Any]:
+    """Paths, or pairs of paths, on this disk. Raises UserError."""
+    return [str(local_copy(path)) if is_url(path) else path if isinstance(path, str) else _local(path) for path in paths]
 
 
 def _deal(splits: dict[str, list[str]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
