@@ -139,19 +139,21 @@ class Server:
     def _ask(
         self, wire: _Wire, method: str, path: str, body: bytes | Iterable[bytes], most: int, headers: Mapping[str, str]
     ) -> Answer:
-        done = False
+        sent = done = False
         connection = http.client.HTTPConnection(self.host, self._port or (443 if self._secure else 80))
         connection.auto_open = 0
         connection.sock = wire  # type: ignore[assignment]
         try:
-            connection.request(method, self._prefix + path, body, {**self._headers, **headers})  # type: ignore[arg-type]
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
+                connection.request(method, self._prefix + path, body, {**self._headers, **headers})  # type: ignore[arg-type]
+                sent = True
             response = connection.getresponse()
             data = response.read(most + 1)
             if len(data) > most:
                 raise UserError(f"{self.name} answers with more than {most >> 10:,} kB")
             if response.length:
                 raise UserError(f"{self.name} hung up in the middle of an answer")
-            done = not response.will_close
+            done = sent and not response.will_close
             return Answer(response.status, data, {name.lower(): value for name, value in response.getheaders()})
         finally:
             if done:
