@@ -3,7 +3,7 @@
 //   bee.cjs MODULES zeros COUNT...            of so many chunks of zeros and a byte, by bee-js; chunks it has hashed it does not hash again
 //   bee.cjs MODULES serve                     what a Bee node answers on /bytes and /chunks; prints its port
 //   bee.cjs MODULES upload URL STAMP FILE...  by bee-js; prints references
-//   bee.cjs MODULES download URL REFERENCE FILE
+//   bee.cjs MODULES download URL [REFERENCE FILE]...
 const fs = require('fs')
 const http = require('http')
 const { createRequire } = require('module')
@@ -79,8 +79,10 @@ async function main([what, ...words]) {
     const [url, stamp, ...files] = words
     for (const file of files) console.log((await new Bee(url).uploadData(stamp, fs.readFileSync(file))).reference.toHex())
   } else {
-    const [url, reference, file] = words
-    fs.writeFileSync(file, (await new Bee(url).downloadData(reference)).toUint8Array())
+    const [url, ...pairs] = words
+    for (let i = 0; i < pairs.length; i += 2) {
+      fs.writeFileSync(pairs[i + 1], (await new Bee(url).downloadData(pairs[i])).toUint8Array())
+    }
   }
 }
 

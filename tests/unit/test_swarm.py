@@ -138,7 +138,8 @@ def test_parts_of_a_file_are_full_but_for_the_last(size):
 # there and back
 
 
-def test_a_folder_comes_back_as_it_was(node, tmp_path):
+def test_a_folder_comes_back_as_it_was(node, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     url = publish(tmp_path / "out")
     folder = locate.open_folder(url, storage())
     assert sorted(folder.names) == sorted(FILES)
