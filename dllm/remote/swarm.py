@@ -120,16 +120,10 @@ class Bee:
         if not (is_loopback(self._server.host) or self.name.startswith("https:")):
             raise UserError(f"{self.name} is not on this machine, so its address has to begin with https://")
 
-    def size(self, address: bytes) -> int:
-        """Bytes of a file. Raises UserError."""
-        return self._chunk(address)[0]
-
-    def pieces(self, address: bytes, most: int) -> Iterator[bytes]:
-        """The bytes of a file of at most `most` bytes, at most PIECE at a time and each checked. Raises UserError."""
+    def open(self, address: bytes) -> tuple[int, Iterator[bytes]]:
+        """How many bytes a file has, and the bytes: at most PIECE at a time, each checked. Raises UserError."""
         span, payload = self._chunk(address)
-        if span > most:
-            raise UserError(f"{address.hex()} has {span:,} bytes, it may have {most:,}")
-        yield from self._below(address, span, payload)
+        return span, self._below(address, span, payload)
 
     def _below(self, address: bytes, span: int, payload: bytes) -> Iterator[bytes]:
         if span <= CHUNK:
@@ -225,9 +219,8 @@ class Files:
 
     def __init__(self, bee: Bee, root: str, path: str = "") -> None:
         self._bee = bee
-        start = bytes.fromhex(root)
-        size = bee.size(start)
-        first = next(bee.pieces(start, LARGEST_FILE))
+        size, pieces = bee.open(bytes.fromhex(root))
+        first = next(pieces)
         if not first.startswith(BEGINNING):
             if _is_manifest(first):
                 raise UserError(f"{root} is a folder of Bee's own (/bzz); dllm reads those that dllm publish makes")
@@ -236,7 +229,9 @@ class Files:
             self._files = {"": Entry(root, size)}
             return
         try:
-            files = decode(b"".join(bee.pieces(start, LARGEST_INDEX)))
+            if size > LARGEST_INDEX:
+                raise ValueError(f"it has {size:,} bytes, it may have {LARGEST_INDEX:,}")
+            files = decode(first + b"".join(pieces))
         except ValueError as error:
             raise UserError(f"{root} is no list of files: {error}") from None
         inside = f"{path}/" if path else ""
@@ -282,12 +277,10 @@ class Files:
         entry = self._files[name]
         if entry.size > most:
             raise UserError(f"{name or entry.reference} has {entry.size:,} bytes, it may have {most:,}")
-        got = 0
-        for piece in self._bee.pieces(bytes.fromhex(entry.reference), entry.size):
-            got += len(piece)
-            yield piece
-        if got != entry.size:
-            raise UserError(f"{name or entry.reference} has {got:,} bytes, its folder says {entry.size:,}")
+        size, pieces = self._bee.open(bytes.fromhex(entry.reference))
+        if size != entry.size:
+            raise UserError(f"{name or entry.reference} has {size:,} bytes, its folder says {entry.size:,}")
+        return pieces
 
 
 def open_files(url: str, settings: StorageConfig) -> Files:

@@ -352,7 +352,7 @@ def test_a_size_that_is_not_that_of_the_file(node):
     split(BYTES[:100], node.store)
     reference = split(BYTES[:100], {}).hex()
     folder = served(node, index("a", reference=reference, size=99))
-    refused(lambda: folder.read("a", 1 << 20), "100 bytes")
+    refused(lambda: folder.read("a", 1 << 20), "100 bytes", "says 99")
     folder = served(node, index("a", reference=reference, size=101))
     refused(lambda: folder.read("a", 1 << 20), "100 bytes", "says 101")
 
