@@ -24,7 +24,7 @@ CHUNK, PIECE = chunks.CHUNK, chunks.PIECE
 BYTES = np.random.default_rng(7).bytes(3 * PIECE + CHUNK + 1)
 EMPTY = "b34ca8c22b9e982354f9c7f50b470d66db428d880c8a904d5fe4ec9713171526"
 FILES = {"config.toml": b"x = 1\n", "empty": b"", "parts/0/a": BYTES[:CHUNK], "parts/1": BYTES[: 2 * PIECE + 1]}
-LIMIT = 1.0  # seconds that the server has in tests of slow ones
+LIMIT = 0.5  # seconds that the server has in tests of slow ones
 
 
 @pytest.fixture(scope="module")
