@@ -28,6 +28,7 @@ ROOMS = {  # in the order in which one imports from the other
     "files": "Files that are whole or not there.",
     "comm": "Messages between ranks: start, averaging, topologies, recovery.",
     "model": "The language model over flat vectors.",
+    "remote": "Stores of files that are named by what is in them.",
     "data": "Text to tokens, shards and lanes.",
     "runs": "The folder of a run, its state and its checkpoints.",
     "inference": "The use of a trained model: loss, sampling, search.",
