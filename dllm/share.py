@@ -14,7 +14,7 @@ from .data.corpus import Corpus
 from .errors import DONE, UserError, printable, reason
 from .files import storage
 from .inference import model_folder
-from .remote import car, ipfs, locate
+from .remote import car, ipfs, locate, swarm
 from .remote.progress import Progress
 from .remote.tree import Tree
 from .runs import checkpoint
@@ -26,9 +26,10 @@ examples
   dllm publish MODEL                        give it to the node of IPFS at DLLM_IPFS, such as http://127.0.0.1:5001
   dllm publish RUN --to run.car             make a file of it, which any node takes: ipfs dag import run.car
   dllm publish CORPUS --set storage.pin=false
+  dllm publish MODEL --to swarm             give it to the node of Swarm at DLLM_BEE, and pay with the stamps of DLLM_BEE_STAMP
 
-The last line is ipfs://CID. The CID is a hash of all files and their names: whoever fetches it gets these bytes or nothing.
-Everybody who knows it can read them, and nobody can take them back.
+The last line is ipfs://CID or swarm://REFERENCE. Both are hashes of all files and their names: whoever fetches them gets these
+bytes or nothing. Everybody who knows the hash can read them, and nobody can take them back.
 
 Of a run its settings, tokenizer, newest and best checkpoint are published, of a model and a corpus the files that belong to it.
 All are checked first. What is of private text is refused without --private: a run on text with {rank} in its path, and files
@@ -44,7 +45,8 @@ examples
   dllm fetch model.car --out models/theirs                     of a CAR file, without a network
 
 Blocks come from the node at DLLM_IPFS, else from the trustless gateways in IPFS_GATEWAY. Each is compared with its name.
-generate, evaluate, export, serve, prepare and train take ipfs://CID in place of a folder, too, and keep it in the user's cache.
+What swarm://REFERENCE names comes from the Bee node at DLLM_BEE, and is compared with the reference.
+generate, evaluate, export, serve, prepare and train take such URLs in place of folders and keep them in the user's cache.
 """
 
 Files = Mapping[str, pathlib.Path]  # name below the root -> where it lies
@@ -95,7 +97,9 @@ def publish(argv: list[str]) -> int:
 def fetch(argv: list[str]) -> int:
     """Make a folder or file of what an URL or a CAR file names. Raises UserError."""
     parser = cli.Parser("share fetch", FETCH, FETCH_EPILOG)
-    parser.add_argument("url", metavar="URL", help="ipfs://CID, ipfs://CID/path, or a file that ends with .car")
+    parser.add_argument(
+        "url", metavar="URL", help="ipfs://CID, swarm://REFERENCE, with /path or not, or a file that ends with .car"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder, or file")
     _add_settings(parser)
     options = parser.parse_args(argv)
@@ -179,7 +183,14 @@ def _to_ipfs(files: Files, settings: config.StorageConfig, moved: Callable[[int]
     return f"{ipfs.SCHEME}{ipfs.node(settings).publish(files, settings.pin, moved)}"
 
 
-STORES: dict[str, Callable[[Files, config.StorageConfig, Callable[[int], object]], str]] = {"ipfs": _to_ipfs}
+def _to_swarm(files: Files, settings: config.StorageConfig, moved: Callable[[int], object]) -> str:
+    return f"{swarm.SCHEME}{swarm.node(settings).publish(files, moved)}"
+
+
+STORES: dict[str, Callable[[Files, config.StorageConfig, Callable[[int], object]], str]] = {
+    "ipfs": _to_ipfs,
+    "swarm": _to_swarm,
+}
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -168,6 +168,7 @@ class StorageConfig:
     )
     ipfs: str = setting("", 'RPC of an IPFS node, such as http://127.0.0.1:5001; "": the variable DLLM_IPFS')
     gateways: str = setting("", 'trustless gateways of IPFS, with commas between them; "": the variable IPFS_GATEWAY')
+    bee: str = setting("", 'HTTP of a node of Ethereum Swarm, such as http://127.0.0.1:1633; "": the variable DLLM_BEE')
     timeout: float = setting(30.0, "seconds that a store has to answer", above=0)
     pin: bool = setting(True, "whether what is published stays at the IPFS node")
 

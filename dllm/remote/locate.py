@@ -1,4 +1,4 @@
-"""Where a path or an URL is on this disk: what ipfs://CID[/path] names is fetched into the user's cache, checked, once.
+"""Where a path or an URL is on this disk: what ipfs:// and swarm:// name is fetched into the user's cache, checked, once.
 
 A whole copy lies in the cache beside a list of its files' sizes and sha256, and is compared with it each time it is used: a
 disk may damage what came in well. Processes of one cache fetch it one after the other, so all but the first find it there.
@@ -19,7 +19,7 @@ from typing import Protocol, TextIO
 from ..config import StorageConfig
 from ..errors import LONGEST_LINE, UserError, printable, reason, shown
 from ..files import storage
-from . import ipfs
+from . import ipfs, swarm
 from .progress import Progress
 
 LONGEST = 4096  # characters of an URL
@@ -49,7 +49,8 @@ class RemoteFolder(Protocol):
         """
 
 
-STORES: dict[str, Callable[[str, StorageConfig], RemoteFolder]] = {"ipfs": ipfs.open_tree}  # by scheme
+# By scheme.
+STORES: dict[str, Callable[[str, StorageConfig], RemoteFolder]] = {"ipfs": ipfs.open_tree, "swarm": swarm.open_files}
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -66,7 +67,7 @@ def open_folder(url: str, settings: StorageConfig | None = None) -> RemoteFolder
     """The files that an URL names; the folder's list is read at once, files when they are asked for. Raises UserError."""
     scheme, _, rest = url.partition("://")
     if scheme not in STORES or not rest or len(url) > LONGEST or not url.isprintable() or set(url) & set("?#"):
-        raise UserError(f"{shown(url, 200)} is no URL of a file or folder: ipfs://CID or ipfs://CID/path")
+        raise UserError(f"{shown(url, 200)} is no URL of a file or folder: ipfs://CID, swarm://REFERENCE, and a path behind it")
     return STORES[scheme](url, settings or StorageConfig())
 
 
