@@ -5,6 +5,7 @@ Every test is marked by its folder: unit, ranks, jobs, system.
     python -m pytest                             unit but for what is slow, ranks on 3 ranks, and the jobs of test_smoke.py
     python -m pytest tests/jobs/test_launch.py   all of what is named
     python -m pytest --full                      everything
+    python -m pytest --full --leave-out FILE     but for the tests that FILE names, one a line; the gate has run them
 """
 
 import json
@@ -26,6 +27,7 @@ SMOKE = "test_smoke.py"
 def pytest_addoption(parser):
     text = "all tests: also slow ones, real jobs, and those that mount, make network namespaces or start Slurm"
     parser.addoption("--full", action="store_true", help=text)
+    parser.addoption("--leave-out", type=pathlib.Path, metavar="FILE", help="no test that a line of this file names")
 
 
 def _named(config):
@@ -47,13 +49,15 @@ def _is_left_out(item, kind, named, full):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     named, full, kept, left_out = _named(config), config.getoption("--full"), [], []
+    file = config.getoption("--leave-out")
+    done = set(file.read_text().splitlines()) if file else set()
     if not full and any(TESTS / "system" in (path, *path.parents) for path in named):
         raise pytest.UsageError("tests/system mounts, makes network namespaces or starts Slurm: it needs --full")
     for item in items:
         kind = next((name for name in KINDS if TESTS / name in item.path.parents), None)
         if kind:
             item.add_marker(kind)
-        (left_out if _is_left_out(item, kind, named, full) else kept).append(item)
+        (left_out if item.nodeid in done or _is_left_out(item, kind, named, full) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
     # Unit tests go first: one process compiles the kernels then, and ranks find them in the cache.

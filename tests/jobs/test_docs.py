@@ -274,7 +274,7 @@ def test_architecture_names_what_is_there():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed: pip install -e '.[docs]'; the gate builds the site")
+        pytest.skip("mkdocs is not installed: pip install -e '.[docs]'; the gate has it")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], cwd=ROOT,
         capture_output=True, text=True, timeout=LIMIT, check=False,

@@ -155,7 +155,7 @@ ON_FOUR = {
         r"cannot read t3.txt: .* \(rank 3\)",
     ),
 }
-STARTED_ON_FOUR = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
+STARTED = ("train: unknown key", "resume: another shape", "prepare: not UTF-8, char", "evaluate: no such split")
 ON_ONE = {
     "generate: no run": ("dllm.generate nothing", "nothing is not the folder of a run"),
     "generate: no checkpoint": ("dllm.generate fresh", "fresh has no checkpoint to start from"),
@@ -243,8 +243,8 @@ def refuse(world, ranks, command, says):
     assert everything(world) == before
 
 
-@pytest.mark.parametrize("case", ON_ANY | ON_ONE)
-def test_bad_input_is_refused_in_one_line_with_exit_code_2(world, case):
+@pytest.mark.parametrize("case", [*STARTED, "generate: no run", "generate: unknown flag"])
+def test_a_command_refuses_bad_input_in_one_line_with_exit_code_2(world, case):
     refuse(world, 0, *(ON_ANY | ON_ONE)[case])
 
 
@@ -254,29 +254,50 @@ def test_bf16_is_refused_where_the_processor_has_none(world, monkeypatch, ranks)
     refuse(world, ranks, TRAIN + " --set train.precision=bf16", "this processor has no bfloat16 instructions")
 
 
-@pytest.mark.parametrize("case", ON_FOUR | {case: ON_ANY[case] for case in STARTED_ON_FOUR})
+@pytest.mark.parametrize("case", [*STARTED, "train: one rank's text damaged"])
 def test_four_ranks_refuse_in_one_line_what_all_or_only_some_of_them_see(world, case):
     refuse(world, 4, *(ON_FOUR | ON_ANY)[case])
 
 
+class Refusals:
+    """All cases in one start, by one process or by four ranks: how each ended, and whether nothing changed."""
+
+    def __init__(self, world, folder, ranks, cases):
+        before = everything(world)
+        commands = [command.split() for command, _ in cases.values()]
+        ends = run_several(folder / f"out-{ranks}", ranks, commands, cwd=world, timeout=120)
+        self.ends, self.unchanged = dict(zip(cases, ends, strict=True)), everything(world) == before
+
+    def check(self, case, says):
+        end = self.ends[case]
+        check(re.sub("^(counting|encoding|building) .*\n", "", end.text, flags=re.M), says)  # but for progress
+        assert end.codes == {REFUSED}
+        assert end.seconds < SECONDS
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    return Refusals(world, tmp_path_factory.mktemp("refusals"), 0, ON_ANY | ON_ONE)
+
+
 @pytest.fixture(scope="module")
 def on_four_ranks(world, tmp_path_factory):
-    """case -> how it ended, all cases in one start; and whether nothing changed."""
-    folder, before = tmp_path_factory.mktemp("refusals"), everything(world)
-    ends = run_several(folder / "out", 4, [command.split() for command, _ in ON_ANY.values()], cwd=world, timeout=120)
-    return dict(zip(ON_ANY, ends, strict=True)), everything(world) == before
+    return Refusals(world, tmp_path_factory.mktemp("refusals"), 4, ON_ANY | ON_FOUR)
 
 
-@pytest.mark.parametrize("case", ON_ANY)
+@pytest.mark.parametrize("case", ON_ANY | ON_ONE)
+def test_bad_input_is_refused_in_one_line_with_exit_code_2(alone, case):
+    alone.check(case, (ON_ANY | ON_ONE)[case][1])
+
+
+@pytest.mark.parametrize("case", ON_ANY | ON_FOUR)
 def test_bad_input_on_four_ranks_is_refused_in_one_line_by_one_of_them(on_four_ranks, case):
-    end = on_four_ranks[0][case]
-    check(re.sub("^(counting|encoding|building) .*\n", "", end.text, flags=re.M), ON_ANY[case][1])  # but for progress
-    assert end.codes == {REFUSED}
-    assert end.seconds < SECONDS
+    on_four_ranks.check(case, (ON_ANY | ON_FOUR)[case][1])
 
 
-def test_nothing_is_left_behind_by_what_four_ranks_refused(on_four_ranks):
-    assert on_four_ranks[1]
+def test_nothing_is_left_behind_by_what_was_refused(alone, on_four_ranks):
+    assert alone.unchanged
+    assert on_four_ranks.unchanged
 
 
 ODD = """
