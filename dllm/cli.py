@@ -75,6 +75,17 @@ def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str
     return run(lambda words: command(words, comm), argv, comm)
 
 
+def warn_once(comm: MPI.Comm) -> Callable[[str], None]:
+    """What tells the user a line on standard error that all ranks know: rank 0 says it."""
+
+    def warn(text: str) -> None:
+        if comm.rank == 0:
+            sys.stderr.write(f"dllm: {text}\n")
+            sys.stderr.flush()
+
+    return warn
+
+
 def at_least(least: float, kind: Callable[[str], float] = int, most: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number of at least `least` and at most `most`, whole where kind is int."""
     bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most:,}")

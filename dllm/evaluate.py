@@ -49,7 +49,9 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
+    from .runs.gathering import gather_run
 
+    gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     measure = _measure_split if options.pairs is None else _measure_pairs
     measure(comm, node, options, model)

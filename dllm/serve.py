@@ -122,6 +122,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
+    from .runs.gathering import gather_run
     from .serving.engine import Engine
     from .serving.server import Server
 
@@ -130,6 +131,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
+    gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
     runtime.check_same(comm, {"model": model.fingerprint})
     threads = options.threads or node.threads

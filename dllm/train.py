@@ -30,11 +30,18 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
     from .files import storage
     from .model.precision import check_precision
+    from .runs.gathering import gather_run
     from .training.options import print_settings, train_config, train_options
+    from .training.progress import Reporter
 
     begin = time.monotonic()
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
+    reporter = Reporter(comm.rank == 0, options.progress)
+    if options.resume and not options.settings:
+        runtime.check_same(comm, {"--resume": options.resume})
+        gather_run(comm, options.resume, reporter.warn, best=False)
+    with runtime.together(comm):
         configuration = train_config(options)
         check_precision(configuration.train.precision)
     if options.settings:
@@ -48,14 +55,12 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .runs import checkpoint, run_folder
     from .runs.ownership import Ownership
     from .training import announcements, recovery
-    from .training.progress import Reporter
     from .training.setup import set_up
     from .training.trainer import Trainer
     from .training.warmup import code_hash, warm_up
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    reporter = Reporter(comm.rank == 0, options.progress)
     with runtime.together(comm):
         run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
@@ -71,13 +76,14 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         warm_up(configuration)
     compiling = time.monotonic() - compiling
     trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume))
+    writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
-        if comm.rank == 0:
+        if writes:
             run_folder.create(run, configuration, corpus.tokenizer)
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
-    reporter.begin(run, trainer.state.step, trainer.total_steps)
-    if comm.rank == 0:
+    reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
+    if writes:
         run_folder.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
@@ -94,11 +100,12 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
     trainer.close()
     reporter.end()
-    reporter.summarise(summary)
+    writes = trainer.rank.domains.leads
+    reporter.summarise(summary, writes)
     if reporter.mode != "none":
         announcements.farewell(trainer, summary, done)
     code = DONE if done else STOPPED_EARLY
-    if comm.rank == 0 and done and ownership.is_held():
+    if writes and done and ownership.is_held():
         try:
             run_folder.done(ownership.run, summary["steps"])
         except OSError as error:

@@ -43,6 +43,9 @@ T = TypeVar("T")
 Stream = Generator[None, None, T]  # yields whenever it cannot go on for now
 
 
+_retired: list[Transfer] = []  # in which a rank has died: MPI may still write to their memory
+
+
 class Failure(NamedTuple):
     """A file that did not come."""
 
@@ -303,7 +306,11 @@ def replicate(
             return gone
         transfer = Transfer(comm, folder, moves)
         mine = sum(move.file.most for move in moves if comm.rank in (move.source, move.target))
-        transfer.run(lambda moved: say(f"copying: {moved / 1e6:,.0f} MB of at most {mine / 1e6:,.0f} MB"))
+        try:
+            transfer.run(lambda moved: say(f"copying: {moved / 1e6:,.0f} MB of at most {mine / 1e6:,.0f} MB"))
+        except Exception:
+            _retired.append(transfer)
+            raise
         failed = [(moves.index(failure.move), failure.reason, failure.at_target) for failure in transfer.failed]
         with together(comm):
             for failure in transfer.failed:

@@ -135,7 +135,11 @@ def _read(path: Path, most: int, what: str = "") -> bytes:
 
 def read_json(path: Path, keys: Iterable[str], most: int = LARGEST_JSON) -> dict[str, Any]:
     """A JSON object of at most `most` bytes that has `keys`. Raises UserError that names the file and what is wrong with it."""
-    data = _read(path, most)
+    return parse_json(path, _read(path, most), keys, most)
+
+
+def parse_json(path: Path, data: bytes, keys: Iterable[str], most: int = LARGEST_JSON) -> dict[str, Any]:
+    """The same of bytes that `path` has, or would have here."""
     _check_size(path, data, most)
     try:
         value: dict[str, Any] = json.loads(data.decode("utf-8"))

@@ -57,7 +57,15 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: pathlib.Path) -> Checkpoint:
         """Raises UserError where the manifest is missing or damaged."""
-        manifest = storage.read_json(folder / MANIFEST, KEYS)
+        return cls._checked(folder, storage.read_json(folder / MANIFEST, KEYS))
+
+    @classmethod
+    def parse(cls, folder: pathlib.Path, text: str) -> Checkpoint:
+        """The same of a manifest that another disk has, which would lie in `folder`."""
+        return cls._checked(folder, storage.parse_json(folder / MANIFEST, text.encode(), KEYS))
+
+    @classmethod
+    def _checked(cls, folder: pathlib.Path, manifest: dict[str, Any]) -> Checkpoint:
         flaw = _flaw(manifest)
         if flaw:
             raise UserError(f"{folder / MANIFEST} {flaw}")
@@ -77,13 +85,21 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raise UserError where the sha256 of a file does not hold, or one has not the size of what it should hold."""
+        files = zip(self.parts(), self.manifest["sha256"], self.sizes(), strict=True)
+        for (_, path), digest, (least, most) in files:
+            storage.check_file(path, digest, least, most)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(least, most) bytes that each rank's file has."""
         manifest, itemsize = self.manifest, np.dtype(self.manifest["dtype"]).itemsize
-        for (part, path), digest in zip(self.parts(), manifest["sha256"], strict=True):
+        own = 64 * manifest["parameters"] * itemsize * (len(manifest["own"]) - 1)  # whatever a method keeps
+        found = []
+        for part, _ in self.parts():
             theta, lanes = (part.slice.stop - part.slice.start) * itemsize, len(part.lanes)
-            own = 64 * manifest["parameters"] * itemsize * (len(manifest["own"]) - 1)  # whatever a method keeps
             states = lanes * (8 + 2 * manifest["layers"] * manifest["hidden"] * itemsize)
             least = theta * (1 + manifest["moments"]) + states
-            storage.check_file(path, digest, least, hdf5.most_bytes(least + own))
+            found.append((least, hdf5.most_bytes(least + own)))
+        return found
 
     def arrays(self, path: pathlib.Path) -> Any:
         """hdf5.open_arrays of one rank's file. Raises UserError."""
@@ -180,8 +196,12 @@ def intact(run: Path, best: bool = False) -> tuple[Checkpoint, list[str]]:
             wrong.append(str(error))
         else:
             return checkpoint, [f"{text}; trying the one before" for text in wrong]
+    if any(not path.exists() for checkpoint in found for _, path in checkpoint.parts()):
+        hint = "; other hosts may have the rest: start it on all of them"
+    else:
+        hint = ""
     if wrong:
-        raise UserError(f"no checkpoint of {run} is whole: {wrong[0]}")
+        raise UserError(f"no checkpoint of {run} is whole: {wrong[0]}{hint}")
     raise UserError(f"{run} has no checkpoint to start from")
 
 

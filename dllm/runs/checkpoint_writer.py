@@ -2,10 +2,12 @@
 
     begin    all ranks, at the same step: the copy, a few per cent of a step
     ...      each rank's thread writes its file in small pieces, with rests between them; steps go on
-    settle   all ranks, at the same step, when nobody writes any more: the first rank's thread writes the manifest
+    settle   all ranks, at the same step, when nobody writes any more: the files go to further disks, a piece between two steps
+    settle   when they are there: a thread for each disk writes the manifest
     settle   once more, when that is there: now the checkpoint counts
 
-The threads never call MPI; who is still writing travels with the control values of a step (comm/control.py).
+Where all ranks see one disk, or one copy is enough, the second stage is left out. The threads never call MPI; who is still busy
+travels with the control values of a step (comm/control.py).
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..comm.messages import allgather, broadcast
-from ..config import CheckpointConfig
+import numpy as np
+
+from ..comm.messages import allgather
+from ..comm.replicas import Domains
+from ..config import Config
 from ..errors import reason
 from ..files import hdf5, storage
 from ..kernels.types import Array
 from ..model.layout import Layout
 from . import checkpoint
 from .ownership import Ownership
+from .slice_copies import SliceCopies, Written
 from .state import State
 
 if TYPE_CHECKING:
@@ -47,10 +53,12 @@ class Saver:
     comm : MPI.Comm
     ownership : Ownership
         On the run's folder.
+    domains : Domains
+        Of the run's folder.
     layout : Layout
     facts : dict
         What a manifest says of all checkpoints of the run: checkpoint.facts.
-    config : CheckpointConfig
+    config : Config
     warn : callable
         Takes a line for the user.
     before : Saver, optional
@@ -75,10 +83,12 @@ class Saver:
     on_stage: ClassVar[list[Callable[[Saver, str], None]]] = []
 
     def __init__(
-        self, comm: MPI.Comm, ownership: Ownership, layout: Layout, facts: dict[str, Any], config: CheckpointConfig,
+        self, comm: MPI.Comm, ownership: Ownership, domains: Domains, layout: Layout, facts: dict[str, Any], config: Config,
         warn: Callable[[str], None], before: Saver | None = None,
     ) -> None:  # fmt: skip
-        self.comm, self.ownership, self.layout, self.config, self.warn = comm, ownership, layout, config, warn
+        self.comm, self.ownership, self.domains, self.layout, self.warn = comm, ownership, domains, layout, warn
+        self.config, self.disks = config.checkpoint, SliceCopies(comm, domains, ownership.run, config.storage.copies)
+        self.stays_here = config.data.private and not domains.shared  # what a rank alone has: a copy would tell of its text
         self.facts = {**facts, "ranks": comm.size}
         self.part = checkpoint.Part.of(comm.rank, comm.size, layout.parameters, facts["lanes"])
         self.step, self.whole, self.under_way = -1, True, False
@@ -95,7 +105,7 @@ class Saver:
     @property
     def writing(self) -> bool:
         """Whether this rank is not ready to settle."""
-        return self.thread is not None and self.thread.is_alive()
+        return self.disks.busy or (self.thread is not None and self.thread.is_alive())
 
     def due(self) -> bool:
         """Whether the time has come for the next one."""
@@ -145,18 +155,24 @@ class Saver:
         while self.under_way:
             if self.thread is not None:
                 self.thread.join()
+            self.disks.finish()
             self.settle()
+
+    def progress(self, seconds: float) -> None:
+        """What is to be done between two steps, of which the last took so many seconds."""
+        self.disks.progress(seconds)
 
     def settle(self) -> None:
         """What all ranks do once none of them is writing any more."""
         self.next()
 
-    def abandon(self) -> None:
-        """Leave what is under way unfinished: ranks have died. No communication."""
+    def abandon(self) -> list[MPI.Request]:
+        """Leave what is under way unfinished: ranks have died. No communication. Returns requests in which others may wait."""
         self.abandoned = True
         self.hurry.set()
         if self.thread is not None:
             self.thread.join(PATIENCE)
+        return self.disks.abandon()
 
     def _cuts(self, state: State) -> list[list[Cut]]:
         start, stop = self.part.slice.start, self.part.slice.stop
@@ -171,6 +187,8 @@ class Saver:
             name: hdf5.Stream(stop - start, state.theta.dtype, self.layout.parts(some, start, stop))
             for name, some in zip(names, cuts, strict=True)
         }
+        if self.stays_here:
+            lanes, own = tuple(map(np.zeros_like, lanes)), {}
         arrays |= dict(zip(("h", "c", "lane_loss"), lanes, strict=True))
         arrays |= {f"{checkpoint.OWN}{name}": vector for name, vector in own.items()}
         self.manifest = self.facts | {
@@ -208,35 +226,47 @@ class Saver:
         self.hurry.wait((now - self.spent) * (1 / BUSY - 1))
         self.spent = time.thread_time()
 
-    def _write(self, arrays: dict[str, Any]) -> tuple[str, float]:
-        """This rank's file. Returns its sha256 and the seconds it took."""
+    def _write(self, arrays: dict[str, Any]) -> Written:
+        """This rank's file."""
         begin = time.thread_time()
         self._reach("begin")
         if self.folder.is_symlink():
             raise OSError(f"{self.folder} is a link to another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hdf5.write_arrays(self.folder / self.part.name, arrays, self._rest)
+        path = self.folder / self.part.name
+        digest = hdf5.write_arrays(path, arrays, self._rest)
         self._reach("end")
-        return digest, time.thread_time() - begin
+        return Written(digest, path.stat().st_size, time.thread_time() - begin)
 
     def _reach(self, stage: str) -> None:
         for hook in self.on_stage:
             hook(self, stage)
 
     def _all_have_written(self) -> None:
-        everyone = allgather(self.comm, (self.problem, self.result), tuple[str | None, tuple[str, float] | None])
+        everyone = allgather(self.comm, (self.problem, self.result), tuple[str | None, Written | None])
         self.problem = next((problem for problem, _ in everyone if problem), None)
         if self.problem:
             self._end()
             return
-        digests, seconds = zip(*(result for _, result in everyone), strict=True)
-        self.cost, self.manifest["sha256"] = max(seconds), list(digests)
+        slices = [written for _, written in everyone if written]
+        self.cost, self.manifest["sha256"] = max(one.seconds for one in slices), [one.sha256 for one in slices]
+        if self.disks.wanted:
+            self.thread, self.next = None, self._copies_are_there
+            self.disks.begin(self.folder, slices)
+        else:
+            self._begin_manifest()
+
+    def _copies_are_there(self) -> None:
+        for problem in self.disks.problems():
+            self.warn(problem)
+        self._begin_manifest()
+
+    def _begin_manifest(self) -> None:
         self.next = self._manifest_is_there
-        if self.comm.rank == 0:
-            self._in_background(self._write_manifest)
+        self._in_background(self._write_manifest if self.domains.leads else lambda: None)
 
     def _write_manifest(self) -> None:
-        """By the first rank: from now on the checkpoint counts, and older ones may go."""
+        """By a rank for each disk: from now on the checkpoint counts, and older ones may go."""
         if not self.ownership.is_held():
             raise OSError("another job has taken over the run")
         self.manifest["seal"] = checkpoint.seal(self.manifest)
@@ -244,11 +274,12 @@ class Saver:
         checkpoint.prune(self.ownership.run, self.config.keep)
 
     def _manifest_is_there(self) -> None:
-        self.problem = broadcast(self.comm, self.problem, str | None)
+        self.problem = next(filter(None, allgather(self.comm, self.problem, str | None)), None)
         self._end()
 
     def _end(self) -> None:
         self.under_way, self.whole = False, not self.problem
-        if self.problem and self.comm.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.problem:
+            if self.domains.leads:
+                shutil.rmtree(self.folder, ignore_errors=True)
             self.warn(f"no checkpoint at step {self.step}: {self.problem}; training goes on, older ones stay")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..comm.averaging import Averaging
 from ..comm.messages import allgather, total
+from ..comm.replicas import Domains
 from ..errors import UserError
 from ..runs.ownership import Ownership
 from ..runs.state import State
@@ -49,6 +50,8 @@ class Metrics:
     clock : Clock
     reporter : Reporter
     ownership : Ownership
+    domains : Domains
+        Of the run's folder.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class Metrics:
         clock: Clock,
         reporter: Reporter,
         ownership: Ownership,
+        domains: Domains,
     ) -> None:
         self.comm, self.oversubscribed, self.averaging, self.clock = comm, oversubscribed, averaging, clock
-        self.reporter, self.ownership = reporter, ownership
+        self.reporter, self.ownership, self.domains = reporter, ownership, domains
         # The slowest rank, and since when.
         self.slow: tuple[int | None, float] = None, 0.0
+        self.last = 0.0  # seconds of the last step
         self.shown_alive = 0.0  # when the run's folder was told last
 
     def begin(self) -> None:
@@ -78,7 +83,7 @@ class Metrics:
 
     def count(self, tokens: int, settled: bool) -> None:
         """A step was taken. settled : its speed counts."""
-        seconds = time.perf_counter() - self.started
+        self.last = seconds = time.perf_counter() - self.started
         self.seconds += seconds
         self.exposed += self.averaging.exposed_seconds
         self.flight += self.averaging.flight_seconds
@@ -91,7 +96,7 @@ class Metrics:
     def show_alive(self) -> None:
         """Show the launcher that the run goes on."""
         now = time.monotonic()
-        if self.comm.rank == 0 and now - self.shown_alive > BEAT:
+        if self.domains.leads and now - self.shown_alive > BEAT:
             self.ownership.show_alive()
             self.shown_alive = now
 
@@ -152,11 +157,11 @@ class Metrics:
         self._check_owner(step, allgather(self.comm, self._is_held(), bool | None))
 
     def _is_held(self) -> bool | None:
-        """What the first rank says: whether the run's folder is still this job's."""
-        return self.ownership.is_held() if self.comm.rank == 0 else None
+        """Whether the run's folder is still this job's; None where another rank looks at this disk."""
+        return self.ownership.is_held() if self.domains.leads else None
 
     def _check_owner(self, step: int, everyone: list[bool | None]) -> None:
-        if not everyone[0]:
+        if False in everyone:
             raise UserError.of_all(f"another job has taken over {self.ownership.run}: this one ends at step {step}")
 
     def _check(self, step: int, digests: tuple[str, ...], loss: float) -> None:

@@ -1,6 +1,6 @@
 """What a run shows and leaves behind: the header, a live line or plain lines, metrics.jsonl, summary.json, loss.png.
 
-One rank, the reporter, has a Reporter that speaks; on the others it is silent and writes nothing.
+One rank has a Reporter that speaks; on the others it is silent. For each disk that ranks see, one of them writes.
 """
 
 from __future__ import annotations
@@ -68,19 +68,14 @@ class Reporter:
         sys.stderr.write(f"dllm: {text}\n")
         sys.stderr.flush()
 
-    def begin(self, run: str | os.PathLike[str], step: int, total: int) -> None:
-        """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps."""
-        if not self.speaks:
-            return
-        self.run = pathlib.Path(run)
-        path = self.run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
-        written = {(line["step"], line.get("split")) for line in kept}
-        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
-        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
-        self.begun, self.first = time.monotonic(), step
-        self.total = total
+    def begin(self, run: str | os.PathLike[str], step: int, total: int, writes: bool) -> None:
+        """Open metrics.jsonl in the folder `run` behind its lines up to `step`, and the live line towards `total` steps.
+
+        writes : whether this rank writes for its disk
+        """
+        self.run, self.begun, self.first, self.total = pathlib.Path(run), time.monotonic(), step, total
+        if writes:
+            self._open_metrics(step)
         if self.mode == "live":
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
@@ -91,13 +86,22 @@ class Reporter:
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
+    def _open_metrics(self, step: int) -> None:
+        path = self.run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        written = {(line["step"], line.get("split")) for line in kept}
+        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
+
     def log(self, line: Line) -> None:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
         self.recent.append(line)
-        if not self.speaks:
+        if self.metrics is not None:
+            self.waiting += json.dumps(line).encode() + b"\n"
+            self._attempt("metrics.jsonl", self._write_metrics)
+        if self.mode == "none":
             return
-        self.waiting += json.dumps(line).encode() + b"\n"
-        self._attempt("metrics.jsonl", self._write_metrics)
         text = f"loss {line['loss']:.4f}  perplexity {_in_words(perplexity(line['loss']))}"
         if "split" in line:
             self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
@@ -127,9 +131,9 @@ class Reporter:
             self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
 
-    def summarise(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
-        if self.speaks:
+    def summarise(self, summary: dict[str, Any], writes: bool) -> None:
+        """Write summary.json where this rank writes for its disk."""
+        if writes:
             self._attempt("summary.json", storage.write_json, self.run / "summary.json", summary)
 
     def _attempt(self, name: str, write: Callable[..., object], *arguments: object) -> None:
@@ -138,7 +142,7 @@ class Reporter:
             write(*arguments)
         except OSError as error:
             if name not in self.failed:
-                self.warn(f"cannot write {self.run / name}: {reason(error)}; training goes on")
+                self.complain(f"cannot write {self.run / name}: {reason(error)}; training goes on")
             self.failed.add(name)
 
     def plot(self) -> pathlib.Path | None:

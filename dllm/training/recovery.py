@@ -55,11 +55,11 @@ def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
     Raises survivors.GiveUp on all of them.
     """
     rank, comm = trainer.rank, trainer.comm
-    rank.saver.abandon()
+    writes = rank.saver.abandon()
     rank.heartbeat.end()
     averaging, copies = trainer.averaging.under_way(), rank.copies.under_way()
     communicators = [*averaging[0], rank.node.comm, *copies[0]]
-    requests = [*averaging[1], *copies[1]]
+    requests = [*averaging[1], *copies[1], *writes]
     new, step, alive = survivors.shrink(comm, communicators, trainer.finished.step, requests, rank.node.pids)
     state = next(version for version in (trainer.state, trainer.spare) if version.step == step)
     lanes = rank.copies.pieces(state, rank.own_lanes.start, alive)
@@ -94,7 +94,7 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
             before.reporter.complain(str(problem))
         runtime.exit_now(BAD_INPUT)
     step = successor.state.step
-    reporter.begin(run, step, successor.total_steps)
+    reporter.begin(run, step, successor.total_steps, successor.rank.domains.leads)
     ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"
     reporter.warn(f"{ranks}; {comm.size} go on from step {step}, {time.monotonic() - begin:.2f} s later")
     successor.deaths = trainer.deaths + len(dead)

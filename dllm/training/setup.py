@@ -13,6 +13,7 @@ from ..comm import methods
 from ..comm.averaging import Averaging
 from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
+from ..comm.replicas import Domains
 from ..comm.runtime import check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
 from ..config import Config
@@ -61,6 +62,8 @@ class Rank:
     Attributes
     ----------
     comm, node : MPI.Comm, NodeInfo
+    domains : Domains
+        Of the run's folder: which ranks write for their disks.
     own_lanes : range
         This rank's lanes.
     lanes, schedule : Lanes, Schedule
@@ -73,6 +76,7 @@ class Rank:
 
     comm: MPI.Comm
     node: NodeInfo
+    domains: Domains
     config: Config
     corpus: Corpus
     ownership: Ownership
@@ -150,15 +154,16 @@ def set_up(
     if resume is not None:
         _take_own(comm, resume, averaging.own_arrays(state), made_by, config, reporter)
     clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
-    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership)
+    domains = Domains.find(comm, ownership.run)
+    metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership, domains)
     validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
-    saver = Saver(comm, ownership, layout, facts, config.checkpoint, reporter.warn, before)
+    saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
     return Rank(
-        comm, node, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
+        comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
         _make_heartbeat(config, node, memory, reporter), validation, saver, metrics,
     )  # fmt: skip

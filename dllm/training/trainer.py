@@ -15,6 +15,7 @@ from ..comm.runtime import mpi_library
 from ..config import as_dict
 from ..errors import UserError
 from ..inference.evaluation import perplexity
+from ..runs.gathering import spread_checkpoints
 from ..runs.state import parameters_hash
 from . import optim
 from .setup import Rank
@@ -87,6 +88,8 @@ class Trainer:
         if saver.step != self.state.step:
             saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
         saver.complete()
+        if not stopped:
+            spread_checkpoints(self.comm, self.rank.domains, self.rank.ownership.run, self.rank.reporter.warn)
         return not stopped
 
     def _step(self, control: Control) -> tuple[float, float, int, bool]:
@@ -160,6 +163,7 @@ class Trainer:
         state, saver, every = self.state, self.rank.saver, self.config.checkpoint.every_steps
         if state.step % self.config.log.every == 0:
             self.rank.metrics.log(state, parameters_hash(state.theta), self.schedule.windows, norm, lr)
+        saver.progress(self.rank.metrics.last)
         if saver.under_way and not agreed.writing:
             saver.settle()
         best = self.rank.validation.due(state) and self.rank.validation.run(state)

@@ -15,7 +15,8 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from dllm.config import CheckpointConfig, ModelConfig
+from dllm.comm.replicas import Domains
+from dllm.config import Config, ModelConfig
 from dllm.data import shards
 from dllm.data.corpus import Corpus
 from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
@@ -101,7 +102,8 @@ class Rank:
         claim = Ownership.of_this_job(self.run)
         self.run.mkdir(exist_ok=True)
         claim.take()
-        saver = Saver(Alone, claim, LAYOUT, checkpoint.facts(LAYOUT, len(LANES), "tokenizer", ""), CheckpointConfig(), print)
+        facts = checkpoint.facts(LAYOUT, len(LANES), "tokenizer", "")
+        saver = Saver(Alone, claim, Domains(0, (0,), ("here",)), LAYOUT, facts, Config(), print)
         saver.save(self.state, False, {})
         assert saver.whole
 

@@ -10,7 +10,8 @@ from helpers.faults import fault, kill_at_rename, kill_at_stage, slow_steps
 from helpers.launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
 from helpers.run_files import checkpoints, column, metrics
 
-from dllm.config import CheckpointConfig
+from dllm.comm.replicas import Domains
+from dllm.config import CheckpointConfig, Config
 from dllm.runs.checkpoint import facts
 from dllm.runs.checkpoint_writer import LONGEST, SHORTEST, Saver
 
@@ -107,9 +108,10 @@ def test_the_job_that_took_a_run_last_has_it(tiny, undisturbed, tmp_path):
 
 
 def test_the_interval_follows_the_cost_and_the_time_between_failures():
-    ranks = types.SimpleNamespace(rank=0, size=4)
-    layout = types.SimpleNamespace(parameters=10, tensors={})
-    saver = lambda **settings: Saver(ranks, None, layout, facts(layout, 4, "", ""), CheckpointConfig(**settings), print)
+    ranks, folder = types.SimpleNamespace(rank=0, size=4), types.SimpleNamespace(run="run")
+    layout, domains = types.SimpleNamespace(parameters=10, tensors={}), Domains(0, (0,) * 4, ("here",) * 4)
+    with_settings = lambda settings: Config(checkpoint=CheckpointConfig(**settings))
+    saver = lambda **settings: Saver(ranks, folder, domains, layout, facts(layout, 4, "", ""), with_settings(settings), print)
     assert saver(every_minutes=3.0).interval() == 180
     assert saver(every_minutes=0.0).interval() == 0
     chosen = saver(mtbf_hours=40.0)
