@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, papers, resilience
+from . import commands, decentralised, papers, replicas, resilience
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "decentralised": decentralised.decentralised,
     "uneven": decentralised.uneven,
     "network": decentralised.network,
+    "replicas": replicas.replicas,
     "papers": papers.papers,
 }
 PEERS = ["torch", "tensorflow", "jax"]
@@ -46,7 +47,7 @@ def main():
         ranks = 8 if name in ("decentralised", "uneven") else 2
         command.add_argument("--ranks", type=int, default=ranks, help=f"ranks, and cores that peers get (default {ranks})")
         command.add_argument("--rounds", type=int, default=3, help="turns of each contestant, where seconds count (default 3)")
-        command.add_argument("--steps", type=int, default=0, help="decentralised, uneven, network, papers: of training")
+        command.add_argument("--steps", type=int, default=0, help="of training, where steps count")
         command.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="default: all")
         command.add_argument(
             "--peers", nargs="*", default=PEERS, choices=PEERS, help=f"default: {' '.join(PEERS)}, where installed"

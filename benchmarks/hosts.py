@@ -1,6 +1,7 @@
-"""Four hosts on this machine: network namespaces on one switch, with names, addresses, and links that can be slow or cut.
+"""Four hosts on this machine: namespaces on one switch, with names, addresses, and links that can be slow or cut.
 
-Each has an interface e0 with its name's address, and one more for each further network, e1 and so on.
+Each has an interface e0 with its name's address, and one more for each further network, e1 and so on. With disks of their own,
+all hosts have a folder of the same path, and each finds there what it has put there itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import time
 
 COUNT = 4
 AGENT = """#!/bin/bash
@@ -19,8 +22,12 @@ host=$1; shift
 for name in "$host" "$(hostname)"; do
     ip -n {switch} link show "p${name:1:1}" | grep -q "state UP" || exit 255
 done
-exec ip netns exec "$host" unshare -u /bin/bash -c "hostname $host; $*"
+declare -A holders=({holders})
+exec nsenter -t "${holders[$host]}" -n -u -m /bin/bash -c "$*"
 """
+# A host lasts as long as the process that holds its namespaces, which waits for the end of its input.
+HOLD = 'set -e; hostname "$0"; test -z "$1" || mount --bind "$1" "$2"; echo up; exec cat'
+ENTER = 'exec nsenter -t "$0" -n -u -m /bin/bash -c \'cd "$0" && exec "$@"\' "$PWD" "$@"'  # the same path, maybe another disk
 
 
 def missing() -> str | None:
@@ -37,16 +44,27 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """Up from its making to the end of its `with`."""
+    """Up from its making to the end of its `with`.
 
-    def __init__(self, folder: str | pathlib.Path, networks: int = 1) -> None:
-        self.networks = networks
+    Parameters
+    ----------
+    folder : path
+        An empty one, for what the hosts need.
+    networks : int
+        To which each host has an interface.
+    disks : bool
+        Whether each host has a disk of its own, at `path`. What lies elsewhere all hosts see.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, networks: int = 1, disks: bool = False) -> None:
+        self.networks, self.disks, self.holders = networks, disks, list[int]()
         self.folder, tag = pathlib.Path(folder), f"{os.getpid():x}"
         self.names = [f"h{number}-{tag}" for number in range(1, COUNT + 1)]
         self.switch, self.agent, self.file = f"switch-{tag}", self.folder / "agent", self.folder / "hosts"
         self.file.write_text("".join(f"{name} slots=1\n" for name in self.names))
-        self.agent.write_text(AGENT.replace("{switch}", self.switch))
-        self.agent.chmod(0o755)
+        self.path = self.folder / "disk"
+        for place in (self.path, *map(self.disk, range(1, COUNT + 1))) if disks else ():
+            place.mkdir()
 
     def __enter__(self) -> Hosts:
         with contextlib.ExitStack() as self.stack:  # which undoes what was done where this fails
@@ -67,6 +85,10 @@ class Hosts:
                     _ip("-n", self.switch, "link", "set", port, "master", f"br{net}", "up")
                     _ip("-n", name, "addr", "add", f"10.77.{net}.{number}/24", "dev", mine)
                     _ip("-n", name, "link", "set", mine, "up")
+            self.holders = [self._hold(number) for number in range(1, COUNT + 1)]
+            places = " ".join(f"[{name}]={pid}" for name, pid in zip(self.names, self.holders, strict=True))
+            self.agent.write_text(AGENT.replace("{switch}", self.switch).replace("{holders}", places))
+            self.agent.chmod(0o755)
             self.stack = self.stack.pop_all()
         return self
 
@@ -77,6 +99,46 @@ class Hosts:
         _ip("netns", "add", name)
         self.stack.callback(_ip, "netns", "del", name)
         _ip("-n", name, "link", "set", "lo", "up")
+
+    def _hold(self, number: int) -> int:
+        """Start the process in whose namespaces a host's others run. Returns its id."""
+        name, disk = self.names[number - 1], self.disk(number) if self.disks else ""
+        words = ["ip", "netns", "exec", name, "unshare", "-u", "/bin/bash", "-c", HOLD, name, disk, self.path]
+        holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.stack.callback(holder.wait, 20)
+        self.stack.callback(holder.kill)
+        if holder.stdout is None or holder.stdout.readline() != b"up\n":
+            raise OSError(f"host {number} did not come up")
+        return holder.pid
+
+    def disk(self, number: int) -> pathlib.Path:
+        """Where others than host `number`, from 1, find what that has at `path`."""
+        return self.folder / f"disk-{number}"
+
+    def wipe(self, number: int) -> None:
+        """Leave nothing on the disk of host `number`, from 1."""
+        for path in self.disk(number).iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def kill(self, number: int) -> None:
+        """SIGKILL to every process of host `number`, from 1, until none is left. Raises TimeoutError."""
+        end = time.monotonic() + 20
+        while left := self._processes(number):
+            if time.monotonic() > end:
+                raise TimeoutError(f"host {number} still has the processes {left}")
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def _processes(self, number: int) -> list[int]:
+        """Those that run on a host, without its holder and without zombies."""
+        words = ["ip", "netns", "pids", self.names[number - 1]]
+        found = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        return [pid for pid in map(int, found) if pid != self.holders[number - 1]]
 
     @staticmethod
     def port(number: int, net: int = 0) -> str:
@@ -108,9 +170,8 @@ class Hosts:
         return [json.loads(text)[0]["stats64"]["tx"]["bytes"] for text in found]
 
     def on(self, number: int) -> list[str]:
-        """The words before a command that runs it on host `number`."""
-        name = self.names[number - 1]
-        return ["ip", "netns", "exec", name, "unshare", "-u", "/bin/bash", "-c", 'hostname "$0"; exec "$@"', name]
+        """The words before a command that runs it on host `number`, in the folder of the same path: `path`, or a shared one."""
+        return ["/bin/bash", "-c", ENTER, str(self.holders[number - 1])]
 
     def agents(self) -> dict[str, object]:
         """Variables with which both MPIs reach these hosts, in place of ssh."""

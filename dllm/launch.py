@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from . import cli
 from .errors import DONE, UserError
 from .launching import mpirun
+from .launching.run_disks import RunDisks
+from .launching.run_status import RunStatus
 from .launching.supervisor import say
 from .launching.training_supervisor import TrainingSupervisor
 from .runs import run_folder
@@ -65,22 +68,35 @@ def launch(argv: Sequence[str]) -> int:
         raise UserError("--resume RUN belongs before the --: dllm launch -n N --resume RUN")
     if options.resume and (wanted.preset or wanted.config or wanted.out):
         raise UserError("--resume brings its own configuration and folder: leave out --preset, --config and --out")
-    if options.resume:
-        run_folder.read_settings(options.resume)
     if options.run and (options.resume or wanted.out):
         raise UserError("--run RUN names the folder: leave out --resume and --out")
-    if options.run and run_folder.is_done(options.run):
-        say("launch", f"{options.run} is done")
-        return DONE
-    settings = train_config(wanted)  # what is wrong with them is said here, once
     if wanted.settings:
-        print_settings(settings)
+        print_settings(train_config(wanted))
         return DONE
     hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
     run = options.run or options.resume or run_folder.new_name(wanted.out, wanted.preset or "default")
-    if options.resume:
-        run_folder.not_done(run)  # an older end is not this job's
-    return TrainingSupervisor(options, wanted, hosts, run).supervise()
+    with RunDisks(run, hosts) as disks:
+        found = disks.status()
+        if options.resume:
+            _check_there(run, found, disks.silent())
+        elif found.done and options.run:
+            say("launch", f"{run} is done")
+            return DONE
+        elif found.there and not options.run:
+            raise UserError(f"{run} exists on another host; choose another name, or go on with it by --resume {run}")
+        train_config(wanted)  # what is wrong with its settings is said here, once
+        if options.resume:
+            disks.go_on()  # an older end is not this job's
+        return TrainingSupervisor(options, wanted, disks, found).supervise()
+
+
+def _check_there(run: str, found: RunStatus, silent: Sequence[str]) -> None:
+    """Raise UserError where no disk has the settings of the run, or where they are none."""
+    if not found.settings:
+        unheard = f"; {', '.join(silent)} did not answer" if silent else ""
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml{unheard}")
+    if os.path.exists(os.path.join(run, "config.toml")):  # else it lies on other hosts, where train reads it
+        run_folder.read_settings(run)
 
 
 if __name__ == "__main__":

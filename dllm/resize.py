@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import DONE, UserError, reason
-from .runs import run_folder
+from .runs import marks, run_folder
 
 PATIENCE = 10.0  # seconds that the launcher gets to notice
 
@@ -37,10 +37,10 @@ def resize(argv: Sequence[str]) -> int:
     lanes = run_folder.read_settings(options.run).train.lanes
     if options.ranks > lanes:
         raise UserError(f"{options.run} has train.lanes = {lanes}: at most so many ranks can share them")
-    if run_folder.is_done(options.run):
+    if marks.is_done(options.run):
         raise UserError(f"{options.run} is done")
     try:
-        path = run_folder.request_resize(options.run, options.ranks)
+        path = marks.request_resize(options.run, options.ranks)
     except OSError as error:
         raise UserError(f"cannot write to {options.run}: {reason(error)}") from None
     end = time.monotonic() + PATIENCE

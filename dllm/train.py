@@ -52,7 +52,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .runs import checkpoint, run_folder
+    from .runs import checkpoint, marks, run_folder
     from .runs.ownership import Ownership
     from .training import announcements, recovery
     from .training.setup import set_up
@@ -84,7 +84,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
     if writes:
-        run_folder.not_done(run)
+        marks.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.append(True))
     limits = options.max_steps, options.max_seconds
@@ -94,7 +94,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
 
 def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     """What is left to write and to say. Returns the exit code."""
-    from .runs import run_folder
+    from .runs import marks
     from .training import announcements
 
     comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
@@ -107,7 +107,7 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     code = DONE if done else STOPPED_EARLY
     if writes and done and ownership.is_held():
         try:
-            run_folder.done(ownership.run, summary["steps"])
+            marks.done(ownership.run, summary["steps"])
         except OSError as error:
             reporter.warn(f"cannot write {ownership.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
     runtime.finish(comm, code if trainer.deaths else None)

@@ -7,9 +7,11 @@ import contextlib
 import ipaddress
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 
 from ..errors import UserError
 from ..files import storage
@@ -131,16 +133,27 @@ def is_here(host: str) -> bool:
     return False
 
 
+def agent(host: str) -> list[str]:
+    """The words before a command of the shell that run it on a host, as both mpiruns do."""
+    return [*next((os.environ[name] for name in AGENTS if name in os.environ), "ssh").split(), host]
+
+
+def elsewhere(host: str, module: str, *words: str) -> list[str]:
+    """The words that run a module on a host as ranks run there: by this interpreter, in this folder."""
+    seen = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
+    program = ["env", *seen, sys.executable, "-m", module, *words]
+    return [*agent(host), f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(program)}"]
+
+
 def answering(hosts: dict[str, int]) -> dict[str, int]:
     """Those of the hosts that can be reached now."""
-    agent = next((os.environ[name] for name in AGENTS if name in os.environ), "ssh")
 
     def answers(host: str) -> bool:
         if is_here(host):
             return True
         try:
             return subprocess.run(
-                [*agent.split(), host, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER, check=False
+                [*agent(host), "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER, check=False
             ).returncode == 0  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
             return False

@@ -29,8 +29,7 @@ class ServerSupervisor(Supervisor):
     """
 
     def __init__(self, options: argparse.Namespace, words: list[str], pass_on: list[str]) -> None:
-        hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
-        super().__init__("serve", "dllm.serve", options.ranks, hosts, tuple(pass_on), False, options.interface)
+        super().__init__("serve", "dllm.serve", options.ranks, options.hostfile, tuple(pass_on), False, options.interface)
         self.words, self.drain = words, options.drain
         self.asked = 0.0  # when it was told to end
         self.served = False  # whether a job has lasted

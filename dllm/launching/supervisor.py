@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from ..errors import UserError, printable
 from . import mpirun
 from .interfaces import address_of
 from .job import LONGER, LOOK, START, Job
@@ -21,7 +22,7 @@ class Outcome(NamedTuple):
     """What follows where the job has ended."""
 
     code: int | None = None  # the supervisor ends with this exit code; None: the job is started again
-    pause: float = 0.0  # seconds before that; 0: at once, and on the same hosts
+    pause: float = 0.0  # seconds before that
 
 
 class Supervisor(ABC):
@@ -33,10 +34,10 @@ class Supervisor(ABC):
         Of dllm, in whose name the user is told things.
     module : str
         What ranks run, with `python -m`.
-    ranks : int
-        How many.
-    hosts : dict
-        name -> ranks that it takes; empty: this machine, or what Slurm has given.
+    ranks : int or None
+        How many; None: one a core, or as the hosts have slots.
+    hostfile : str or None
+        Names hosts, and is read anew before the program is started again; None: this machine, or what Slurm has given.
     pass_on : tuple of str
         Variables that ranks on other hosts shall see.
     detect : bool
@@ -49,17 +50,21 @@ class Supervisor(ABC):
         self,
         command: str,
         module: str,
-        ranks: int,
-        hosts: dict[str, int],
+        ranks: int | None,
+        hostfile: str | None,
         pass_on: tuple[str, ...],
         detect: bool,
         interface: str | None = None,
     ) -> None:
-        self.command, self.module, self.ranks, self.hosts = command, module, ranks, hosts
+        self.command, self.module, self.hostfile = command, module, hostfile
         self.pass_on, self.detect, self.interface = pass_on, detect, interface
         if interface:
             address_of(interface)  # what is wrong with it is said here
         self.cores = mpirun.cores()
+        self.hosts = mpirun.read_hosts(hostfile) if hostfile else {}  # name -> ranks that it takes
+        self.chosen = self.hosts  # for which so many ranks were asked
+        self.ranks = ranks or sum(self.hosts.values()) or self.cores
+        self.warned = False
         self.failures = 0  # in a row; the more, the longer the ranks get to come up
         self.job = Job(self.say)
 
@@ -72,8 +77,6 @@ class Supervisor(ABC):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.stop())
         hosts = self.hosts
-        if not (self.interface or mpirun.all_here(hosts)):
-            self.say(NOT_ENCRYPTED)
         while True:
             begin = time.monotonic()
             outcome = self.judge(self._run_once(hosts), time.monotonic() - begin)
@@ -83,7 +86,8 @@ class Supervisor(ABC):
                 self._rest(outcome.pause)
                 if self.job.stops:
                     return self.stopped()
-                hosts = self._answering()
+                self.read_hosts()
+            hosts = self._answering()
 
     def stop(self) -> None:
         """The first time the program ends in its own way, the second time at once, the third time it is killed."""
@@ -105,9 +109,20 @@ class Supervisor(ABC):
     def stopped(self) -> int:
         """Exit code where the user has stopped it."""
 
+    def read_hosts(self) -> None:
+        """Take the hosts as the file has them now: some may have joined. Where it cannot be read those before stay."""
+        if self.hostfile:
+            try:
+                self.hosts = mpirun.read_hosts(self.hostfile)
+            except UserError as error:
+                self.say(f"{printable(str(error))}; going on with the hosts that it named before")
+
     def _run_once(self, hosts: dict[str, int]) -> int:
         """Run mpirun to its end. Returns its exit code."""
-        ranks = self.ranks if hosts == self.hosts else min(self.ranks, sum(hosts.values()))
+        if not (self.warned or self.interface or mpirun.all_here(hosts)):
+            self.say(NOT_ENCRYPTED)
+            self.warned = True
+        ranks = self.ranks if hosts == self.chosen else min(self.ranks, sum(hosts.values()))
         before = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
         words = [*before, sys.executable, "-m", self.module, *self.arguments()]
         local = mpirun.all_here(hosts)

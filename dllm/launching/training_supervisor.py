@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 
 from ..errors import BAD_INPUT, DONE, STOPPED_EARLY
-from ..runs import ownership, run_folder
-from . import mpirun
+from ..runs import ownership
+from .run_disks import RunDisks
+from .run_status import RunStatus
 from .supervisor import Outcome, Supervisor
 
 PAUSE = 1.0  # seconds before a job is started anew
@@ -21,26 +21,25 @@ class TrainingSupervisor(Supervisor):
     Parameters
     ----------
     options : namespace
-        Of launch: ranks, interface, resume, retries, silence.
+        Of launch: ranks, hostfile, interface, resume, retries, silence.
     wanted : namespace
         Options of train.
-    hosts : dict
-        name -> ranks that it takes; empty: this machine, or what Slurm has given.
-    run : str
-        The run's folder.
+    disks : RunDisks
+        Where the run lies.
+    found : RunStatus
+        What they say of it now.
     """
 
-    def __init__(self, options: argparse.Namespace, wanted: argparse.Namespace, hosts: dict[str, int], run: str) -> None:
-        ranks = options.ranks or sum(hosts.values()) or mpirun.cores()
-        super().__init__("launch", "dllm.train", ranks, hosts, (ownership.JOB,), True, options.interface)
-        self.options, self.wanted, self.run = options, wanted, run
-        self.ranks_before: int | None = None  # a resize, until it has brought the run further
-        self.newest = run_folder.newest_step(run)  # checkpoint that the run had come to
+    def __init__(self, options: argparse.Namespace, wanted: argparse.Namespace, disks: RunDisks, found: RunStatus) -> None:
+        super().__init__("launch", "dllm.train", options.ranks, options.hostfile, (ownership.JOB,), True, options.interface)
+        self.options, self.wanted, self.disks, self.run = options, wanted, disks, disks.run
+        self.before: tuple[int, dict[str, int]] | None = None  # ranks and hosts before a resize, until it has got further
+        self.newest = found.step  # checkpoint that the run had come to
         self.begin()
 
     def begin(self) -> None:
         """Note what is there before the job."""
-        self.ranks_started, self.owner = self.ranks, ownership.owner(self.run)
+        self.ranks_started, self.owners = self.ranks, frozenset(self.disks.owners)
         self.done = math.inf  # seconds after its start when the run was
 
     def arguments(self) -> list[str]:
@@ -51,49 +50,56 @@ class TrainingSupervisor(Supervisor):
             words += [name, str(value)] if value else []
         for setting in wanted.set:
             words += ["--set", setting]
-        if self.options.resume or run_folder.newest_step(self.run) is not None:
+        if self.options.resume or self.newest is not None:
             return [*words, "--resume", self.run]
-        run_folder.begin_anew(self.run)
+        self.disks.begin_anew()
         for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]
 
     def is_due(self, lasted: float) -> bool:
         """Once the run is done, or the job was silent for too long."""
-        if run_folder.is_done(self.run):
+        found = self.disks.look()
+        if self._has_ended(found):
             self.done = min(self.done, lasted)
             return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
         self._take_resize_request()
-        silence = min(lasted, time.time() - ownership.last_alive(self.run) if self._owns_run() else math.inf)
+        silence = lasted if found.silent is None or not self._owns(found) else min(lasted, found.silent)
         if silence > self.options.silence:
             self.say(f"nothing was heard of the job for {silence:.0f} s: ending it")
         return bool(silence > self.options.silence)
 
     def judge(self, code: int, lasted: float) -> Outcome:
         """The end where the run is done, stopped, refused or somebody else's, or where starts bring it no further."""
-        step = run_folder.newest_step(self.run)
-        if run_folder.is_done(self.run):
+        if self._has_ended(self.disks.look()):
+            return Outcome(DONE)
+        found = self.disks.status()
+        step = self.newest if found.step is None and self.disks.silent() else found.step
+        further = (-1 if step is None else step) > (-1 if self.newest is None else self.newest)
+        self.newest = step
+        if self._has_ended(found):
             return Outcome(DONE)
         if self.job.stops:
             return Outcome(self.stopped())
-        if ownership.owner(self.run) not in (None, self.owner) and not self._owns_run():
+        if found.owner not in self.owners and not self._owns(found):
             self.say(f"another job has taken over {self.run}: this one ends")
             return Outcome(BAD_INPUT)
         place = "from the beginning" if step is None else f"from step {step}"
         if self.ranks != self.ranks_started:
             self.say(f"going on with {self.ranks} ranks {place}")
-            self.failures, self.newest = 0, step
+            self.failures = 0
             return Outcome()
         if code == STOPPED_EARLY:
             return Outcome(STOPPED_EARLY)
-        if self.ranks_before and step == self.newest:
-            self.say(f"{self.ranks} ranks get nowhere; going back to {self.ranks_before}")
-            self.ranks, self.ranks_before = self.ranks_before, None
+        if self.before and not further:
+            self.say(f"{self.ranks} ranks get nowhere; going back to {self.before[0]}")
+            self.ranks, self.hosts = self.before
+            self.before, self.chosen = None, self.hosts
             return Outcome()
-        if code == BAD_INPUT and step == self.newest:
+        if code == BAD_INPUT and not further:
             return Outcome(BAD_INPUT)
-        if step != self.newest:
-            self.failures, self.newest, self.ranks_before = 0, step, None
+        if further:
+            self.failures, self.before = 0, None
         self.failures += 1
         what = f"after {lasted:.0f} s (mpirun's exit code {code})"
         if self.failures > self.options.retries:
@@ -104,15 +110,26 @@ class TrainingSupervisor(Supervisor):
 
     def stopped(self) -> int:
         """Whether there is something to go on from."""
-        return 1 if run_folder.newest_step(self.run) is None else STOPPED_EARLY
+        return 1 if self.newest is None else STOPPED_EARLY
+
+    def read_hosts(self) -> None:
+        """Take the hosts as the file has them now, and ask their disks from now on."""
+        super().read_hosts()
+        self.disks.use(self.hosts)
 
     def _take_resize_request(self) -> None:
-        """Somebody wants another number of ranks: dllm resize."""
-        wanted = run_folder.take_resize_request(self.run)
+        """Somebody wants another number of ranks: dllm resize. New hosts of the file are for them."""
+        wanted = self.disks.take_resize_request()
         if wanted and wanted != self.ranks:
-            self.ranks_before, self.ranks = self.ranks, wanted
+            self.before = self.ranks, self.hosts
+            self.read_hosts()
+            self.ranks, self.chosen = wanted, self.hosts
             self.job.ask()  # a checkpoint, then the end
 
-    def _owns_run(self) -> bool:
-        """Whether the run's folder was last taken by a job of this supervisor."""
-        return (ownership.owner(self.run) or "").startswith(f"{self.job.mark}.")
+    def _owns(self, found: RunStatus) -> bool:
+        """Whether the run was last taken by a job of this supervisor."""
+        return (found.owner or "").startswith(f"{self.job.mark}.")
+
+    def _has_ended(self, found: RunStatus) -> bool:
+        """Whether the run is done, by a job of this supervisor: a disk that was away may have an older end."""
+        return found.done and self._owns(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pathlib
@@ -20,7 +21,7 @@ from ..files import storage
 from ..files.storage import Path
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
-from . import checkpoint, ownership
+from . import checkpoint, marks, ownership
 
 if TYPE_CHECKING:
     from ..data.tokenizers import Tokenizer
@@ -33,8 +34,8 @@ FILES = {
     "summary.json",
     "loss.png",
     "checkpoints",
-    "DONE",
-    "resize",
+    marks.DONE,
+    marks.RESIZE,
     ownership.FILE,
 }
 
@@ -58,56 +59,29 @@ def create(run: Path, settings: config.Config, tokenizer: Tokenizer) -> None:
 
 
 def begin_anew(run: Path) -> None:
-    """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays."""
+    """Remove the folder of a run that came to no checkpoint. Where it is anything else, UserError; then all of it stays.
+
+    Hosts that see the same disk may do so at once.
+    """
     folder = pathlib.Path(run)
     if not os.path.lexists(folder):
         return
-    if (
-        folder.is_symlink()
-        or not folder.is_dir()
-        or not all(_is_of_a_run(path.name) for path in folder.iterdir())
-        or newest_step(run) is not None
-    ):
-        raise UserError(f"{run} exists and is not the folder of a run: choose another name")
-    shutil.rmtree(folder)
+    with contextlib.suppress(FileNotFoundError):  # another host was first
+        if (
+            folder.is_symlink()
+            or not folder.is_dir()
+            or not all(_is_of_a_run(path.name) for path in folder.iterdir())
+            or newest_step(run) is not None
+        ):
+            raise UserError(f"{run} exists and is not the folder of a run: choose another name")
+        gone = folder.with_name(f".{folder.name[:100]}.{os.urandom(8).hex()}.tmp")
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _is_of_a_run(name: str) -> bool:
     """Whether train writes a file of that name, or one that became of it when it was cut off."""
     return name in FILES or (name.startswith(".") and name.endswith(".tmp"))
-
-
-def done(run: Path, step: int) -> None:
-    """Mark a run as finished: the one thing that a supervisor believes, since mpirun's exit code may be anything."""
-    storage.write_text(pathlib.Path(run, "DONE"), f"{step}\n")
-
-
-def is_done(run: Path) -> bool:
-    """Whether the run has come to its end."""
-    return pathlib.Path(run, "DONE").exists()
-
-
-def not_done(run: Path) -> None:
-    """Take the mark away: the run goes on."""
-    pathlib.Path(run, "DONE").unlink(missing_ok=True)
-
-
-def request_resize(run: Path, ranks: int) -> pathlib.Path:
-    """Ask the launcher of a run to go on with another number of ranks. Returns the file, which is gone once it was taken in."""
-    path = pathlib.Path(run, "resize")
-    storage.write_text(path, f"{ranks}\n")
-    return path
-
-
-def take_resize_request(run: Path) -> int | None:
-    """The number of ranks that somebody wants, once; None where nobody does."""
-    path = pathlib.Path(run, "resize")
-    try:
-        text = storage.read_text(path)
-        path.unlink()
-        return int(text)
-    except (UserError, OSError, ValueError):
-        return None
 
 
 def newest_step(run: Path) -> int | None:

@@ -22,7 +22,7 @@ from dllm.comm import topology
 from dllm.data import tokenizer_files
 from dllm.files import storage
 from dllm.launching import mpirun
-from dllm.runs import ownership, run_folder
+from dllm.runs import marks, ownership, run_folder
 
 READERS = {
     "configuration": config.load_toml,
@@ -33,7 +33,7 @@ READERS = {
     "tokenizer": lambda path: tokenizer_files.load_tokenizer(pathlib.Path(path).parent),
     "metrics": lambda path: api.metrics(pathlib.Path(path).parent),
     "owner": lambda path: ownership.owner(pathlib.Path(path).parent),
-    "resize": lambda path: run_folder.take_resize_request(pathlib.Path(path).parent),
+    "resize": lambda path: marks.take_resize_request(pathlib.Path(path).parent),
     "set": lambda path: config.from_dict(config.parse_settings(json.loads(pathlib.Path(path).read_text()))),
 }
 limit(int(sys.argv[1]))
