@@ -114,7 +114,7 @@ class Swarm:
         asked = (
             ("node", "ls"),
             ("stack", "ps", "--no-trunc", "dllm"),
-            *(("service", "logs", f"dllm_{name}") for name in SERVICES),
+            *(("service", "logs", "-t", f"dllm_{name}") for name in SERVICES),
         )
         return "".join(f"$ docker {' '.join(words)}\n{self.docker(number, *words, check=False)[1]}" for words in asked)
 
@@ -194,7 +194,8 @@ def root():
 
 def until(condition, what, limit):
     """Wait until condition() is true, at most `limit` seconds."""
-    end = time.monotonic() + limit
+    begin = time.monotonic()
     while not condition():
-        assert time.monotonic() < end, f"no {what} after {limit} s"
+        assert time.monotonic() < begin + limit, f"no {what} after {limit} s"
         time.sleep(0.2)
+    print(f"{what}: {time.monotonic() - begin:.1f} s")

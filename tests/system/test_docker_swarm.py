@@ -108,7 +108,7 @@ def test_the_run_outlives_the_machine_of_its_supervisor(undisturbed, swarm, tiny
     deploy(swarm, tmp_path, tiny)
     asked = 1
     try:
-        until(lambda: steps(swarm) >= 25, "step 25", 90)
+        until(lambda: steps(swarm) >= 25, "step 25", 150)
         first, state = supervisor(swarm, asked)
         assert state == "Running"
         swarm.kill(first)
