@@ -30,7 +30,9 @@ from dllm.training.options import train_options
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RUN = [ROOT / "README.md", *sorted(DOCS.glob("tutorials/*.md"))]
-COMPARED = sorted([*DOCS.glob("how-to/*.md"), *DOCS.glob("explanation/*.md"), ROOT / "CONTRIBUTING.md"])
+COMPARED = sorted(
+    [*DOCS.glob("how-to/*.md"), *DOCS.glob("deploy/*.md"), *DOCS.glob("explanation/*.md"), ROOT / "CONTRIBUTING.md"]
+)
 WORDS = 30  # of a sentence, at most
 LIMIT = 280  # seconds a page
 README_STEPS = ("--max-steps", "3")  # added to what README trains: its settings are those of real work
