@@ -15,7 +15,7 @@ PATIENCE = 10.0  # seconds that the launcher gets to notice
 
 EPILOG = """
 The job writes a checkpoint and comes back with M ranks, under the same launcher. Nothing is lost; each step is taken once.
-Call it on any host of the job. To add hosts, write them into the file that launch was given as --hostfile: it is read again now.
+Call it on any host of the job. To add hosts, write them into the file that launch was given as --hostfile: it is read again.
 """
 
 

@@ -123,7 +123,9 @@ def test_publish_kill_the_origin_and_fetch_from_the_other(folder, world, tiny, c
             out, _ = dllm("publish", what, env={"DLLM_IPFS": first.url})
             urls[what] = out.splitlines()[-1]
             assert urls[what] in dllm("publish", what, "--to", tmp_path / f"{what.name}.car", env={})[0]
-            assert urls[what].removeprefix("ipfs://") in first.call("pin/ls", **{"type": "recursive", "cid-base": "base32"}).text
+            assert (
+                urls[what].removeprefix("ipfs://") in first.call("pin/ls", **{"type": "recursive", "cid-base": "base32"}).text
+            )
             dllm("fetch", urls[what], "--out", tmp_path / f"early-{what.name}", env={"DLLM_IPFS": second.url})
         first.kill()
         env = {"DLLM_IPFS": second.url}
