@@ -1,4 +1,4 @@
-"""Commands over hosts that share no disk, played by ranks that work in folders of their own: a corpus in parts."""
+"""Commands over hosts that share no disk, played by ranks that work in folders of their own: a corpus, and runs, in parts."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ import socket
 import pytest
 from helpers import own_disks
 from helpers.launch import REFUSED, mpirun, train_arguments
-from helpers.run_files import metrics
+from helpers.run_files import arrays, checkpoints, metrics, same_losses
 from helpers.several_commands import run_several
 
 from dllm.data.corpus import Corpus
-from dllm.errors import DONE
+from dllm.errors import DONE, STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(180)
 RANKS = 4
@@ -21,7 +21,7 @@ FIRST, LATER, LAST = (f"train-{number:05d}.h5" for number in (0, 5, 9))
 
 def train(data, run):
     """A run of 4 steps whose corpus is at a relative path, elsewhere on each rank."""
-    settings = f"data.path={data}", "train.precision=fp64", "train.eval_every=2"
+    settings = f"data.path={data}", "train.precision=fp64", "train.eval_every=2", "storage.copies=0"
     _, module, _, _, *words = train_arguments("", run, *settings, extra=("--max-steps", 4))
     return [module, *words]
 
@@ -82,3 +82,77 @@ def test_a_corpus_in_parts_is_prepared_trained_on_mended_and_refused_where_a_par
     assert done.stderr.startswith(
         f"dllm: {X}/test-00000.h5 is not there, and nobody has a copy: start with the hosts that have"
     )
+
+
+def slices(disks, run, step):
+    """By disk, the files of a checkpoint: name -> bytes."""
+    return [
+        {path.name: path.read_bytes() for path in (disk / run / f"checkpoints/step-{step:08d}").glob("*")} for disk in disks
+    ]
+
+
+def test_a_run_in_parts_is_copied_mended_and_refused_where_a_part_is_lost(tmp_path, tiny):
+    def run(name, *options):
+        settings = "train.precision=fp64", "train.eval_every=8", "checkpoint.every_steps=8", "train.max_steps=24"
+        _, module, *words = train_arguments(tiny, name, *settings, extra=options)
+        return [module, *words]
+
+    def resume(name, steps):
+        return ["dllm.train", "--resume", name, "--progress", "none", "--set", f"train.max_steps={steps}"]
+
+    sites = ["--train", tmp_path / "text.txt", "--deal", "evenly", "--tokenizer", "byte", "--out", "site{rank}"]
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 400)
+    newest = "part/checkpoints/step-00000013/rank-00001-of-00004.h5"
+    commands = {
+        "straight": run("straight", "--set", "train.max_steps=32"),
+        "run": run("run"),
+        "damage": harm(1, "flip", "run/checkpoints/step-00000024/rank-00002-of-00004.h5"),
+        "empty": harm(3, "remove", "run"),
+        "resume": resume("run", 32),
+        "stop at 13": ["helpers.own_disks", "all", "stop", 13],
+        "part": run("part"),
+        "lose the newest": harm("all", "remove", newest),
+        "stop at 14": ["helpers.own_disks", "all", "stop", 14],
+        "go on": resume("part", 24),
+        "keep": ["helpers.own_disks", "all", "copy", "part"],
+        "lose one of all": harm("all", "remove", "part/checkpoints/*/rank-00001-of-00004.h5"),
+        "refused": resume("part", 24),
+        "measure": ["dllm.evaluate", "part"],
+        "deal": ["dllm.prepare", *sites],
+        "private": [*run("private", "--max-steps", 9), "--set", "data.path=site{rank}"],
+    }
+    env = {own_disks.DISKS: tmp_path}
+    ends = run_several(tmp_path / "ends", RANKS, commands.values(), script="helpers.own_disks", timeout=150, env=env)
+    ends = dict(zip(commands, ends, strict=True))
+    expected = {"refused": REFUSED, "measure": REFUSED, "part": STOPPED_EARLY, "go on": STOPPED_EARLY}
+    for name, ending in ends.items():
+        assert ending.codes == {expected.get(name, DONE)}, f"{name}\n{ending.text}"
+    host, disks = socket.gethostname(), [own_disks.disk_of(tmp_path, rank) for rank in range(RANKS)]
+
+    # Done: the newest and the best one are whole on each disk, with all that a command needs; older ones are pruned.
+    for disk in disks:
+        same_losses(disk / "run", disk / "straight")
+        assert (disk / "run" / "DONE").read_text() == "32\n"
+        assert checkpoints(disk / "run") == [16, 24, 32] if disk != disks[3] else [24, 32]
+    assert slices(disks, "run", 32) == [slices(disks, "run", 32)[0]] * RANKS
+    assert len(slices(disks, "run", 32)[0]) == RANKS + 1
+    where = f"run/checkpoints/step-00000024/rank-00002-of-00004.h5 on {host}"
+    assert told(ends["resume"]) == [f"dllm: {where} is damaged; another copy takes its place, if there is one"]
+
+    # Stopped: two copies of each slice; what is lost twice is named.
+    copies = [sum(f"rank-{rank:05d}-of-00004.h5" in files for files in slices(disks, "kept", 14)) for rank in range(RANKS)]
+    assert copies == [2] * RANKS
+    assert told(ends["go on"])[0] == f"dllm: nobody here has {newest[5:]} of part; step 8 takes its place"
+    text = f"dllm: nobody here has {newest[5:].replace('13', '14')} of part: start with a host that has it"
+    assert told(ends["refused"]) == told(ends["measure"]) == [text]
+    for disk in disks:
+        lost = {path.relative_to(disk / "kept") for path in (disk / "kept").rglob("*") if path.is_file()}
+        lost -= {path.relative_to(disk / "part") for path in (disk / "part").rglob("*")}
+        assert {path.name for path in lost} <= {"rank-00001-of-00004.h5"}
+
+    # Private: the model goes to other disks, neither text nor what it made of lanes does.
+    for rank, disk in enumerate(disks):
+        assert [path.name for path in disk.glob("site*")] == [f"site{rank}"]
+        joined, _ = arrays(disk / "private", 9)
+        assert joined["theta"].any()
+        assert not any(joined[name].any() for name in ("h", "c", "lane_loss"))
