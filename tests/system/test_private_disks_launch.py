@@ -6,7 +6,7 @@ import signal
 import pytest
 from helpers.faults import slow_steps
 from helpers.launch import Job, mpirun, train_arguments
-from helpers.run_files import same_losses
+from helpers.run_files import checkpoints, same_losses
 
 from benchmarks import hosts as network
 
@@ -71,10 +71,10 @@ def test_the_end_of_a_run_is_seen_where_it_is(hosts, tiny, undisturbed):
 
 
 def test_a_launcher_without_a_copy_brings_a_run_back_and_another_goes_on(hosts, tiny, undisturbed, tmp_path):
-    with launch(hosts, *new(tiny), env=slow_steps(tmp_path, 0.02)) as job:
-        job.until_step(hosts.disk(1) / RUN, 30)
+    with launch(hosts, *new(tiny), env=slow_steps(tmp_path, 0.05)) as job:
+        job.until(lambda: checkpoints(hosts.disk(1) / RUN), "a checkpoint")
         job.signal(signal.SIGKILL, job.ranks().values())
-        job.until_step(hosts.disk(1) / RUN, 70)
+        job.until(lambda: checkpoints(hosts.disk(1) / RUN)[-1] >= 60, "a later one")
         job.signal(signal.SIGKILL, job.processes())
         assert re.search(r"starting it again from step [24]0", job.err)
     hosts.wipe(LAUNCHER)
