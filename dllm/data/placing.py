@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,27 +29,23 @@ def shard_file(part: Mapping[str, Any], dtype: str) -> ShardFile:
     return ShardFile(part["name"], part["sha256"], hdf5.most_bytes(size), size)
 
 
-def wanted_here(manifest: Mapping[str, Any], domains: Domains, copies: int) -> set[str]:
-    """Names of the shards that this rank's disk shall hold.
-
-    Small splits lie on every disk; of others each shard lies on `copies` disks. No copies: 0.
-    """
-    wanted, here = set[str](), domains.of[domains.rank]
-    for entry in manifest["splits"].values() if copies else ():
+def shard_files(manifest: Mapping[str, Any]) -> Iterator[tuple[ShardFile, bool]]:
+    """Those of a corpus, and of each whether it belongs on every disk, as those of small splits do."""
+    for entry in manifest["splits"].values():
         small = _bytes(entry["shards"], manifest["dtype"]) <= SMALL
-        names = (part["name"] for part in entry["shards"])
-        wanted.update(name for name in names if small or here in domains.holders(name, copies))
-    return wanted
+        yield from ((shard_file(part, manifest["dtype"]), small) for part in entry["shards"])
+
+
+def wanted_here(manifest: Mapping[str, Any], domains: Domains, copies: int) -> set[str]:
+    """Names of the shards that this rank's disk shall hold: of large splits each lies on `copies` disks. No copies: 0."""
+    here, files = domains.of[domains.rank], shard_files(manifest) if copies else ()
+    return {file.name for file, everywhere in files if everywhere or here in domains.holders(file.name, copies)}
 
 
 def kept_shards(folder: pathlib.Path, manifest: Mapping[str, Any], domains: Domains, copies: int) -> Kept:
     """The shards of a corpus, to look after. domains : of its folder"""
-    files, wanted = list[File](), list[int]()
-    for entry in manifest["splits"].values():
-        small = _bytes(entry["shards"], manifest["dtype"]) <= SMALL
-        files += [shard_file(part, manifest["dtype"]) for part in entry["shards"]]
-        wanted += [len(domains.leaders) if small else copies] * len(entry["shards"])
-    return Kept(domains, folder, files, wanted)
+    files, everywhere = zip(*shard_files(manifest), strict=True)
+    return Kept(domains, folder, files, [len(domains.leaders) if every else copies for every in everywhere])
 
 
 def _bytes(parts: Iterable[Mapping[str, Any]], dtype: str) -> int:

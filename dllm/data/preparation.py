@@ -27,7 +27,7 @@ from ..errors import UserError, reason
 from ..files import storage
 from . import shards, vocabulary
 from .pairs import Pairing, PairPiece, examples_of_pairs, figures, plan_pairs
-from .placing import shard_file, wanted_here
+from .placing import shard_files, wanted_here
 from .private_counts import PrivateCounting
 from .text import TextPiece, examples_of_text, plan_text
 from .tokenizer_files import save_tokenizer, tokenizer_hash
@@ -209,8 +209,7 @@ class _Preparation:
 
         written : names of those that this rank has made
         """
-        parts = (part for entry in manifest["splits"].values() for part in entry["shards"])
-        files = [shard_file(part, manifest["dtype"]) for part in parts]
+        files = [file for file, _ in shard_files(manifest)]
         want = wanted_here(manifest, self.domains, self.copies)
         gone = replicate(self.comm, self.domains, self.out, files, written, want, self.say)
         if gone:

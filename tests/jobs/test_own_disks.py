@@ -19,9 +19,9 @@ X = "data/x"
 FIRST, LATER, LAST = (f"train-{number:05d}.h5" for number in (0, 5, 9))
 
 
-def train(data, run):
+def train(run, *settings):
     """A run of 4 steps whose corpus is at a relative path, elsewhere on each rank."""
-    settings = f"data.path={data}", "train.precision=fp64", "train.eval_every=2", "storage.copies=0"
+    settings = *settings, f"data.path={X}", "train.precision=fp64", "train.eval_every=2"
     _, module, _, _, *words = train_arguments("", run, *settings, extra=("--max-steps", 4))
     return [module, *words]
 
@@ -41,13 +41,13 @@ def test_a_corpus_in_parts_is_prepared_trained_on_mended_and_refused_where_a_par
     site = ["--train", tmp_path / "train.txt", "--deal", "evenly", "--tokenizer", "byte", "--out", "site{rank}"]
     commands = {
         "prepare": ["dllm.prepare", *sources, "--tokenizer", "char", "--copies", 3, "--out", X],
-        "train": train(X, "run"),
+        "train": train("run"),
         "damage": harm(3, "flip", f"{X}/{LAST}"),
         "empty": harm(1, "remove", X),
-        "mend": train(X, "mended"),
+        "mend": train("mended", "storage.copies=0"),
         "deal": ["dllm.prepare", *site],
         "lose": harm("all", "remove", f"{X}/{LATER}"),
-        "lost": train(X, "lost"),
+        "lost": train("lost"),
     }
     env = {own_disks.DISKS: tmp_path}
     ends = run_several(tmp_path / "ends", RANKS, commands.values(), script="helpers.own_disks", timeout=150, env=env)
