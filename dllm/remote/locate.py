@@ -97,6 +97,8 @@ def local_copy(path: str | os.PathLike[str], settings: StorageConfig | None = No
                         _remove(left)
                     _fill(place, open_folder(url, settings), url, alive)
     except OSError as error:
+        if _is_whole(place):  # a file system without locks, where another process was faster
+            return place
         raise UserError(f"cannot keep {shown(url, 200)} at {place}: {reason(error)}") from None
     return place
 
@@ -203,6 +205,8 @@ def _wait(lock: TextIO, path: pathlib.Path, limit: float) -> bool:
         except BlockingIOError:
             waited = True
             time.sleep(LOOK_EVERY)
+        except OSError:  # a file system without locks: renames keep what is there whole
+            return waited
         if (now := os.stat(path).st_mtime_ns) != seen:
             seen, last = now, time.monotonic()
         if time.monotonic() - last > limit:

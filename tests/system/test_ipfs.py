@@ -21,6 +21,7 @@ from helpers.several_commands import run_several
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm.kernels.compile import CACHE
 from dllm.remote import car, ipfs
 from dllm.remote.cid import RAW, Cid
 from dllm.remote.tree import Tree
@@ -57,6 +58,7 @@ def ipfs_car(folder):
 
 @pytest.fixture(autouse=True)
 def _nobody_to_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(CACHE.parents[1]))  # that of all tests: kernels are compiled once
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable in ("DLLM_IPFS", "IPFS_GATEWAY", "DLLM_IPFS_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
@@ -134,12 +136,14 @@ def test_publish_kill_the_origin_and_fetch_from_the_other(folder, world, tiny, s
         lines = [
             ("export", run, "--out", model),
             *(("share", "publish", what) for what in kinds.values()),
+            ("share", "publish", small, "--set", "storage.pin=false"),
             *(("share", "publish", what, "--to", tmp_path / f"{name}.car") for name, what in kinds.items()),
             *(("share", "fetch", tmp_path / f"{name}.car", "--out", tmp_path / f"car-{name}") for name in kinds),
         ]
         said = several(lines, DLLM_IPFS=first.url)
         urls = dict(zip(kinds, (text.splitlines()[-1] for text in said[1:4]), strict=True))
-        assert list(urls.values()) == [text.splitlines()[-1] for text in said[4:7]]
+        assert list(urls.values()) == [text.splitlines()[-1] for text in said[5:8]]
+        assert urls["tiny"] in said[4]
         pinned = first.call("pin/ls", **{"type": "recursive", "cid-base": "base32"}).text
         assert all(url.removeprefix("ipfs://") in pinned for url in urls.values())
 
