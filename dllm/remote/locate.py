@@ -121,7 +121,7 @@ def _place(url: str, kind: str) -> pathlib.Path:
     scheme, _, rest = url.partition("://")
     root, _, path = rest.partition("/")
     path = path.strip("/")
-    name = root[:100] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
+    name = root[:150] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
     return cache / scheme / kind / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
 
