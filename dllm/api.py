@@ -213,7 +213,7 @@ def load(path: str | os.PathLike[str], checkpoint: str = "best") -> Model:
     Parameters
     ----------
     path : path
-        The folder of a run, or of a model made by `dllm export` or `dllm import`.
+        The folder of a run, or of a model made by `dllm export` or `dllm import`; or ipfs://CID, a str.
     checkpoint : "best" or "last"
         Of a run: which.
 

@@ -61,7 +61,7 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
 def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser = cli.Parser("evaluate", __doc__, EPILOG, rank)
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export; or ipfs://CID")
     parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare (default: the run's)")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")

@@ -44,7 +44,7 @@ model comes from. Perplexity is measured before and after on the run's corpus, w
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The options of the command. Raises UserError."""
     parser = cli.Parser("export", __doc__, EPILOG)
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of a model, or ipfs://CID")
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
     parser.add_argument("--average", type=cli.at_least(1), metavar="K", help="take the mean of the last K checkpoints")
     parser.add_argument("--weights", choices=tuple(torch_weights.KINDS), default="fp32", help="default: fp32")

@@ -64,7 +64,7 @@ def generate(argv: list[str]) -> int:
 
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("generate", __doc__, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export; or ipfs://CID")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: the start of a line)")
     parser.add_argument("--source", metavar="TEXT", help="of a model of pairs: print its target")
     parser.add_argument("--tokens", type=cli.at_least(1), default=200, metavar="N", help="at most (default: 200)")

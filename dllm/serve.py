@@ -67,7 +67,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
-    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
+    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run, or ipfs://CID")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
     parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
     options = parser.parse_args(argv)

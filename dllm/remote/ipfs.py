@@ -65,7 +65,7 @@ class Node:
         root, size = car.size_of(_told(blocks_of(files), moved))
         mark = uuid.uuid4().hex
         head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="dllm.car"\r\n'
-        head += "Content-Type: application/vnd.ipld.car\r\n\r\n"
+        head += "Content-Type: application/octet-stream\r\n\r\n"
         tail = f"\r\n--{mark}--\r\n"
 
         def body() -> Iterator[bytes]:

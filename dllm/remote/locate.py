@@ -98,6 +98,8 @@ def local_copy(path: str | os.PathLike[str], settings: StorageConfig | None = No
                         _remove(left)
                     _fill(place, open_folder(url, settings), url, alive)
     except OSError as error:
+        if _is_whole(place):  # a file system without locks, where another process was faster
+            return place
         raise UserError(f"cannot keep {shown(url, 200)} at {place}: {reason(error)}") from None
     return place
 
@@ -120,7 +122,7 @@ def _place(url: str, kind: str) -> pathlib.Path:
     scheme, _, rest = url.partition("://")
     root, _, path = rest.partition("/")
     path = path.strip("/")
-    name = root[:100] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
+    name = root[:150] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
     return cache / scheme / kind / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
 
@@ -204,6 +206,8 @@ def _wait(lock: TextIO, path: pathlib.Path, limit: float) -> bool:
         except BlockingIOError:
             waited = True
             time.sleep(LOOK_EVERY)
+        except OSError:  # a file system without locks: renames keep what is there whole
+            return waited
         if (now := os.stat(path).st_mtime_ns) != seen:
             seen, last = now, time.monotonic()
         if time.monotonic() - last > limit:

@@ -55,6 +55,11 @@ class Gateway:
         self._thread.start()
         return self
 
+    def secure(self, context):
+        """Take TLS from here on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = self.url.replace("http://", "https://")
+
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()

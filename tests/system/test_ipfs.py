@@ -17,9 +17,11 @@ from helpers.gateway import Gateway, damaged, reply
 from helpers.ipfs_nodes import JsNode, Kubo, Process, place, script
 from helpers.launch import mpirun
 from helpers.server import Server
+from helpers.several_commands import run_several
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm.kernels.compile import CACHE
 from dllm.remote import car, ipfs
 from dllm.remote.cid import RAW, Cid
 from dllm.remote.tree import Tree
@@ -54,13 +56,25 @@ def ipfs_car(folder):
         yield name
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A new cache for each call, and no settings of this machine."""
+@pytest.fixture(autouse=True)
+def _nobody_to_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(CACHE.parents[1]))  # that of all tests: kernels are compiled once
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable in ("DLLM_IPFS", "IPFS_GATEWAY", "DLLM_IPFS_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def several(tmp_path):
+    """What commands wrote that ran one after another in one process, all of which ended well."""
     numbers = itertools.count()
-    return lambda: {"XDG_CACHE_HOME": tmp_path / f"cache-{next(numbers)}"}
+
+    def run(commands, **env):
+        words = [[f"dllm.{name}", *rest] for name, *rest in commands]
+        ends = run_several(tmp_path / f"said-{next(numbers)}", 0, words, env=env, check=True, timeout=200)
+        return [end.text for end in ends]
+
+    return run
 
 
 def dllm(*words, env, check=True):
@@ -114,53 +128,60 @@ def test_a_file_of_more_than_1024_leaves_has_the_name_that_ipfs_car_gives(ipfs_c
     assert str(root) == theirs
 
 
-def test_publish_kill_the_origin_and_fetch_from_the_other(folder, world, tiny, cache, tmp_path):
-    dllm("export", world / "run", "--out", tmp_path / "model", env={})
+def test_publish_kill_the_origin_and_fetch_from_the_other(folder, world, tiny, several, tmp_path):
+    run, model, small = world / "run", tmp_path / "model", world / "tiny"
+    kinds = {"run": run, "model": model, "tiny": small}
     with JsNode(folder / "origin", "first") as first, JsNode(folder / "origin", "second") as second:
         second.connect(first)
-        urls = {}
-        for what in (world / "run", tmp_path / "model", tiny):
-            out, _ = dllm("publish", what, env={"DLLM_IPFS": first.url})
-            urls[what] = out.splitlines()[-1]
-            assert urls[what] in dllm("publish", what, "--to", tmp_path / f"{what.name}.car", env={})[0]
-            assert (
-                urls[what].removeprefix("ipfs://") in first.call("pin/ls", **{"type": "recursive", "cid-base": "base32"}).text
-            )
-            dllm("fetch", urls[what], "--out", tmp_path / f"early-{what.name}", env={"DLLM_IPFS": second.url})
+        lines = [
+            ("export", run, "--out", model),
+            *(("share", "publish", what) for what in kinds.values()),
+            ("share", "publish", small, "--set", "storage.pin=false"),
+            *(("share", "publish", what, "--to", tmp_path / f"{name}.car") for name, what in kinds.items()),
+            *(("share", "fetch", tmp_path / f"{name}.car", "--out", tmp_path / f"car-{name}") for name in kinds),
+        ]
+        said = several(lines, DLLM_IPFS=first.url)
+        urls = dict(zip(kinds, (text.splitlines()[-1] for text in said[1:4]), strict=True))
+        assert list(urls.values()) == [text.splitlines()[-1] for text in said[5:8]]
+        assert urls["tiny"] in said[4]
+        pinned = first.call("pin/ls", **{"type": "recursive", "cid-base": "base32"}).text
+        assert all(url.removeprefix("ipfs://") in pinned for url in urls.values())
+
+        fetches = lambda when: [("share", "fetch", url, "--out", tmp_path / f"{when}-{name}") for name, url in urls.items()]
+        several(fetches("early"), DLLM_IPFS=second.url)
         first.kill()
-        env = {"DLLM_IPFS": second.url}
-        for what, url in urls.items():
-            _, said = dllm("fetch", url, "--out", tmp_path / f"late-{what.name}", env=env)
-            assert said == ""
-            ours, fetched = there(what), there(tmp_path / f"late-{what.name}")
-            assert fetched == there(tmp_path / f"early-{what.name}")
-            assert fetched == {name: ours[name] for name in fetched}
-            assert what == world / "run" or fetched == ours
-            dllm("fetch", tmp_path / f"{what.name}.car", "--out", tmp_path / f"car-{what.name}", env={})
-            assert there(tmp_path / f"car-{what.name}") == fetched
-        plain, _ = dllm("generate", world / "run", "--tokens", 20, env={})
-        for what in (world / "run", tmp_path / "model"):
-            assert dllm("generate", urls[what], "--tokens", 20, env=env | cache())[0] == plain
-        kept = env | cache()
-        line, _ = dllm("evaluate", urls[world / "run"], "--data", tiny, env=kept)
-        assert json.loads(line.splitlines()[-1]) == json.loads(dllm("evaluate", world / "run", env={})[0].splitlines()[-1])
-        dllm("export", urls[world / "run"], "--out", tmp_path / "again", env=kept)
-        assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
-        weights = f"{urls[tmp_path / 'model']}/model.safetensors"
-        words = "import", weights, "--tokenizer", urls[tiny], "--out", tmp_path / "imported"
-        dllm(*words, env=env | cache())
-        readme = f"{urls[tmp_path / 'model']}/README.md"
-        dllm("prepare", "--train", readme, "--tokenizer", "byte", "--out", tmp_path / "prepared", env=env | cache())
+        weights, readme = (f"{urls['model']}/{name}" for name in ("model.safetensors", "README.md"))
         (tmp_path / "text").write_text("import os\n")
-        words = "prepare", "--train", tmp_path / "text", "--tokenizer-from", urls[tiny], "--out", tmp_path / "other"
-        dllm(*words, env=env | cache())
-        assert (tmp_path / "other/tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+        said = several(
+            [
+                *fetches("late"),
+                ("generate", run, "--tokens", 20),
+                ("generate", urls["run"], "--tokens", 20),
+                ("generate", urls["model"], "--tokens", 20),
+                ("evaluate", run, "--data", small),
+                ("evaluate", urls["run"], "--data", small),
+                ("export", urls["run"], "--out", tmp_path / "again"),
+                ("import_", weights, "--tokenizer", urls["tiny"], "--out", tmp_path / "imported"),
+                ("prepare", "--train", readme, "--tokenizer", "byte", "--out", tmp_path / "readme"),
+                ("prepare", "--train", tmp_path / "text", "--tokenizer-from", urls["tiny"], "--out", tmp_path / "taken"),
+            ],
+            DLLM_IPFS=second.url,
+        )
+        plain, of_run, of_model, ours, fetched = said[3:8]
+        assert plain == of_run == of_model != ""
+        assert json.loads(ours.splitlines()[-1]) == json.loads(fetched.splitlines()[-1])
+    for name, what in kinds.items():
+        content, found = there(what), there(tmp_path / f"late-{name}")
+        assert found == there(tmp_path / f"early-{name}") == there(tmp_path / f"car-{name}")
+        assert found == {name: content[name] for name in found}
+        assert name == "run" or found == content
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (tmp_path / "taken/tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
 
 
 def test_a_model_is_served_by_its_url(nodes, world, monkeypatch, tmp_path):
     out, _ = dllm("publish", world / "run", env={"DLLM_IPFS": nodes[0].url})
     monkeypatch.setenv("DLLM_IPFS", nodes[0].url)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with Server(out.splitlines()[-1], ranks=2) as server:
         answer = server.complete("The ", max_tokens=5)
         assert answer
@@ -177,7 +198,7 @@ def fails_in_time(*words, env, limit, why):
     assert "Traceback" not in said
 
 
-def test_a_block_that_nobody_has_a_wrong_name_and_nodes_that_are_down_or_stand_still(nodes, tiny, cache, tmp_path):
+def test_a_block_that_nobody_has_a_wrong_name_and_nodes_that_are_down_or_stand_still(nodes, tiny, tmp_path):
     first, _ = nodes
     shutil.copytree(tiny, tmp_path / "tiny")
     missing = Cid.of(RAW, b"nobody has this")
@@ -198,7 +219,7 @@ def test_a_block_that_nobody_has_a_wrong_name_and_nodes_that_are_down_or_stand_s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_block_damaged_on_a_node_s_disk_is_not_taken(folder, tmp_path, cache, tiny):
+def test_a_block_damaged_on_a_node_s_disk_is_not_taken(folder, tmp_path, tiny):
     with JsNode(folder / "damaged", "node") as node:
         out, _ = dllm("publish", tiny, env={"DLLM_IPFS": node.url})
         url = out.splitlines()[-1]

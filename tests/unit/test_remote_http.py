@@ -1,11 +1,17 @@
 """HTTP to stores: one time limit for a whole answer, largest sizes, no redirect, no proxy, and who gets the token."""
 
 import contextlib
+import datetime
+import ipaddress
 import socket
+import ssl
 import threading
 import time
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from helpers.gateway import Gateway, block_of, damaged, reply
 
 from dllm.config import StorageConfig
@@ -139,6 +145,32 @@ def test_no_redirect_is_followed_and_no_proxy_is_used(monkeypatch):
         with pytest.raises(UserError, match="answers 301"):
             ipfs.Gateway(gateway.url, 5).get(Cid.parse(name))
         assert other.asked == []
+
+
+def certificate(folder):
+    """Files of a key and of a certificate for 127.0.0.1 that it signed itself."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    days = datetime.timedelta(days=1)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - days, now + days)
+    signed = builder.add_extension(address, False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    (folder / "certificate.pem").write_bytes(signed.public_bytes(pem))
+    return folder / "key.pem", folder / "certificate.pem"
+
+
+def test_a_certificate_is_checked(tmp_path, monkeypatch):
+    key, signed = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(signed, key)
+    with Gateway(answers=lambda handler, name: reply(handler, 200, b"abc")) as gateway:
+        gateway.secure(context)
+        with pytest.raises(UserError, match="certificate verify failed"):
+            Server(gateway.url, 5).ask("GET", "/", most=10)
+        monkeypatch.setenv("SSL_CERT_FILE", str(signed))
+        assert Server(gateway.url, 5).ask("GET", "/", most=10).body == b"abc"
 
 
 @pytest.mark.parametrize(
