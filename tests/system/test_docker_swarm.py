@@ -109,7 +109,7 @@ def test_the_run_outlives_the_machine_of_its_supervisor(undisturbed, swarm, tiny
         swarm.kill(first)
         asked = 1 if first != 1 else 2
         until(lambda: supervisor(swarm, asked)[0] not in (0, first), "supervisor elsewhere", 90)
-        until(lambda: supervisor(swarm, asked)[1] == "Complete", "end of the run", 120)
+        until(lambda: supervisor(swarm, asked)[1] == "Complete", "end of the run", 200)
     finally:
         print(swarm.report(asked))
     (wanted, _) = arrays(undisturbed, STEPS)
