@@ -100,10 +100,10 @@ class Swarm:
         for number in self.numbers:
             self.docker(number, "import", *changes, "-", IMAGE, given=root())
 
-    def docker(self, number, *words, check=True, given=b"", variables=None):
+    def docker(self, number, *words, check=True, given=b"", variables=None, limit=60):
         """Exit code and output of docker on a node."""
         env = self.environment | {"DOCKER_HOST": f"unix://{self.folder}/n{number}/socket"} | (variables or {})
-        done = subprocess.run(["docker", *map(str, words)], env=env, input=given, timeout=60, check=False,
+        done = subprocess.run(["docker", *map(str, words)], env=env, input=given, timeout=limit, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         text = done.stdout.decode(errors="replace")
         assert not check or done.returncode == 0, f"docker {' '.join(map(str, words))}: {text}"
@@ -116,7 +116,13 @@ class Swarm:
             ("stack", "ps", "--no-trunc", "dllm"),
             *(("service", "logs", "-t", f"dllm_{name}") for name in SERVICES),
         )
-        return "".join(f"$ docker {' '.join(words)}\n{self.docker(number, *words, check=False)[1]}" for words in asked)
+        return "".join(f"$ docker {' '.join(words)}\n{self._told(number, words)}" for words in asked)
+
+    def _told(self, number, words):
+        """Output of a command; where it waits for a node that is gone, nothing."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.docker(number, *words, check=False, limit=15)[1]
+        return "no answer\n"
 
     def shell(self, number, line):
         """Run a line of a shell in which `docker` means a node."""
