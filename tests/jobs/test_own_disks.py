@@ -92,9 +92,9 @@ def slices(disks, run, step):
 
 
 def test_a_run_in_parts_is_copied_mended_and_refused_where_a_part_is_lost(tmp_path, tiny):
-    def run(name, steps=24, *more):
+    def run(name, steps=24, data=tiny):
         settings = "train.precision=fp64", "train.eval_every=8", "checkpoint.every_steps=8", f"train.max_steps={steps}"
-        _, module, *words = train_arguments(tiny, name, *settings, *more)
+        _, module, _, _, *words = train_arguments("", name, *settings, f"data.path={data}")
         return [module, *words]
 
     def resume(name, steps):
@@ -119,7 +119,7 @@ def test_a_run_in_parts_is_copied_mended_and_refused_where_a_part_is_lost(tmp_pa
         "refused": resume("part", 24),
         "measure": ["dllm.evaluate", "part"],
         "deal": ["dllm.prepare", *sites],
-        "private": run("private", 9, "data.path=site{rank}"),
+        "private": run("private", 9, "site{rank}"),
     }
     env = {own_disks.DISKS: tmp_path}
     ends = run_several(tmp_path / "ends", RANKS, commands.values(), script="helpers.own_disks", timeout=150, env=env)
