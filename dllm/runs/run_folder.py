@@ -15,6 +15,7 @@ import numpy as np
 import tomli_w
 
 from .. import config
+from ..comm import replicas
 from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
 from ..errors import UserError, reason
 from ..files import storage
@@ -81,7 +82,7 @@ def begin_anew(run: Path) -> None:
 
 def _is_of_a_run(name: str) -> bool:
     """Whether train writes a file of that name, or one that became of it when it was cut off."""
-    return name in FILES or (name.startswith(".") and name.endswith(".tmp"))
+    return name in FILES or (name.startswith(".") and name.endswith(".tmp")) or name.startswith(replicas.TOKEN)
 
 
 def newest_step(run: Path) -> int | None:
