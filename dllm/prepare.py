@@ -49,7 +49,7 @@ To try what uneven text does, --deal cuts up text that all ranks can read: evenl
 drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a piece at a time; --tokenizer
 byte takes anything, the others UTF-8.
 
-Hosts need not share a disk: then each keeps --copies of the shards that it made or was given, and all have the vocabulary.
+Hosts need not share a disk: then each shard lies on --copies of their disks, and all have the manifest and the vocabulary.
 Splits of at most 64 MiB of tokens lie on every disk. All ranks read all text, so it must be on every host, at the same place.
 Private text is never copied.
 
