@@ -317,6 +317,7 @@ def test_what_no_rank_has_comes_from_the_store_once(comm, disk, reference, gatew
     before = len(gateway.asked)
     read_as_reference(comm, again, reference)
     assert len(gateway.asked) == before
+    comm.Barrier()  # all have read
     for path in corpus.folder.glob("train-00003.h5"):
         path.unlink(missing_ok=True)
     gateway.blocks = {name: block for name, block in gateway.blocks.items() if name == gateway.root}
