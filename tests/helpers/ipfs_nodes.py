@@ -42,7 +42,12 @@ class Process:
         self.log = log
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
-                [str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                [str(word) for word in words],
+                cwd=log.parent,  # where Kubo puts a log of its own
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
         self._lines = queue.Queue()
         self._reader = threading.Thread(target=lambda: [self._lines.put(line) for line in self.process.stdout], daemon=True)
