@@ -1,7 +1,6 @@
 """`dllm COMMAND` and `python -m dllm COMMAND`: the commands as one program."""
 
 import importlib
-import keyword
 import sys
 
 from . import __version__
@@ -18,15 +17,18 @@ COMMANDS = {
     "serve": "answer over HTTP with a trained model, from all ranks",
     "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
     "import": "the same of a PyTorch nn.LSTM",
+    "publish": "a run, a model or a corpus to IPFS, or to a file that its nodes take",
+    "fetch": "what was published, checked byte for byte",
 }
+PLACES = {"import": "import_", "publish": "share publish", "fetch": "share fetch"}  # a module, and its first word
 
 
 def main() -> int:
     """The command. Returns its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        module = f"{name}_" if keyword.iskeyword(name) else name
-        code: int = importlib.import_module(f"dllm.{module}").main(sys.argv[2:])
+        module, *first = PLACES.get(name, name).split()
+        code: int = importlib.import_module(f"dllm.{module}").main([*first, *sys.argv[2:]])
         return code
     lines = [f"dllm {__version__}: decentralised training of LSTM language models", "", "usage: dllm COMMAND ..."]
     lines += [f"  {command:10}{text}" for command, text in COMMANDS.items()]

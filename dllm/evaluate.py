@@ -82,13 +82,13 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     from .kernels.team import Team
     from .training.warmup import warm_up
 
-    settings, split = model.settings, options.split
+    settings, split, warn = model.settings, options.split, cli.warn_once(comm)
     if options.lanes:
         settings = replace(settings, train=replace(settings.train, eval_lanes=options.lanes))
     corpus, private = corpus_of(comm, node, model, options.model, data=options.data, split=split)
     with leader_first(node):
         warm_up(settings)
-    result = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads)).run(model.vector)
+    result = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads), warn).run(model.vector)
     if comm.rank == 0:
         print(printable(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}"))
         print(json.dumps(result), flush=True)
@@ -96,6 +96,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
 
 def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print how good the targets are that the model gives, and write them to a file where that is wanted."""
+    from .data.supply import supply
     from .files import storage
     from .inference import answering
     from .inference.evaluation import corpus_of
@@ -115,6 +116,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     else:
         otherwise = ", or --pairs SRC TGT"
         corpus, _ = corpus_of(comm, node, model, options.model, data=options.data, split=options.split, otherwise=otherwise)
+        supply(comm, corpus, corpus.files(options.split), cli.warn_once(comm))
         pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
     with leader_first(node):
         warm_up(model.settings)

@@ -23,6 +23,7 @@ from .kernels.gemm import aligned
 from .kernels.types import Array
 from .model import torch_weights
 from .model.layout import Layout
+from .remote.locate import local_copy
 from .runs import checkpoint
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _average(options: argparse.Namespace, source: LoadedModel, layout: Layout) -
     if not source.scalars:
         raise UserError(f"--average: {options.run} is a model folder, it has no checkpoints")
     total, newest, count = np.zeros(layout.size), 0, 0
-    for found in checkpoint.available(options.run)[0]:
+    for found in checkpoint.available(local_copy(options.run))[0]:
         try:
             found.verify()
         except UserError as error:
@@ -124,13 +125,16 @@ def _average(options: argparse.Namespace, source: LoadedModel, layout: Layout) -
 
 def _corpus(options: argparse.Namespace, source: LoadedModel, comm: MPI.Comm, node: NodeInfo) -> Corpus | None:
     """The Corpus to measure on, or None, and then it was said why: where the user names one, it must be there."""
+    from .data.supply import supply
     from .inference.evaluation import corpus_of
 
+    split = options.split or "valid"
     try:
         path = options.data or source.data
         if path and config.is_private(path):
             raise UserError(f"the corpus {path} is in parts; --data DIR would name one")
-        corpus, _ = corpus_of(comm, node, source, options.run, data=options.data, split=options.split or "valid")
+        corpus, _ = corpus_of(comm, node, source, options.run, data=options.data, split=split)
+        supply(comm, corpus, corpus.files(split), _say)
         return corpus
     except UserError as error:
         if options.data or options.split:
@@ -146,7 +150,7 @@ def _measure(split: str, source: LoadedModel, result: Array, corpus: Corpus, com
 
     settings, team, found = source.settings, Team(node.threads), list[dict[str, Any]]()
     for vector in (source.vector, result):
-        evaluation = Evaluation(comm, corpus, split, settings, vector.dtype, team=team)
+        evaluation = Evaluation(comm, corpus, split, settings, vector.dtype, team=team, say=_say)
         found.append(evaluation.run(vector))
     before, after = (entry["perplexity"] for entry in found)
     print(f"perplexity on the {split} split: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
@@ -174,8 +178,10 @@ def _origin(
     return {"embedded": path == "", "training": training}
 
 
-def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int:
-    """Tokens that training has predicted when the checkpoint was written."""
+def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int | None:
+    """Tokens that training has predicted when the checkpoint was written; None where its pairs are not all on this disk."""
+    if corpus.tokenizer.pairs and not all((corpus.folder / file.name).exists() for file in corpus.files("train")):
+        return None
     schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
     this_epoch = sum(schedule.tokens(window) for window in range(min(scalars["window"], schedule.windows)))
     seen: int = scalars["epoch"] * schedule.per_epoch + this_epoch

@@ -15,6 +15,7 @@ from .files import safetensors, storage
 from .inference import model_folder
 from .model import torch_weights
 from .model.torch_weights import Tensors
+from .remote.locate import is_url, local_copy
 
 EPILOG = """
 MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, named embedding, lstm and output, or encoder,
@@ -42,7 +43,7 @@ def import_(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     model_folder.check_free(options.out)
     tokenizer = _tokenizer(options.tokenizer)
-    tensors = _renamed(torch_weights.decode(safetensors.read(options.module)), options.module)
+    tensors = _renamed(torch_weights.decode(safetensors.read(local_copy(options.module))), options.module)
     torch_weights.check_finite(options.module, tensors)
     settings, tensors = _complete(tensors, options.module)
     vocabulary = len(tensors["output.bias"])
@@ -59,9 +60,9 @@ def import_(argv: list[str]) -> int:
 
 def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Of a tokenizer.json or of a folder that has one."""
-    if pathlib.Path(path).is_dir():
+    if pathlib.Path(path).is_dir() or (is_url(path) and not path.endswith(".json")):
         return tokenizer_files.load_tokenizer(path)
-    return tokenizers.load(storage.read_json(path, ["kind"]), path)
+    return tokenizers.load(storage.read_json(local_copy(path), ["kind"]), path)
 
 
 def _renamed(tensors: Tensors, source: str) -> Tensors:

@@ -20,12 +20,13 @@ from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
 from .files import storage
+from .remote.locate import is_url, local_copy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 SPLITS = ("train", "valid", "test")
-OF_ALL = ("tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal")  # the same on all ranks
+OF_ALL = ("tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies")  # the same on all ranks
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
@@ -47,6 +48,10 @@ one vocabulary. Rare words may be names or numbers of people, so say where it co
 To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole files, or each file by shares
 drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a piece at a time; --tokenizer
 byte takes anything, the others UTF-8.
+
+Hosts need not share a disk: then each keeps --copies of the shards that it made or was given, and all have the vocabulary.
+Splits of at most 64 MiB of tokens lie on every disk. All ranks read all text, so it must be on every host, at the same place.
+Private text is never copied.
 
 Pairs are for translation, summaries, questions and answers: line i of SRC belongs to line i of TGT. They are shuffled by
 --seed, and only targets are predicted. Pairs of which a side is empty are left out. --vocab-size counts tokens of text; two
@@ -86,6 +91,10 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     parser.add_argument(
         "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
     )
+    parser.add_argument(
+        "--copies", type=cli.at_least(0, most=1000), default=config.StorageConfig.copies, metavar="K",
+        help="disks that have each shard, where hosts share none (default %(default)s; 0: no copies)",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
     options = parser.parse_args(argv)
     splits = _splits(parser, options)
@@ -108,6 +117,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         storage.owner_only()
     if private:
         splits = {name: _of_rank(paths, comm.rank) for name, paths in splits.items()}
+    with runtime.together(comm):
+        splits = {name: _local(paths) for name, paths in splits.items()}
     if options.deal:
         splits = runtime.agree(comm, _deal, splits, comm.size, options)[comm.rank]
     out = config.path_of_rank(options.out, comm.rank)
@@ -117,8 +128,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(text, flush=True)
 
-    prepare_corpus(comm, splits, _vocabulary(options, comm.rank), out, private, say, pairing)
-    corpus = Corpus(out)
+    prepare_corpus(comm, splits, _vocabulary(options, comm.rank), out, private, say, pairing, options.copies)
+    corpus = runtime.agree(comm, Corpus, out)
     entries = corpus.manifest["splits"]
     counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in entries.items())
     say(f"{out}: {counts} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}")
@@ -202,6 +213,11 @@ def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[A
 def _of_rank(paths: list[Any], rank: int) -> list[Any]:
     """Paths, or pairs of paths, as they are on a rank."""
     return [config.path_of_rank(path, rank) if isinstance(path, str) else _of_rank(path, rank) for path in paths]
+
+
+def _local(paths: list[Any]) -> list[Any]:
+    """Paths, or pairs of paths, on this disk. Raises UserError."""
+    return [str(local_copy(path)) if is_url(path) else path if isinstance(path, str) else _local(path) for path in paths]
 
 
 def _deal(splits: dict[str, list[str]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:

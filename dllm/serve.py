@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import ipaddress
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
 from .launching.mpirun import all_here, launched_rank
+from .remote.http import is_loopback
 from .runs import ownership
 from .serving import tokens
 
@@ -153,14 +153,6 @@ def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:
     if not found and not is_loopback(options.host):
         raise UserError(f"--host {options.host} can be reached by others: give a token by --token-file or {tokens.VARIABLE}")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listen(host: str, port: int, shared: bool = False) -> socket.socket:

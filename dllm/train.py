@@ -38,9 +38,10 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
     reporter = Reporter(comm.rank == 0, options.progress)
+    gathered = False
     if options.resume and not options.settings:
         runtime.check_same(comm, {"--resume": options.resume})
-        gather_run(comm, options.resume, reporter.warn, best=False)
+        gathered = gather_run(comm, options.resume, reporter.warn, best=False)
     with runtime.together(comm):
         configuration = train_config(options)
         check_precision(configuration.train.precision)
@@ -66,9 +67,9 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
     ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
     run = ownership.run
-    for warning in warnings:
+    for warning in () if gathered else warnings:  # which has said what nobody has
         reporter.warn(warning)
-    corpus = open_corpus(comm, node, configuration.data.path, reporter.say)
+    corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if resume:
         runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
     compiling = time.monotonic()

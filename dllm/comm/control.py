@@ -22,10 +22,11 @@ class Control:
     out_of_time: bool = False  # the run has had the seconds it was given
     checkpoint: bool = False  # a checkpoint is due
     writing: bool = False  # the last checkpoint is still being written here
+    looking: bool = False  # this rank still looks after copies of files (comm/upkeep.py)
     unsound: int = 0  # this rank + 1 where its gradient of an earlier step was not finite and the others do not know yet
 
 
-UNKNOWN = Control(writing=True)  # where ranks do not meet in a step: nothing is to be done
+UNKNOWN = Control(writing=True, looking=True)  # where ranks do not meet in a step: nothing is to be done
 
 
 class ControlExchange:
@@ -58,5 +59,5 @@ class ControlExchange:
         if self.request is None:
             return UNKNOWN
         wait(self.request)
-        stop, out_of_time, checkpoint, writing, unsound = self._all.tolist()
-        return Control(bool(stop), bool(out_of_time), bool(checkpoint), bool(writing), int(unsound))
+        stop, out_of_time, checkpoint, writing, looking, unsound = self._all.tolist()
+        return Control(bool(stop), bool(out_of_time), bool(checkpoint), bool(writing), bool(looking), int(unsound))

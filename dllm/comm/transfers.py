@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18  # bytes of a message
 FLYING = 4  # pieces under way from one rank to another
-SIZE, ANSWER, DATA = 111, 112, 113  # tags
+SIZE, ANSWER, DATA, TAGS = 111, 112, 113, 3  # tags of the first channel; how many a channel has
+CHECKPOINTS, UPKEEP, NOW = 0, 1, 2  # channels: transfers that are under way at the same time do not meet
 SHARE = 0.05  # of the time of a step: what transfers may take of it
 RATE = 1e8  # bytes a second, what a slow network of a cluster carries: so many that pieces cost is counted by it
 TELL = 5.0  # seconds between lines on a transfer that takes long
@@ -64,6 +65,8 @@ class Transfer:
         Where the files lie, on each rank's own disk.
     moves : sequence of Move
         The same on every rank.
+    channel : int
+        CHECKPOINTS, UPKEEP or NOW.
 
     Attributes
     ----------
@@ -73,8 +76,10 @@ class Transfer:
         Bytes that have come here or gone from here.
     """
 
-    def __init__(self, comm: MPI.Comm, folder: storage.Path, moves: Sequence[Move]) -> None:
+    def __init__(self, comm: MPI.Comm, folder: storage.Path, moves: Sequence[Move], channel: int) -> None:
         self.comm, self.folder = comm, pathlib.Path(folder)
+        self._size, self._answer, self._data = (tag + channel * TAGS for tag in (SIZE, ANSWER, DATA))
+        self._short = False
         self.failed: list[Failure] = []
         self.moved = 0
         self._credit = 0.0
@@ -120,6 +125,11 @@ class Transfer:
             if self.moved == before:
                 time.sleep(NAP)
 
+    def cut_short(self) -> None:
+        """Finish the file that is being sent, and no other; all ranks do so."""
+        self._short = True
+        self.run()
+
     def under_way(self) -> list[MPI.Request]:
         """Requests that end in an error when a rank dies; nothing else is called afterwards."""
         self._disk.shutdown(wait=False, cancel_futures=True)
@@ -127,17 +137,17 @@ class Transfer:
 
     def _send(self, moves: Iterable[Move]) -> Stream[None]:
         for move in moves:
-            reader = yield from self._on_disk(_Reader, self.folder / move.file.name)
+            reader = yield from self._on_disk(_Reader, None if self._short else self.folder / move.file.name)
             taken = np.zeros(1, np.int64)
-            yield from self._until(self.comm.Isend(size := np.array([reader.size]), move.target, SIZE), size)
-            yield from self._until(self.comm.Irecv(taken, move.target, ANSWER), taken)
+            yield from self._until(self.comm.Isend(size := np.array([reader.size]), move.target, self._size), size)
+            yield from self._until(self.comm.Irecv(taken, move.target, self._answer), taken)
             flying = collections.deque[Stream[None]]()
             for start in range(0, reader.size if taken[0] else 0, PIECE):
                 piece = yield from self._on_disk(reader.read, min(PIECE, reader.size - start))
                 while self._credit < len(piece):
                     yield
                 self._credit -= len(piece)
-                flying.append(self._until(self.comm.Isend(piece, move.target, DATA), piece))
+                flying.append(self._until(self.comm.Isend(piece, move.target, self._data), piece))
                 self.moved += len(piece)
                 if len(flying) == FLYING:
                     yield from flying.popleft()
@@ -148,7 +158,7 @@ class Transfer:
     def _receive(self, moves: Iterable[Move]) -> Stream[None]:
         for move in moves:
             size = np.zeros(1, np.int64)
-            yield from self._until(self.comm.Irecv(size, move.source, SIZE), size)
+            yield from self._until(self.comm.Irecv(size, move.source, self._size), size)
             writer = None
             if 0 <= size[0] <= move.file.most:
                 try:
@@ -159,7 +169,7 @@ class Transfer:
                 text = "it is not there" if size[0] < 0 else f"it has {size[0]:,} bytes, more than it should"
                 self.failed.append(Failure(move, text, False))
             answer = np.array([writer is not None], np.int64)
-            yield from self._until(self.comm.Isend(answer, move.source, ANSWER), answer)
+            yield from self._until(self.comm.Isend(answer, move.source, self._answer), answer)
             if writer is not None:
                 yield from self._take_in(move, writer, int(size[0]))
 
@@ -169,7 +179,7 @@ class Transfer:
         while came < size:
             while asked < size and len(flying) < FLYING:
                 piece = np.empty(min(PIECE, size - asked), np.uint8)
-                flying.append((self._until(self.comm.Irecv(piece, move.source, DATA), piece), piece))
+                flying.append((self._until(self.comm.Irecv(piece, move.source, self._data), piece), piece))
                 asked += len(piece)
             arrival, piece = flying.popleft()
             yield from arrival
@@ -207,9 +217,11 @@ class Transfer:
 class _Reader:
     """A file that is sent: its size, -1 where it cannot be read, and its bytes."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path | None) -> None:
         self.size = -1
         self._file: BinaryIO | None = None
+        if path is None:
+            return
         try:
             storage.check_regular(path)
             file = open(path, "rb")  # noqa: SIM115, closed by close()
@@ -304,7 +316,7 @@ def replicate(
         moves, gone = plan([known[name] for name in sorted(asked & known.keys())], has, wants)
         if not moves:
             return gone
-        transfer = Transfer(comm, folder, moves)
+        transfer = Transfer(comm, folder, moves, NOW)
         mine = sum(move.file.most for move in moves if comm.rank in (move.source, move.target))
         try:
             transfer.run(lambda moved: say(f"copying: {moved / 1e6:,.0f} MB of at most {mine / 1e6:,.0f} MB"))
@@ -322,7 +334,8 @@ def replicate(
         for number, why, _ in itertools.chain(*allgather(comm, failed, list[tuple[int, str, bool]])):
             move = moves[number]
             spoilt |= {(rank, move.file.name) for rank in (move.source, move.target)}
-            say(f"{move.file.name} on {printable(domains.hosts[move.source])}: {printable(why)[:100]}; asking another")
+            path, host = pathlib.Path(folder, move.file.name), printable(domains.hosts[move.source])
+            say(f"{printable(str(path))} on {host}: {printable(why)[:100]}; another copy takes its place, if there is one")
             if domains.of[comm.rank] == move.source:  # it wants a sound one itself
                 have, want = have - {move.file.name}, want | {move.file.name}
 

@@ -8,22 +8,26 @@ vocabulary was made of private counts, `counts` says how (private_counts.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..comm.runtime import agree
-from ..config import path_of_rank
+from ..comm.messages import allgather
+from ..comm.replicas import Domains
+from ..comm.runtime import agree, check_same, together
+from ..config import StorageConfig, is_private, path_of_rank
 from ..errors import UserError, shown
-from ..files import hdf5, storage
+from ..files import storage
 from ..kernels.types import Array
 from .embedded import embedded_corpus
+from .placing import ShardFile, Store, shard_file
 from .private_counts import check_described
 from .shards import FORMAT, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
@@ -34,14 +38,26 @@ if TYPE_CHECKING:
     from ..comm.node_info import NodeInfo
 
 MOST = 1 << 48  # tokens or bytes of a split
+SMALL_FILES = ("tokenizer.json", "manifest.json")  # what each disk has of a corpus
 KEYS = ("format", "kind", "vocabulary", "dtype", "tokenizer", "splits")
 
 
 class Corpus:
-    """A prepared folder, opened: its manifest checked and its tokenizer loaded. Raises UserError."""
+    """A prepared folder, opened: its manifest checked and its tokenizer loaded. Raises UserError.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = pathlib.Path(folder)
+    The shards need not be there: supply.py brings those that a rank reads.
+
+    Parameters
+    ----------
+    folder : path
+    private : bool
+        Of this rank alone: nothing of it is told, given to others or asked for.
+    store : callable, optional
+        Opens the store that the folder comes from.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], private: bool = False, store: Callable[[], Store] | None = None) -> None:
+        self.folder, self.private, self.store = pathlib.Path(folder), private, store
         if not self.folder.is_dir():
             raise UserError(f"there is no prepared corpus at {folder}; make one with python -m dllm.prepare")
         path = self.folder / "manifest.json"
@@ -56,6 +72,7 @@ class Corpus:
         if self.tokenizer_hash != self.manifest["tokenizer"] or self.tokenizer.size != self.vocabulary:
             raise UserError(f"{self.folder}/tokenizer.json is not the one its manifest names; prepare the data anew")
         self.hash = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        self._sound: dict[str, tuple[int, ...]] = {}  # name of a shard -> what its file looked like when it was sound
 
     def _check(self, path: pathlib.Path, pairs: bool) -> None:
         """The manifest's inner structure; pairs: it is one of pairs."""
@@ -105,11 +122,29 @@ class Corpus:
         if self.tokenizer_hash != digest:
             raise UserError(f"the vocabulary of {self.folder} is not the one that {other} was trained with")
 
+    def files(self, split: str | None = None, start: int = 0, stop: int = MOST) -> list[ShardFile]:
+        """The shards that hold tokens [start, stop) of a split; None: those of all splits. Raises UserError."""
+        splits = self.manifest["splits"] if split is None else [split]
+        return [shard_file(part, self.dtype.name) for name in splits for part in self._shards(name, start, stop)]
+
     def verify(self, split: str, start: int, stop: int) -> None:
-        """Check the sha256 of every shard that holds tokens of [start, stop). Raises UserError."""
-        for shard in self._shards(split, start, stop):
-            size = (shard["stop"] - shard["start"]) * self.dtype.itemsize
-            storage.check_file(self.folder / shard["name"], shard["sha256"], size, hdf5.most_bytes(size))
+        """Check every shard that holds tokens of [start, stop), as `check` does. Raises UserError."""
+        for file in self.files(split, start, stop):
+            self.check(file)
+
+    def check(self, file: ShardFile) -> None:
+        """Raise UserError where the file of a shard is not sound. It is hashed once, and again only if it is another then."""
+        path = self.folder / file.name
+        looks = _looks(path)
+        if looks is None or self._sound.get(file.name) != looks:
+            storage.check_file(path, file.sha256, file.least, file.most)
+            self.trust(file, looks)
+
+    def trust(self, file: ShardFile, looks: tuple[int, ...] | None = None) -> None:
+        """Take the file of a shard for sound, since its hash is known to be right."""
+        looks = looks or _looks(self.folder / file.name)
+        if looks is not None:
+            self._sound[file.name] = looks
 
     def read(self, split: str, start: int, stop: int) -> Array:
         """Tokens [start, stop) of a split, (n,) int64. Opens only the shards that hold them. Raises UserError."""
@@ -134,13 +169,70 @@ def _check_counts(split: str, entry: dict[str, Any], *names: str) -> None:
             raise ValueError(f"{name} of split '{split:.40}' is {shown(entry[name])}")
 
 
-def open_corpus(comm: MPI.Comm, node: NodeInfo, path: str, progress: Callable[[str], None]) -> Corpus:
-    """This rank's Corpus: the folder `path`, one for each rank where it has {rank}, or, "", the embedded one. Collective.
+def _looks(path: pathlib.Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that took its place, None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
-    progress : told a line on what is being prepared
 
-    Raises UserError on all ranks.
+def open_corpus(
+    comm: MPI.Comm,
+    node: NodeInfo,
+    path: str,
+    progress: Callable[[str], None],
+    settings: StorageConfig | None = None,
+) -> Corpus:
+    """This rank's Corpus. Collective. Raises UserError on all ranks.
+
+    Where a disk lacks the manifest and the vocabulary, it gets them from a rank that has them, or from the store.
+
+    Parameters
+    ----------
+    path
+        A folder; one for each rank where it has {rank}; an ipfs:// or swarm:// URL of one; or "", the embedded corpus.
+    progress
+        Told a line on what is being prepared.
+    settings
+        How stores are reached.
     """
-    folder = path_of_rank(path, comm.rank) if path else embedded_corpus(comm, node.comm, progress)
-    corpus: Corpus = agree(comm, Corpus, folder)
+    if is_private(path):
+        return agree(comm, Corpus, path_of_rank(path, comm.rank), True)
+    if not path:
+        return agree(comm, Corpus, embedded_corpus(comm, node.comm, progress))
+    folder, store = pathlib.Path(path), None
+    _spread_manifest(comm, folder, store)
+    corpus = agree(comm, Corpus, folder, False, store)
+    check_same(comm, {"corpus": corpus.hash})
     return corpus
+
+
+def _make_folder(folder: pathlib.Path, files: Mapping[str, str]) -> None:
+    """A corpus's folder with these files, the last one last, whether there is one already or not. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        place = folder if folder.is_dir() else stack.enter_context(storage.atomic_folder(folder))
+        for name, text in files.items():
+            storage.write_text(place / name, text)
+
+
+def _spread_manifest(comm: MPI.Comm, folder: pathlib.Path, store: Callable[[], Store] | None) -> None:
+    """Have each disk hold the small files: those of the lowest rank that has some, else of the store. Collective."""
+    there = all((folder / name).is_file() for name in SMALL_FILES)
+    has = allgather(comm, there, bool)
+    if all(has) or not (any(has) or store):  # where nobody has them, opening says so
+        return
+    source, told = [*has, True].index(True) % comm.size, dict[str, str]()
+    with together(comm):
+        if comm.rank == source and there:
+            Corpus(folder)  # what is not sound goes nowhere
+            told = {name: storage.read_text(folder / name, storage.LARGEST_JSON) for name in SMALL_FILES}
+        elif comm.rank == source and store:
+            remote = store()
+            told = {name: remote.read(name, storage.LARGEST_JSON).decode(errors="replace") for name in SMALL_FILES}
+    files = allgather(comm, told, dict[str, str])[source]
+    domains = Domains.find(comm, folder)
+    with together(comm):
+        if domains.leads and not there:
+            _make_folder(folder, files)

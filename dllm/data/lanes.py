@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from .corpus import Corpus
+    from .placing import ShardFile
 
 AHEAD = 1 << 16  # tokens of a lane read at a time
 NOTHING: Array = np.empty(0, np.int64)
@@ -56,16 +57,25 @@ class Lanes:
         self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
         self.length = max(self.lengths, default=0)
 
+    @classmethod
+    def files(cls, corpus: Corpus, split: str, lanes: range, of: int) -> list[ShardFile]:
+        """The shards that such lanes read; supply.py brings them. Raises UserError where there cannot be so many lanes."""
+        length = cls._length(corpus, split, of)
+        return corpus.files(split, lanes.start * length, lanes.stop * length) if lanes else []
+
+    @staticmethod
+    def _length(corpus: Corpus, split: str, of: int) -> int:
+        """Tokens of a lane. Raises UserError."""
+        tokens: int = corpus.split(split)["tokens"]
+        if tokens // of < 2:
+            raise UserError(f"split '{split}' of {corpus.folder} has {tokens} tokens: too few for {of} lanes")
+        return tokens // of
+
     def _cut(self, lanes: range, of: int) -> None:
         """Set starts and lengths, a lane's tokens in the split; and steps, those of an epoch, in which it is given a token."""
-        tokens = self.corpus.split(self.split)["tokens"]
-        length = tokens // of
-        if length < 2:
-            raise UserError(f"split '{self.split}' of {self.corpus.folder} has {tokens} tokens: too few for {of} lanes")
+        length = self._length(self.corpus, self.split, of)
         self.starts, self.lengths = [lane * length for lane in lanes], [length] * len(lanes)
         self.steps = [length - 1] * len(lanes)
-        if self.starts:
-            self.corpus.verify(self.split, self.starts[0], self.starts[-1] + length)
 
     def shapes(self, windows: int) -> tuple[Array, Array]:
         """For each window the tokens that these lanes together predict, and its time steps: (windows,) int64 each."""

@@ -10,7 +10,8 @@ pairs of a window are about equally long.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .lanes import NOTHING, Lanes
 
 if TYPE_CHECKING:
     from .corpus import Corpus
+    from .placing import ShardFile
 
 GROUP = 512  # pairs that are sorted
 ORDER = np.random.default_rng(1).permutation(GROUP)  # of their lengths, in which they come
@@ -31,6 +33,14 @@ class PairLanes(Lanes):
 
     steps is that of windows of T, though they are narrower.
     """
+
+    @classmethod
+    def files(cls, corpus: Corpus, split: str, lanes: range, of: int) -> list[ShardFile]:
+        """As those of Lanes: whole shards, since in between it does not stand where a pair begins."""
+        pairs = corpus.split(split)["pairs"]
+        first, last = (pairs * lane // of for lane in (lanes.start, lanes.stop))
+        parts = [part for part, _ in _parts(corpus, split, first, last)]
+        return corpus.files(split, parts[0]["start"], parts[-1]["stop"]) if parts else []
 
     def _cut(self, lanes: range, of: int) -> None:
         entry, T = self.corpus.split(self.split), self.T
@@ -51,21 +61,18 @@ class PairLanes(Lanes):
 
     def _places(self, first: int, last: int) -> Array:
         """Where in the split are the <end> before, the <sep> in and the <end> behind pairs [first, last): (3,n)."""
-        before, tokenizer = 0, self.corpus.tokenizer
+        tokenizer = self.corpus.tokenizer
         found: list[Array] = [np.empty((3, 0), np.int64)]
-        for shard in self.corpus.split(self.split)["shards"]:
-            start, stop, count = shard["start"], shard["stop"], shard["pairs"]
-            if before < last and before + count > first:
-                self.corpus.verify(self.split, start, stop)
-                text = self.corpus.read(self.split, start, stop)
-                seps, ends = (np.flatnonzero(text == token) + start for token in (tokenizer.sep, tokenizer.end))
-                ends = np.append(start - 1, ends) if start else ends
-                orderly = len(seps) == count == len(ends) - 1 and (ends[:-1] < seps).all() and (seps < ends[1:]).all()
-                if not orderly or np.diff(ends).max() > self.T:
-                    raise UserError(f"{self._where} is not made of pairs: prepare the data anew")
-                inside = slice(max(0, first - before), last - before)
-                found.append(np.stack([ends[:-1], seps, ends[1:]])[:, inside])
-            before += count
+        for part, before in _parts(self.corpus, self.split, first, last):
+            start, count = part["start"], part["pairs"]
+            text = self.corpus.read(self.split, start, part["stop"])
+            seps, ends = (np.flatnonzero(text == token) + start for token in (tokenizer.sep, tokenizer.end))
+            ends = np.append(start - 1, ends) if start else ends
+            orderly = len(seps) == count == len(ends) - 1 and (ends[:-1] < seps).all() and (seps < ends[1:]).all()
+            if not orderly or np.diff(ends).max() > self.T:
+                raise UserError(f"{self._where} is not made of pairs: prepare the data anew")
+            inside = slice(max(0, first - before), last - before)
+            found.append(np.stack([ends[:-1], seps, ends[1:]])[:, inside])
         return np.concatenate(found, axis=1)
 
     def shapes(self, windows: int) -> tuple[Array, Array]:
@@ -92,8 +99,18 @@ class PairLanes(Lanes):
     def _group(self, lane: int, start: int, stop: int) -> Array:
         """Tokens [start, stop) of the split: those of a group of pairs, which the lane reads one by one."""
         if self._buffers.get(lane, (-1, NOTHING))[0] != start:
-            self._buffers[lane] = start, self.corpus.read(self.split, start, stop)
+            text = self.corpus.read(self.split, start + 1, stop)  # the <end> may lie in a shard that this rank does not have
+            self._buffers[lane] = start, np.concatenate([np.array([self.corpus.tokenizer.end]), text])
         return self._buffers[lane][1]
+
+
+def _parts(corpus: Corpus, split: str, first: int, last: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The shards with any of the pairs [first, last) as the manifest has them, each with how many pairs lie before it."""
+    before = 0
+    for part in corpus.split(split)["shards"]:
+        if before < last and before + part["pairs"] > max(first, before):
+            yield part, before
+        before += part["pairs"]
 
 
 def _order(lengths: Array) -> Array:
@@ -107,5 +124,13 @@ def _order(lengths: Array) -> Array:
 
 def read_lanes(corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> Lanes:
     """The Lanes that suit a corpus."""
-    kind = PairLanes if corpus.tokenizer.pairs else Lanes
-    return kind(corpus, split, lanes, of, window, first)
+    return _kind(corpus)(corpus, split, lanes, of, window, first)
+
+
+def lane_files(corpus: Corpus, split: str, lanes: range, of: int) -> list[ShardFile]:
+    """The shards that lanes of a corpus read, which must be sound before (supply.py). Raises UserError."""
+    return _kind(corpus).files(corpus, split, lanes, of)
+
+
+def _kind(corpus: Corpus) -> type[Lanes]:
+    return PairLanes if corpus.tokenizer.pairs else Lanes

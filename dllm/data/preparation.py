@@ -1,24 +1,33 @@
 """Text, or pairs of texts, to a prepared corpus, the work shared by all ranks.
 
-With private text every rank prepares its own folder. What travels for the vocabulary stands in vocabulary.py; text never does.
+Every rank reads all text and writes its shards to the disk that it sees. Where ranks do not share one, the leader of each disk
+makes the folder there, shards are copied, and in the end each disk has the manifest and the vocabulary.
+
+With private text every rank prepares its own folder, and nothing is copied. What travels for the vocabulary stands in
+vocabulary.py; text never does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..comm import messages
-from ..comm.runtime import agree, together
+from ..comm.replicas import Domains
+from ..comm.runtime import agree, check_same, together
+from ..comm.transfers import replicate
+from ..config import StorageConfig
 from ..errors import UserError, reason
 from ..files import storage
 from . import shards, vocabulary
 from .pairs import Pairing, PairPiece, examples_of_pairs, figures, plan_pairs
+from .placing import shard_file, wanted_here
 from .private_counts import PrivateCounting
 from .text import TextPiece, examples_of_text, plan_text
 from .tokenizer_files import save_tokenizer, tokenizer_hash
@@ -39,8 +48,11 @@ def prepare_corpus(
     private: bool = False,
     progress: Callable[[str], None] = lambda message: None,
     pairing: Pairing | None = None,
+    copies: int = StorageConfig.copies,
 ) -> None:
     """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
+
+    When it returns, all is there, on every disk.
 
     Parameters
     ----------
@@ -49,32 +61,44 @@ def prepare_corpus(
     wanted
         Where the vocabulary comes from.
     out
-        A folder that is empty or not there; with private=True this rank's own.
+        A folder that is empty or not there, on each disk; with private=True this rank's own.
     progress : callable
         Told a line on what is being done.
     pairing
         Of pairs.
+    copies
+        Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
-    work = _Preparation(comm, pathlib.Path(out), private, progress, pairing)
+    domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, out)
+    work = _Preparation(comm, domains, pathlib.Path(out), 0 if private else copies, progress, pairing)
     with contextlib.ExitStack() as undo:
+        if not private:
+            work.check_readable(splits)
         with together(comm):
             plans = {split: work.plan(paths) for split, paths in splits.items()}
             empty = next((split for split, plan in plans.items() if not plan), None)
             if empty:
                 raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
-            if work.rank == 0:
+            if domains.leads:
                 undo.callback(_remove, work.out, _new_folders(work.out))
+        if not private:
+            check_same(comm, {f"{split} text": _described(plan) for split, plan in plans.items()})
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
-            if work.rank == 0:
+            if domains.leads:
                 _make_folder(work.out)
         tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
             written = work.write_shards(plans, tokenizer)
-        everyones = [written] if private else messages.gather(comm, written, list[_Shard])  # on rank 0
+        everyones = [written] if private else messages.allgather(comm, written, list[_Shard])
         with together(comm):
-            if work.rank == 0:
-                facts = {"counts": wanted.counting.described("pair" if pairing else "line")} if wanted.counting else {}
-                work.write_manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
+            facts = {"counts": wanted.counting.described("pair" if pairing else "line")} if wanted.counting else {}
+            manifest = work.manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
+        if not domains.shared:
+            work.copy(manifest, {shard.name for shard in written})
+        with together(comm):
+            if domains.leads:
+                save_tokenizer(work.out, tokenizer)
+                storage.write_json(work.out / "manifest.json", manifest)
         undo.pop_all()
 
 
@@ -90,13 +114,32 @@ class _Shard(NamedTuple):
 
 
 class _Preparation:
-    """What this rank does for a corpus: its share of the shards; rank 0 of those that write one folder does the rest."""
+    """What this rank does for a corpus: its share of the shards.
+
+    domains : of the ranks that write one folder, be it on one disk or on several
+    """
 
     def __init__(
-        self, comm: MPI.Comm, out: pathlib.Path, private: bool, say: Callable[[str], None], pairing: Pairing | None
+        self,
+        comm: MPI.Comm,
+        domains: Domains,
+        out: pathlib.Path,
+        copies: int,
+        say: Callable[[str], None],
+        pairing: Pairing | None,
     ) -> None:
-        self.comm, self.out, self.say, self.pairing = comm, out, say, pairing
-        self.ranks, self.rank = (1, 0) if private else (comm.size, comm.rank)  # those that write one folder
+        self.comm, self.domains, self.out, self.copies, self.say, self.pairing = comm, domains, out, copies, say, pairing
+
+    def check_readable(self, splits: Mapping[str, Sequence[Any]]) -> None:
+        """Raise UserError on all ranks where some of them lack a file that others have. Collective."""
+        lacking = next((str(path) for paths in splits.values() for path in _flat(paths) if not os.access(path, os.R_OK)), None)
+        everyones = messages.allgather(self.comm, lacking, str | None)
+        rank, path = next(((rank, path) for rank, path in enumerate(everyones) if path is not None), (0, None))
+        if None in everyones and path is not None:
+            raise UserError.of_all(
+                f"rank {rank} on {self.domains.hosts[rank]} cannot read {path}, which others can: every rank reads all text, "
+                "so copy the files to the same place on each host"
+            )
 
     def plan(self, paths: Sequence[Any]) -> Plan:
         """Of a split, the same on every rank. Raises UserError."""
@@ -118,7 +161,7 @@ class _Preparation:
         """Counts of units in this rank's part of the train text; 0 for those that only its other splits have."""
         counts: Counter[str] = Counter()
         for split, plan in plans.items():
-            for _, pieces in self._my_share(plan, f"counting {split}"):
+            for _, pieces in self._my_share(split, plan, "counting"):
                 for piece in pieces:
                     found = piece.count(kind)
                     counts.update(found if split == "train" else dict.fromkeys(found, 0))
@@ -127,15 +170,15 @@ class _Preparation:
     def _count_privately(self, plan: Plan, kind: type[Tokenizer], counting: PrivateCounting) -> dict[str, int]:
         """What this rank may tell of the units of its train text. Its other splits are not looked at."""
         examples = examples_of_text if self.pairing is None else examples_of_pairs
-        pieces: Iterator[Any] = (piece for _, pieces in self._my_share(plan, "counting train") for piece in pieces)
+        pieces: Iterator[Any] = (piece for _, pieces in self._my_share("train", plan, "counting") for piece in pieces)
         return counting.release(counting.count(examples(pieces, kind)))
 
     def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> list[_Shard]:
         """Encode and write this rank's shards. Raises UserError, OSError."""
         written, dtype = [], shards.token_dtype(tokenizer.size)
         for split, plan in plans.items():
-            for number, pieces in self._my_share(plan, f"encoding {split}"):
-                path, found = self.out / f"{split}-{number:05d}.h5", []
+            for number, pieces in self._my_share(split, plan, "encoding"):
+                path, found = self.out / _name(split, number), []
                 with shards.ShardWriter(path, dtype) as shard:
                     for piece in pieces:
                         tokens = piece.encode(tokenizer)
@@ -145,19 +188,44 @@ class _Preparation:
                 written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), found))
         return written
 
-    def _my_share(self, plan: Plan, what: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
-        for number in range(self.rank, len(plan), self.ranks):
-            self.say(f"{what}: {number + 1} of {len(plan)}")
-            yield number, plan[number]
+    def _my_share(self, split: str, plan: Plan, doing: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
+        for number, rank in enumerate(self._writers(split, len(plan))):
+            if rank == self.domains.rank:
+                self.say(f"{doing} {split}: {number + 1} of {len(plan)}")
+                yield number, plan[number]
 
-    def write_manifest(
+    def _writers(self, split: str, count: int) -> list[int]:
+        """For each shard the rank that makes it: one whose disk shall hold it, so that one copy less must travel."""
+        load, writers, of = [0] * len(self.domains.of), list[int](), self.domains.of
+        for number in range(count):
+            anywhere = self.domains.shared or not self.copies
+            homes = of if anywhere else self.domains.holders(_name(split, number), self.copies)
+            writers.append(min((rank for rank in range(len(of)) if of[rank] in homes), key=lambda rank: (load[rank], rank)))
+            load[writers[-1]] += 1
+        return writers
+
+    def copy(self, manifest: dict[str, Any], written: set[str]) -> None:
+        """Bring the shards to all disks that shall hold them. Collective. Raises UserError on all ranks.
+
+        written : names of those that this rank has made
+        """
+        parts = (part for entry in manifest["splits"].values() for part in entry["shards"])
+        files = [shard_file(part, manifest["dtype"]) for part in parts]
+        want = wanted_here(manifest, self.domains, self.copies)
+        gone = replicate(self.comm, self.domains, self.out, files, written, want, self.say)
+        if gone:
+            raise UserError.of_all(f"{self.out / gone[0].name} cannot be read again: its disk has lost what was written")
+        disks = len(self.domains.leaders)
+        kept = f"each shard is on {min(self.copies, disks)}, those of small splits on all" if self.copies else "no copies"
+        self.say(f"{disks} disks: {kept}")
+
+    def manifest(
         self, plans: dict[str, Plan], tokenizer: Tokenizer, shards_of_all: list[_Shard], facts: dict[str, Any]
-    ) -> None:
-        """Write what names the shards of all ranks; it does not depend on who wrote which. Raises UserError, OSError.
+    ) -> dict[str, Any]:
+        """What names the shards of all ranks; it does not depend on who wrote which. Raises UserError.
 
         facts : what the manifest says beside that
         """
-        save_tokenizer(self.out, tokenizer)
         written = {(shard.split, shard.number): shard for shard in shards_of_all}
         splits = {}
         for split, plan in plans.items():
@@ -174,20 +242,17 @@ class _Preparation:
                 for part, numbers in zip(parts, found, strict=True):
                     part["pairs"] = sum(pairs for pairs, _ in numbers)
                 splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers])
-        storage.write_json(
-            self.out / "manifest.json",
-            {
-                "format": shards.FORMAT,
-                "kind": tokenizer.kind,
-                "vocabulary": tokenizer.size,
-                "dtype": shards.token_dtype(tokenizer.size).name,
-                "tokenizer": tokenizer_hash(tokenizer),
-                **facts,
-                "splits": splits,
-            },
-        )
         if self.pairing and self.pairing.longest:
             self._tell_left_out(plans, splits, self.pairing.longest)
+        return {
+            "format": shards.FORMAT,
+            "kind": tokenizer.kind,
+            "vocabulary": tokenizer.size,
+            "dtype": shards.token_dtype(tokenizer.size).name,
+            "tokenizer": tokenizer_hash(tokenizer),
+            **facts,
+            "splits": splits,
+        }
 
     def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], longest: int) -> None:
         for split, plan in plans.items():
@@ -195,6 +260,26 @@ class _Preparation:
             left_out = planned - splits[split]["pairs"]
             if left_out:
                 self.say(f"{left_out:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
+
+
+def _name(split: str, number: int) -> str:
+    """Of a shard's file."""
+    return f"{split}-{number:05d}.h5"
+
+
+def _flat(paths: Iterable[Any]) -> Iterator[str | os.PathLike[str]]:
+    """Paths out of paths and pairs of paths."""
+    for path in paths:
+        if isinstance(path, str | os.PathLike):
+            yield path
+        else:
+            yield from path
+
+
+def _described(plan: Plan) -> str:
+    """What all ranks must have found alike in the text of a split: its size, and where it is cut."""
+    sizes = [piece.size for pieces in plan for piece in pieces]
+    return f"{sum(sizes):,} bytes in {len(sizes):,} pieces ({hashlib.sha256(str(sizes).encode()).hexdigest()[:8]})"
 
 
 def _figures_of_split(split: str, found: list[tuple[int, int]]) -> dict[str, int]:

@@ -8,6 +8,7 @@ import os
 import pathlib
 
 from ..files import storage
+from ..remote import locate
 from . import tokenizers
 
 
@@ -17,8 +18,8 @@ def save_tokenizer(folder: str | os.PathLike[str], tokenizer: tokenizers.Tokeniz
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder. Raises UserError."""
-    path = pathlib.Path(folder, "tokenizer.json")
+    """The tokenizer of a folder, which may be an URL. Raises UserError."""
+    path = locate.local_copy(locate.join(folder, "tokenizer.json"))
     return tokenizers.load(storage.read_json(path, ["kind"]), path)
 
 

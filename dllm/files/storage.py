@@ -161,8 +161,13 @@ def _check_size(path: Path, data: bytes, most: int) -> None:
         raise UserError(f"{path} holds too much: over {MOST_VALUES:,} values")
 
 
-def check_file(path: Path, digest: str, least: int = 0, most: int | None = None) -> None:
-    """Raise UserError where the file is missing, has not between `least` and `most` bytes, or its sha256 is not `digest`."""
+def check_file(
+    path: Path, digest: str, least: int = 0, most: int | None = None, rest: Callable[[], object] = lambda: None
+) -> None:
+    """Raise UserError where the file is missing, has not between `least` and `most` bytes, or its sha256 is not `digest`.
+
+    rest : as of `sha256`
+    """
     try:
         check_regular(path)
         size = os.stat(path).st_size
@@ -170,7 +175,7 @@ def check_file(path: Path, digest: str, least: int = 0, most: int | None = None)
             raise UserError(f"{path} is damaged: it has {size:,} bytes, what it should hold takes at most {most:,}")
         if size < least:
             raise UserError(f"{path} is damaged: it has {size:,} bytes, what it should hold takes at least {least:,}")
-        found = sha256(path)
+        found = sha256(path, rest)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
     if found != digest:

@@ -10,11 +10,12 @@ import numpy as np
 
 from ..comm.messages import largest, total
 from ..comm.node_info import NodeInfo
-from ..comm.runtime import together
+from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
 from ..data.lanes import Schedule, deal
-from ..data.pair_lanes import read_lanes
+from ..data.pair_lanes import lane_files, read_lanes
+from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
@@ -59,7 +60,7 @@ def corpus_of(
     path = data or model.data
     if path is None:
         raise UserError.of_all(f"{name} does not say where its corpus is: give one by --data DIR{otherwise}")
-    corpus = open_corpus(comm, node, path, lambda text: None)
+    corpus = open_corpus(comm, node, path, lambda text: None, model.settings.storage)
     with together(comm):
         corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
         corpus.split(split)
@@ -76,10 +77,12 @@ class Evaluation:
     split : str
     config : Config
     dtype : numpy dtype
-    team : kernels.team.Team, optional
-        Threads that share the work.
     private : bool
         Every rank has a corpus of its own; their lanes add up.
+    team : kernels.team.Team, optional
+        Threads that share the work.
+    say : callable
+        Told by all ranks which shards were damaged on a disk.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Evaluation:
         dtype: DType,
         private: bool = False,
         team: Team | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.comm, self.split = comm, split
         entry = corpus.split(split)
@@ -99,8 +103,9 @@ class Evaluation:
         most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
         count = max(1, min(wanted // comm.size if private else wanted, most))
         window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
-        with together(comm):
-            self.lanes = read_lanes(corpus, split, deal(count, ranks, rank), count, window)
+        mine = deal(count, ranks, rank)
+        supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count), say)
+        self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window)
         self.schedule = Schedule(self.lanes, comm=comm)
         self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
         tokens, size = total(comm if private else None, np.array([entry["tokens"], entry["bytes"]]))

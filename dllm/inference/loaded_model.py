@@ -19,6 +19,7 @@ from ..kernels.types import Array
 from ..model import torch_weights
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
+from ..remote.locate import local_copy
 from ..runs.run_folder import Trained
 from . import model_folder
 
@@ -39,8 +40,8 @@ class LoadedModel:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], best: bool = True) -> LoadedModel:
-        """Load a model folder, or a run's newest best (or newest) checkpoint. Raises UserError."""
-        folder = pathlib.Path(path)
+        """Load a model folder, or a run's newest best (or newest) checkpoint; path may be an URL. Raises UserError."""
+        folder = local_copy(path)
         if model_folder.is_model_folder(folder):
             return cls._of_model(folder)
         if not (folder / "config.toml").exists():

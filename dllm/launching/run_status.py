@@ -22,7 +22,7 @@ from typing import Annotated
 
 import msgspec
 
-from ..errors import UserError, reason
+from ..errors import UserError, printable, reason
 from ..runs import marks, ownership
 
 EVERY = 1.0  # seconds between lines
@@ -118,7 +118,8 @@ def main(run: str, word: str) -> int:
         elif word == "go-on":
             marks.not_done(run)
     except (UserError, OSError) as failed:
-        error = (str(failed) if isinstance(failed, UserError) else f"{run}: {reason(failed)}")[: LONGEST // 8]
+        text = str(failed) if isinstance(failed, UserError) else f"{run}: {reason(failed)}"
+        error = printable(text)[: LONGEST // 8]
     _say(dataclasses.replace(RunStatus.here(run), error=error))
     return 0
 

@@ -12,6 +12,7 @@ from ..comm.messages import allgather
 from ..comm.replicas import Domains, File
 from ..comm.runtime import together
 from ..comm.transfers import replicate
+from ..comm.upkeep import Kept
 from ..config import from_dict
 from ..errors import UserError, printable
 from ..files import storage
@@ -41,7 +42,7 @@ class Shelf(NamedTuple):
     manifests: list[Manifest]
 
 
-def gather_run(comm: MPI.Comm, run: storage.Path, say: Callable[[str], None], best: bool) -> None:
+def gather_run(comm: MPI.Comm, run: storage.Path, say: Callable[[str], None], best: bool) -> bool:
     """Bring what it takes to use the run `run` to every disk: a whole checkpoint and what lies beside it. Collective.
 
     Parameters
@@ -54,15 +55,17 @@ def gather_run(comm: MPI.Comm, run: storage.Path, say: Callable[[str], None], be
     best : bool
         The newest best checkpoint, else the newest.
 
-    Raises UserError on all ranks where there is one, but nobody has all of it.
+    Returns whether it did something. Raises UserError on all ranks where there is a run, but nobody has all of a checkpoint.
     """
     domains = Domains.find(comm, run)
     if domains.shared:
-        return
+        return False
     shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
-    if any("config.toml" in shelf.sizes for shelf in shelves):
-        _spread_small(comm, domains, run, shelves)
-        _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
+    if not any("config.toml" in shelf.sizes for shelf in shelves):
+        return False
+    _spread_small(comm, domains, run, shelves)
+    _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
+    return True
 
 
 def spread_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, say: Callable[[str], None]) -> None:
@@ -75,6 +78,20 @@ def spread_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, say:
     shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
     for best in (False, True):
         _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
+
+
+def kept_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, copies: int) -> Kept:
+    """The files of the newest checkpoint and of the newest best one, to look after. Collective. Raises UserError.
+
+    Every disk has both manifests afterwards.
+    """
+    shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
+    files = dict[str, File]()
+    for best in (False, True):
+        for manifest, source in _candidates(shelves, best)[:1]:
+            text = _manifest(comm, domains, run, manifest.step, source)
+            files |= {file.name: file for file in _files(comm, run, manifest.step, text)}
+    return Kept(domains, pathlib.Path(run), list(files.values()), [copies] * len(files))
 
 
 def _shelf(run: storage.Path) -> Shelf:
@@ -128,57 +145,54 @@ def _gather_checkpoint(
     """Bring the first of the checkpoints all of whose slices are somewhere to every disk."""
     lost: list[str] = []  # what nobody has, of those that were passed over
     for manifest, source in candidates:
-        folder = checkpoint.folder_of(run, manifest.step)
-        with together(comm):
-            own = storage.read_text(folder / MANIFEST, storage.LARGEST_JSON) if comm.rank == source else ""
-        text = allgather(comm, own, str)[source]
-        files = _files(comm, folder, run, text)
-        have = _sound(folder, files, domains, say, comm)
+        text = _manifest(comm, domains, run, manifest.step, source)
+        files = _files(comm, run, manifest.step, text)
+        have = _sound(comm, domains, run, files, say)
         gone = replicate(comm, domains, run, files, have, {file.name for file in files}, say)
         if gone:
             lost.append(f"{gone[0].name}{f' and {len(gone) - 1} more' if len(gone) > 1 else ''}")
             continue
-        with together(comm):
-            if domains.leads and not _has(folder, text):
-                storage.write_text(folder / MANIFEST, text)
         if lost:
-            say(f"nobody here has {lost[0]} of {run}; going on from step {manifest.step}")
+            say(f"nobody here has {lost[0]} of {run}; step {manifest.step} takes its place")
         return
     if lost:
         raise UserError.of_all(f"nobody here has {lost[0]} of {run}: start with a host that has it")
 
 
-def _files(comm: MPI.Comm, folder: pathlib.Path, run: storage.Path, text: str) -> list[File]:
-    """What a manifest names, as it stands on another disk. Raises UserError on all ranks where it is damaged."""
+def _manifest(comm: MPI.Comm, domains: Domains, run: storage.Path, step: int, source: int) -> str:
+    """The manifest of the checkpoint that rank `source` has of a step, which all disks have then. Collective."""
+    path = checkpoint.folder_of(run, step) / MANIFEST
     with together(comm):
-        found = Checkpoint.parse(folder, text)
-        sizes = found.sizes()
-    parts = zip(found.parts(), found.manifest["sha256"], sizes, strict=True)
-    return [File(str(path.relative_to(run)), digest, most) for (_, path), digest, (_, most) in parts]
+        own = storage.read_text(path, storage.LARGEST_JSON) if domains.leads and path.is_file() else ""
+    text = allgather(comm, own if comm.rank == source else "", str)[source]
+    with together(comm):
+        if domains.leads and own != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_text(path, text)
+    return text
 
 
-def _sound(
-    folder: pathlib.Path, files: Sequence[File], domains: Domains, say: Callable[[str], None], comm: MPI.Comm
-) -> set[str]:
-    """Names of those that are whole on this rank's disk; others that are there are named."""
+def _files(comm: MPI.Comm, run: storage.Path, step: int, text: str) -> list[File]:
+    """What a manifest names. Raises UserError on all ranks where it is damaged."""
+    with together(comm):
+        found = Checkpoint.parse(checkpoint.folder_of(run, step), text)
+        parts = zip(found.parts(), found.manifest["sha256"], found.sizes(), strict=True)
+        return [File(str(path.relative_to(run)), digest, most) for (_, path), digest, (_, most) in parts]
+
+
+def _sound(comm: MPI.Comm, domains: Domains, run: storage.Path, files: Sequence[File], say: Callable[[str], None]) -> set[str]:
+    """Names of those that are whole on this rank's disk; others that are there are named. Collective."""
     sound, damaged = set[str](), list[str]()
-    if domains.leads:
-        for file in files:
-            path = folder / pathlib.Path(file.name).name
-            if path.is_file() and not path.is_symlink():
-                try:
-                    storage.check_file(path, file.sha256, 0, file.most)
-                    sound.add(file.name)
-                except UserError:
-                    damaged.append(file.name)
+    for file in files if domains.leads else ():
+        path = pathlib.Path(run, file.name)
+        if path.is_file() and not path.is_symlink():
+            try:
+                storage.check_file(path, file.sha256, 0, file.most)
+                sound.add(file.name)
+            except UserError:
+                damaged.append(file.name)
     for rank, names in enumerate(allgather(comm, damaged, list[str])):
         for name in names:
-            say(f"{printable(name)} on {printable(domains.hosts[rank])} is damaged; another copy takes its place")
+            where = f"{printable(str(pathlib.Path(run, name)))} on {printable(domains.hosts[rank])}"
+            say(f"{where} is damaged; another copy takes its place, if there is one")
     return sound
-
-
-def _has(folder: pathlib.Path, text: str) -> bool:
-    try:
-        return storage.read_text(folder / MANIFEST, storage.LARGEST_JSON) == text
-    except UserError:
-        return False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..comm.messages import allgather
 from ..comm.replicas import Domains, File, Move
-from ..comm.transfers import Transfer
+from ..comm.transfers import CHECKPOINTS, Transfer
 from ..errors import printable
 from .checkpoint import Part
 
@@ -61,7 +61,7 @@ class SliceCopies:
             home, there = self.domains.of[rank], self.domains.holders(name, len(slices))
             targets = [leader for leader in there if leader != home][: self.copies - 1]
             self._moves += [Move(File(name, one.sha256, one.size), rank, target) for target in targets]
-        self._transfer = Transfer(self.comm, self.run, self._moves)
+        self._transfer = Transfer(self.comm, self.run, self._moves, CHECKPOINTS)
 
     def progress(self, seconds: float = math.inf) -> None:
         """Go on between two steps, of which the last took so many seconds."""

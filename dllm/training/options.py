@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .. import cli, config
 from ..comm import methods, topology
+from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
 
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
@@ -50,7 +51,7 @@ def train_config(options: argparse.Namespace) -> config.Config:
     """The Config of the command line, and that of the run which is resumed."""
     extra = [_lasting(setting) for setting in options.set]
     if options.data:
-        extra.append(f"data.path={os.path.abspath(options.data)}")
+        extra.append(f"data.path={options.data if is_url(options.data) else os.path.abspath(options.data)}")
     if options.resume:
         settings = read_settings(options.resume, config.parse_settings(extra))
     else:

@@ -55,7 +55,7 @@ def survive(trainer: Trainer) -> tuple[MPI.Comm, Survived, list[int]]:
     Raises survivors.GiveUp on all of them.
     """
     rank, comm = trainer.rank, trainer.comm
-    writes = rank.saver.abandon()
+    writes = [*rank.saver.abandon(), *rank.upkeep.abandon()]
     rank.heartbeat.end()
     averaging, copies = trainer.averaging.under_way(), rank.copies.under_way()
     communicators = [*averaging[0], rank.node.comm, *copies[0]]

@@ -14,12 +14,15 @@ from ..comm.averaging import Averaging
 from ..comm.heartbeat import Heartbeat, SharedHeartbeat
 from ..comm.node_info import NodeInfo
 from ..comm.replicas import Domains
-from ..comm.runtime import check_same, survivable, together
+from ..comm.runtime import agree, check_same, survivable, together
 from ..comm.shared_memory import SharedMemory, share
+from ..comm.upkeep import Kept, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
 from ..data.lanes import Lanes, Schedule, deal
-from ..data.pair_lanes import read_lanes
+from ..data.pair_lanes import lane_files, read_lanes
+from ..data.placing import kept_shards
+from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
 from ..kernels.gemm import aligned
@@ -31,6 +34,7 @@ from ..model.precision import DTYPES
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
+from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
@@ -95,6 +99,7 @@ class Rank:
     heartbeat: Heartbeat
     validation: Validation
     saver: Saver
+    upkeep: Upkeep
     metrics: Metrics
 
 
@@ -127,7 +132,7 @@ def set_up(
 
     Raises UserError on all ranks.
     """
-    own, lanes, schedule = _deal_lanes(comm, config, corpus)
+    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
@@ -156,17 +161,28 @@ def set_up(
     clock, before = (survived.clock, survived.saver) if survived else (Clock(), None)
     domains = Domains.find(comm, ownership.run)
     metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership, domains)
-    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team)
+    validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
+    upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run), reporter.warn)
     return Rank(
         comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
-        _make_heartbeat(config, node, memory, reporter), validation, saver, metrics,
+        _make_heartbeat(config, node, memory, reporter), validation, saver, upkeep, metrics,
     )  # fmt: skip
+
+
+def _kept(comm: MPI.Comm, config: Config, corpus: Corpus, domains: Domains, run: str) -> list[Kept]:
+    """What has copies on several disks; domains : of the run's folder."""
+    copies, found = config.storage.copies, list[Kept]()
+    if copies and not domains.shared:
+        found.append(kept_checkpoints(comm, domains, run, copies))
+    if copies and not corpus.private and corpus.store is None:
+        found.append(kept_shards(corpus.folder, corpus.manifest, Domains.find(comm, corpus.folder), copies))
+    return found
 
 
 def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None, reporter: Reporter) -> Heartbeat:
@@ -175,13 +191,14 @@ def _make_heartbeat(config: Config, node: NodeInfo, memory: SharedMemory | None,
     return SharedHeartbeat(node, memory, config.resilience.deadline, reporter.complain)
 
 
-def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team) -> Evaluation | None:
+def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team, reporter: Reporter) -> Evaluation | None:
     if "valid" not in corpus.manifest["splits"]:
         return None
-    return Evaluation(comm, corpus, "valid", config, DTYPES[config.train.precision], config.data.private, team)
+    dtype = DTYPES[config.train.precision]
+    return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
-def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, Lanes, Schedule]:
+def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter) -> tuple[range, Lanes, Schedule]:
     """This rank's lanes, their text, and what every rank knows of all of them."""
     train = config.train
     if comm.size > train.lanes:
@@ -192,11 +209,9 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus) -> tuple[range, 
     if corpus.tokenizer.pairs and train.carry != "window":
         raise UserError.of_all("pairs begin from zero states: --preset pairs, or --set train.carry=window")
     own = deal(train.lanes, comm.size, comm.rank)
-    with together(comm):
-        if config.data.private:
-            lanes = read_lanes(corpus, "train", range(len(own)), len(own), train.window, own.start)
-        else:
-            lanes = read_lanes(corpus, "train", own, train.lanes, train.window)
+    mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
+    supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
+    lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
     return own, lanes, Schedule(lanes, train.last_window, comm)
 
 

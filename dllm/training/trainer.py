@@ -64,7 +64,7 @@ class Trainer:
         Returns True where the run came to its end, or to a limit that was asked for; False where it was stopped. Raises
         UserError on all ranks where the run makes no sense any more.
         """
-        first, saver, metrics = self.state.step, self.rank.saver, self.rank.metrics
+        first, saver, upkeep, metrics = self.state.step, self.rank.saver, self.rank.upkeep, self.rank.metrics
         end = min(self.total_steps, max_steps or self.total_steps)
         self.rank.heartbeat.start()
         metrics.begin()
@@ -72,7 +72,7 @@ class Trainer:
         while self.state.step < end and not agreed.stop and not agreed.out_of_time:
             self.finished = self.state
             out_of_time = 0 < max_seconds <= time.monotonic() - metrics.clock.begun
-            own = Control(stop(), out_of_time, checkpoint=saver.due(), writing=saver.writing)
+            own = Control(stop(), out_of_time, checkpoint=saver.due(), writing=saver.writing, looking=upkeep.busy)
             metrics.start()
             for hook in self.before_step:
                 hook(self)
@@ -82,6 +82,7 @@ class Trainer:
             metrics.count(tokens, settled=self.state.step > first + SETTLED)
             self._write_down(agreed, norm, lr)
         metrics.check_owner(self.state.step)
+        upkeep.end()
         stopped = agreed.stop and self.state.step < end
         validation = self.rank.validation
         best = not stopped and not validation.due(self.state) and validation.run(self.state, final=True)
@@ -163,9 +164,10 @@ class Trainer:
         state, saver, every = self.state, self.rank.saver, self.config.checkpoint.every_steps
         if state.step % self.config.log.every == 0:
             self.rank.metrics.log(state, parameters_hash(state.theta), self.schedule.windows, norm, lr)
-        saver.progress(self.rank.metrics.last)
-        if saver.under_way and not agreed.writing:
-            saver.settle()
+        for job, busy in ((saver, agreed.writing), (self.rank.upkeep, agreed.looking)):
+            job.progress(self.rank.metrics.last)
+            if job.under_way and not busy:
+                job.settle()
         best = self.rank.validation.due(state) and self.rank.validation.run(state)
         if best or (every and state.step % every == 0) or (agreed.checkpoint and not saver.under_way):
             saver.begin(self.averaging.consensus(state), best, self.averaging.own_arrays(state))

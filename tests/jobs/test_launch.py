@@ -96,11 +96,13 @@ def test_interrupted_once_it_leaves_a_checkpoint_and_launched_again_it_goes_on(t
 
 
 def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tmp_path):
-    run = tmp_path / "run"
+    run, hosts = tmp_path / "run", tmp_path / "hosts"
+    hosts.write_text("localhost slots=3\n")
     resize = lambda ranks: mpirun(0, "-m", "dllm.resize", run, "-n", ranks)
-    with Job(0, *launch(tiny, run), env=slow_steps(tmp_path, 0.1)) as job:
-        for step, ranks in ((15, 4), (30, 2)):
+    with Job(0, *launch(tiny, run, options=("--hostfile", hosts)), env=slow_steps(tmp_path, 0.1)) as job:
+        for step, ranks, named in ((15, 4, "localhost slots=4\n127.0.0.1\n"), (30, 2, "localhost slots=some\n")):
             job.until_step(run, step)
+            hosts.write_text(named)  # which is read now
             done = resize(ranks)
             assert done.returncode == 0, done.stderr
             assert done.stdout == f"{run} comes back with {ranks} ranks\n"
@@ -108,6 +110,8 @@ def test_resized_in_mid_run_it_comes_back_with_other_ranks(tiny, undisturbed, tm
         done = job.wait()
         assert done.returncode == 0, str(job)
     assert [int(ranks) for ranks in re.findall(r"going on with (\d) ranks from step \d+", done.stderr)] == [4, 2]
+    assert "line 1: 'localhost slots=some' is no host" in done.stderr
+    assert done.stderr.count("going on with the hosts that it named before") == 1
     check(run, undisturbed)
     for ranks, message in ((13, "at most so many"), (2, "is done")):
         done = resize(ranks)

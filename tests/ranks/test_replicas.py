@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from dllm.comm.messages import allgather, broadcast
 from dllm.comm.replicas import Domains, File, Move
-from dllm.comm.transfers import PIECE, RATE, SHARE, Transfer, replicate
+from dllm.comm.transfers import NOW, PIECE, RATE, SHARE, Transfer, replicate
 from dllm.errors import UserError
 
 pytestmark = pytest.mark.mpi
@@ -123,6 +123,7 @@ def test_what_is_damaged_at_one_comes_from_another_and_is_mended_there(comm, dis
     have = {name} if comm.rank < 2 else set()
     assert replicate(comm, Domains.find(comm, disk), disk, described(files), have, {name}, said.append) == []
     assert held(disk) == {name: files[name]}
+    said = [line.replace(str(disk), "DISK") for line in said]
     assert allgather(comm, said, list[str]) == [said] * comm.size
     assert any(name in line and "damaged" in line for line in said)
 
@@ -145,7 +146,7 @@ def test_a_file_that_is_not_there_or_larger_than_it_may_be_is_not_taken(comm, di
     large = "sub/file-5"
     put(disk, files, [large] if comm.rank == 0 else [])
     moves = [Move(File(name, "0" * 64, len(files[large]) - 1), 0, 1) for name in ("missing", large)]
-    transfer = Transfer(comm, disk, moves)
+    transfer = Transfer(comm, disk, moves, NOW)
     transfer.run()
     assert [failure.at_target for failure in transfer.failed] == [False, False] * (comm.rank == 1)
     assert comm.rank != 1 or held(disk) == {}
@@ -180,7 +181,7 @@ def test_between_steps_no_more_leaves_than_their_share(comm, disk, files):
         return
     name, seconds = "sub/file-5", 0.02
     put(disk, files, [name] if comm.rank == 0 else [])
-    transfer = Transfer(comm, disk, [Move(described(files)[5], 0, 1)])
+    transfer = Transfer(comm, disk, [Move(described(files)[5], 0, 1)], NOW)
     steps, end = 0, time.monotonic() + LIMIT
     while not transfer.done and time.monotonic() < end:
         before, begin = transfer.moved, time.monotonic()

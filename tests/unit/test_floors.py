@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("prepare", "train", "launch", "resize", "evaluate", "generate", "export", "import_", "serve")
+COMMANDS = ("prepare", "train", "launch", "resize", "evaluate", "generate", "export", "import_", "serve", "share")
 FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("__init__", "errors", "kernels", "presets"),
     ("files",),

@@ -170,6 +170,24 @@ def test_the_pairs_of_a_window_are_about_equally_long(tmp_path):
     assert np.abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3  # no order of lengths is left
 
 
+@pytest.mark.parametrize(("count", "ranks"), [(6, 6), (4, 3), (5, 2), (24, 8)])
+def test_lanes_of_pairs_read_just_the_shards_that_they_name(tmp_path, count, ranks):
+    corpus, pairs = make_corpus(tmp_path, [([k % 10], [k % 7, 1]) for k in range(24)], shard_count=6), 4  # in each shard
+    for rank in range(ranks):
+        mine = deal(count, ranks, rank)
+        first, last = 24 * mine.start // count, 24 * mine.stop // count
+        named = [file.name for file in pair_lanes.lane_files(corpus, "train", mine, count)]
+        assert named == [f"train-{k:05d}.h5" for k in range(first // pairs, -(-last // pairs))]
+        others = {path for path in tmp_path.glob("*.h5") if path.name not in named}
+        for path in others:
+            path.rename(path.with_suffix(".away"))
+        reader = pair_lanes.read_lanes(corpus, "train", mine, count, 12)
+        for number in range(max(len(order) for order in reader._orders)):
+            reader.window(number, 12)
+        for path in others:
+            path.with_suffix(".away").rename(path)
+
+
 def test_a_window_must_hold_the_longest_pair_and_lanes_need_pairs(tmp_path):
     corpus = make_corpus(tmp_path, [([1], [2, 3]), ([4] * 5, [6] * 5)])
     with pytest.raises(UserError, match=r"has a pair of 12 tokens .* --set train.window=12"):

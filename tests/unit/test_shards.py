@@ -314,9 +314,31 @@ def test_too_few_tokens_for_the_lanes_are_named(tmp_path):
         lanes.Lanes(corpus, "train", range(21), 21, 5)
 
 
-def test_lanes_verify_the_shards_they_will_read_and_no_others(tmp_path):
-    corpus = make_corpus(tmp_path)
-    flip(tmp_path / "train-00004.h5", 100)
-    lanes.Lanes(corpus, "train", range(2), 4, 5)
-    with pytest.raises(UserError, match=r"train-00004.h5 is damaged"):
-        lanes.Lanes(corpus, "train", range(3, 4), 4, 5)
+@pytest.mark.parametrize(("count", "ranks"), [(1, 1), (4, 4), (5, 3), (20, 8)])
+def test_lanes_read_just_the_shards_that_they_name(tmp_path, count, ranks):
+    corpus, spans = make_corpus(tmp_path), list(itertools.pairwise(CUTS))
+    length = 41 // count
+    for rank in range(ranks):
+        mine = lanes.deal(count, ranks, rank)
+        start, stop = mine.start * length, mine.stop * length
+        named = [file.name for file in lanes.Lanes.files(corpus, "train", mine, count)]
+        assert named == [f"train-{k:05d}.h5" for k, (first, last) in enumerate(spans) if first < stop and last > start]
+        others = {path for path in tmp_path.glob("*.h5") if path.name not in named}
+        for path in others:
+            path.rename(path.with_suffix(".away"))
+        lanes.Lanes(corpus, "train", mine, count, 50).window(0, 50)
+        for path in others:
+            path.with_suffix(".away").rename(path)
+
+
+def test_a_shard_is_hashed_once_unless_its_file_is_another(tmp_path, monkeypatch):
+    corpus, hashed = make_corpus(tmp_path), []
+    real = storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: hashed.append(path.name) or real(path))
+    for _ in range(2):
+        corpus.verify("train", 0, 12)
+    assert hashed == [f"train-{number:05d}.h5" for number in range(4)]
+    flip(tmp_path / "train-00003.h5", 100)
+    with pytest.raises(UserError, match=r"train-00003.h5 is damaged"):
+        corpus.verify("train", 0, 12)
+    assert len(hashed) == 5
