@@ -72,7 +72,7 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
 def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None) -> int:
     """`run` of a command that all ranks of a job run together: command(argv, comm), with MPI's world."""
     comm = runtime.world()
-    return run(lambda words: command(words, comm), argv, comm)
+    return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm))
 
 
 def warn_once(comm: MPI.Comm) -> Callable[[str], None]:

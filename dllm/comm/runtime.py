@@ -1,8 +1,9 @@
 """Start and end of a job: MPI comes up, errors are agreed on by all ranks, no crash leaves others hanging.
 
-Four ways to the end of a process:
+Five ways to the end of a process:
 
     finish          all ranks arrive first; then this one goes on to MPI's own end, or exits where ranks have died
+    leave           the same at the end of a command, where Open MPI's own end would hang
     exit_together   all ranks end now, by MPI where it would take the end of one for a crash
     exit_now        this rank ends as it is told, without MPI; all others do the same
     kill_self       this rank ends by a signal, so that the others are told of a death
@@ -54,6 +55,18 @@ def world() -> MPI.Comm:
 def survivable(comm: MPI.Comm) -> bool:
     """Whether ranks may go on when one dies: Open MPI under `mpirun --with-ft ulfm`."""
     return comm.size > 1 and os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112, its own name
+
+
+def _finalisation_hangs(comm: MPI.Comm) -> bool:
+    """Whether MPI's own end may wait for ever: Open MPI 5.0 with its detector of silent hosts, for a rank that left before."""
+    return survivable(comm) and os.environ.get("OMPI_MCA_mpi_ft_detector") == "1"  # noqa: SIM112, its own name
+
+
+def leave(comm: MPI.Comm, code: int) -> int:
+    """The end of a command that all ranks have come to: its exit code, where MPI's own end may follow. Collective."""
+    if _finalisation_hangs(comm):
+        finish(comm, code)
+    return code
 
 
 def _abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
