@@ -44,7 +44,7 @@ def missing():
     """Why there can be no Swarm here; None where there can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
-        return f"there is no {', '.join(absent)}: apt-get download {PACKAGES}, dpkg-deb -x, and DLLM_DOCKER=THE FOLDER"
+        return f"there is no {', '.join(absent)}: run .ci/tools FOLDER, then DLLM_DOCKER=FOLDER/docker"
     return network.missing()
 
 

@@ -1,4 +1,4 @@
-"""Real nodes of IPFS: Kubo, which has no HTTP here, and js-ipfs with its RPC. install_ipfs.sh brings them to DLLM_TEST_IPFS."""
+"""Real nodes of IPFS: Kubo, which has no HTTP here, and js-ipfs with its RPC. .ci/tools brings them to DLLM_TEST_IPFS."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ START = 120  # seconds; a busy machine takes 30
 def missing():
     """Why there are no nodes, or ""."""
     if not (PARTS / "node_modules/ipfs-core").is_dir() or not (PARTS / "venv/bin/python").exists():
-        return "needs real nodes of IPFS: tests/helpers/install_ipfs.sh FOLDER, then DLLM_TEST_IPFS=FOLDER"
+        return "needs real nodes of IPFS: run .ci/tools FOLDER, then DLLM_TEST_IPFS=FOLDER"
     return "" if shutil.which("node") else "needs Node.js"
 
 

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("node"), reason="there is no node (Node.js)"),
     pytest.mark.skipif(
         not all((pathlib.Path(MODULES) / name).is_dir() for name in PACKAGES) or not MODULES,
-        reason=f"DLLM_TEST_NPM names no node_modules with {' and '.join(PACKAGES)}",
+        reason="needs packages of npm: run .ci/tools FOLDER, then DLLM_TEST_NPM=FOLDER/node_modules",
     ),
 ]
 
