@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from ..errors import UserError, printable
+from ..remote import locate
 from . import mpirun
 from .interfaces import address_of
 from .job import LONGER, LOOK, START, Job
@@ -39,7 +41,7 @@ class Supervisor(ABC):
     hostfile : str or None
         Names hosts, and is read anew before the program is started again; None: this machine, or what Slurm has given.
     pass_on : tuple of str
-        Variables that ranks on other hosts shall see.
+        Variables that ranks on other hosts shall see, beside those that say where stores are.
     detect : bool
         Whether hosts that fall silent shall be noticed, where there are several.
     interface : str or None
@@ -57,7 +59,8 @@ class Supervisor(ABC):
         interface: str | None = None,
     ) -> None:
         self.command, self.module, self.hostfile = command, module, hostfile
-        self.pass_on, self.detect, self.interface = pass_on, detect, interface
+        self.pass_on = *pass_on, *(name for name in locate.VARIABLES if name in os.environ)
+        self.detect, self.interface = detect, interface
         if interface:
             address_of(interface)  # what is wrong with it is said here
         self.cores = mpirun.cores()

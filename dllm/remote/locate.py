@@ -51,6 +51,7 @@ class RemoteFolder(Protocol):
 
 # By scheme.
 STORES: dict[str, Callable[[str, StorageConfig], RemoteFolder]] = {"ipfs": ipfs.open_tree, "swarm": swarm.open_files}
+VARIABLES = ipfs.RPC, ipfs.TOKEN, ipfs.GATEWAYS, swarm.BEE  # by which ranks on all hosts find them
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
