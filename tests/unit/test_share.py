@@ -13,6 +13,7 @@ from helpers.mutated_files import Alone, Shard
 from helpers.numerics import V, configured
 
 from dllm import share
+from dllm.comm.replicas import Domains
 from dllm.config import CheckpointConfig, Config, DataConfig
 from dllm.data.tokenizer_files import tokenizer_hash
 from dllm.inference.loaded_model import LoadedModel
@@ -73,12 +74,12 @@ def model(tmp_path):
 
 def make_run(folder, path=""):
     """A run with checkpoints of the steps 1 to 4; the best is that of step 2."""
-    settings = Config(model=configured("untied"), data=DataConfig(path=path))
+    settings = Config(model=configured("untied"), data=DataConfig(path=path), checkpoint=CheckpointConfig(keep=9))
     run_folder.create(folder, settings, TOKENIZER)
     claim, layout = Ownership.of_this_job(folder), Layout(settings.model, V, np.float32)
     claim.take()
     facts = checkpoint.facts(layout, 1, tokenizer_hash(TOKENIZER), "")
-    saver = Saver(Alone, claim, layout, facts, CheckpointConfig(keep=9), print)
+    saver = Saver(Alone, claim, Domains(0, (0,), ("here",)), layout, facts, settings, print)
     for step in range(1, 5):
         shape = settings.model.layers, 1, settings.model.hidden
         theta = np.full(layout.size, step / 100, np.float32)
