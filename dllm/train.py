@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from . import cli, config
 from .comm import runtime
 from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
-from .errors import DONE, STOPPED_EARLY, reason
+from .errors import DONE, STOPPED_EARLY, UserError, reason
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -67,7 +69,12 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
     ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
     run = ownership.run
-    for warning in () if gathered else warnings:  # which has said what nobody has
+    with runtime.together(comm):  # a disk that rank 0 does not see may have an older run of that name
+        if not options.resume and os.path.lexists(run):
+            raise UserError(
+                f"--out {run} exists on {socket.gethostname()}; choose another name, or go on with it by --resume {run}"
+            )
+    for warning in () if gathered else warnings:  # gather_run has named what was passed over
         reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if resume:

@@ -12,10 +12,12 @@ import hashlib
 import os
 import pathlib
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
+from ..files import storage
 from .messages import allgather
 from .runtime import wait
 
@@ -32,29 +34,31 @@ class Domains:
     rank: int  # this one
     of: tuple[int, ...]  # rank -> the leader of its domain, the lowest rank that sees the same disk
     hosts: tuple[str, ...]  # rank -> the name of its host
+    writable: bool = True  # whether all ranks may write there
 
     @classmethod
     def find(cls, comm: MPI.Comm, folder: str | os.PathLike[str]) -> Domains:
         """Of the disk on which `folder` lies, or will lie. Collective. Nothing is left there.
 
-        A rank that may not write there is a domain of its own.
+        Ranks that may not write there are taken for one domain where they are on one host.
         """
+        if comm.size == 1:
+            return cls(0, (0,), (socket.gethostname(),))
         place = pathlib.Path(os.path.abspath(folder))
-        place = next(path for path in (place, *place.parents) if path.is_dir())
-        token = os.urandom(16).hex() if comm.rank or comm.size > 1 else ""
-        mine = place / f"{TOKEN}{token}"
+        place = next(path for path in (place, *place.parents) if os.path.isdir(path))
+        token, mine = "", place / f"{TOKEN}{os.urandom(16).hex()}"
         with contextlib.suppress(OSError):
             os.close(os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            token = mine.name.removeprefix(TOKEN)
         try:
             told = allgather(comm, (token, socket.gethostname()), tuple[str, str])
-            seen = (rank for rank, (other, _) in enumerate(told) if other.isalnum() and (place / f"{TOKEN}{other}").exists())
-            leader = next(seen, comm.rank)
+            leader = next(rank for rank, other in enumerate(told) if _is_seen(place, told[comm.rank], other))
             wait(comm.Ibarrier())
         finally:
             with contextlib.suppress(OSError):
                 mine.unlink()
         leaders = allgather(comm, leader, int)
-        return cls(comm.rank, tuple(leaders), tuple(host for _, host in told))
+        return cls(comm.rank, tuple(leaders), tuple(host for _, host in told), all(other for other, _ in told))
 
     @property
     def leaders(self) -> tuple[int, ...]:
@@ -81,6 +85,13 @@ class Domains:
         return f"{self.hosts[leader]}/{before}"
 
 
+def _is_seen(place: pathlib.Path, own: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether a rank sees the disk that this one sees; own, other: the token, "" where it may not write, and the host."""
+    if not (own[0] and other[0]):
+        return own == other
+    return other[0].isalnum() and os.path.lexists(place / f"{TOKEN}{other[0]}")
+
+
 def rendezvous(name: str, labels: Mapping[int, str], copies: int) -> list[int]:
     """The `copies` keys of `labels` whose labels weigh most for `name`, the heaviest first."""
     weight = lambda key: hashlib.blake2b(f"{name}\0{labels[key]}".encode(errors="replace"), digest_size=8).digest()
@@ -94,6 +105,18 @@ class File:
     name: str  # relative to the folder of the ranks
     sha256: str  # 64 hexadecimal digits
     most: int  # bytes that it has at most
+
+
+def is_sound(folder: storage.Path, file: File, rest: Callable[[], object] = lambda: None) -> bool | None:
+    """Whether a file of this disk is what it should be; None where it is not there. rest : called after each MiB."""
+    path = pathlib.Path(folder, file.name)
+    if not os.path.isfile(path) or os.path.islink(path):
+        return None
+    try:
+        storage.check_file(path, file.sha256, 0, file.most, rest)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

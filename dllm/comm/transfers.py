@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PIECE = 1 << 18  # bytes of a message
-FLYING = 4  # pieces under way from one rank to another
+FLYING = 32  # pieces at most that are read ahead, under way or not yet written, from one rank to another
 SIZE, ANSWER, DATA, TAGS = 111, 112, 113, 3  # tags of the first channel; how many a channel has
 CHECKPOINTS, UPKEEP, NOW = 0, 1, 2  # channels: transfers that are under way at the same time do not meet
 SHARE = 0.05  # of the time of a step: what transfers may take of it
 RATE = 1e8  # bytes a second, what a slow network of a cluster carries: so many that pieces cost is counted by it
 TELL = 5.0  # seconds between lines on a transfer that takes long
+GONE = "it is not there"
 T = TypeVar("T")
 Stream = Generator[None, None, T]  # yields whenever it cannot go on for now
 
@@ -132,6 +133,7 @@ class Transfer:
 
     def under_way(self) -> list[MPI.Request]:
         """Requests that end in an error when a rank dies; nothing else is called afterwards."""
+        _retired.append(self)
         self._disk.shutdown(wait=False, cancel_futures=True)
         return [request for request, _ in self._requests.values()]
 
@@ -141,9 +143,12 @@ class Transfer:
             taken = np.zeros(1, np.int64)
             yield from self._until(self.comm.Isend(size := np.array([reader.size]), move.target, self._size), size)
             yield from self._until(self.comm.Irecv(taken, move.target, self._answer), taken)
+            sizes = [min(PIECE, reader.size - start) for start in range(0, reader.size if taken[0] else 0, PIECE)]
+            ahead = collections.deque(self._disk.submit(reader.read, size) for size in sizes[:FLYING])
             flying = collections.deque[Stream[None]]()
-            for start in range(0, reader.size if taken[0] else 0, PIECE):
-                piece = yield from self._on_disk(reader.read, min(PIECE, reader.size - start))
+            for number in range(len(sizes)):
+                piece = yield from _result(ahead.popleft())
+                ahead.extend(self._disk.submit(reader.read, size) for size in sizes[number + FLYING : number + FLYING + 1])
                 while self._credit < len(piece):
                     yield
                 self._credit -= len(piece)
@@ -162,11 +167,11 @@ class Transfer:
             writer = None
             if 0 <= size[0] <= move.file.most:
                 try:
-                    writer = yield from self._on_disk(_Writer, self.folder / move.file.name)
+                    writer = yield from self._on_disk(_Writer, self.folder, move.file.name)
                 except OSError as error:
                     self.failed.append(Failure(move, reason(error), True))
             else:
-                text = "it is not there" if size[0] < 0 else f"it has {size[0]:,} bytes, more than it should"
+                text = GONE if size[0] < 0 else f"it has {size[0]:,} bytes, more than it should"
                 self.failed.append(Failure(move, text, False))
             answer = np.array([writer is not None], np.int64)
             yield from self._until(self.comm.Isend(answer, move.source, self._answer), answer)
@@ -174,7 +179,7 @@ class Transfer:
                 yield from self._take_in(move, writer, int(size[0]))
 
     def _take_in(self, move: Move, writer: _Writer, size: int) -> Stream[None]:
-        flying = collections.deque[tuple[Stream[None], Array]]()
+        flying, writing = collections.deque[tuple[Stream[None], Array]](), collections.deque[concurrent.futures.Future[None]]()
         asked = came = 0
         while came < size:
             while asked < size and len(flying) < FLYING:
@@ -183,7 +188,9 @@ class Transfer:
                 asked += len(piece)
             arrival, piece = flying.popleft()
             yield from arrival
-            yield from self._on_disk(writer.write, piece)  # which keeps its failure: the rest still has to come
+            writing.append(self._disk.submit(writer.write, piece))  # which keeps its failure: the rest still has to come
+            if len(writing) == FLYING:
+                yield from _result(writing.popleft())
             came += len(piece)
             self.moved += len(piece)
         try:
@@ -208,10 +215,14 @@ class Transfer:
 
     def _on_disk(self, work: Callable[..., T], *arguments: Any) -> Stream[T]:
         """What work(*arguments) returns or raises, in the thread that touches the disk."""
-        future = self._disk.submit(work, *arguments)
-        while not future.done():
-            yield
-        return future.result()
+        return (yield from _result(self._disk.submit(work, *arguments)))
+
+
+def _result(future: concurrent.futures.Future[T]) -> Stream[T]:
+    """What comes of work of the thread that touches the disk."""
+    while not future.done():
+        yield
+    return future.result()
 
 
 class _Reader:
@@ -247,8 +258,9 @@ class _Reader:
 class _Writer:
     """A file that comes in. Raises OSError where it cannot be made, and at its end where it could not be written."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        if path.parent.is_symlink():
+    def __init__(self, folder: pathlib.Path, name: str) -> None:
+        path = folder / name
+        if path.parent != folder and path.parent.is_symlink():
             raise OSError(f"{path.parent} is a link to another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._whole = storage.atomic(path)
@@ -277,6 +289,13 @@ class _Writer:
         if self._problem is not None:
             raise self._problem
         return sound
+
+
+def failures(comm: MPI.Comm, moves: Sequence[Move], transfer: Transfer | None) -> list[tuple[Move, str]]:
+    """Which of the moves failed at any rank, and why: the same on all ranks. Collective."""
+    own = [(moves.index(failure.move), failure.reason) for failure in (transfer.failed if transfer else ())]
+    told = itertools.chain(*allgather(comm, own, list[tuple[int, str]]))
+    return [(moves[number], printable(why)[:100]) for number, why in told if 0 <= number < len(moves)]
 
 
 def replicate(
@@ -321,9 +340,8 @@ def replicate(
         try:
             transfer.run(lambda moved: say(f"copying: {moved / 1e6:,.0f} MB of at most {mine / 1e6:,.0f} MB"))
         except Exception:
-            _retired.append(transfer)
+            transfer.under_way()
             raise
-        failed = [(moves.index(failure.move), failure.reason, failure.at_target) for failure in transfer.failed]
         with together(comm):
             for failure in transfer.failed:
                 if failure.at_target:
@@ -331,11 +349,10 @@ def replicate(
         lost = {failure.move.file.name for failure in transfer.failed}
         have = have | {move.file.name for move in moves if move.target == domains.of[comm.rank]} - lost
         spoilt -= {(move.target, move.file.name) for move in moves}
-        for number, why, _ in itertools.chain(*allgather(comm, failed, list[tuple[int, str, bool]])):
-            move = moves[number]
+        for move, why in failures(comm, moves, transfer):
             spoilt |= {(rank, move.file.name) for rank in (move.source, move.target)}
             path, host = pathlib.Path(folder, move.file.name), printable(domains.hosts[move.source])
-            say(f"{printable(str(path))} on {host}: {printable(why)[:100]}; another copy takes its place, if there is one")
+            say(f"{printable(str(path))} on {host}: {why}; another copy takes its place, if there is one")
             if domains.of[comm.rank] == move.source:  # it wants a sound one itself
                 have, want = have - {move.file.name}, want | {move.file.name}
 

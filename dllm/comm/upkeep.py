@@ -6,17 +6,17 @@ death, every disk is looked through once.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import UserError, printable
-from ..files import storage
+from ..errors import printable
 from .messages import allgather
-from .replicas import Domains, File, Move, plan
-from .transfers import SHARE, UPKEEP, Transfer
+from .replicas import Domains, File, Move, is_sound, plan
+from .transfers import GONE, SHARE, UPKEEP, Transfer, failures
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -45,7 +45,7 @@ class Upkeep:
 
     def __init__(self, comm: MPI.Comm, kept: Sequence[Kept], say: Callable[[str], None]) -> None:
         self.comm, self.say = comm, say
-        self.kept = [files for files in kept if not files.domains.shared]
+        self.kept = [files for files in kept if files.domains.writable and not files.domains.shared]
         self._ended = threading.Event()
         self._number = 0  # of the folder that is looked after
         self._have, self._damaged = set[str](), list[str]()
@@ -100,15 +100,12 @@ class Upkeep:
     def _read(self, kept: Kept) -> None:
         """By a thread, for a small part of the time: which files are sound on this disk."""
         for file in kept.files:
-            path = kept.folder / file.name
             if self._ended.is_set():
                 return
-            if path.is_symlink() or not path.is_file():
-                continue
-            try:
-                storage.check_file(path, file.sha256, 0, file.most, self._rest())
+            sound = is_sound(kept.folder, file, self._rest())
+            if sound:
                 self._have.add(file.name)
-            except UserError:
+            elif sound is False:
                 self._damaged.append(file.name)
 
     def _rest(self) -> Callable[[], None]:
@@ -124,9 +121,11 @@ class Upkeep:
 
     def _begin_moves(self) -> None:
         kept = self.kept[self._number]
-        told = allgather(self.comm, (sorted(self._have), self._damaged), tuple[list[str], list[str]])
+        there = [name for name in sorted(self._have) if os.path.exists(kept.folder / name)]  # a checkpoint may be gone by now
+        told = allgather(self.comm, (there, self._damaged), tuple[list[str], list[str]])
         have = [set(names) for names, _ in told]
-        self._moves, gone = plan(kept.files, have, _wanted(kept, have))
+        want = [names | set(damaged) for names, (_, damaged) in zip(_wanted(kept, have), told, strict=True)]
+        self._moves, gone = plan(kept.files, have, want)
         lost = {file.name for file in gone}
         for rank, (_, damaged) in enumerate(told):
             for name in damaged:
@@ -136,11 +135,10 @@ class Upkeep:
 
     def _end_moves(self) -> None:
         kept, transfer = self.kept[self._number], self._transfer
-        own = [(self._moves.index(failure.move), failure.reason) for failure in (transfer.failed if transfer else ())]
-        for some in allgather(self.comm, own, list[tuple[int, str]]):
-            for number, why in some:
-                move = self._moves[number]
-                self.say(f"no copy of {move.file.name} on {printable(kept.domains.hosts[move.target])}: {printable(why)}")
+        for move, why in failures(self.comm, self._moves, transfer):
+            if why == GONE:  # since nobody needs it any more
+                continue
+            self.say(f"no copy of {move.file.name} on {printable(kept.domains.hosts[move.target])}: {why}")
         self._number += 1
         self._look()
 

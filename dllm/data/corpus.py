@@ -225,7 +225,7 @@ def _make_folder(folder: pathlib.Path, files: Mapping[str, str]) -> None:
 
 def _spread_manifest(comm: MPI.Comm, folder: pathlib.Path, store: Callable[[], RemoteFolder] | None) -> None:
     """Have each disk hold the small files: those of the lowest rank that has some, else of the store. Collective."""
-    there = all((folder / name).is_file() for name in SMALL_FILES)
+    there = all(os.path.isfile(folder / name) for name in SMALL_FILES)
     has = allgather(comm, there, bool)
     if all(has) or not (any(has) or store):  # where nobody has them, opening says so
         return
@@ -237,7 +237,8 @@ def _spread_manifest(comm: MPI.Comm, folder: pathlib.Path, store: Callable[[], R
         elif comm.rank == source and store:
             remote = store()
             told = {name: remote.read(name, storage.LARGEST_JSON).decode(errors="replace") for name in SMALL_FILES}
-    files = allgather(comm, told, dict[str, str])[source]
+    everything = allgather(comm, told, dict[str, str])[source]
+    files = {name: everything[name] for name in SMALL_FILES if name in everything}  # and no other, whatever a rank says
     domains = Domains.find(comm, folder)
     with together(comm):
         if domains.leads and not there:

@@ -40,7 +40,7 @@ def supply(comm: MPI.Comm, corpus: Corpus, files: Sequence[ShardFile], say: Say)
 
     say : told what was damaged and what takes long, the same on every rank
 
-    Raises UserError on all ranks, where nobody has a shard, it names that. Of private corpora nothing is told or asked.
+    Raises UserError on all ranks; where nobody has a shard, it is named. Of private corpora nothing is told or asked.
     """
     if corpus.private:
         with together(comm):

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..runs import marks, run_folder
 from . import mpirun
 from .run_status import LONGEST, RunStatus, together
@@ -78,7 +78,11 @@ class RunDisks:
 
     def go_on(self) -> None:
         """Take the mark of the run's end away, from all disks. Raises UserError."""
-        marks.not_done(self.run)
+        try:
+            if self.here:
+                marks.not_done(self.run)
+        except OSError as error:
+            raise UserError(f"cannot go on with {self.run}: {reason(error)}") from None
         self._change("go-on", [host for host in self.others if host not in self.known or self.known[host].done])
 
     def silent(self) -> list[str]:

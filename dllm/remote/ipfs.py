@@ -49,6 +49,8 @@ class Node:
         headers = {"Authorization": _authorization(token)} if token and address.rstrip("/") == ours else {}
         self._server = Server(address, timeout, headers)
         self.name = self._server.name
+        if headers and not (is_loopback(self._server.host) or address.startswith("https:")):
+            raise UserError(f"{self.name} would get the token of {TOKEN} in clear: give an address with https in {RPC}")
         if not (headers or is_loopback(self._server.host)):
             raise UserError(f"{self.name} can be reached by others: put its address into {RPC} and its token into {TOKEN}")
 

@@ -66,10 +66,17 @@ def join(path: str | os.PathLike[str], name: str) -> str:
 
 def open_folder(url: str, settings: StorageConfig | None = None) -> RemoteFolder:
     """The files that an URL names; the folder's list is read at once, files when they are asked for. Raises UserError."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in STORES or not rest or len(url) > LONGEST or not url.isprintable() or set(url) & set("?#"):
-        raise UserError(f"{shown(url, 200)} is no URL of a file or folder: ipfs://CID, swarm://REFERENCE, and a path behind it")
+    scheme = _check(url)
     return STORES[scheme](url, settings or StorageConfig())
+
+
+def _check(url: str) -> str:
+    """The scheme of an URL. Raises UserError where it is none that names something."""
+    scheme, _, rest = url.partition("://")
+    root = rest.partition("/")[0]
+    if scheme not in STORES or not root or len(url) > LONGEST or not url.isprintable() or set(url) & set("?#"):
+        raise UserError(f"{shown(url, 200)} is no URL of a file or folder: ipfs://CID, swarm://REFERENCE, and a path behind it")
+    return scheme
 
 
 def cache_folder(url: str) -> pathlib.Path:
@@ -120,8 +127,8 @@ def fetch_all(folder: RemoteFolder, out: pathlib.Path, moved: Callable[[int], ob
 
 def _place(url: str, kind: str) -> pathlib.Path:
     """In the cache, for an URL: named by its CID or reference, and by a hash of the path behind it."""
-    scheme, _, rest = url.partition("://")
-    root, _, path = rest.partition("/")
+    scheme = _check(url)
+    root, _, path = url.partition("://")[2].partition("/")
     path = path.strip("/")
     name = root[:150] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")

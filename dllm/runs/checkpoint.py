@@ -160,9 +160,12 @@ def _flaw(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove what is neither among the newest `keep` checkpoints nor the newest best one; unfinished ones too."""
-    found, _ = available(run)
+def prune(run: Path, keep: int, step: int) -> None:
+    """Remove what is neither among the newest `keep` checkpoints up to `step` nor the newest best of these.
+
+    Unfinished ones go too, and later ones: the run has gone back behind them.
+    """
+    found = [checkpoint for checkpoint in available(run)[0] if checkpoint.step <= step]
     best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
     stay = {checkpoint.folder for checkpoint in [*found[:keep], *best]}
     for folder in pathlib.Path(run, "checkpoints").glob("step-*"):

@@ -4,7 +4,8 @@
     ...      each rank's thread writes its file in small pieces, with rests between them; steps go on
     settle   all ranks, at the same step, when nobody writes any more: the files go to further disks, a piece between two steps
     settle   when they are there: a thread for each disk writes the manifest
-    settle   once more, when that is there: now the checkpoint counts
+    settle   when that is there: now the checkpoint counts, and the threads remove older ones
+    settle   once more, when they are gone
 
 Where all ranks see one disk, or one copy is enough, the second stage is left out. The threads never call MPI; who is still busy
 travels with the control values of a step (comm/control.py).
@@ -194,7 +195,10 @@ class Saver:
         self.manifest = self.facts | {
             "dtype": state.theta.dtype.name, "moments": len(state.moments), "best": bool(best), "layers": state.h.shape[0],
             "hidden": state.h.shape[2], "scalars": state.scalars(), "own": [*self.facts["own"], *sorted(own)],
+            "states": not self.stays_here,
         }  # fmt: skip
+        if self.stays_here:  # they count what lane_loss adds up
+            self.manifest["scalars"] |= {"tokens": 0, "bytes_sent": 0}
         self.step, self.whole, self.under_way, self.begun = state.step, True, True, time.monotonic()
         self.folder = checkpoint.folder_of(self.ownership.run, state.step)
         self.next = self._all_have_written
@@ -266,16 +270,20 @@ class Saver:
         self._in_background(self._write_manifest if self.domains.leads else lambda: None)
 
     def _write_manifest(self) -> None:
-        """By a rank for each disk: from now on the checkpoint counts, and older ones may go."""
+        """By a rank for each disk: where all have written it, the checkpoint counts."""
         if not self.ownership.is_held():
             raise OSError("another job has taken over the run")
         self.manifest["seal"] = checkpoint.seal(self.manifest)
         storage.write_json(self.folder / checkpoint.MANIFEST, self.manifest)
-        checkpoint.prune(self.ownership.run, self.config.keep)
 
     def _manifest_is_there(self) -> None:
         self.problem = next(filter(None, allgather(self.comm, self.problem, str | None)), None)
-        self._end()
+        if self.problem or not self.whole:
+            self._end()
+            return
+        self.next = self._end  # only now may older ones go
+        prune = checkpoint.prune, self.ownership.run, self.config.keep, self.step
+        self._in_background(*(prune if self.domains.leads else (lambda: None,)))
 
     def _end(self) -> None:
         self.under_way, self.whole = False, not self.problem

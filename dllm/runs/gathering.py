@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import tomllib
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..comm.messages import allgather
-from ..comm.replicas import Domains, File
+from ..comm.replicas import Domains, File, is_sound
 from ..comm.runtime import together
 from ..comm.transfers import replicate
 from ..comm.upkeep import Kept
@@ -58,13 +59,13 @@ def gather_run(comm: MPI.Comm, run: storage.Path, say: Callable[[str], None], be
     Returns whether it did something. Raises UserError on all ranks where there is a run, but nobody has all of a checkpoint.
     """
     domains = Domains.find(comm, run)
-    if domains.shared:
+    if domains.shared or not domains.writable:
         return False
-    shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
+    shelves = _shelves(comm, domains, run)
     if not any("config.toml" in shelf.sizes for shelf in shelves):
         return False
-    _spread_small(comm, domains, run, shelves)
-    _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
+    private = _spread_small(comm, domains, run, shelves)
+    _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say, private)
     return True
 
 
@@ -75,7 +76,7 @@ def spread_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, say:
     """
     if domains.shared:
         return
-    shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
+    shelves = _shelves(comm, domains, run)
     for best in (False, True):
         _gather_checkpoint(comm, domains, run, _candidates(shelves, best), say)
 
@@ -85,23 +86,30 @@ def kept_checkpoints(comm: MPI.Comm, domains: Domains, run: storage.Path, copies
 
     Every disk has both manifests afterwards.
     """
-    shelves = allgather(comm, _shelf(run) if domains.leads else Shelf({}, []), Shelf)
+    shelves = _shelves(comm, domains, run)
     files = dict[str, File]()
     for best in (False, True):
         for manifest, source in _candidates(shelves, best)[:1]:
             text = _manifest(comm, domains, run, manifest.step, source)
-            files |= {file.name: file for file in _files(comm, run, manifest.step, text)}
+            files |= {file.name: file for file in _files(comm, run, manifest.step, text, False)}
     return Kept(domains, pathlib.Path(run), list(files.values()), [copies] * len(files))
 
 
+def _shelves(comm: MPI.Comm, domains: Domains, run: storage.Path) -> list[Shelf]:
+    """By rank, what those that lead a domain have. Collective."""
+    with together(comm):
+        own = _shelf(run) if domains.leads else Shelf({}, [])
+    return allgather(comm, own, Shelf)
+
+
 def _shelf(run: storage.Path) -> Shelf:
-    sizes = {name: path.stat().st_size for name in SMALL if (path := pathlib.Path(run, name)).is_file()}
+    sizes = {name: os.path.getsize(path) for name in SMALL if os.path.isfile(path := pathlib.Path(run, name))}
     found, _ = checkpoint.available(run)
     return Shelf(sizes, [Manifest(one.step, one.manifest["seal"], bool(one.manifest["best"])) for one in found])
 
 
 def _candidates(shelves: Sequence[Shelf], best: bool) -> list[tuple[Manifest, int]]:
-    """(manifest, the lowest rank that has it) in the order in which checkpoints are tried.
+    """(manifest, the lowest rank that has it), the newest first; best: those that were the best before all others.
 
     Of two for one step, as there are where a host was cut off and came back, the one that more disks have comes first.
     """
@@ -111,8 +119,13 @@ def _candidates(shelves: Sequence[Shelf], best: bool) -> list[tuple[Manifest, in
     return [(one, first[one]) for one in order]
 
 
-def _spread_small(comm: MPI.Comm, domains: Domains, run: storage.Path, shelves: Sequence[Shelf]) -> None:
-    """The files beside the checkpoints go to every disk: those of the rank whose run came furthest; the longest metrics."""
+def _spread_small(comm: MPI.Comm, domains: Domains, run: storage.Path, shelves: Sequence[Shelf]) -> bool:
+    """Bring the files beside the checkpoints to disks that lack them, and the longest metrics to all.
+
+    What says which text is read, and as what, is never replaced by what another rank says: a disk that has other settings is
+    refused. Returns whether the run is a private one.
+    """
+    private = True
     newest = [max((one.step for one in shelf.manifests), default=-1) for shelf in shelves]
     for name in SMALL:
         having = [rank for rank, shelf in enumerate(shelves) if shelf.sizes.get(name, LARGEST + 1) <= LARGEST]
@@ -123,13 +136,29 @@ def _spread_small(comm: MPI.Comm, domains: Domains, run: storage.Path, shelves: 
         with together(comm):
             own = storage.read_text(pathlib.Path(run, name), LARGEST) if comm.rank == source else ""
         text = allgather(comm, own, str)[source]
-        with together(comm):
-            if name == "config.toml" and _is_private(text):
+        if name == "config.toml":
+            private = _is_private(text)
+            if private:
                 storage.owner_only()
+        with together(comm):
             if domains.leads and comm.rank != source:
-                pathlib.Path(run).mkdir(parents=True, exist_ok=True)
-                if name not in shelves[comm.rank].sizes or storage.read_text(pathlib.Path(run, name), LARGEST) != text:
-                    storage.write_text(pathlib.Path(run, name), text)
+                path = pathlib.Path(run, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if name not in shelves[comm.rank].sizes:
+                    storage.write_text(path, text)
+                elif name == METRICS:
+                    _replace_metrics(path, text)
+                elif storage.read_text(path, LARGEST) != text:
+                    there = domains.hosts[source]
+                    raise UserError(
+                        f"{path} on {domains.hosts[comm.rank]} is not that on {there}: remove {run} where it is older"
+                    )
+    return private
+
+
+def _replace_metrics(path: pathlib.Path, text: str) -> None:
+    if storage.read_text(path, LARGEST) != text:
+        storage.write_text(path, text)
 
 
 def _is_private(text: str) -> bool:
@@ -140,13 +169,18 @@ def _is_private(text: str) -> bool:
 
 
 def _gather_checkpoint(
-    comm: MPI.Comm, domains: Domains, run: storage.Path, candidates: Sequence[tuple[Manifest, int]], say: Callable[[str], None]
+    comm: MPI.Comm,
+    domains: Domains,
+    run: storage.Path,
+    candidates: Sequence[tuple[Manifest, int]],
+    say: Callable[[str], None],
+    private: bool = False,
 ) -> None:
-    """Bring the first of the checkpoints all of whose slices are somewhere to every disk."""
+    """Bring the first of the checkpoints all of whose slices are somewhere to every disk. private: the run is one."""
     lost: list[str] = []  # what nobody has, of those that were passed over
     for manifest, source in candidates:
         text = _manifest(comm, domains, run, manifest.step, source)
-        files = _files(comm, run, manifest.step, text)
+        files = _files(comm, run, manifest.step, text, private)
         have = _sound(comm, domains, run, files, say)
         gone = replicate(comm, domains, run, files, have, {file.name for file in files}, say)
         if gone:
@@ -163,7 +197,7 @@ def _manifest(comm: MPI.Comm, domains: Domains, run: storage.Path, step: int, so
     """The manifest of the checkpoint that rank `source` has of a step, which all disks have then. Collective."""
     path = checkpoint.folder_of(run, step) / MANIFEST
     with together(comm):
-        own = storage.read_text(path, storage.LARGEST_JSON) if domains.leads and path.is_file() else ""
+        own = storage.read_text(path, storage.LARGEST_JSON) if domains.leads and os.path.isfile(path) else ""
     text = allgather(comm, own if comm.rank == source else "", str)[source]
     with together(comm):
         if domains.leads and own != text:
@@ -172,10 +206,12 @@ def _manifest(comm: MPI.Comm, domains: Domains, run: storage.Path, step: int, so
     return text
 
 
-def _files(comm: MPI.Comm, run: storage.Path, step: int, text: str) -> list[File]:
-    """What a manifest names. Raises UserError on all ranks where it is damaged."""
+def _files(comm: MPI.Comm, run: storage.Path, step: int, text: str, private: bool) -> list[File]:
+    """What a manifest names. Raises UserError on all ranks where it is damaged, or has what private text has made of lanes."""
     with together(comm):
         found = Checkpoint.parse(checkpoint.folder_of(run, step), text)
+        if private and found.manifest.get("states", True):
+            raise UserError(f"{found.folder} has states of private text, which stay on its disk: go on where all hosts see it")
         parts = zip(found.parts(), found.manifest["sha256"], found.sizes(), strict=True)
         return [File(str(path.relative_to(run)), digest, most) for (_, path), digest, (_, most) in parts]
 
@@ -183,13 +219,12 @@ def _files(comm: MPI.Comm, run: storage.Path, step: int, text: str) -> list[File
 def _sound(comm: MPI.Comm, domains: Domains, run: storage.Path, files: Sequence[File], say: Callable[[str], None]) -> set[str]:
     """Names of those that are whole on this rank's disk; others that are there are named. Collective."""
     sound, damaged = set[str](), list[str]()
-    for file in files if domains.leads else ():
-        path = pathlib.Path(run, file.name)
-        if path.is_file() and not path.is_symlink():
-            try:
-                storage.check_file(path, file.sha256, 0, file.most)
+    with together(comm):
+        for file in files if domains.leads else ():
+            found = is_sound(run, file)
+            if found:
                 sound.add(file.name)
-            except UserError:
+            elif found is False:
                 damaged.append(file.name)
     for rank, names in enumerate(allgather(comm, damaged, list[str])):
         for name in names:

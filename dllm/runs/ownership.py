@@ -29,7 +29,7 @@ class Ownership:
         return cls(str(run), f"{os.environ.get(JOB, '')}.{uuid.uuid4().hex}")
 
     def take(self) -> None:
-        """By one rank, for all. Raises OSError."""
+        """By one rank for each disk. Raises OSError."""
         storage.write_text(pathlib.Path(self.run, FILE), self.token)
 
     def is_held(self) -> bool:

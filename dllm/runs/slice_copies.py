@@ -7,9 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..comm.messages import allgather
 from ..comm.replicas import Domains, File, Move
-from ..comm.transfers import CHECKPOINTS, Transfer
+from ..comm.transfers import CHECKPOINTS, Transfer, failures
 from ..errors import printable
 from .checkpoint import Part
 
@@ -76,10 +75,14 @@ class SliceCopies:
     def problems(self) -> list[str]:
         """What went wrong at any rank, a line each, the same on all ranks. Collective, once nobody is busy."""
         transfer, self._transfer = self._transfer, None
-        own = [(self._moves.index(failure.move), failure.reason) for failure in (transfer.failed if transfer else ())]
-        told = [entry for some in allgather(self.comm, own, list[tuple[int, str]]) for entry in some]
-        moves = ((self._moves[number], why) for number, why in told)
-        return [f"no copy of {m.file.name} on {printable(self.domains.hosts[m.target])}: {why}" for m, why in moves]
+        failed = failures(self.comm, self._moves, transfer)
+        return [f"no copy of {m.file.name} on {printable(self.domains.hosts[m.target])}: {why}" for m, why in failed]
+
+    def end(self) -> None:
+        """The run ends before the copies are there; all ranks call it."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.cut_short()
 
     def abandon(self) -> list[MPI.Request]:
         """Ranks have died. Returns requests in which others may still wait."""

@@ -42,6 +42,9 @@ def run(
                 raise
             trainer = _go_on(trainer, progress)
         except UserError as error:
+            if error.shared:  # then no rank is missing: what is under way has an end
+                trainer.rank.upkeep.end()
+                trainer.rank.saver.disks.end()
             trainer.rank.saver.abandon()
             if not trainer.deaths or not error.shared:
                 raise

@@ -167,7 +167,7 @@ def set_up(
     facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
-    upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run), reporter.warn)
+    upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run if resume or survived else None), reporter.warn)
     return Rank(
         comm, node, domains, config, corpus, ownership, reporter, own, lanes, schedule, layout, model, optimizer, state,
         state.empty_like() if resilient else state, resilient, averaging, copies,
@@ -175,10 +175,10 @@ def set_up(
     )  # fmt: skip
 
 
-def _kept(comm: MPI.Comm, config: Config, corpus: Corpus, domains: Domains, run: str) -> list[Kept]:
-    """What has copies on several disks; domains : of the run's folder."""
+def _kept(comm: MPI.Comm, config: Config, corpus: Corpus, domains: Domains, run: str | None) -> list[Kept]:
+    """What has copies on several disks. run, domains : its folder, None: it is new; which ranks see the disk"""
     copies, found = config.storage.copies, list[Kept]()
-    if copies and not domains.shared:
+    if copies and run is not None and not domains.shared and not config.data.private:
         found.append(kept_checkpoints(comm, domains, run, copies))
     if copies and not corpus.private and corpus.store is None:
         found.append(kept_shards(corpus.folder, corpus.manifest, Domains.find(comm, corpus.folder), copies))

@@ -89,9 +89,19 @@ class Trainer:
         if saver.step != self.state.step:
             saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
         saver.complete()
-        if not stopped:
-            spread_checkpoints(self.comm, self.rank.domains, self.rank.ownership.run, self.rank.reporter.warn)
+        if not stopped and self.config.storage.copies:
+            self._spread_checkpoints()
         return not stopped
+
+    def _spread_checkpoints(self) -> None:
+        """Leave a model that every host can use. A disk that has no room for it is a warning: the run is done."""
+        reporter = self.rank.reporter
+        try:
+            spread_checkpoints(self.comm, self.rank.domains, self.rank.ownership.run, reporter.warn)
+        except UserError as error:
+            if not error.shared:
+                raise
+            reporter.warn(f"not every disk has the whole model: {error}")
 
     def _step(self, control: Control) -> tuple[float, float, int, bool]:
         """One step of every rank.

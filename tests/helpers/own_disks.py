@@ -1,7 +1,7 @@
 """Several commands on disks that ranks do not share: every rank works in a folder of its own, where relative paths lead.
 
 As a script, what each rank runs: python -m helpers.own_disks FOLDER, with helpers.several_commands. As a "command" between
-them, what befalls a disk: helpers.own_disks RANK flip|remove|copy PATH; or a run: helpers.own_disks RANK stop STEP.
+them, what befalls a disk: helpers.own_disks RANK flip|remove|copy|append PATH; or a run: helpers.own_disks RANK stop STEP.
 """
 
 import os
@@ -34,6 +34,8 @@ def main(arguments):
         for path in () if harm == "stop" else list(pathlib.Path().glob(where)):
             if harm == "flip":
                 flip(path, path.stat().st_size // 2)
+            elif harm == "append":
+                path.write_text(path.read_text() + "\n")
             elif harm == "copy":
                 shutil.copytree(path, "kept")
             elif path.is_dir():

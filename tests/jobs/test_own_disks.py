@@ -118,24 +118,39 @@ def test_a_run_in_parts_is_copied_mended_and_refused_where_a_part_is_lost(tmp_pa
         "lose one of all": harm("all", "remove", "part/checkpoints/*/rank-00001-of-00004.h5"),
         "refused": resume("part", 24),
         "measure": ["dllm.evaluate", "part"],
+        "in the way": harm(0, "remove", "run"),
+        "new": run("run"),
+        "other settings": harm(3, "append", "straight/config.toml"),
+        "doubtful": resume("straight", 40),
         "deal": ["dllm.prepare", *sites],
         "private": run("private", 9, "site{rank}"),
     }
     env = {own_disks.DISKS: tmp_path}
     ends = run_several(tmp_path / "ends", RANKS, commands.values(), script="helpers.own_disks", timeout=150, env=env)
     ends = dict(zip(commands, ends, strict=True))
-    expected = {"refused": REFUSED, "measure": REFUSED, "part": STOPPED_EARLY, "go on": STOPPED_EARLY}
+    expected = {
+        "part": STOPPED_EARLY,
+        "go on": STOPPED_EARLY,
+        **dict.fromkeys(("refused", "measure", "new", "doubtful"), REFUSED),
+    }
     for name, ending in ends.items():
         assert ending.codes == {expected.get(name, DONE)}, f"{name}\n{ending.text}"
     host, disks = socket.gethostname(), [own_disks.disk_of(tmp_path, rank) for rank in range(RANKS)]
 
+    # What another disk has is neither mixed with a new run nor taken for its settings.
+    assert told(ends["new"]) == [
+        f"dllm: --out run exists on {host}; choose another name, or go on with it by --resume run (rank 1)"
+    ]
+    assert told(ends["doubtful"])[0].startswith(f"dllm: straight/config.toml on {host} is not that on {host}: remove straight")
+
     # Done: the newest and the best one are whole on each disk, with all that a command needs; older ones are pruned.
-    for disk in disks:
+    for disk in disks[1:]:
         same_losses(disk / "run", disk / "straight")
         assert (disk / "run" / "DONE").read_text() == "32\n"
         assert checkpoints(disk / "run") == [16, 24, 32] if disk != disks[3] else [24, 32]
-    assert slices(disks, "run", 32) == [slices(disks, "run", 32)[0]] * RANKS
-    assert len(slices(disks, "run", 32)[0]) == RANKS + 1
+    found = slices(disks[1:], "run", 32)
+    assert found == [found[0]] * (RANKS - 1)
+    assert len(found[0]) == RANKS + 1
     where = f"run/checkpoints/step-00000024/rank-00002-of-00004.h5 on {host}"
     assert told(ends["resume"]) == [f"dllm: {where} is damaged; another copy takes its place, if there is one"]
 

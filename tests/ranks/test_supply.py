@@ -367,6 +367,19 @@ def test_an_empty_disk_gets_the_small_files_and_a_foreign_corpus_is_refused(comm
         open_here(comm)
 
 
+def test_a_rank_that_names_further_files_writes_none_of_them(comm, place, disk, reference, monkeypatch):
+    if comm.size == 1:
+        return
+    if comm.rank == 0:
+        shutil.copytree(reference.folder, OUT)
+        (OUT.parent / "evil").write_text("mine")
+        monkeypatch.setattr("dllm.data.corpus.SMALL_FILES", ("tokenizer.json", "manifest.json", "../evil"))
+    comm.Barrier()
+    assert open_here(comm).hash == reference.hash
+    shared = Domains.find(comm, OUT).of[comm.rank] == 0
+    assert shared or {path.name for path in OUT.parent.rglob("*")} == {OUT.name, *SMALL}
+
+
 def test_where_no_disk_has_a_corpus_that_is_said(comm, disk):
     with pytest.raises(UserError, match=f"there is no prepared corpus at {OUT}"):
         open_corpus(comm, None, str(OUT), print, StorageConfig())

@@ -342,7 +342,7 @@ def test_what_is_not_a_checkpoint_is_not_removed_and_links_are_not_followed(tmp_
     for name in ("step-by-step", "step-1", "step-00000001"):
         (folder / name).mkdir()
     (folder / "step-00000002").symlink_to(precious)
-    checkpoint.prune(tmp_path / "run", 1)
+    checkpoint.prune(tmp_path / "run", 1, 0)
     assert {path.name for path in folder.iterdir()} == {"step-00000000", "step-00000002", "step-1", "step-by-step"}
     assert (precious / "mine").read_text() == "mine"
 

@@ -105,6 +105,14 @@ def test_what_is_no_url_is_refused(gateway, url, tmp_path):
     assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} <= {".lock"}
 
 
+def test_an_url_that_names_nothing_leaves_what_is_in_the_cache(gateway):
+    place = locate.local_copy(gateway.at)
+    for url in ("ipfs://", "ipfs:///", "ipfs:///x", "swarm://"):
+        with pytest.raises(UserError, match="is no URL"):
+            locate.local_copy(url)
+    assert there(place) == FILES
+
+
 @pytest.mark.parametrize(
     "harm", ["a bit", "a byte more", "a file less", "no list", "a list that is none", "a file for the folder"]
 )
