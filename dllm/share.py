@@ -35,7 +35,7 @@ Of a run its settings, tokenizer, newest and best checkpoint are published, of a
 All are checked first. What is of private text is refused without --private: a run on text with {rank} in its path, and files
 that only their owner can read, as prepare, train and export make them of such text.
 
-A node that is not on this machine needs a token: DLLM_IPFS_TOKEN has it, or USER:PASSWORD.
+A node that is not on this machine needs https and a token: DLLM_IPFS_TOKEN has it, or USER:PASSWORD.
 """
 FETCH = "Fetch what was published: dllm fetch URL --out FOLDER."
 FETCH_EPILOG = """

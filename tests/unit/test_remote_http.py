@@ -207,7 +207,10 @@ def test_a_node_of_another_host_takes_a_token(monkeypatch):
         with pytest.raises(UserError, match=r"http://10\.1\.2\.3:5001 can be reached by others"):
             ipfs.node(settings)
     monkeypatch.setenv("DLLM_IPFS_TOKEN", "secret")
-    assert ipfs.node(StorageConfig()).name == "http://10.1.2.3:5001"
+    with pytest.raises(UserError, match="in clear: give an address with https"):
+        ipfs.node(StorageConfig())
+    monkeypatch.setenv("DLLM_IPFS", "https://10.1.2.3:5001")
+    assert ipfs.node(StorageConfig()).name == "https://10.1.2.3:5001"
     with pytest.raises(UserError, match="can be reached by others"):
         ipfs.node(StorageConfig(ipfs="http://10.1.2.4:5001"))
 
