@@ -281,9 +281,13 @@ class Saver:
         if self.problem or not self.whole:
             self._end()
             return
-        self.next = self._end  # only now may older ones go
+        self.next = self._older_are_gone  # only now may they go
         prune = checkpoint.prune, self.ownership.run, self.config.keep, self.step
         self._in_background(*(prune if self.domains.leads else (lambda: None,)))
+
+    def _older_are_gone(self) -> None:
+        allgather(self.comm, True, bool)  # before anybody begins with the next one, which comes later than what is kept
+        self._end()
 
     def _end(self) -> None:
         self.under_way, self.whole = False, not self.problem
