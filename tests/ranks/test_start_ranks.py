@@ -23,7 +23,8 @@ def test_last_rank():
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_tests_marked_mpi_pass_on_this_many_ranks(ranks):
-    with Job(ranks, "-m", "pytest", *OPTIONS, HERE, timeout=280, cwd=TESTS.parent) as job:
+    few = ["--ignore", HERE / "test_supply.py"] if ranks > 4 else []  # which on 8 takes a minute and shows no more than on 3
+    with Job(ranks, "-m", "pytest", *OPTIONS, *few, HERE, timeout=280, cwd=TESTS.parent) as job:
         done = job.wait()
         passed = dict(re.findall(r"^rank (\d+) passed (\d+) tests$", done.stdout, re.M))
         assert done.returncode == 0, str(job)
