@@ -183,6 +183,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning_each(three, straig
     warning = complaint(done)
     assert warning.count("\n") == 1
     assert re.fullmatch(r"dllm: .*step-00000060/rank-00001-of-00002.h5 is damaged.*trying the one before\n", warning)
+    assert checkpoints(three)[-2:] == [40, 50]  # the run went back behind that of step 60
+    mpirun(2, *resume(three, "--max-steps", 60), check=True)
     assert checkpoints(three)[-2:] == [50, 60]
 
     cut(three / "checkpoints" / "step-00000050" / "rank-00000-of-00002.h5")
