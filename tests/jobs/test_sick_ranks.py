@@ -97,17 +97,17 @@ def test_a_run_that_diverges_ends(tiny, tmp_path):
 
 
 def test_a_rank_that_is_slow_for_a_while_is_named_once(tiny, tmp_path):
-    slow = (
-        "import dllm.training.metrics\ndllm.training.metrics.PATIENCE = 0.5\n"
-        + """
-def slow(self, *arguments, before=module.LanguageModel.forward):
+    slow = """
+from dllm.model.language_model import LanguageModel
+module.PATIENCE = 0.5
+
+def slow(self, *arguments, before=LanguageModel.forward):
     time.sleep((0.05 if rank == 1 else 0.01) if self.training else 0)
     return before(self, *arguments)
-module.LanguageModel.forward = slow
+LanguageModel.forward = slow
 """
-    )
     arguments = train_arguments(tiny, tmp_path / "run", "train.max_steps=60", "train.threads=1", "log.every=5")
-    done = mpirun(2, *arguments, env=fault(tmp_path, "dllm.model.language_model", slow), check=True)
+    done = mpirun(2, *arguments, env=fault(tmp_path, "dllm.training.metrics", slow), check=True)
     assert re.fullmatch(r"dllm: rank 1 takes \d\.\d times as long for a step as the others do\n", complaint(done))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "split" not in line]
