@@ -60,6 +60,24 @@ def atomic_folder(path: Path) -> Iterator[pathlib.Path]:
         raise
 
 
+def write_pieces(
+    target: pathlib.Path, pieces: Callable[[int], Iterable[bytes]], most: int | None, moved: Callable[[int], object]
+) -> None:
+    """Make the file `target` of what comes in pieces, whole or not at all. Raises UserError.
+
+    pieces : given the most bytes that there may be: `most`, or fewer where the disk has no room for so many
+    moved : told the bytes of each piece
+    """
+    try:
+        room = shutil.disk_usage(target.parent).free
+        with atomic(target) as temporary, open(temporary, "xb") as file:
+            for piece in pieces(room if most is None else min(most, room)):
+                file.write(piece)
+                moved(len(piece))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {reason(error)}") from None
+
+
 def owner_only() -> None:
     """Let nobody but this user read what this process makes from here on: files and folders, of all libraries."""
     os.umask(os.umask(0o077) | 0o077)

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import urllib.parse
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, BinaryIO, Literal
@@ -262,14 +261,7 @@ class Files:
 
         moved : told the bytes of each piece
         """
-        try:
-            room = shutil.disk_usage(target.parent).free
-            with storage.atomic(target) as temporary, open(temporary, "xb") as file:
-                for piece in self._pieces(name, room if most is None else min(most, room)):
-                    file.write(piece)
-                    moved(len(piece))
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {reason(error)}") from None
+        storage.write_pieces(target, lambda limit: self._pieces(name, limit), most, moved)
 
     def _pieces(self, name: str, most: int) -> Iterator[bytes]:
         if name not in self._files:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ..errors import UserError, reason, shown
+from ..errors import UserError, shown
 from ..files import storage
 from .cid import RAW, Cid
 from .unixfs import Link, Node, decode
@@ -75,18 +74,8 @@ class Tree:
 
         moved : told the bytes of each block
         """
-        try:
-            room = shutil.disk_usage(target.parent).free
-            with (
-                storage.atomic(target) as temporary,
-                open(temporary, "xb") as file,
-                ThreadPoolExecutor(AHEAD) as pool,
-            ):
-                for data in self._bytes(pool, name, room if most is None else min(most, room)):
-                    file.write(data)
-                    moved(len(data))
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {reason(error)}") from None
+        with ThreadPoolExecutor(AHEAD) as pool:
+            storage.write_pieces(target, lambda limit: self._bytes(pool, name, limit), most, moved)
 
     def _node(self, cid: Cid) -> Node:
         node = self._folders.get(cid) or decode(cid, self._get(cid))
