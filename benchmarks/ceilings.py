@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from dllm.comm import messages, runtime
-from dllm.kernels import gemm, tiles
+from dllm.kernels import gemm, processor
 
 SIDE = 2048
 
@@ -36,7 +36,7 @@ def blas(dtype):
 
 def bf16():
     """A large product of bfloat16, None where the processor has none."""
-    if not tiles.BF16:
+    if not processor.BF16:
         return None
     if importlib.util.find_spec("torch"):
         import torch

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from statistics import quantiles
 
-from dllm.kernels.tiles import BF16
+from dllm.kernels.processor import BF16
 
 from .results import Measured, Table, bars, middle, ratio, roofline, spread
 from .runs import PEERS, Steps, installed, last_json, on_ranks, run, train

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from dllm.kernels import gemm, tiles
+from dllm.kernels import gemm, processor
 from dllm.model.language_model import tokens_of_chunk
 
 from .sizes import SIZES
@@ -84,7 +84,7 @@ def main():
         row["intensity"] = [flops / (size * (M * K + K * N) + 4 * M * N) for size in (4, 2)]
         row["fp32"] = rates(flops, seconds, own(M, K, N, how, False))
         row["blas"] = rates(flops, seconds, blas(M, K, N, how))
-        row["bf16"] = rates(flops, seconds, own(M, K, N, how, True)) if tiles.BF16 else []
+        row["bf16"] = rates(flops, seconds, own(M, K, N, how, True)) if processor.BF16 else []
         rows.append(row)
     print(json.dumps(rows))
 

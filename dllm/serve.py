@@ -122,6 +122,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
+    from .model.precision import described
     from .runs.gathering import gather_run
     from .serving.engine import Engine
     from .serving.server import Server
@@ -142,6 +143,8 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
+        if options.precision != "fp32":
+            print(f"dllm: {described(options.precision)}", flush=True)
     code = server.run(stopping)
     server.leave(code)
     return code
@@ -179,9 +182,6 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError where something is missing here."""
-    from .model.precision import check_precision
-
-    check_precision(options.precision)
     if not all(importlib.util.find_spec(name) for name in ("cryptography", "starlette", "uvicorn")):
         raise UserError("serving needs Starlette, uvicorn and cryptography: pip install 'dllm[serve]'")
 

@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
     from .files import storage
-    from .model.precision import check_precision
     from .runs.gathering import gather_run
     from .training.options import print_settings, train_config, train_options
     from .training.progress import Reporter
@@ -46,7 +45,6 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         gathered = gather_run(comm, options.resume, reporter.warn, best=False)
     with runtime.together(comm):
         configuration = train_config(options)
-        check_precision(configuration.train.precision)
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE

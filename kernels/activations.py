@@ -20,7 +20,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .tiles import AVX512, ROW
+from .processor import AVX512
+from .tiles import ROW
 from .vectors import BEHIND, FLOATS, HALVES, IN_TURNS, load, splat, store
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)

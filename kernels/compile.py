@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+from . import processor
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Not the whole of `fastmath`: NaN and infinity keep their meaning, so that a diverging run is seen. Sums may be
@@ -22,7 +24,7 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck":
 def _cache_folder() -> pathlib.Path | None:
     """A writable folder for this version of the kernels, or None: then they are compiled anew in each process."""
     sources = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
-    sources += os.environ.get("DLLM_HIDE_FEATURES", "").encode()  # tiles.py writes other code then
+    sources += processor.facts().encode()  # which decide what code tiles.py writes
     name = "kernels-" + hashlib.sha256(sources).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = pathlib.Path(os.environ.get("NUMBA_CACHE_DIR") or user, "dllm", name)

@@ -12,19 +12,15 @@ plain integers: nothing here knows where an array ends.
 A step of k is one word: a float32, a float64, or a pair of bfloat16, whose products are added up in float32.
 """
 
-import os
 from typing import no_type_check
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .processor import VECTOR
+
 ROW = 64  # bytes of a row of a panel
-FEATURES = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
-FEATURES -= set(os.environ.get("DLLM_HIDE_FEATURES", "").split(","))  # so that tests can be another machine
-BF16, AVX512 = "avx512bf16" in FEATURES, "avx512f" in FEATURES
-VECTOR = 64 if AVX512 else 32 if "avx2" in FEATURES else 16  # bytes
 PANELS = 2 if VECTOR == 64 else 1  # of a tile
 ROWS = {64: 14, 32: 6, 16: 3}[VECTOR]  # of a tile: with two vectors (four of 16 bytes) a row this fills the registers
 AHEAD = 24  # rows of B that are fetched ahead

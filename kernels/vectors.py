@@ -10,7 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .tiles import BF16, ROW, BFloat
+from .processor import BF16_INSTRUCTIONS
+from .tiles import ROW, BFloat
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 FLOATS, HALVES = ir.VectorType(ir.FloatType(), 16), ir.VectorType(BFloat(), 16)
@@ -81,7 +82,7 @@ def round_to_bf16(typingctx, x):
     """The bits (uint32) of a float32 rounded to bfloat16, to nearest even. One instruction where the processor has it."""
 
     def generate(context, builder, signature, arguments):
-        if BF16:
+        if BF16_INSTRUCTIONS:
             half = builder.bitcast(builder.fptrunc(arguments[0], BFloat()), ir.IntType(16))
             return builder.zext(half, _I32)
         bits = builder.bitcast(arguments[0], _I32)

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..kernels.sample import BAD, Choice
 from ..kernels.team import Team
-from ..kernels.tiles import BF16
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from ..model.precision import uses_bf16
 from .prefix_cache import PrefixCache
 from .requests import MAX_LOGPROBS, Deliver, Event, Finished, Full, Request, Stopped, Stream, Token
 from .scheduler import WINDOW, Scheduler
@@ -38,7 +38,7 @@ class Servable(Protocol):
 
 
 class Engine:
-    """Answers requests with one model. Raises ValueError for bf16 where the processor has no products of bfloat16.
+    """Answers requests with one model.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Engine:
     queue : int
         Streams that may wait.
     precision : "fp32" or "bf16"
-        bf16: products of bfloat16, about twice as fast where the processor has them. fp32: as the model is.
+        bf16: products of bfloat16 where the processor is faster with them. fp32: as the model is.
     window : int
         Tokens of a prompt that are read at a time at most.
     """
@@ -61,11 +61,9 @@ class Engine:
         self, source: Servable, slots: int = 64, threads: int = 1, cache_bytes: int = 64 << 20, queue: int = 256,
         precision: str = "fp32", window: int = WINDOW,
     ) -> None:  # fmt: skip
-        if precision == "bf16" and not BF16:
-            raise ValueError("this processor has no products of bfloat16: precision is fp32")
         self.slots, self.queue = slots, queue
         model = source.model(1, 1, Team(threads))
-        self.decoder = Decoder(model, slots, precision == "bf16" and model.dtype == np.float32)
+        self.decoder = Decoder(model, slots, uses_bf16(precision) and model.dtype == np.float32)
         self.cache = PrefixCache(cache_bytes)
         self.scheduler = Scheduler(slots, window)
         self._choice, self._scored = Choice(slots, MAX_LOGPROBS), Choice(SCORED, MAX_LOGPROBS)

@@ -13,6 +13,7 @@ from ..inference.answering import answers, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from ..model.precision import described
 from .trainer import Trainer
 
 SAMPLE_PAIRS = 3  # that the sample at the end answers
@@ -24,6 +25,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
     parameters = rank.layout.parameters
+    precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
@@ -31,7 +33,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {rank.lanes.length:,} tokens, {len(rank.own_lanes)} here; windows of {train.window}",
         "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
-        "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {train.precision}",
+        "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
         "averaging": trainer.averaging.describe(),
         **({"private": _what_others_learn(comm.size)} if trainer.config.data.private else {}),

@@ -30,7 +30,7 @@ from ..kernels.team import Team
 from ..kernels.types import Array
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
-from ..model.precision import DTYPES
+from ..model.precision import DTYPES, uses_bf16
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
@@ -218,7 +218,7 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Report
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
     """memory : where the gradient lies, if the ranks of a node add theirs up there."""
     gradient = None if memory is None else memory.mine
-    bf16 = config.train.precision == "bf16"
+    bf16 = uses_bf16(config.train.precision)
     return LanguageModel(layout, config.train.window, lanes, bf16=bf16, gradient=gradient, team=team)
 
 

@@ -17,7 +17,7 @@ from ..kernels import reduce
 from ..kernels.types import DType
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
-from ..model.precision import DTYPES
+from ..model.precision import DTYPES, uses_bf16
 from ..runs.state import State
 from . import optim
 
@@ -39,7 +39,7 @@ def warm_up(config: Config) -> None:
 
 def _one_step(config: Config, dtype: DType) -> None:
     """A step of a model with few weights that has every part of the real one, and the loss of it without training."""
-    small, bf16 = _small(config.model), config.train.precision == "bf16"
+    small, bf16 = _small(config.model), uses_bf16(config.train.precision)
     layout = Layout(small, 5, dtype)
     model = LanguageModel(layout, 2, 1, bf16=bf16)
     P, table = model.layout.size, model.layout.table

@@ -248,12 +248,6 @@ def test_a_command_refuses_bad_input_in_one_line_with_exit_code_2(world, case):
     refuse(world, 0, *(ON_ANY | ON_ONE)[case])
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_bf16_is_refused_where_the_processor_has_none(world, monkeypatch, ranks):
-    monkeypatch.setenv("DLLM_HIDE_FEATURES", "avx512bf16")
-    refuse(world, ranks, TRAIN + " --set train.precision=bf16", "this processor has no bfloat16 instructions")
-
-
 @pytest.mark.parametrize("case", [*STARTED, "train: one rank's text damaged"])
 def test_four_ranks_refuse_in_one_line_what_all_or_only_some_of_them_see(world, case):
     refuse(world, 4, *(ON_FOUR | ON_ANY)[case])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from helpers.numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured, reference
 
+from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice
 from dllm.kernels.team import Team
-from dllm.kernels.tiles import BF16
 from dllm.model.decoder import Decoder
 
 T, B = 8, 5

@@ -9,9 +9,9 @@ from helpers.numerics import Bundled, V, build, configured, in_panels, reference
 
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel
+from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
-from dllm.kernels.tiles import BF16
 from dllm.model.decoder import Decoder
 from dllm.serving.engine import Engine
 from dllm.serving.requests import Finished, Full, Request, Stopped, Token

@@ -10,11 +10,11 @@ from helpers.numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.kernels import gemm, tiles
+from dllm.kernels import gemm, processor
 
 SHAPES = [(1, 1, 1), (1, 3, 5), (13, 2, 32), (14, 7, 33), (15, 1, 31), (29, 5, 64), (7, 17, 131), (253, 515, 33)]
 SIZE = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 3, 5, 7, 13, 16, 17, 31, 32, 33, 61, 127, 227, 521]))
-needs_bf16 = pytest.mark.skipif(not tiles.BF16, reason="this processor has no bfloat16 instructions")
+needs_bf16 = pytest.mark.skipif(not processor.BF16, reason="this processor has no bfloat16 instructions")
 
 
 def matrices(shape, dtype, seed=1):
@@ -92,12 +92,12 @@ test_activations.check_all()
 for shape in test_gemm.SHAPES:
     for dtype in (np.float32, np.float64):
         test_gemm.check_products(shape, dtype, test_gemm.guarded)
-print(test_gemm.tiles.VECTOR)
+print(test_gemm.processor.VECTOR)
 """
     environment = {**os.environ, "DLLM_HIDE_FEATURES": hidden, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == (16 if "avx2" in hidden else min(32, tiles.VECTOR))
+    assert int(done.stdout) == (16 if "avx2" in hidden else min(32, processor.VECTOR))
 
 
 # bfloat16

@@ -8,7 +8,7 @@ from helpers.numerics import EVERY_KIND, KINDS, B, T, V, build, configured, refe
 
 from dllm.comm.averaging import Gradient
 from dllm.config import TrainConfig
-from dllm.kernels import lstm, tiles
+from dllm.kernels import lstm, processor
 from dllm.kernels.team import Team
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
@@ -106,7 +106,7 @@ def test_float32_model_follows_the_float64_one():
     assert relative(standard(narrow, gradient32), standard(wide, gradient)) <= 1e-5
 
 
-@pytest.mark.skipif(not tiles.BF16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.skipif(not processor.BF16, reason="this processor has no bfloat16 instructions")
 @pytest.mark.slow  # compiles all of a model's kernels for it
 @EVERY_KIND
 def test_bfloat16_model_follows_the_float32_one(kind):
@@ -124,7 +124,7 @@ def test_bfloat16_model_follows_the_float32_one(kind):
     assert 1e-6 < relative(rounded, gradient) <= 2e-2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64", *(["bf16"] if tiles.BF16 else [])])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", *(["bf16"] if processor.BF16 else [])])
 @pytest.mark.parametrize("kind", ["untied", "tied", "one-hot"])
 def test_any_number_of_threads_gives_the_same_bits(kind, precision):
     config = configured(kind, **{"hidden": 70, "dropout": 0.3} | ({"embedding": 70} if kind == "tied" else {}))
