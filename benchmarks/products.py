@@ -24,7 +24,7 @@ RUNS = 5
 def products(size):
     """name -> (M, K, N, how: multiply or multiply_transposed)."""
     V, H, B, T = size.vocabulary, size.hidden, size.lanes, size.window
-    tokens = tokens_of_chunk(T * B, V, 16)
+    tokens = tokens_of_chunk(T * B, V, 16, 4)
     return {
         "x Wx": (T * B, H, 4 * H, "multiply"),
         "h Wh": (B, H, 4 * H, "multiply"),
