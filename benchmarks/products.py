@@ -15,6 +15,7 @@ import numpy as np
 
 from dllm.kernels import gemm, processor, tiles
 from dllm.kernels.compile import kernel
+from dllm.kernels.operands import Operands
 from dllm.model.language_model import tokens_of_chunk
 
 from .sizes import SIZES
@@ -63,7 +64,7 @@ def repeat(c, a, b, K):
 
 def peak(seconds, bf16):
     """GFLOP/s of the innermost loop, the most of many runs of a millisecond."""
-    operands = gemm.Operands(np.float32, bf16)
+    operands = Operands(np.float32, bf16)
     M, N = 32 if bf16 and processor.BF16 == "amx" else tiles.ROWS, tiles.PANELS * operands.R
     K = WORDS * (2 if bf16 else 1)
     c, a, b = (factor(rows, columns) for rows, columns in ((M, N), (M, K), (K, N)))
@@ -85,13 +86,13 @@ def factor(rows, columns):
 
 def own(M, K, N, how, bf16):
     """A call of our product."""
-    operands = gemm.Operands(np.float32, bf16)
+    operands = Operands(np.float32, bf16)
     c, b = gemm.zero_panels(M, N, np.float32), operands.pairs("b", factor(K, N), 0, K)[0]
-    if how == "multiply":
+    if how == "multiply" or bf16:  # which has no transposed products: whoever needs one makes words of the transpose
         a = operands.words("a", factor(M, K), 0, M)[0]
         return lambda: gemm.multiply(c, 0, a, 0, b, M, operands.depth(K), False)
-    a = operands.pairs("a", factor(K, M), 0, K)[0]
-    return lambda: gemm.multiply_transposed(c, 0, a, 0, b, 0, M, operands.depth(K), False)
+    a = factor(K, M)
+    return lambda: gemm.multiply_transposed(c, 0, a, 0, b, 0, M, K, False)
 
 
 def blas(M, K, N, how):

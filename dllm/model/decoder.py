@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
-from ..kernels.gemm import Operands, multiply
+from ..kernels.gemm import multiply
 from ..kernels.lstm import forward_steps
+from ..kernels.operands import Operands
 from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states, take_rows
 from ..kernels.team import new_barrier
