@@ -2,9 +2,9 @@
 
     python -m benchmarks.products SECONDS SIZE...
 
-Prints one JSON line: {"peak": {"fp32", "bf16": GFLOP/s of one tile whose factors stay in the first-level cache}, "products":
-[{"size", "product", "shape": [M, K, N], "intensity": operations a byte in fp32 and in bf16, "fp32", "blas", "bf16": GFLOP/s of
-some runs}, ...]}. bf16 is left out where products are of float32 all the same.
+Prints one JSON line: {"peak": {"fp32", "bf16": GFLOP/s of the innermost loop, its factors in the first-level cache},
+"products": [{"size", "product", "shape": [M, K, N], "intensity": operations a byte in fp32 and in bf16,
+"fp32", "blas", "bf16": GFLOP/s of some runs}, ...]}. bf16 is empty where products are of float32 all the same.
 """
 
 import json
@@ -21,7 +21,7 @@ from dllm.model.language_model import tokens_of_chunk
 from .sizes import SIZES
 
 RUNS = 5
-WORDS, CALLS = 128, 1000  # of a tile along k, so that it needs 25 KB, or 36 KB of AMX's; of the tile in a row
+WORDS, CALLS = (32, 128), 1000  # of two tiles along k: the long one takes 25 KB, or 36 KB of AMX's
 
 
 def products(size):
@@ -63,18 +63,21 @@ def repeat(c, a, b, K):
 
 
 def peak(seconds, bf16):
-    """GFLOP/s of the innermost loop, the most of many runs of a millisecond."""
+    """GFLOP/s of the innermost loop: of what a long tile has more of it than a short one, by the fastest of many runs."""
     operands = Operands(np.float32, bf16)
     M, N = 32 if bf16 and processor.BF16 == "amx" else tiles.ROWS, tiles.PANELS * operands.R
-    K = WORDS * (2 if bf16 else 1)
+    K = WORDS[1] * (2 if bf16 else 1)
     c, a, b = (factor(rows, columns) for rows, columns in ((M, N), (M, K), (K, N)))
     a, b = operands.words("a", a, 0, M)[0], operands.pairs("b", b, 0, K)[0]
-    repeat(c, a, b, WORDS)
-    end, best = time.perf_counter() + seconds, 0.0
-    while (begin := time.perf_counter()) < end:
-        repeat(c, a, b, WORDS)
-        best = max(best, 2 * M * K * N * CALLS / (time.perf_counter() - begin) / 1e9)
-    return best
+    repeat(c, a, b, 1)
+    end, fastest = time.perf_counter() + seconds, dict.fromkeys(WORDS, np.inf)
+    while time.perf_counter() < end:
+        for words in WORDS:
+            begin = time.perf_counter()
+            repeat(c, a, b, words)
+            fastest[words] = min(fastest[words], time.perf_counter() - begin)
+    short, long = fastest.values()
+    return 2 * M * N * K * (1 - WORDS[0] / WORDS[1]) * CALLS / (long - short) / 1e9
 
 
 def factor(rows, columns):
