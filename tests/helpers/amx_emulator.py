@@ -3,10 +3,11 @@
     python -m pytest -p helpers.amx_emulator -p no:faulthandler tests/unit/test_gemm.py          or, in a program, install()
 
 So the machine code that LLVM makes for a Xeon runs here and is held against the plain oracles. It is executed as Intel's manual
-says ("Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2: LDTILECFG, TILELOADD, TDPBF16PS, TDPBUSD and so
-on), and what the processor would refuse (a tile that is not configured, sizes that do not match) ends the process. Each thread
-has its own tiles, and needs to have loaded a configuration. A few million instructions a second: good for what is right, not
+says (amx_instructions.py), and what the processor would refuse (a tile that is not configured, sizes that do not match) ends
+the process. Each thread has its own tiles, and needs to have loaded a configuration. 0.5 GFLOP/s: good for what is right, not
 for how fast.
+
+Under pytest a test that passes without a product of tiles fails: it has not tested any.
 """
 
 import ctypes
@@ -14,12 +15,16 @@ import os
 import sys
 
 import llvmlite.binding
+import pytest
 
 TILES = ("amx-tile", "amx-bf16", "amx-int8")
 
 
 def pretend() -> None:
-    """Let Numba compile for a processor with tiles, and the kernels use them. To be called before either is imported."""
+    """Let Numba compile for a processor with tiles, and the kernels use them. To be called before the kernels are imported.
+
+    Raises RuntimeError where it is too late, or the processor has tiles.
+    """
     there = llvmlite.binding.get_host_cpu_features()
     if all(there.get(name) for name in TILES):
         raise RuntimeError("this processor has tiles: nothing is to be emulated")
@@ -41,6 +46,26 @@ def install() -> None:
     from . import amx_instructions
 
     amx_instructions.handle_illegal_instructions(ctypes.CDLL(None))
+
+
+def executed() -> dict[str, int]:
+    """How many instructions of each kind have been executed."""
+    from .amx_instructions import KINDS, counts
+
+    return dict(zip(KINDS, counts.tolist(), strict=True))
+
+
+def _products() -> int:
+    return sum(number for kind, number in executed().items() if kind.endswith("products"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = _products()
+    result = yield
+    if _products() == before:
+        pytest.fail("no product of tiles was executed", pytrace=False)
+    return result
 
 
 if __name__ != "__main__" and any(word.endswith("amx_emulator") for word in sys.argv):  # as a plug-in of pytest

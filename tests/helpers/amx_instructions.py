@@ -1,4 +1,10 @@
-"""The tile instructions of amx_emulator.py: decoded and executed by a native function that Numba makes."""
+"""The tile instructions of amx_emulator.py: decoded and executed by a native function that Numba makes.
+
+Source: "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, the pages of LDTILECFG, TILELOADD, TILESTORED,
+TILEZERO, TILERELEASE, TDPBF16PS and TDPBSSD. The manual's letters: C (m,n) += A (m,k) B (k,n); `colsb` are bytes of a row.
+Where the processor raises #UD or #GP, `_execute` refuses, and SIGILL ends the process. A start_row that is not 0 is refused
+too: only an interrupted load has one.
+"""
 
 import ctypes
 from typing import no_type_check
@@ -8,14 +14,27 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-SIGILL, SA_SIGINFO, SA_NODEFER = 4, 4, 0x40000000
+SIGILL, SA_SIGINFO = 4, 4
 REGISTERS = np.array([13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7])  # rax rcx rdx rbx ... in Linux's order
 RIP = 16
 GREGS = 40  # where the registers begin in ucontext_t
-TILE = 1024  # bytes
-CONFIG = 8 * TILE  # where the configuration stands behind a thread's tiles
-SUMS = CONFIG + 64  # and scratch behind that
-STATE = SUMS + 2 * 64
+LONGEST = 15  # bytes of an instruction
+
+# What a thread has: eight tiles of 16 rows of 64 bytes, behind them the configuration, behind that scratch.
+TILES, ROWS, ROW, TILE = 8, 16, 64, 1024
+CONFIG = TILES * TILE
+COLSB, HEIGHTS = 16, 48  # of the configuration: bytes of the rows of each tile in two bytes, rows in one
+SCRATCH = CONFIG + ROW
+STATE = SCRATCH + 4 * ROW
+
+# VEX.128.0F38.W0 with an opcode and one of the prefixes none, 66, F3, F2.
+CONFIGURE_OR_ZERO, MOVE, DOT_BF16, DOT_INT8 = 0x49, 0x4B, 0x5C, 0x5E
+NONE, P66, PF3, PF2 = 0, 1, 2, 3
+TINY = np.float32(2.0**-126)  # below it is zero: DAZ and FTZ
+
+KINDS = ("configurations", "loads", "stores", "zeros", "releases", "bf16 products", "int8 products")
+CONFIGURED, LOADED, STORED, ZEROED, RELEASED, BF16, INT8 = range(len(KINDS))
+counts = np.zeros(len(KINDS), np.int64)  # of executed instructions; two threads at once may count as one
 
 _key = types.ExternalFunction("pthread_getspecific", types.uintp(types.uint32))
 _set_key = types.ExternalFunction("pthread_setspecific", types.int32(types.uint32, types.uintp))
@@ -48,126 +67,185 @@ def _floats(address, count):
 
 
 @njit
+def _row(state, tile, row):
+    """The address of a row of a tile."""
+    return state + tile * TILE + row * ROW
+
+
+@njit
 def _size(state, tile):
     """Rows and bytes of a row of a tile as it is configured, 0 of both where it is not."""
-    config = _bytes(state + CONFIG, 64)
-    return np.int64(config[48 + tile]), np.int64(config[16 + 2 * tile]) + 256 * np.int64(config[17 + 2 * tile])
+    config = _bytes(state + CONFIG, ROW)
+    return np.int64(config[HEIGHTS + tile]), np.int64(config[COLSB + 2 * tile]) + 256 * np.int64(config[COLSB + 2 * tile + 1])
+
+
+@njit
+def _configure(state, memory):
+    """LDTILECFG of 64 bytes, which zeroes all tiles; palette 0 leaves them. Returns whether the processor takes it."""
+    palette, used, reserved = memory[0], 0, 0
+    if palette > 1:
+        return False
+    for n in range(1, ROW):
+        tile = COLSB <= n < COLSB + 2 * TILES or HEIGHTS <= n < HEIGHTS + TILES
+        reserved |= 0 if tile else memory[n]  # start_row among them
+    for n in range(TILES):
+        rows, colsb = memory[HEIGHTS + n], np.int64(memory[COLSB + 2 * n]) + 256 * np.int64(memory[COLSB + 2 * n + 1])
+        if rows > ROWS or colsb > ROW or (rows == 0) != (colsb == 0):
+            return False
+        used += rows
+    if palette == 1 and reserved:
+        return False
+    _bytes(state, CONFIG + ROW)[:] = 0
+    if palette == 1:
+        _bytes(state + CONFIG, ROW)[:] = memory
+    return True
+
+
+@njit
+def _flushed(x):
+    """A float32 or float64 as float32, zero of the same sign where that is subnormal."""
+    near = np.float32(x)
+    return np.copysign(np.float32(0), near) if abs(near) < TINY else near
 
 
 @njit
 def _widened(half):
-    """The float32 of 16 bits of bfloat16, subnormals as zero, in a word."""
-    return np.uint32(0) if half & np.uint32(0x7F80) == 0 else np.uint32(half << np.uint32(16))
+    """The float32 of 16 bits of bfloat16, in a word; subnormals are zero of the same sign."""
+    return np.uint32((half if half & np.uint32(0x7F80) else half & np.uint32(0x8000)) << np.uint32(16))
 
 
 @njit
 def _dot_bf16(state, c, a, b):
-    """TDPBF16PS: even and odd products apart, each rounded; subnormals are zero."""
+    """TDPBF16PS: sums of the even and of the odd products apart, multiplied and added in one rounding each.
+
+    A product of two bfloat16 is exact in float64, and so is the rounding to float32 of its sum with a float32.
+    """
     rows, columns = _size(state, c)
-    even, odd = _floats(state + SUMS, 16), _floats(state + SUMS + 64, 16)
-    word = np.empty(2, np.uint32)
-    value = word.view(np.float32)
-    factors = np.empty((2, 16), np.uint32)
+    sums, factors = _floats(state + SCRATCH, 32), _words(state + SCRATCH + 2 * ROW, 32)  # even ones, odd ones
+    values = _floats(state + SCRATCH + 2 * ROW, 32)
     for m in range(rows):
-        even[:] = 0
-        odd[:] = 0
-        left = _words(state + a * TILE + 64 * m, 16)
+        sums[:] = 0
+        left, out = _words(_row(state, a, m), ROWS), _floats(_row(state, c, m), ROWS)
         for k in range(_size(state, a)[1] // 4):
-            right = _words(state + b * TILE + 64 * k, 16)
-            word[0], word[1] = _widened(left[k] & np.uint32(0xFFFF)), _widened(left[k] >> np.uint32(16))
-            for n in range(16):
-                factors[0, n], factors[1, n] = _widened(right[n] & np.uint32(0xFFFF)), _widened(right[n] >> np.uint32(16))
-            floats = factors.view(np.float32)
-            for n in range(16):
-                even[n] += value[0] * floats[0, n]
-                odd[n] += value[1] * floats[1, n]
-        out = _floats(state + c * TILE + 64 * m, 16)
+            right = _words(_row(state, b, k), ROWS)
+            for odd in range(2):
+                shift = np.uint32(16 * odd)
+                factors[0] = _widened(left[k] >> shift & np.uint32(0xFFFF))
+                one = np.float64(values[0])
+                for n in range(16):
+                    factors[16 + n] = _widened(right[n] >> shift & np.uint32(0xFFFF))
+                for n in range(16):
+                    sums[16 * odd + n] = _flushed(np.float64(sums[16 * odd + n]) + one * np.float64(values[16 + n]))
         for n in range(columns // 4):
-            total = out[n] + (even[n] + odd[n])
-            out[n] = np.float32(0) if abs(total) < np.float32(2.0**-126) else total
+            out[n] = _flushed(_flushed(out[n]) + _flushed(sums[n] + sums[16 + n]))
 
 
 @njit
 def _dot_int8(state, c, a, b, unsigned_a, unsigned_b):
-    """TDPBSSD, TDPBSUD, TDPBUSD and TDPBUUD."""
+    """TDPBSSD, TDPBSUD, TDPBUSD and TDPBUUD: int32 that wraps around."""
     rows, columns = _size(state, c)
     for m in range(rows):
-        left, out = _bytes(state + a * TILE + 64 * m, 64), _words(state + c * TILE + 64 * m, 16)
+        left, out = _bytes(_row(state, a, m), ROW), _words(_row(state, c, m), ROWS)
         for n in range(columns // 4):
             total = np.int64(np.int32(out[n]))
             for k in range(_size(state, a)[1]):
-                one, other = left[k], _bytes(state + b * TILE + 64 * (k // 4) + 4 * n + k % 4, 1)[0]
-                total += (np.int64(one) if unsigned_a else np.int64(np.int8(one))) * (
-                    np.int64(other) if unsigned_b else np.int64(np.int8(other))
+                one, other = left[k], _bytes(_row(state, b, k // 4) + 4 * n + k % 4, 1)[0]
+                factors = (
+                    np.int64(one) if unsigned_a else np.int64(np.int8(one)),
+                    np.int64(other) if unsigned_b else np.int64(np.int8(other)),
                 )
+                total += factors[0] * factors[1]
             out[n] = np.uint32(total & 0xFFFFFFFF)
 
 
 @njit
-def _execute(state, registers, code):
-    """Execute what stands at `code`. Returns its length, 0 where it is no tile instruction or the processor refuses it."""
-    if code[0] != 0xC4 or code[1] & 0x1F != 2:
-        return 0
-    prefix, opcode, modrm = code[2] & 3, code[3], code[4]
-    mode, register, rm = modrm >> 6, (modrm >> 3) & 7, modrm & 7
-    if opcode == 0x49 and mode == 3:
-        if prefix == 0:  # TILERELEASE
-            _bytes(state, CONFIG + 64)[:] = 0
-            return 5
-        if prefix != 3 or _size(state, register)[0] == 0:  # else TILEZERO
-            return 0
-        _bytes(state + register * TILE, TILE)[:] = 0
-        return 5
-    if opcode in (0x5C, 0x5E) and mode == 3:
-        c, a, b = np.int64(register), np.int64(rm), np.int64(~(code[2] >> 3) & 0xF)
-        (rows, columns), (a_rows, depth), (b_rows, b_columns) = _size(state, c), _size(state, a), _size(state, b)
-        if rows == 0 or rows != a_rows or depth != 4 * b_rows or columns != b_columns or len({a, b, c}) < 3:
-            return 0
-        if opcode == 0x5C and prefix == 2:
-            _dot_bf16(state, c, a, b)
-        elif opcode == 0x5E:
-            _dot_int8(state, c, a, b, prefix in (0, 1), prefix in (0, 2))
-        else:
-            return 0
-        return 5
-    if opcode not in (0x49, 0x4B) or mode == 3:
-        return 0
-    # An address: base + index << scale + displacement.
-    length, base, index, scale = 5, np.int64(rm | (np.int64(~code[1] & 0x20) >> 2)), np.int64(4), np.int64(0)
+def _dot(state, counts, prefix, opcode, c, a, b):
+    """A product of tiles. Returns whether the processor has and takes it."""
+    (rows, columns), (a_rows, depth), (b_rows, b_columns) = _size(state, c), _size(state, a), _size(state, b)
+    fit = rows == a_rows and depth == 4 * b_rows and columns == b_columns and columns % 4 == 0
+    if a == b or b == c or c == a or not (rows and a_rows and b_rows and fit):
+        return False
+    if opcode == DOT_BF16:
+        if prefix != PF3:  # 66: of complex float16, which no processor with bfloat16 alone has
+            return False
+        _dot_bf16(state, c, a, b)
+    else:
+        _dot_int8(state, c, a, b, prefix in (NONE, P66), prefix in (NONE, PF3))
+    counts[BF16 if opcode == DOT_BF16 else INT8] += 1
+    return True
+
+
+@njit
+def _address(registers, code):
+    """What ModRM, SIB and displacement of an instruction name: base + displacement, index << scale, its length."""
+    extended, index_extended = np.int64(8 * (code[1] & 0x20 == 0)), np.int64(8 * (code[1] & 0x40 == 0))
+    mode, rm, length = code[4] >> 6, code[4] & 7, 5
+    base, stride = rm + extended, np.int64(0)
     if rm == 4:
         sib, length = code[5], 6
-        scale = np.int64(sib >> 6)
-        index = np.int64(((sib >> 3) & 7) | (np.int64(~code[1] & 0x40) >> 3))
-        base = np.int64((sib & 7) | (np.int64(~code[1] & 0x20) >> 2))
+        base, index = (sib & 7) + extended, ((sib >> 3) & 7) + index_extended
+        stride = np.int64(registers[REGISTERS[index]]) << np.int64(sib >> 6) if index != 4 else np.int64(0)
+    far = mode == 2 or (mode == 0 and base & 7 == 5)
     shift = np.int64(0)
     if mode == 1:
         shift, length = np.int64(np.int8(code[length])), length + 1
-    elif mode == 2:
+    elif far:
         for i in range(4):
             shift |= np.int64(code[length + i]) << (8 * i)
         shift, length = (shift ^ 0x80000000) - 0x80000000, length + 4
-    elif base & 7 == 5:
-        return 0  # no base: LLVM does not write that here
-    address = np.int64(registers[REGISTERS[base]]) + shift
-    stride = np.int64(registers[REGISTERS[index]]) << scale if index != 4 else np.int64(0)
-    if opcode == 0x49:  # LDTILECFG
-        if prefix != 0:
-            return 0
-        if index != 4:
-            address += stride
-        _bytes(state, CONFIG)[:] = 0
-        _bytes(state + CONFIG, 64)[:] = _bytes(address, 64)
-        return length if _bytes(address, 1)[0] == 1 else 0
-    rows, columns = _size(state, register)
-    if rows == 0:
-        return 0
+    if mode == 0 and base & 7 == 5:  # no base, or without SIB the address of the next instruction
+        return shift if rm == 4 else shift + np.int64(registers[RIP]) + length, stride, length
+    return np.int64(registers[REGISTERS[base]]) + shift, stride, length
+
+
+@njit
+def _move(state, counts, prefix, tile, address, stride):
+    """TILESTORED, TILELOADD or TILELOADDT1. Returns whether the processor takes it."""
+    rows, columns = _size(state, tile)
+    if rows == 0 or prefix == NONE:
+        return False
+    if prefix != PF3:
+        _bytes(_row(state, tile, 0), TILE)[:] = 0  # the rest of each row, and the rows below
     for m in range(rows):
-        tile, memory = _bytes(state + register * TILE + 64 * m, 64), _bytes(address + m * stride, columns)
-        if prefix == 2:  # TILESTORED
-            memory[:] = tile[:columns]
-        else:  # TILELOADD, TILELOADDT1
-            tile[:] = 0
-            tile[:columns] = memory
+        here, memory = _bytes(_row(state, tile, m), columns), _bytes(address + m * stride, columns)
+        if prefix == PF3:
+            memory[:] = here
+        else:
+            here[:] = memory
+    counts[STORED if prefix == PF3 else LOADED] += 1
+    return True
+
+
+@njit
+def _execute(state, counts, registers, code):
+    """Execute what stands at `code`. Returns its length, 0 where it is no tile instruction or the processor refuses it."""
+    if code[0] != 0xC4 or code[1] & 0x9F != 0x82 or code[2] & 0x84:  # VEX, 0F38, a tile below 8; W = 0, 128 bits
+        return 0
+    other = np.int64(~code[2] >> 3 & 0xF)  # the third register, 0 where there is none
+    prefix, opcode, modrm = code[2] & 3, code[3], code[4]
+    mode, register, rm = modrm >> 6, np.int64(modrm >> 3 & 7), np.int64(modrm & 7)
+    if opcode in (DOT_BF16, DOT_INT8):
+        return 5 if mode == 3 and other < TILES and _dot(state, counts, prefix, opcode, register, rm, other) else 0
+    if opcode not in (CONFIGURE_OR_ZERO, MOVE) or other:
+        return 0
+    if opcode == CONFIGURE_OR_ZERO and mode == 3:
+        if prefix == NONE and modrm == 0xC0:  # TILERELEASE
+            _bytes(state, CONFIG + ROW)[:] = 0
+            counts[RELEASED] += 1
+            return 5
+        if prefix != PF2 or rm or _size(state, register)[0] == 0:  # else TILEZERO
+            return 0
+        _bytes(_row(state, register, 0), TILE)[:] = 0
+        counts[ZEROED] += 1
+        return 5
+    if mode == 3:
+        return 0
+    address, stride, length = _address(registers, code)
+    if opcode == MOVE:
+        return length if rm == 4 and _move(state, counts, prefix, register, address, stride) else 0
+    if prefix != NONE or register or not _configure(state, _bytes(address + stride, ROW)):
+        return 0
+    counts[CONFIGURED] += 1
     return length
 
 
@@ -176,7 +254,7 @@ def handle_illegal_instructions(libc: ctypes.CDLL) -> None:
     key = ctypes.c_uint32()
     if libc.pthread_key_create(ctypes.byref(key), None):
         raise OSError("no key for the threads' tiles")
-    number = key.value
+    number, at_counts, kinds = key.value, counts.ctypes.data, len(KINDS)
 
     @cfunc(types.void(types.int32, types.uintp, types.uintp), nopython=True)
     def handler(signal, information, context):
@@ -185,17 +263,18 @@ def handle_illegal_instructions(libc: ctypes.CDLL) -> None:
             state = _calloc(np.uintp(1), np.uintp(STATE))
             _set_key(np.uint32(number), state)
         registers = carray(_pointer(context + np.uintp(GREGS)), 23, np.uint64)
-        length = _execute(np.int64(state), registers, _bytes(registers[RIP], 15))
+        executed = carray(_pointer(np.uintp(at_counts)), kinds, np.int64)
+        length = _execute(np.int64(state), executed, registers, _bytes(registers[RIP], LONGEST))
         registers[RIP] += np.uint64(length)
         if length == 0:
-            _signal(np.int32(SIGILL), np.uintp(0))  # the default, which ends the process
+            _signal(np.int32(SIGILL), np.uintp(0))  # the default, which ends the process at the same instruction
 
     class Action(ctypes.Structure):
         _fields_ = (
             ("handler", ctypes.c_void_p), ("mask", ctypes.c_ulong * 16), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p),
         )  # fmt: skip
 
-    action = Action(handler.address, (ctypes.c_ulong * 16)(), SA_SIGINFO | SA_NODEFER, None)
+    action = Action(handler.address, (ctypes.c_ulong * 16)(), SA_SIGINFO, None)
     if libc.sigaction(SIGILL, ctypes.byref(action), None):
         raise OSError("SIGILL cannot be handled")
     _kept.append(handler)

@@ -8,11 +8,9 @@ Prints one line of JSON: the heights of the tiles and {name: assembly}. When the
 
 import json
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import llvmlite.binding as llvm
-from llvmlite import ir
 from numba import types
 
 TRIPLE = "aarch64-unknown-linux-gnu"
@@ -21,9 +19,10 @@ with mock.patch.multiple(llvm, **ANSWERS):
     from dllm.kernels import processor
 
 from dllm.kernels import activations, gemm, team, tiles, vectors  # noqa: E402
+from helpers.assembly import assembly, target_machine  # noqa: E402
 
 CPU, ROWS = sys.argv[1], int(sys.argv[2])
-I64, CONTEXT = types.int64, SimpleNamespace(get_dummy_value=lambda: None)  # all that the kernels ask of Numba's context
+I64 = types.int64
 KERNELS = {
     "float32": (tiles.multiply_tile, types.float32, *[I64] * 10),
     "float64": (tiles.multiply_tile, types.float64, *[I64] * 10),
@@ -38,34 +37,8 @@ KERNELS = {
 }
 
 
-def value_type(kind):
-    """LLVM's type of an argument."""
-    floats = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-    return floats.get(kind) or ir.IntType(1 if kind == types.boolean else 64)
-
-
-def assembly(machine, intrinsic, *kinds):
-    """What LLVM makes of an intrinsic on its own."""
-    module = ir.Module()
-    module.triple = TRIPLE
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*map(value_type, kinds)]), "kernel")
-    builder = ir.IRBuilder(function.append_basic_block())
-    signature, generate = intrinsic._defn(None, *kinds)
-    value = generate(CONTEXT, builder, signature, function.args)
-    if value is not None:  # which would not be computed if nobody kept it
-        builder.store(value, ir.GlobalVariable(module, value.type, "result"))
-    builder.ret_void()
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    return machine.emit_assembly(parsed)
-
-
 if __name__ == "__main__":
     assert processor.ARM
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
     tiles.ROWS = tiles.TALLEST = ROWS or tiles.ROWS
-    target = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu=CPU, opt=3)
+    target = target_machine(TRIPLE, CPU)
     print(json.dumps([tiles.ROWS, gemm.TALL, {name: assembly(target, *kernel) for name, kernel in KERNELS.items()}]))
