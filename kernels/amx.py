@@ -167,7 +167,7 @@ def multiply_by(instruction: str) -> Callable[..., int]:
 
     def multiply(current, c, c_row, a, a_row, b, M, K, add):
         spans = (K + SPAN - 1) // SPAN
-        blocks = (spans + DEPTH - 1) // DEPTH if M > FEW else 1
+        blocks = (spans + DEPTH - 1) // DEPTH if M > FEW else min(spans, 1)  # the loop over k takes one span at least
         for block in range(blocks):
             front = spans * block // blocks
             steps = spans * (block + 1) // blocks - front

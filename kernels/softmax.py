@@ -55,11 +55,12 @@ class Chunk:
         P = -(-tokens // operands.R)
         self.z = zero_panels(V if whole else min(V, GROUP), tokens, dtype)
         self.words = self.pairs = self.z
+        threads, panels = operands.team.size, H // operands.R + 1
+        if operands.bf16:
+            self.left = aligned((threads, (panels + 1) // 2, min(GROUP, V), operands.R), np.uint32)
         if training and operands.bf16:
             self.words = aligned(((P + 1) // 2, V, operands.R), np.uint32)
             self.pairs = aligned((P, GROUP // 2, operands.R), np.uint32)
-            threads, panels = operands.team.size, H // operands.R + 1
-            self.left = aligned((threads, (panels + 1) // 2, GROUP, operands.R), np.uint32)
             self.of_transpose = aligned((threads, GROUP // (2 * SPAN), panels * operands.R, operands.R), np.uint32)
             self.dyT, self.dy = zero_panels(H, tokens, dtype), zero_panels(P * operands.R, H, dtype)
         self.fy = zero_panels(tokens, H + 1, dtype)
@@ -134,7 +135,8 @@ def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: Ar
         tokens = slice(first * operands.R, last * operands.R)
         if first == last:
             return
-        left, of_transpose = (s.left[part], s.of_transpose[part]) if operands.bf16 else (W, W)
+        left = s.left[part] if operands.bf16 else W
+        of_transpose = s.of_transpose[part] if s.words.dtype == np.uint32 else W
         logits = s.z[first:last], s.shift[tokens], W, left, s.b, yT[first:last], operands.depth(H)
         if function is largest_logits:
             function(s.sums[tokens], *logits)
@@ -188,8 +190,9 @@ def exponentials(
         if dy.size > 0:
             add_to_dy(dy, dy_row, pairs, W, of_transpose, first, count, targets.size)
     safe = True
-    for n in range(targets.size):
+    for n in range(sums.size):  # also of what fills up a panel: infinity there, times zero, would be no number
         safe &= SMALL < sums[n] < LARGE
+    for n in range(targets.size):
         loss[n] = math.log(sums[n]) - loss[n] if targets[n] >= 0 else 0
     return safe
 

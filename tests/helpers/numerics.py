@@ -10,6 +10,7 @@ import pytest
 
 from dllm.config import ModelConfig
 from dllm.kernels import compress, gemm
+from dllm.kernels.operands import Operands
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
 
@@ -91,6 +92,27 @@ def out_of_panels(panels, N, first=0, M=None):
 def padding(panels, N):
     """What lies beyond column N."""
     return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)[:, N:]
+
+
+def rounded(x):
+    """float32 rounded to the nearest bfloat16, ties to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def spoil(*arrays):
+    """Bits that are no number, in float32, float64 and bfloat16, for memory that has to be written before it is read."""
+    for array in arrays:
+        array.view(np.uint8)[:] = 0xFF
+
+
+class SpoiltOperands(Operands):
+    """Whose memory has held what is no number: whoever reads more than was written sees it."""
+
+    def empty(self, name, shape, dtype):
+        out = super().empty(name, shape, dtype)
+        spoil(out)
+        return out
 
 
 def gate_panels(x):

@@ -5,15 +5,18 @@ import pytest
 from helpers.numerics import (
     CLOSE,
     DTYPES,
+    SpoiltOperands,
     check_by_complex_step,
     check_by_differences,
     in_panels,
     out_of_panels,
     padding,
+    rounded,
+    spoil,
 )
 
-from dllm.kernels import softmax
-from dllm.kernels.operands import Operands
+from dllm.kernels import processor, softmax
+from dllm.kernels.team import Team
 
 
 def softmax_arrays(N, V, H, dtype, seed):
@@ -25,11 +28,14 @@ def softmax_arrays(N, V, H, dtype, seed):
     return arrays, targets, rng
 
 
-def softmax_compiled(R, y, W, b, targets, scale=None, between=None):
+def softmax_compiled(R, y, W, b, targets, scale=None, between=None, bf16=False, threads=1):
     """Losses and, where a scale is given, gradients, with every output full of NaN before, R tokens at a time."""
     (N, H), V, dtype = y.shape, len(b), y.dtype
-    operands = Operands(dtype)
+    operands = SpoiltOperands(dtype, bf16, Team(threads))
     chunk = softmax.Chunk(R, H, V, operands, scale is not None)
+    spoil(chunk.z, chunk.words, chunk.pairs)
+    if bf16 and scale is not None:
+        spoil(chunk.left, chunk.of_transpose, chunk.dyT)
     loss, inputs, weights = np.full(N, np.nan, dtype), in_panels(y), in_panels(np.column_stack([W, b]))
     if scale is None:
         softmax.softmax_cross_entropy(loss, None, None, chunk, inputs, 0, weights, targets, 0.0)
@@ -60,6 +66,48 @@ def test_softmax_in_chunks_equals_its_reference(dtype, N, V, H, R):
         np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=CLOSE[dtype] * abs(gradient).max() + tiny)
     assert len(chunks) == -(-N // R)
     np.testing.assert_array_equal(softmax_compiled(R, **arrays, targets=targets), loss)
+
+
+# N, V, H and tokens of a chunk: one chunk, or whole pairs of panels; one group of the vocabulary or more
+BF16_SHAPES = [
+    (1, 1, 1, 1),
+    (7, 5, 1, 7),
+    (12, 11, 7, 32),
+    (33, 40, 31, 64),
+    (70, 61, 33, 32),
+    (40, 459, 17, 32),
+    (5, 225, 64, 5),
+]
+needs_bf16 = pytest.mark.skipif(not processor.BF16, reason="products of bfloat16 are no faster than float32's here")
+
+
+@needs_bf16
+@pytest.mark.parametrize(("N", "V", "H", "R"), BF16_SHAPES)
+def test_bfloat16_softmax_follows_its_reference(N, V, H, R):
+    """With factors that bfloat16 holds nothing but exp(z) and f y are rounded, and losses are those of float32."""
+    arrays, targets, _ = softmax_arrays(N, V, H, np.float32, 12)
+    arrays |= {"y": rounded(arrays["y"]), "W": rounded(arrays["W"])}
+    loss, gradients = softmax_compiled(R, **arrays, targets=targets, scale=0.37, bf16=True)
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    expected, *expected_gradients = softmax.softmax_cross_entropy_reference(**exact, targets=targets, scale=0.37)
+    np.testing.assert_allclose(loss, expected, rtol=CLOSE[np.float32], atol=1e-5)
+    for name, gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=1e-2 * abs(gradient).max() + 1e-2)
+    other_loss, others = softmax_compiled(R, **arrays, targets=targets, scale=0.37, bf16=True, threads=3)
+    np.testing.assert_array_equal(other_loss, loss)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(others[name], gradient)
+    np.testing.assert_array_equal(softmax_compiled(R, **arrays, targets=targets, bf16=True), loss)
+
+
+@needs_bf16
+def test_bfloat16_softmax_of_biases_whose_exponentials_are_infinite():
+    """Tokens that fill up a chunk have the biases as their logits."""
+    arrays, targets, _ = softmax_arrays(7, 5, 3, np.float32, 13)
+    arrays["y"][:, 0], arrays["W"][:, 0], arrays["b"][:] = 1, -120, 120
+    loss, gradients = softmax_compiled(7, **arrays, targets=targets, scale=0.37, bf16=True)
+    assert np.isfinite(loss).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
 def test_padded_rows_have_no_loss_and_no_gradient():
