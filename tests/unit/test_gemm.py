@@ -6,12 +6,23 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.numerics import CLOSE, DTYPES, guarded, in_panels, nan_panels, out_of_panels, padding, relative
+from helpers.numerics import (
+    CLOSE,
+    DTYPES,
+    SpoiltOperands,
+    guarded,
+    in_panels,
+    nan_panels,
+    out_of_panels,
+    padding,
+    relative,
+    rounded,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.kernels import gemm, processor
-from dllm.kernels.operands import Operands, bf16, transpose
+from dllm.kernels.operands import bf16, transpose
 
 SHAPES = [(1, 1, 1), (1, 3, 5), (13, 2, 32), (14, 7, 33), (15, 1, 31), (29, 5, 64), (7, 17, 131), (253, 515, 33)]
 SIZE = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 3, 5, 7, 13, 16, 17, 31, 32, 33, 61, 127, 227, 521]))
@@ -104,12 +115,6 @@ print(test_gemm.processor.VECTOR)
 # bfloat16
 
 
-def rounded(x):
-    """float32 rounded to the nearest bfloat16, ties to even."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
 def test_rounding_to_bfloat16_is_to_nearest_even_and_keeps_infinity_and_nan():
     x = np.float32([1, 1.00390625, 1.01171875, -1.00390625, 3e38, np.inf, -np.inf, np.nan, 0, -0.0, 1e-30])
     found = np.array([bf16(value) for value in x], np.uint32) << np.uint32(16)
@@ -117,26 +122,37 @@ def test_rounding_to_bfloat16_is_to_nearest_even_and_keeps_infinity_and_nan():
     np.testing.assert_array_equal(found.view(np.float32)[:4], [1, 1, 1.015625, -1])
 
 
+def check_bfloat16_products(shape, rows, add, place=lambda array: array):
+    """Factors of all kinds, from some rows on; what lies before these and what memory held before is no number."""
+    M, K, N = shape
+    a, b, start = matrices(shape, np.float32)
+    expected = exact(rounded(a), rounded(b)) + (start if add else 0)
+    operands = SpoiltOperands(np.float32, bf16=True)
+    pad = lambda x, count: place(in_panels(np.concatenate([np.full((count, x.shape[1]), np.nan, np.float32), x])))
+    left, left_row = operands.words("left", pad(a, rows[0]), rows[0], M)
+    right, _ = operands.pairs("right", pad(b, rows[1]), rows[1], K)
+    same = operands.transposed("same", pad(np.ascontiguousarray(b.T), rows[1]), rows[1], N)
+    for factor in (right, same):
+        c = place(in_panels(start) if add else nan_panels(M, N, np.float32))
+        gemm.multiply(c, 0, place(left), left_row, place(factor), M, operands.depth(K), add)
+        assert relative(out_of_panels(c, N), expected) <= CLOSE[np.float32]
+        assert not padding(c, N).any()
+    c = place(nan_panels(M, N, np.float32))
+    tall = pad(np.ascontiguousarray(a.T), rows[2])
+    operands.multiply_transposed(c, "tall", tall, rows[2], place(right), 0, K)
+    assert relative(out_of_panels(c, N), exact(rounded(a), rounded(b))) <= CLOSE[np.float32]
+    assert not padding(c, N).any()
+
+
 @needs_bf16
 @given(shape=st.tuples(SIZE, SIZE, SIZE), rows=st.tuples(*[st.integers(0, 3)] * 3), add=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_bfloat16_products_of_any_shape_round_the_factors_alone(shape, rows, add):
-    M, K, N = shape
-    a, b, start = matrices(shape, np.float32)
-    expected = exact(rounded(a), rounded(b)) + (start if add else 0)
-    operands = Operands(np.float32, bf16=True)
-    pad = lambda x, count: np.concatenate([np.full((count, x.shape[1]), np.nan, np.float32), x])
-    left, left_row = operands.words("left", in_panels(pad(a, rows[0])), rows[0], M)
-    right, _ = operands.pairs("right", in_panels(pad(b, rows[1])), rows[1], K)
-    same = operands.transposed("same", in_panels(pad(np.ascontiguousarray(b.T), rows[1])), rows[1], N)
-    tall = in_panels(pad(np.ascontiguousarray(a.T), rows[2]))
-    for run in (
-        lambda c: gemm.multiply(c, 0, left, left_row, right, M, operands.depth(K), add),
-        lambda c: gemm.multiply(c, 0, left, left_row, same, M, operands.depth(K), add),
-    ):
-        c = in_panels(start) if add else nan_panels(M, N, np.float32)
-        run(c)
-        assert relative(out_of_panels(c, N), expected) <= CLOSE[np.float32]
-    c = nan_panels(M, N, np.float32)
-    operands.multiply_transposed(c, "tall", tall, rows[2], right, 0, K)
-    assert relative(out_of_panels(c, N), exact(rounded(a), rounded(b))) <= CLOSE[np.float32]
+    check_bfloat16_products(shape, rows, add)
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 65, 49), (100, 545, 17)])
+def test_bfloat16_products_stay_within_their_arrays(shape):
+    for add in (False, True):
+        check_bfloat16_products(shape, (3, 1, 2), add, guarded)

@@ -5,6 +5,7 @@ import pytest
 from helpers.numerics import (
     CLOSE,
     DTYPES,
+    SpoiltOperands,
     check_by_complex_step,
     check_by_differences,
     gate_panels,
@@ -14,10 +15,12 @@ from helpers.numerics import (
     out_of_panels,
     padding,
     relative,
+    rounded,
 )
 
-from dllm.kernels import gemm, lstm
-from dllm.kernels.operands import Operands, Weight
+from dllm.kernels import gemm, lstm, processor
+from dllm.kernels.operands import Weight
+from dllm.kernels.team import Team
 
 # T, B, D, H
 SHAPES = [(1, 1, 1, 1), (1, 3, 2, 5), (7, 1, 3, 2), (5, 2, 1, 3), (4, 3, 11, 7), (3, 5, 13, 17), (5, 31, 3, 19)]
@@ -32,10 +35,10 @@ def lstm_arrays(shape, dtype, seed):
     return arrays, rng.standard_normal((T, B, H)).astype(dtype), rng
 
 
-def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False):
+def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False, bf16=False, threads=1):
     """Forward, and where dh is given backward, with outputs full of NaN before; ready: with the input product done."""
     (T, B, D), H, dtype = x.shape, h0.shape[1], x.dtype
-    operands = Operands(dtype)
+    operands = SpoiltOperands(dtype, bf16, Team(threads))
     h, c = nan_panels((T + 1) * B, H, dtype), nan_panels((T + 1) * B, H, dtype)
     for state, start in ((h, h0), (c, c0)):
         state[:, :B] = 0
@@ -44,6 +47,8 @@ def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False):
     inputs = None if ready else in_panels(flat)
     gates = gate_panels(flat @ Wx) if ready else np.full((4 * len(h), T * B, h.shape[2]), np.nan, dtype)
     weights = [None if ready else Weight(operands, gate_panels(Wx)), Weight(operands, gate_panels(Wh))]
+    for weight in filter(None, weights):
+        weight.take_all()
     bias = gate_panels(b[None])[:, 0].copy()
     lstm.lstm_forward(h, c, gates, operands, inputs, 0, *weights, bias, T, B)
     whole = lambda state: out_of_panels(state, H).reshape(T + 1, B, H)
@@ -83,6 +88,25 @@ def test_lstm_equals_its_reference(dtype, shape):
         assert relative(ours, theirs) <= CLOSE[dtype]
     for name, gradient in exact[3].items():
         assert relative(found[3][name], gradient) <= CLOSE[dtype], name
+
+
+@pytest.mark.skipif(not processor.BF16, reason="products of bfloat16 are no faster than float32's here")
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 33, 40, 70)])
+def test_bfloat16_lstm_follows_its_reference(shape):
+    """With inputs, weights and a state that bfloat16 holds the first step rounds no factor; later ones round h, and all da."""
+    arrays, dh, _ = lstm_arrays(shape, np.float32, 9)
+    arrays = {name: rounded(array) if name in ("x", "h0", "Wx", "Wh") else array for name, array in arrays.items()}
+    found = lstm_compiled(**arrays, dh=dh, bf16=True)
+    exact = lstm_reference(**{name: array.astype(np.float64) for name, array in {**arrays, "dh": dh}.items()})
+    for ours, theirs in zip(found[:3], exact[:3], strict=True):
+        assert relative(ours[:2], theirs[:2]) <= (CLOSE[np.float32] if ours is not found[2] else 5e-3)
+        assert relative(ours, theirs) <= 5e-3
+    for name, gradient in exact[3].items():
+        assert relative(found[3][name], gradient) <= 1e-2, name
+    assert relative(found[3]["Wh"], exact[3]["Wh"]) > 1e-5  # it is bfloat16
+    other = lstm_compiled(**arrays, dh=dh, bf16=True, threads=3)
+    for ours, theirs in zip((*found[:3], *found[3].values()), (*other[:3], *other[3].values()), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
