@@ -1,6 +1,6 @@
 """Generation by dllm a token at a time, greedy, one stream; the counterpart of peers/torch_generate.py.
 
-    python -m benchmarks.generate SIZE TOKENS
+    python -m benchmarks.generate SIZE TOKENS PRECISION
 
 Prints one JSON line: {"tokens_per_second"}.
 """
@@ -28,7 +28,7 @@ def main():
     model.initialise(1)
     for _ in range(2):  # the first is for warming up
         begin = time.perf_counter()
-        for _ in sample(Decoder(model, 1), np.zeros(1, np.int64), count, Sampling(temperature=0)):
+        for _ in sample(Decoder(model, 1, sys.argv[3]), np.zeros(1, np.int64), count, Sampling(temperature=0)):
             pass
         seconds = time.perf_counter() - begin
     print(json.dumps({"tokens_per_second": count / seconds}))

@@ -13,9 +13,9 @@ that row alone. A row with NaN or infinity has s = NaN, and so has its result; o
 Processors multiply unsigned bytes by signed ones. So the left factor holds q + 128, and 128 sum_k q[k,n], an offset that each
 column has once and for all, is taken off each sum.
 
-    words (ceil(K/64),M,16) int32      the left factor: row m of a panel is 64 bytes along k, q + 128. What is beyond K may be anything
-    quads (ceil(N/16),K',16) int32     the right factor: row k is 16 columns of four bytes, rows 4k to 4k + 3. K' is K / 4, up to a
-                                       multiple of 16; what is beyond K is zero
+    words (ceil(K/64),M,16) int32     the left factor: row m of a panel is 64 bytes along k, q + 128; beyond K anything
+    quads (ceil(N/16),K',16) int32    the right factor: row k is 16 columns of four bytes, rows 4k to 4k + 3, zeros beyond K;
+                                      K' is K / 4, up to a multiple of 16
     sums  (ceil(N/16),M,16) int32
 
 These are Intel's tiles of AMX, too: 16 rows of a panel are one kilobyte. K is below 2^17, so that sums fit.
@@ -208,7 +208,7 @@ def quantise_row(typingctx, words, words_jump, x, jump, first, last, largest):
 @intrinsic
 @no_type_check
 def dequantise_row(typingctx, add, out, sums, offsets, scales, scale):
-    """16 float32 at `out` = (sums - offsets) (scale scales), added to what is there where `add`; all but scale are addresses."""
+    """16 float32 at `out` = (sums - offsets) (scale scales), added to what is there where `add`. All but scale: addresses."""
 
     def generate(context, builder, signature, arguments):
         add, out, sums, offsets, scales, scale = arguments

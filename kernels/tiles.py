@@ -89,7 +89,7 @@ class _Tiles:
         c_jump: ir.Value,
     ) -> None:
         self.builder, self.transposed, self.kind = builder, transposed, kind
-        self.element = {types.float64: ir.DoubleType(), types.int32: _I32}.get(kind, ir.FloatType())
+        self.element = ir.DoubleType() if kind == types.float64 else _I32 if kind == types.int32 else ir.FloatType()
         self.size = 8 if kind == types.float64 else 4
         self.lanes = VECTOR // self.size
         self.vector = ir.VectorType(self.element, self.lanes)

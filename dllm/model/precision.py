@@ -7,7 +7,6 @@ from ..kernels.processor import BF16
 from ..kernels.types import DType
 
 DTYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
-IN_USE = ("fp32", "bf16", "int8")  # those of a trained model's products; fp32: as its parameters are
 
 
 def uses_bf16(precision: str) -> bool:
@@ -16,7 +15,7 @@ def uses_bf16(precision: str) -> bool:
 
 
 def products_of(precision: str, dtype: DType) -> str:
-    """What multiplies where `precision`, one of IN_USE, was asked for and parameters are of dtype: "fp32", "fp64", "bf16", "int8"."""
+    """What a Decoder multiplies for a `precision` and parameters of dtype: "fp32", "fp64", "bf16" or "int8"."""
     if np.dtype(dtype) == np.float64:
         return "fp64"
     return precision if uses_bf16(precision) or (precision == "int8" and int8.HOW) else "fp32"
