@@ -14,6 +14,7 @@ import numpy as np
 
 from dllm.comm import messages, runtime
 from dllm.kernels import gemm, processor
+from dllm.kernels.operands import Operands
 
 SIDE = 2048
 
@@ -44,7 +45,7 @@ def bf16():
         torch.set_num_threads(1)
         a, b, c = (torch.ones(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(3))
         return lambda: torch.matmul(a, b, out=c)
-    operands = gemm.Operands(np.float32, bf16=True)
+    operands = Operands(np.float32, bf16=True)
     a, b, c = (gemm.zero_panels(SIDE, SIDE, np.float32) for _ in range(3))
     words, pairs = operands.words("a", a, 0, SIDE)[0], operands.pairs("b", b, 0, SIDE)[0]
     return lambda: gemm.multiply(c, 0, words, 0, pairs, SIDE, SIDE // 2, False)

@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from dllm.kernels import gemm, processor
+from dllm.kernels.operands import Operands
 from dllm.model.language_model import tokens_of_chunk
 
 from .sizes import SIZES
@@ -53,7 +54,7 @@ def rates(flops, seconds, work):
 
 def own(M, K, N, how, bf16):
     """A call of our product."""
-    rng, operands = np.random.default_rng(1), gemm.Operands(np.float32, bf16)
+    rng, operands = np.random.default_rng(1), Operands(np.float32, bf16)
 
     def factor(rows, columns):
         panels = gemm.zero_panels(rows, columns, np.float32)

@@ -42,7 +42,8 @@ from numba.extending import overload, register_jitable
 
 from .activations import cell_backward_row, cell_forward_row
 from .compile import OPTIONS, kernel
-from .gemm import Operands, keep_left, multiply, width
+from .gemm import leave_tiles, multiply_on, width
+from .operands import Operands, Weight, keep_left
 from .team import meet, new_barrier, share_in_pairs
 from .tiles import ROW
 from .types import Array
@@ -57,8 +58,8 @@ def lstm_forward(
     operands: Operands,
     x: Array | None,
     x_row: int,
-    Wx: Array | None,
-    Wh: Array,
+    Wx: Weight | None,
+    Wh: Weight,
     b: Array,
     T: int,
     B: int,
@@ -75,17 +76,17 @@ def lstm_forward(
     x, x_row : (D/R,:,R), int; or None
         The inputs, from row x_row on. None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row
         of Wx, which is not looked at.
-    Wx, Wh, b : (4H/R,D,R), (4H/R,H,R), (4H/R,R)
+    Wx, Wh : Weight
+        Of (4H/R,D,R) and (4H/R,H,R).
+    b : (4H/R,R)
     T, B : int
         Steps and lanes; h, c and gates may be longer.
     """
     if x is not None and Wx is not None:
         left, row = operands.words("x", x, x_row, T * B)
-        right, _ = operands.pairs("W", Wx, 0, Wx.shape[1])
-        operands.multiply(gates, 0, left, row, right, T * B, operands.depth(Wx.shape[1]), False)
-    right, _ = operands.pairs("W", Wh, 0, Wh.shape[1])
+        operands.multiply(gates, 0, left, row, Wx.factor, T * B, operands.depth(Wx.rows), False)
     left, barrier, threads = operands.like("h", h), new_barrier(), operands.team.size
-    arguments = h, c, gates, left, right, operands.depth(Wh.shape[1]), b, T, B, barrier, threads
+    arguments = h, c, gates, left, Wh.factor, operands.depth(Wh.rows), b, T, B, barrier, threads
     operands.team.run(lambda part: forward_steps(*arguments, part))
 
 
@@ -103,8 +104,8 @@ def lstm_backward(
     x_row: int,
     h: Array,
     c: Array,
-    Wx: Array | None,
-    Wh: Array,
+    Wx: Weight | None,
+    Wh: Weight,
     T: int,
     B: int,
     between: Callable[[], object] | None = None,
@@ -128,9 +129,9 @@ def lstm_backward(
     between : callable, optional
         Called every millisecond or time step, whichever is longer, so that the caller can keep communication moving.
     """
-    H, all_gates = Wh.shape[1], operands.depth(len(gates) * operands.R)
+    H, all_gates = Wh.rows, operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
-    right = operands.transposed("W", Wh, 0, H)
+    right = Wh.transposed()
     da, team = operands.like("da", gates), operands.team
     stride = max(1, STRIDE * team.size // (8 * B * H * H))
     for last in range(T, 0, -stride):
@@ -141,12 +142,9 @@ def lstm_backward(
             between()
     da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
     if x is not None and Wx is not None and dx is not None and dWx is not None:
-        D = Wx.shape[1]
-        operands.multiply(dx, 0, da, 0, operands.transposed("W", Wx, 0, D), T * B, all_gates, False)
-        pairs, row = operands.pairs("x", x, x_row, T * B)
-        operands.multiply_transposed(dWx, 0, pairs, row, da_pairs, da_row, D, operands.depth(T * B), False)
-    pairs, row = operands.pairs("x", h, 0, T * B)
-    operands.multiply_transposed(dWh, 0, pairs, row, da_pairs, da_row, H, operands.depth(T * B), False)
+        operands.multiply(dx, 0, da, 0, Wx.transposed(), T * B, all_gates, False)
+        operands.multiply_transposed(dWx, "x", x, x_row, da_pairs, da_row, T * B)
+    operands.multiply_transposed(dWh, "x", h, 0, da_pairs, da_row, T * B)
 
 
 @kernel
@@ -166,17 +164,21 @@ def forward_steps(
 ) -> None:
     """The recurrence of `lstm_forward`, of one thread's share of the units: gates holds x @ Wx.
 
-    left is h as a left factor, kept up with it.
+    left is h as a left factor, kept up with it. Every other step goes through the units from the last to the first, so that it
+    begins with those weights that the caches still have of the step before.
     """
     first, last = share_in_pairs(h.shape[0], threads, part)
     keep_left(left[first // 2 : (last + 1) // 2], h[first:last], 0, B)
+    tiles = 0
     for t in range(T):
         meet(barrier, threads, t + 1)
-        for u in range(first, last):
+        for n in range(first, last):
+            u = n if t % 2 == 0 else first + last - 1 - n
             block = gates[4 * u : 4 * u + 4]
-            multiply(block, t * B, left, t * B, Wh[4 * u : 4 * u + 4], B, K, True)
+            tiles = multiply_on(tiles, block, t * B, left, t * B, Wh[4 * u : 4 * u + 4], B, K, True)
             cell_forward(h[u], c[u], block, b[4 * u : 4 * u + 4], t, B)
         keep_left(left[first // 2 : (last + 1) // 2], h[first:last], (t + 1) * B, B)
+    leave_tiles(left)
 
 
 def cell_forward(h: Array, c: Array, gates: Array, b: Array, t: int, B: int) -> None:
@@ -226,16 +228,22 @@ def backward_steps(
 ) -> None:
     """Time steps end - 1 down to begin of `lstm_backward`, of one thread's share of the units.
 
-    Slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1.
+    Slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1. Every other step takes the units the other
+    way round, as in `forward_steps`: two panels of WhT at a time, each pair of them a product of its own.
     """
     first, last = share_in_pairs(dc.shape[0], threads, part)
+    tiles = 0
     for t in range(end - 1, begin - 1, -1):
         for u in range(first, last):
             cell_backward(gates[4 * u : 4 * u + 4], db[4 * u : 4 * u + 4], dc[u], dh_next[u], dh[u], c[u], t, B)
         keep_left(left[2 * first : 2 * last], gates[4 * first : 4 * last], t * B, B)
         meet(barrier, threads, end - t)
         if t > 0:
-            multiply(dh_next[first:last], 0, left, t * B, WhT[first:last], B, K, False)
+            for n in range(first, last, 2):
+                u = n if t % 2 == 0 else first + (last - 1 - n) // 2 * 2
+                two = min(u + 2, last)
+                tiles = multiply_on(tiles, dh_next[u:two], 0, left, t * B, WhT[u:two], B, K, False)
+    leave_tiles(left)
 
 
 def cell_backward(gates: Array, db: Array, dc: Array, dh_next: Array, dh: Array, c: Array, t: int, B: int) -> None:

@@ -62,22 +62,6 @@ def round_rows(typingctx, interleave, one, other, target):
 
 @intrinsic
 @no_type_check
-def transpose_block_of_pairs(typingctx, first, second, target):
-    """16 rows of 16 float32 at `first`, and 16 at `second`, become the columns of 16 rows of pairs of bfloat16 at `target`."""
-
-    def generate(context, builder, signature, arguments):
-        rows = []
-        for i in range(16):
-            one, other = (builder.fptrunc(load(builder, address, i, FLOATS), HALVES) for address in arguments[:2])
-            rows.append(builder.bitcast(builder.shuffle_vector(one, other, BEHIND), ir.VectorType(_I32, 16)))
-        _store_transpose(builder, rows, arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-@no_type_check
 def round_to_bf16(typingctx, x):
     """The bits (uint32) of a float32 rounded to bfloat16, to nearest even. One instruction where the processor has it."""
 

@@ -22,11 +22,13 @@ from ..kernels.embedding import (
     tied_embedding_backward,
     tied_embedding_forward,
 )
-from ..kernels.gemm import Operands, aligned, from_panels, to_panels, zero_panels
+from ..kernels.gemm import aligned, from_panels, to_panels, zero_panels
 from ..kernels.lstm import lstm_backward, lstm_forward
+from ..kernels.operands import Operands
 from ..kernels.softmax import GROUP, Chunk, softmax_cross_entropy
 from ..kernels.team import Team
 from ..kernels.types import Array
+from .factors import Factors
 from .layout import Layout
 
 Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
@@ -75,6 +77,7 @@ class LanguageModel:
     """
 
     theta: Array
+    factors: Factors
 
     def __init__(
         self,
@@ -113,9 +116,16 @@ class LanguageModel:
         if theta is not None:
             self.bind(theta)
 
-    def bind(self, theta: Array) -> None:
-        """Use the flat vector theta (size,) as parameters from now on; it is not copied."""
+    def bind(self, theta: Array, written: bool = False) -> None:
+        """Use the flat vector theta (size,) as parameters from now on; it is not copied.
+
+        written: since an optimiser that knew `factors` wrote it, nobody has changed it.
+        """
         self.theta, self._p = theta, self.layout.arrays(theta)
+        if hasattr(self, "factors"):
+            self.factors.bind(theta, written)
+        else:
+            self.factors = Factors(self.layout, self.operands, theta)
 
     def initialise(self, seed: int) -> None:
         """Fill theta: uniform(+-a) as the config says; every rank gets the same values, in float32 those of float64 rounded."""
@@ -165,8 +175,9 @@ class LanguageModel:
         (T,B) losses in nats, valid until the next call.
         """
         T, B = tokens.shape
+        self.factors.ready()
         y, row = self._hidden(tokens, h, c, mask, between)
-        losses, W = self._losses[: T * B], self._p["output"]
+        losses, W = self._losses[: T * B], self.factors.weights["output"]
         dy, dW = (self._dy, self._d["output"]) if self.training else (None, None)
         softmax_cross_entropy(losses, dy, dW, self._chunk, y, row, W, targets.reshape(-1), scale, between)
         return losses.reshape(T, B)
@@ -178,7 +189,7 @@ class LanguageModel:
         for embedding rows: they are added to where embedding and output are not tied, and the caller zeroes those it used.
         """
         T, B = self._tokens.shape
-        config, p, d = self.config, self._p, self._d
+        config, d, weights = self.config, self._d, self.factors.weights
         final = 0
 
         def ready(name: str) -> None:
@@ -196,7 +207,7 @@ class LanguageModel:
             dx = None if x is None else self._dy if layer else self._dx
             lstm_backward(
                 dx, d.get(name + "x"), d[name + "h"], self._db, self._gates[layer], self._dh_next, self._dc, self.operands,
-                dy, x, row, self._h[layer], self._c[layer], p.get(name + "x"), p[name + "h"], T, B, between,
+                dy, x, row, self._h[layer], self._c[layer], weights.get(name + "x"), weights[name + "h"], T, B, between,
             )  # fmt: skip
             d[name + "b"][:] = self._db[:, None]
             if dx is not None:
@@ -219,7 +230,7 @@ class LanguageModel:
         Saves what the backward needs.
         """
         T, B = tokens.shape
-        config, p = self.config, self._p
+        config, p, weights = self.config, self._p, self.factors.weights
         self._tokens, self._mask, self._inputs = tokens, mask if config.dropout else None, []
         flat = tokens.reshape(-1)
         x: Any = None
@@ -239,8 +250,8 @@ class LanguageModel:
             hs, cs, gates = self._h[slot], self._c[slot], self._gates[slot]
             to_panels(hs, 0, h[layer])
             to_panels(cs, 0, c[layer])
-            weights = p.get(name + "x"), p[name + "h"], p[name + "b"].sum(axis=1)
-            lstm_forward(hs, cs, gates, self.operands, x, row, *weights, T, B)
+            Wx, Wh, b = weights.get(name + "x"), weights[name + "h"], p[name + "b"].sum(axis=1)
+            lstm_forward(hs, cs, gates, self.operands, x, row, Wx, Wh, b, T, B)
             from_panels(h[layer], hs, T * B)
             from_panels(c[layer], cs, T * B)
             self._inputs.append((x, row))

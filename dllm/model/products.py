@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..kernels import gemm, int8, lstm
-from ..kernels.gemm import Operands
+from ..kernels.operands import Operands
 from ..kernels.team import Team, new_barrier, share_in_pairs
 from ..kernels.tiles import PANELS
 from ..kernels.types import Array, DType

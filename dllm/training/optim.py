@@ -20,6 +20,7 @@ from ..kernels.types import Array
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
+    from ..model.factors import Factors
     from ..model.layout import Extent
     from ..runs.state import State
 
@@ -47,7 +48,9 @@ class Optimizer(ABC):
         self.config, self.table, self.team = config, table, team or Team()
         self._moved: Array | slice = slice(None)  # rows of the embedding that the step before has moved
 
-    def step(self, state: State, gradient: Gradient, lr: float, out: State | None = None) -> float:
+    def step(
+        self, state: State, gradient: Gradient, lr: float, out: State | None = None, factors: Factors | None = None
+    ) -> float:
         """Move state.theta (P,) against the gradient at learning rate lr. Returns the gradient's norm before clipping.
 
         Where the norm is not finite nothing moves.
@@ -56,9 +59,13 @@ class Optimizer(ABC):
             Of the method of averaging.
         out : State, optional
             Where the new theta and moments go; `state` stays as it is. It must be what `out` was in the step before.
+        factors : Factors, optional
+            Of the model: made of the new theta while it is in the cache.
         """
         parts, rows, squares = gradient.parts, gradient.rows, gradient.squares
-        dense = _blocks(parts if rows is None else parts[:-1])
+        factors = factors if factors is not None and factors.kept else None
+        edges = None if factors is None else factors.edges
+        dense = _blocks(parts if rows is None else parts[:-1], edges)
         squares = self._squares(dense) if squares is None else squares
         if rows is not None:
             of_rows = self._rows(parts[-1][1])[rows].reshape(-1)
@@ -72,7 +79,17 @@ class Optimizer(ABC):
         if not math.isfinite(norm):
             self._stay(state, out)
             return norm
-        self._share(state, out, dense, common, gradient.release)
+        if factors is not None:
+            factors.begin(out.theta)
+
+        def done(start: int, stop: int) -> None:
+            gradient.release(start, stop)
+            if factors is not None:
+                factors.take(start, stop)
+
+        self._share(state, out, dense, common, done)
+        if factors is not None:
+            factors.finish()
         if rows is None:
             return norm
         if not self.sparse:
@@ -122,9 +139,11 @@ class Optimizer(ABC):
         out: State,
         blocks: Parts,
         common: Common,
-        release: Callable[[int, int], None] | None = None,
+        done: Callable[[int, int], None] = lambda start, stop: None,
     ) -> None:
-        """`_update` of the elements of some blocks, from state to out, each thread a share of them."""
+        """`_update` of the elements of some blocks, from state to out, each thread a share of them; done(start, stop) of
+        each.
+        """
         vectors = list(zip((state.theta, *state.moments), (out.theta, *out.moments), strict=True))
 
         def work(first: int, last: int) -> None:
@@ -135,15 +154,24 @@ class Optimizer(ABC):
                         new[here] = old[here]
                 theta, *moments = (new[here] for _, new in vectors)
                 self._update(theta, gradient, moments, *common)
-                if release is not None:
-                    release(here.start, here.stop)
+                done(here.start, here.stop)
 
         self.team.share(work, len(blocks))
 
 
-def _blocks(parts: Parts) -> Parts:
-    """The same elements in parts of at most BLOCK."""
-    return [(first + at, part[at : at + BLOCK]) for first, part in parts for at in range(0, len(part), BLOCK)]
+def _blocks(parts: Parts, edges: Array | None = None) -> Parts:
+    """The same elements in parts of at most BLOCK, cut at an edge where there is one within."""
+    blocks: Parts = []
+    for first, part in parts:
+        at = 0
+        while at < len(part):
+            stop = min(at + BLOCK, len(part))
+            if edges is not None and stop < len(part):
+                edge = int(edges[np.searchsorted(edges, first + stop, side="right") - 1]) - first
+                stop = edge if edge > at else stop
+            blocks.append((first + at, part[at:stop]))
+            at = stop
+    return blocks
 
 
 class SGD(Optimizer):

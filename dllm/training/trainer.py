@@ -127,7 +127,8 @@ class Trainer:
         sent -= copies.complete()
 
         # All ranks have come so far: nobody will ask for what `new` held.
-        norm = self.rank.optimizer.step(state, gradient, lr, new)
+        factors = model.factors if averaging.identical else None  # else `mix` changes what the optimiser has written
+        norm = self.rank.optimizer.step(state, gradient, lr, new, factors)
         averaging.clear()
         averaging.mix(new.theta, lr)
         if np.isfinite(norm):
@@ -140,7 +141,7 @@ class Trainer:
         finite = bool(np.isfinite(losses).all())
         new.next_window(self.schedule.windows, train.carry)
         self.state, self.spare = new, state
-        model.bind(new.theta)
+        model.bind(new.theta, written=True)
         return norm, lr, tokens, finite
 
     def _leave_out_if_spoilt(self, norm: float, tokens: int, finite: bool) -> None:

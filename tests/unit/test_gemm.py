@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.kernels import gemm, processor
+from dllm.kernels.operands import Operands, bf16, transpose
 
 SHAPES = [(1, 1, 1), (1, 3, 5), (13, 2, 32), (14, 7, 33), (15, 1, 31), (29, 5, 64), (7, 17, 131), (253, 515, 33)]
 SIZE = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 3, 5, 7, 13, 16, 17, 31, 32, 33, 61, 127, 227, 521]))
@@ -77,7 +78,7 @@ def test_transposes_of_any_shape(dtype, K, N, row):
     panels = in_panels(x)
     rows = panels.shape[0] * panels.shape[2]
     out = guarded(nan_panels(rows, K, dtype))
-    gemm.transpose(out, guarded(panels), row, K)
+    transpose(out, guarded(panels), row, K)
     np.testing.assert_array_equal(out_of_panels(out, K)[:N], x[row:].T)
     assert not padding(out, K).any()
     assert not out[:, N:].any()
@@ -111,7 +112,7 @@ def rounded(x):
 
 def test_rounding_to_bfloat16_is_to_nearest_even_and_keeps_infinity_and_nan():
     x = np.float32([1, 1.00390625, 1.01171875, -1.00390625, 3e38, np.inf, -np.inf, np.nan, 0, -0.0, 1e-30])
-    found = np.array([gemm.bf16(value) for value in x], np.uint32) << np.uint32(16)
+    found = np.array([bf16(value) for value in x], np.uint32) << np.uint32(16)
     np.testing.assert_array_equal(found.view(np.float32), rounded(x))
     np.testing.assert_array_equal(found.view(np.float32)[:4], [1, 1, 1.015625, -1])
 
@@ -123,17 +124,19 @@ def test_bfloat16_products_of_any_shape_round_the_factors_alone(shape, rows, add
     M, K, N = shape
     a, b, start = matrices(shape, np.float32)
     expected = exact(rounded(a), rounded(b)) + (start if add else 0)
-    operands = gemm.Operands(np.float32, bf16=True)
+    operands = Operands(np.float32, bf16=True)
     pad = lambda x, count: np.concatenate([np.full((count, x.shape[1]), np.nan, np.float32), x])
     left, left_row = operands.words("left", in_panels(pad(a, rows[0])), rows[0], M)
     right, _ = operands.pairs("right", in_panels(pad(b, rows[1])), rows[1], K)
     same = operands.transposed("same", in_panels(pad(np.ascontiguousarray(b.T), rows[1])), rows[1], N)
-    tall, tall_row = operands.pairs("tall", in_panels(pad(np.ascontiguousarray(a.T), rows[2])), rows[2], K)
+    tall = in_panels(pad(np.ascontiguousarray(a.T), rows[2]))
     for run in (
         lambda c: gemm.multiply(c, 0, left, left_row, right, M, operands.depth(K), add),
         lambda c: gemm.multiply(c, 0, left, left_row, same, M, operands.depth(K), add),
-        lambda c: gemm.multiply_transposed(c, 0, tall, tall_row, right, 0, M, operands.depth(K), add),
     ):
         c = in_panels(start) if add else nan_panels(M, N, np.float32)
         run(c)
         assert relative(out_of_panels(c, N), expected) <= CLOSE[np.float32]
+    c = nan_panels(M, N, np.float32)
+    operands.multiply_transposed(c, "tall", tall, rows[2], right, 0, K)
+    assert relative(out_of_panels(c, N), exact(rounded(a), rounded(b))) <= CLOSE[np.float32]

@@ -36,7 +36,8 @@ def left_of(x, row=0, place=lambda array: array, x_row=0):
 
 
 def right_of(x, place=lambda array: array):
-    return int8.Right(*map(place, int8.quantised_columns(in_panels(x), len(x))))
+    *arrays, depth = int8.quantised_columns(in_panels(x), len(x))
+    return int8.Right(*map(place, arrays), depth)
 
 
 def check_products(shape, rows=(0, 0, 0), seed=1, place=lambda array: array):

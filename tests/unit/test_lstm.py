@@ -17,6 +17,7 @@ from helpers.numerics import (
 )
 
 from dllm.kernels import gemm, lstm
+from dllm.kernels.operands import Operands, Weight
 
 # T, B, D, H
 SHAPES = [(1, 1, 1, 1), (1, 3, 2, 5), (7, 1, 3, 2), (5, 2, 1, 3), (4, 3, 11, 7), (3, 5, 13, 17), (5, 31, 3, 19)]
@@ -34,7 +35,7 @@ def lstm_arrays(shape, dtype, seed):
 def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False):
     """Forward, and where dh is given backward, with outputs full of NaN before; ready: with the input product done."""
     (T, B, D), H, dtype = x.shape, h0.shape[1], x.dtype
-    operands = gemm.Operands(dtype)
+    operands = Operands(dtype)
     h, c = nan_panels((T + 1) * B, H, dtype), nan_panels((T + 1) * B, H, dtype)
     for state, start in ((h, h0), (c, c0)):
         state[:, :B] = 0
@@ -42,7 +43,7 @@ def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False):
     flat = x.reshape(T * B, D)
     inputs = None if ready else in_panels(flat)
     gates = gate_panels(flat @ Wx) if ready else np.full((4 * len(h), T * B, h.shape[2]), np.nan, dtype)
-    weights = None if ready else gate_panels(Wx), gate_panels(Wh)
+    weights = [None if ready else Weight(operands, gate_panels(Wx)), Weight(operands, gate_panels(Wh))]
     bias = gate_panels(b[None])[:, 0].copy()
     lstm.lstm_forward(h, c, gates, operands, inputs, 0, *weights, bias, T, B)
     whole = lambda state: out_of_panels(state, H).reshape(T + 1, B, H)
@@ -52,7 +53,8 @@ def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False):
         return whole(h), whole(c)
     saved = out_of_gate_panels(gates, H).reshape(T, B, 4 * H)
     nan = lambda array: None if array is None else np.full_like(array, np.nan)
-    dx, dWx, dWh, db = nan(inputs), nan(weights[0]), nan(weights[1]), nan(bias)
+    dWx, dWh = (nan(weight and weight.panels) for weight in weights)
+    dx, db = nan(inputs), nan(bias)
     scratch = nan_panels(B, H, dtype), nan_panels(B, H, dtype)
     dh_panels = in_panels(dh.reshape(T * B, H))
     lstm.lstm_backward(dx, dWx, dWh, db, gates, *scratch, operands, dh_panels, inputs, 0, h, c, *weights, T, B, between)

@@ -12,7 +12,8 @@ from helpers.numerics import (
     padding,
 )
 
-from dllm.kernels import gemm, softmax
+from dllm.kernels import softmax
+from dllm.kernels.operands import Operands, Weight
 
 
 def softmax_arrays(N, V, H, dtype, seed):
@@ -27,12 +28,14 @@ def softmax_arrays(N, V, H, dtype, seed):
 def softmax_compiled(R, y, W, b, targets, scale=None, between=None):
     """Losses and, where a scale is given, gradients, with every output full of NaN before, R tokens at a time."""
     (N, H), V, dtype = y.shape, len(b), y.dtype
-    chunk = softmax.Chunk(R, H, V, gemm.Operands(dtype), scale is not None)
-    loss, inputs, weights = np.full(N, np.nan, dtype), in_panels(y), in_panels(np.column_stack([W, b]))
+    operands = Operands(dtype)
+    chunk = softmax.Chunk(R, H, V, operands, scale is not None)
+    loss, inputs, panels = np.full(N, np.nan, dtype), in_panels(y), in_panels(np.column_stack([W, b]))
+    weights = Weight(operands, panels, left=True)
     if scale is None:
         softmax.softmax_cross_entropy(loss, None, None, chunk, inputs, 0, weights, targets, 0.0)
         return loss
-    dy, dW = np.full_like(inputs, np.nan), np.full_like(weights, np.nan)
+    dy, dW = np.full_like(inputs, np.nan), np.full_like(panels, np.nan)
     softmax.softmax_cross_entropy(loss, dy, dW, chunk, inputs, 0, weights, targets, scale, between)
     assert not padding(dy, H).any()
     assert not padding(dW, H + 1).any()
