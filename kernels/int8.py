@@ -20,9 +20,9 @@ column has once and for all, is taken off each sum.
 
 These are Intel's tiles of AMX, too (amx.py): 16 rows of a panel are one kilobyte. K is below 2^17, so that sums fit.
 
-In the recurrence h is between -1 and 1, so its scale is 1 / 127 and no thread waits for the largest unit of another. In a trained
-model some unit of each row comes near 1 anyway. Perplexities with max |h| / 127 were the same to 0.001 %: 81.775 both of the
-default preset's model (fp32 81.772), 221.999 and 222.001 of wlm-200's within its first epoch (fp32 222.008).
+In the recurrence h is between -1 and 1, so its scale is 1 / 127, and no thread waits for the largest unit of another. In
+trained models some unit of each row comes near 1 anyway. Perplexities with max |h| / 127 were the same to 0.001 %: 81.775 both
+of the default preset's model (fp32 81.772), 221.999 and 222.001 of wlm-200's within its first epoch (fp32 222.008).
 """
 
 from typing import NamedTuple, no_type_check
