@@ -195,7 +195,10 @@ def forward_steps(
 
 @kernel
 def keep_left(left: Left, h: Array, row: int, rows: int, first: int, last: int) -> None:
-    """Bring panels of rows of left up to date with those of h."""
+    """Bring panels of rows of left up to date with those of h.
+
+    NaN is lost here, but stays in its cell, so h has it again; the next product of whole rows spreads it.
+    """
     for m in range(row, row + rows):
         source, target = h.ctypes.data + m * ROW, left.words.ctypes.data + m * ROW
         left.scales[m] = quantise_row(target, left.words.strides[0], source, h.strides[0], first, last, np.float32(1))

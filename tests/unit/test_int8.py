@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from dllm.inference.decoded_losses import DecodedLosses
 from dllm.kernels import gemm, int8, processor
+from dllm.kernels.sample import BAD, Choice
+from dllm.model import torch_weights
+from dllm.model.decoder import Decoder
 from dllm.model.precision import described, products_of
 
 needs_int8 = pytest.mark.skipif(not int8.HOW, reason="this processor has no instructions for int8")
@@ -95,6 +98,12 @@ def test_columns_are_rounded_as_rows_are():
     np.testing.assert_array_equal(right.offsets.reshape(-1)[:21], 128 * q.sum(axis=1))
 
 
+def test_weights_that_a_file_has_as_int8_are_rounded_no_further():
+    q, s = torch_weights.quantise(matrix(np.random.default_rng(7), 50, 131))
+    again, _ = int8.quantised_rows_reference(q * s[:, None])
+    np.testing.assert_array_equal(again[s > 1e-30], q[s > 1e-30])
+
+
 @needs_int8
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_stay_within_their_arrays(shape):
@@ -129,6 +138,24 @@ def test_what_is_not_finite_stays_in_its_row_and_its_column(bad):
     c = nan_panels(5, 20, np.float32)
     int8.multiply(c, 0, left_of(a), 0, right_of(b), 0, SUMS, 5, False)
     np.testing.assert_array_equal(out_of_panels(c, 20), expected)
+
+
+@needs_int8
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["embedding.weight", "lstm.0.weight_h"])
+def test_a_stream_whose_numbers_are_not_finite_has_no_next_token_and_the_others_do_not_notice(name, bad):
+    model, slots, choices = build(configured(hidden=20), dtype=np.float32, training=False), np.arange(3), []
+    for broken in (False, True):
+        if broken:
+            tensor = model.layout.read(model.theta, name)
+            tensor[7, 1] = bad
+            model.layout.write(model.theta, name, tensor)
+        decoder, choice = Decoder(model, 3, "int8"), Choice(3)
+        decoder.read(np.array([[1, 7, 2], [3, 3, 4], [5, 6, 0]]), slots)
+        decoder.choose(choice, slots)
+        choices.append(choice.token.tolist())
+    told, other = choices
+    assert other == ([told[0], BAD, told[2]] if name == "embedding.weight" else [BAD] * 3)
 
 
 @needs_int8
