@@ -2,18 +2,23 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from functools import partial
 from statistics import quantiles
 
+from dllm.comm.methods import BETWEEN_NODES
+from dllm.kernels.processor import BF16
 from dllm.model.precision import products_of
 
+from . import cost
 from .results import Measured, Table, bars, middle, ratio, roofline, spread
 from .runs import PEERS, Steps, installed, last_json, on_ranks, run, train
 from .sizes import SIZES
 
 MIB = 2**20
+PRECISIONS = ("fp32", "bf16") if BF16 else ("fp32",)
 STREAMS, PROMPT = 64, 50  # of serving; tokens of a prompt, where streams come and go
 
 
@@ -65,37 +70,62 @@ def step(options: argparse.Namespace) -> Measured:
 
 
 def kernels(options: argparse.Namespace) -> Measured:
-    """The matrix products of a step, one by one on one core, against BLAS on the same factors."""
-    columns = [("product", 34), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("BLAS", 22), ("ratio", 9), ("bf16", 22)]
-    table = Table("Matrix products of a training step, one core", columns)
+    """The matrix products of a step, one by one on one core, against BLAS and against what the innermost loop alone reaches."""
+    columns = [("product", 22), ("M x K x N", 20), ("fp32 GFLOP/s", 22), ("of peak", 9), ("BLAS", 22), ("ratio", 9)]
+    columns += [("bf16", 22), ("of peak", 9)] if BF16 else []
     command = [sys.executable, "-m", "benchmarks.products", str(options.seconds), *options.sizes]
     limits, points = ceilings(1), {"dllm fp32": [], "BLAS fp32": [], "dllm bf16": []}
-    data = last_json(run(command, {"OPENBLAS_NUM_THREADS": "1"}))
-    for row in data:
+    found = last_json(run(command, {"OPENBLAS_NUM_THREADS": "1"}))
+    peaks = found["peak"]
+    by = ", ".join(f"{precision} {rate:.0f}" for precision, rate in peaks.items())
+    table = Table(f"Matrix products of a training step, one core; peak GFLOP/s of the innermost loop: {by}", columns)
+    for row in found["products"]:
         fp32, blas, bf16 = row["fp32"], row["blas"], row["bf16"]
-        name = f"{row['size']} {row['product']}"
         shape = "{} x {} x {}".format(*row["shape"])
-        table.row(name, shape, spread(fp32), spread(blas), ratio(fp32, blas), spread(bf16))
+        share = lambda rates, precision: f"{middle(rates) / peaks[precision]:.0%}"
+        cells = [spread(fp32), share(fp32, "fp32"), spread(blas), ratio(fp32, blas)]
+        cells += [spread(bf16), share(bf16, "bf16")] if bf16 else []
+        table.row(f"{row['size']} {row['product']}", shape, *cells)
         for label, rates, intensity in (("dllm fp32", fp32, 0), ("BLAS fp32", blas, 0), ("dllm bf16", bf16, 1)):
             points[label] += [(row["intensity"][intensity], middle(rates))] if rates else []
-    return table, {"ceilings": limits, "products": data}, partial(roofline, limits, points)
+    return table, {"ceilings": limits, **found}, partial(roofline, limits, points)
 
 
 def scaling(options: argparse.Namespace) -> Measured:
-    """Weak scaling: tokens a second of one rank and of several, each with the same lanes."""
-    columns = [("size", 18), ("1 rank GFLOP/s", 24), (f"{options.ranks} ranks", 24), ("efficiency", 12)]
-    table = Table(f"Weak scaling from 1 rank to {options.ranks}", columns)
-    data, groups = {}, {}
+    """Weak scaling: one rank and several, each with the same lanes, in turns; and what the cost model expects of a cluster."""
+    columns = [("size", 18), ("1 rank GFLOP/s", 24), (f"{options.ranks} ranks", 24), ("efficiency", 24), ("exposed comm", 14)]
+    columns += [(name, 28) for name in cost.NETWORKS]
+    scales = ", ".join(map(str, cost.SCALES))
+    title = f"Weak scaling from 1 rank to {options.ranks}; predicted for {scales} ranks, where no communication is hidden"
+    table, data, groups = Table(title, columns), {}, {}
     for name in options.sizes:
-        one, many = (Steps(options.work, name, SIZES[name], ranks, options.seconds) for ranks in (1, options.ranks))
-        found = {"one": [], "many": []}
+        size = SIZES[name]
+        one, many = (Steps(options.work, name, size, ranks, options.seconds) for ranks in (1, options.ranks))
+        found = {precision: {"one": [], "many": [], "exposed": []} for precision in PRECISIONS}
         for _ in range(options.rounds):
-            found["one"].append(one.dllm()["gflops"])
-            found["many"].append(many.dllm()["gflops"])
-        efficiency = middle(found["many"]) / middle(found["one"]) / options.ranks
-        table.row(name, spread(found["one"]), spread(found["many"]), f"{efficiency:.3f}")
-        data[name], groups[name] = found, {"efficiency": efficiency}
+            for precision, rates in found.items():
+                rates["one"].append(one.dllm(precision)["gflops"])
+                summary = many.dllm(precision)
+                rates["many"].append(summary["gflops"])
+                rates["exposed"].append(summary["exposed_comm_fraction"])
+        for precision, rates in found.items():
+            gains = [many / one / options.ranks for one, many in zip(rates["one"], rates["many"], strict=True)]
+            computing = size.flops * options.ranks / 1e9 / middle(rates["many"]) * (1 - middle(rates["exposed"]))
+            predicted = {network: predict(computing, 4 * summary["parameters"], network) for network in cost.NETWORKS}
+            cells = [" ".join(f"{share:.2f}" for share in shares.values()) for shares in predicted.values()]
+            exposed = f"{middle(rates['exposed']):.1%}"
+            table.row(f"{name} {precision}", spread(rates["one"]), spread(rates["many"]), spread(gains, 3), exposed, *cells)
+            data[f"{name} {precision}"] = rates | {"efficiency": gains, "computing seconds": computing, "predicted": predicted}
+            groups[f"{name}\n{precision}"] = {f"{options.ranks} ranks": middle(gains)} | {
+                f"{cost.SCALES[-1]} ranks, {network}": shares[cost.SCALES[-1]] for network, shares in predicted.items()
+            }
     return table, data, partial(bars, "efficiency", groups)
+
+
+def predict(computing: float, size: int, network: str) -> dict[int, float]:
+    """ranks -> efficiency of a step whose computing takes so many seconds and whose gradient has `size` bytes."""
+    buckets = math.ceil(size / (BETWEEN_NODES * MIB))
+    return {ranks: cost.efficiency(computing, size, ranks, cost.NETWORKS[network], buckets) for ranks in cost.SCALES}
 
 
 def overlap(options: argparse.Namespace) -> Measured:

@@ -14,6 +14,10 @@ import numpy as np
 
 from dllm.comm import topology
 
+SCALES = (8, 64, 512, 4096)  # ranks for which times are predicted
+# Networks of clusters by their data sheets, for a rank that has a link to itself: seconds a message, seconds a byte.
+NETWORKS = {"10 Gbit/s, 30 us": (30e-6, 8e-10), "100 Gbit/s, 2 us": (2e-6, 8e-11)}
+
 
 def traffic(kind: str, size: float, ranks: int, degree: int = 0, period: int = 1, times: int = 1) -> tuple[float, float]:
     """(messages, bytes) of a rank in a step.
@@ -32,6 +36,15 @@ def traffic(kind: str, size: float, ranks: int, degree: int = 0, period: int = 1
         "neighbours": (degree, degree),
     }[kind]
     return (times * messages + 2 * rounds) / period, parts * size / period
+
+
+def efficiency(computing: float, size: float, ranks: int, network: tuple[float, float], times: int = 1) -> float:
+    """What part of a step computes, with Allreduce of `size` bytes in `times` calls, none of which the backward hides.
+
+    computing : seconds
+    network : seconds a message and a byte, as `fit` finds them or NETWORKS has them
+    """
+    return computing / (computing + float(np.dot(network, traffic("allreduce", size, ranks, times=times))))
 
 
 def degree(name: str, ranks: int) -> int:

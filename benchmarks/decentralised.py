@@ -112,7 +112,6 @@ ON_NETWORK = {  # settings of averaging, how a step sends what it sends, and how
     "local-sgd, 10 steps": ({"method": "local-sgd", "period": 10}, "allreduce"),
     "diloco, 50 steps": ({"method": "diloco", "period": 50}, "allreduce"),
 }
-SCALES = (8, 64, 512, 4096)
 
 
 def network(options: argparse.Namespace) -> Measured:
@@ -128,7 +127,7 @@ def network(options: argparse.Namespace) -> Measured:
     table = Table(
         f"Averaging methods on four hosts, tinyshakespeare, {steps} steps",
         [("Mbit/s", 8), ("method", 22), ("ms a step", 12), ("KB a step", 12), ("on the link", 13), ("loss", 9),
-         ("in equal time", 15), ("s to allreduce's", 18), ("times faster", 14), *((f"{n} ranks, ms", 16) for n in SCALES)],
+         ("in equal time", 15), ("s to allreduce's", 18), ("times faster", 14), *((f"{n} ranks, ms", 16) for n in cost.SCALES)],
     )  # fmt: skip
     data, curves = {}, {}
     with hosts.Hosts(options.work) as four:
@@ -143,9 +142,9 @@ def network(options: argparse.Namespace) -> Measured:
                 table.row(
                     rate, name, f"{1e3 * one['step']:.1f}", f"{one['kilobytes']:,.1f}", f"{one['on_link']:,.1f}",
                     f"{one['in_equal_steps']:.3f}", f"{one['in_equal_time']:.3f}", f"{one['to_goal']:.1f}" if to_goal else "-",
-                    f"{to_goal:.1f} x" if to_goal else "-", *(f"{1e3 * one['predicted'][n]:,.1f}" for n in SCALES),
+                    f"{to_goal:.1f} x" if to_goal else "-", *(f"{1e3 * one['predicted'][n]:,.1f}" for n in cost.SCALES),
                 )  # fmt: skip
-            empty = [""] * (5 + len(SCALES))
+            empty = [""] * (5 + len(cost.SCALES))
             if peer:
                 table.row(rate, "PyTorch DDP gloo", f"{1e3 * peer['mean']:.1f}", "", *empty)
             errors = data[rate]["errors"]
@@ -162,7 +161,7 @@ def _evaluate(found, steps):
         one["in_equal_time"] = float(np.interp(shortest, one["seconds"], one["losses"]))
         one["to_goal"] = next((t for t, loss in zip(one["seconds"], one["losses"], strict=True) if loss <= goal), None)
         computing = one["step"] - one["exposed"]
-        one["predicted"] = {n: computing + float(np.dot(model, _traffic(one, n))) for n in (hosts.COUNT, *SCALES)}
+        one["predicted"] = {n: computing + float(np.dot(model, _traffic(one, n))) for n in (hosts.COUNT, *cost.SCALES)}
     errors = [abs(one["predicted"][hosts.COUNT] / one["step"] - 1) for one in found.values()]
     return {"seconds a message, a byte": model, "errors": errors}
 

@@ -1,20 +1,79 @@
 """Tables on the screen, and the same as JSON and as a picture."""
 
 import datetime
+import functools
+import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import re
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import llvmlite.binding
+
+from dllm.kernels import processor
+
+MPIS = {  # what `mpirun --version` says of each
+    "Open MPI": r"Open MPI\)? ([\d.]+)",
+    "Intel MPI": r"Intel.*Version ([\d.]+)",
+    "MPICH": r"HYDRA[^:]*:\s*Version:\s*(\S+)",
+}
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """What was measured on: the processor, its caches in bytes, what the kernels use of it, and versions."""
+    levels = {"L1d": 1, "L2": 2, "L3": 3}
+    versions = {"Python": platform.python_version(), "numba": importlib.metadata.version("numba")}
+    versions["LLVM"] = ".".join(map(str, llvmlite.binding.llvm_version_info))
+    return {
+        "processor": processor_name(_text(["cat", "/proc/cpuinfo"]), _text(["lscpu"])),
+        "cores": os.cpu_count(),
+        "caches": {name: processor.cache_bytes(level, 0) for name, level in levels.items()},
+        "vector_bytes": processor.VECTOR,
+        "bf16": processor.BF16 or "fp32",
+        "int8": "amx" if processor.AMX_INT8 else "vnni" if processor.VNNI else "",
+        "versions": versions | mpi_version(_text(["mpirun", "--version"])),
+    }
+
 
 def hardware() -> str:
-    """One line that names the machine."""
-    cpu = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    """Two lines that name the machine, and what was used of it."""
+    facts = machine()
+    size = lambda count: f"{count >> 20} MB" if count >= 1 << 20 else f"{count >> 10} KB"
+    parts = [facts["processor"], f"{facts['cores']} cores"]
+    parts += [f"{name} {size(count)}" for name, count in facts["caches"].items() if count]
+    used = [f"vectors of {facts['vector_bytes']} bytes", f"bf16 by {facts['bf16']}"]
+    used += [f"int8 by {facts['int8']}"] if facts["int8"] else []
+    used += [f"{name} {version}" for name, version in facts["versions"].items()]
+    return f"{', '.join(parts)}\n{', '.join(used)}"
+
+
+def processor_name(cpuinfo: str, lscpu: str) -> str:
+    """The processor's name, by what Linux and `lscpu` say: on ARM Linux has numbers only, which `lscpu` mostly can read."""
+    lines = [line.partition(":") for line in (*cpuinfo.splitlines(), *lscpu.splitlines())]
+    facts = {key.strip().lower(): value.strip() for key, _, value in reversed(lines) if value.strip() != "-"}
+    numbers = [f"{key} {facts[f'cpu {key}']}" for key in ("implementer", "part") if f"cpu {key}" in facts]
+    return facts.get("model name") or ", ".join(numbers) or platform.machine()
+
+
+def mpi_version(text: str) -> dict[str, str]:
+    """{MPI's name: its version}, by what `mpirun --version` says."""
+    found = {name: re.search(pattern, text) for name, pattern in MPIS.items()}
+    return next(({name: match[1]} for name, match in found.items() if match), {})
+
+
+def _text(command: list[str]) -> str:
+    """What a command says in English, "" where there is none."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False).stdout
+    except OSError:
+        return ""
 
 
 def middle(values: Sequence[float]) -> float | None:
@@ -65,7 +124,7 @@ def save(folder: pathlib.Path, command: str, table: Table, data: Any, draw: Call
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{command}.json"]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content = {"title": table.title, "hardware": hardware(), "time": now, "table": table.rows, "measured": data}
+    content = {"title": table.title, "hardware": machine(), "time": now, "table": table.rows, "measured": data}
     paths[0].write_text(json.dumps(content, indent=1) + "\n")
     try:
         import matplotlib

@@ -21,6 +21,7 @@ numbers there.
 - LLVM keeps tiles apart by the numbers that stand here. Its rules for AMD's processors would rename them; these have no tiles.
 """
 
+from collections.abc import Callable
 from typing import no_type_check
 
 import numpy as np
@@ -97,7 +98,7 @@ def release_tiles(typingctx):
 
 
 @no_type_check
-def tile_product(instruction):
+def tile_product(instruction: str) -> Callable[..., None]:
     """The intrinsic for "tdpbf16ps" (words of two bfloat16, float32 sums) or "tdpbusd" (four bytes, int32 sums).
 
     Arguments: tall, wide, add, spans, a, a_jump, b, b_jump, c, c_jump. Up to 32 rows by two panels of c (+)= a @ b over `spans`
@@ -160,7 +161,7 @@ def _emit_product(builder, instruction, height, width, add, spans, a, a_jump, b,
 
 
 @no_type_check
-def multiply_by(instruction):
+def multiply_by(instruction: str) -> Callable[..., int]:
     """The kernel that goes through C by an intrinsic of `tile_product`; `multiply_by_tiles` says what it takes."""
     product = tile_product(instruction)
 

@@ -16,6 +16,7 @@ from numba.extending import overload
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply, multiply_transposed, width
 from .processor import AMX
+from .reduce import fence
 from .team import Team
 from .tiles import PANELS, ROW, ROWS
 from .types import Array, DType
@@ -35,6 +36,7 @@ def transpose(out: Array, x: Array, x_row: int, K: int) -> None:
                 zero,
                 x.ctypes.data + panel * x.strides[0] + (x_row + k) * ROW,
                 out.ctypes.data + k // R * out.strides[0] + panel * R * ROW,
+                False,
             )
         if K % R:
             for j in range(R):
@@ -49,18 +51,18 @@ def bf16(x: np.float32) -> np.uint32:
 
 
 @kernel
-def to_words(words: Array, row: int, x: Array, x_row: int, rows: int) -> None:
+def to_words(words: Array, row: int, x: Array, x_row: int, rows: int, stream: bool = False) -> None:
     """A left factor: rows of words (N/2R,:,R) uint32 from `row` on = rows of x (N/R,:,R) float32."""
     for panel in range(0, x.shape[0], 2):
         one = x.ctypes.data + panel * x.strides[0] + x_row * ROW
         other = one + x.strides[0] if panel + 1 < x.shape[0] else 0
         target = words.ctypes.data + panel // 2 * words.strides[0] + row * ROW
         for m in range(rows):
-            round_rows(False, one + m * ROW, other + m * ROW if other else 0, target + m * ROW)
+            round_rows(False, one + m * ROW, other + m * ROW if other else 0, target + m * ROW, stream)
 
 
 @kernel
-def to_pairs(pairs: Array, row: int, x: Array, x_row: int, rows: int) -> None:
+def to_pairs(pairs: Array, row: int, x: Array, x_row: int, rows: int, stream: bool = False) -> None:
     """A right factor: rows of pairs (N/R,:,R) uint32 from `row` on = pairs of rows of x (N/R,:,R) float32.
 
     Where `rows` is no multiple of 32, zeros follow up to a multiple of 16 rows of pairs.
@@ -69,15 +71,15 @@ def to_pairs(pairs: Array, row: int, x: Array, x_row: int, rows: int) -> None:
         source = x.ctypes.data + panel * x.strides[0] + x_row * ROW
         target = pairs.ctypes.data + panel * pairs.strides[0] + row * ROW
         for m in range(rows // 2):
-            round_rows(True, source + 2 * m * ROW, source + (2 * m + 1) * ROW, target + m * ROW)
+            round_rows(True, source + 2 * m * ROW, source + (2 * m + 1) * ROW, target + m * ROW, stream)
         if rows % 2:
-            round_rows(True, source + (rows - 1) * ROW, 0, target + rows // 2 * ROW)
+            round_rows(True, source + (rows - 1) * ROW, 0, target + rows // 2 * ROW, stream)
         for m in range(row + (rows + 1) // 2, row + (rows + 2 * SPAN - 1) // (2 * SPAN) * SPAN):
             pairs[panel, m] = 0
 
 
 @kernel
-def transpose_to_words(words: Array, row: int, x: Array, x_row: int, K: int) -> None:
+def transpose_to_words(words: Array, row: int, x: Array, x_row: int, K: int, stream: bool = False) -> None:
     """A left factor: N rows of words (K/2R,:,R) uint32 from `row` on = the transpose of K rows of x (N/R,:,R) float32, from
     x_row on; zeros beyond K.
     """
@@ -91,15 +93,16 @@ def transpose_to_words(words: Array, row: int, x: Array, x_row: int, K: int) -> 
         for panel in range(x.shape[0]):
             source = x.ctypes.data + panel * x.strides[0] + (x_row + k) * ROW
             for m in range(rows // 2):
-                round_rows(True, source + 2 * m * ROW, source + (2 * m + 1) * ROW, pairs + m * ROW)
+                round_rows(True, source + 2 * m * ROW, source + (2 * m + 1) * ROW, pairs + m * ROW, False)
             if rows % 2:
-                round_rows(True, source + (rows - 1) * ROW, 0, pairs + rows // 2 * ROW)
-            transpose_block(zero, pairs, words.ctypes.data + k // (2 * SPAN) * words.strides[0] + (row + panel * 16) * ROW)
+                round_rows(True, source + (rows - 1) * ROW, 0, pairs + rows // 2 * ROW, False)
+            target = words.ctypes.data + k // (2 * SPAN) * words.strides[0] + (row + panel * 16) * ROW
+            transpose_block(zero, pairs, target, stream)
     block[0, 0] = 0  # Numba frees an array behind its last use, and addresses are none
 
 
 @kernel
-def transpose_to_pairs(pairs: Array, row: int, x: Array, x_row: int, K: int) -> None:
+def transpose_to_pairs(pairs: Array, row: int, x: Array, x_row: int, K: int, stream: bool = False) -> None:
     """A right factor: N/2 rows of pairs (K/R,:,R) uint32 from `row` on = the transpose of K rows of x (N/R,:,R) float32, from
     x_row on. Zeros beyond K, and behind N/2 rows where N is no multiple of 2 R. Words of rows of x are those of pairs, turned.
     """
@@ -114,9 +117,22 @@ def transpose_to_pairs(pairs: Array, row: int, x: Array, x_row: int, K: int) -> 
             if K - k < R:
                 block[:] = 0
             for m in range(k, min(k + R, K)):
-                round_rows(False, one + m * ROW, other + m * ROW if other else 0, words + (m - k) * ROW)
-            transpose_block(zero, words, pairs.ctypes.data + k // R * pairs.strides[0] + (row + panel * R // 2) * ROW)
+                round_rows(False, one + m * ROW, other + m * ROW if other else 0, words + (m - k) * ROW, False)
+            target = pairs.ctypes.data + k // R * pairs.strides[0] + (row + panel * R // 2) * ROW
+            transpose_block(zero, words, target, stream)
     block[0, 0] = 0  # as above
+
+
+@kernel
+def make_factors(factor: Array, of_transpose: Array, panels: Array, first: int, last: int) -> None:
+    """The right factors of a Weight and of its transpose, as far as panels first to last - 1 go: a pair of them at a time,
+    which is read from few pages of memory, and written past the caches.
+    """
+    D = panels.shape[1]
+    for panel in range(first, last, 2):
+        pair = panels[panel : min(panel + 2, last)]
+        to_pairs(factor[panel:], 0, pair, 0, D, True)
+        transpose_to_pairs(of_transpose, panel // 2 * 16, pair, 0, D, True)
 
 
 def keep_left(left: Array, x: Array, row: int, rows: int) -> None:
@@ -177,12 +193,16 @@ class Operands:
         panels, N = -(-rows // self.R), len(x) * self.R
         if not self.bf16:
             out = self.empty(name, (panels, N, self.R), self.dtype)
-            by_rows = lambda first, last: transpose(out[first // self.R :], x, row + first, last - first)
-        else:
-            out = self.empty(name, (panels, -(-N // (2 * SPAN)) * SPAN, self.R), np.uint32)
-            by_rows = lambda first, last: transpose_to_pairs(out[first // self.R :], 0, x, row + first, last - first)
+            self.transpose(out, x, row, rows)
+            return out
+        out = self.empty(name, (panels, -(-N // (2 * SPAN)) * SPAN, self.R), np.uint32)
+        by_rows = lambda first, last: transpose_to_pairs(out[first // self.R :], 0, x, row + first, last - first)
         self.team.share(by_rows, rows, self.R)
         return out
+
+    def transpose(self, out: Array, x: Array, row: int, rows: int) -> None:
+        """`transpose` by the team, not rounded."""
+        self.team.share(lambda first, last: transpose(out[first // self.R :], x, row + first, last - first), rows, self.R)
 
     def multiply(self, c: Array, c_row: int, a: Array, a_row: int, b: Array, M: int, K: int, add: bool) -> None:
         """`multiply` by the team."""
@@ -223,9 +243,6 @@ class Weight:
     ----------
     operands : Operands
     panels : (N/R,D,R)
-    left : bool
-        False: the right factor of a layer's product, and with its transpose of that of the gradient. True: the same for the
-        output layer, whose products take it from the left (softmax.py).
 
     Attributes
     ----------
@@ -235,19 +252,18 @@ class Weight:
         The factors. float32 and float64: the panels, and for a right one nothing until `transposed` makes it.
     """
 
-    def __init__(self, operands: Operands, panels: Array, left: bool = False) -> None:
-        self.operands, self.left = operands, left
-        (P, D, R), spans = panels.shape, -(-panels.shape[1] // (2 * SPAN))
+    def __init__(self, operands: Operands, panels: Array) -> None:
+        self.operands = operands
         if operands.bf16:
-            shapes = (
-                [(-(-P // 2), D, R), (spans, P * R, R)] if left else [(P, spans * SPAN, R), (-(-D // R), -(-P // 2) * R, R)]
-            )
+            P, D, R = panels.shape
+            shapes = (P, -(-D // (2 * SPAN)) * SPAN, R), (-(-D // R), -(-P // 2) * R, R)
             self.factor, self.of_transpose = (aligned(shape, np.uint32) for shape in shapes)
         self.bind(panels)
 
-    def size_of(self, first: int) -> int:
-        """Elements of panel `first` and of the one behind it, where there is one."""
-        return int(self.panels[first : first + 2].size)
+    @property
+    def size_of_pair(self) -> int:
+        """Elements of two panels."""
+        return 2 * self.rows * self.operands.R
 
     def bind(self, panels: Array) -> None:
         """Other panels of the same shape take the place of those there were; the factors are still of these."""
@@ -257,13 +273,8 @@ class Weight:
 
     def take(self, first: int, last: int) -> None:
         """Panels first, an even number, to last - 1 have changed."""
-        panels, D, R = self.panels[first:last], self.rows, self.operands.R
-        if self.left:
-            to_words(self.factor[first // 2 :], 0, panels, 0, D)
-            transpose_to_words(self.of_transpose, first * R, panels, 0, D)
-        else:
-            to_pairs(self.factor[first:], 0, panels, 0, D)
-            transpose_to_pairs(self.of_transpose, first // 2 * R, panels, 0, D)
+        make_factors(self.factor, self.of_transpose, self.panels, first, last)
+        fence()
 
     def take_all(self) -> None:
         """All panels have changed, or are new."""

@@ -18,7 +18,7 @@ token's loss is the same whatever tokens are beside it.
 
 All matrices lie in panels (gemm.py). The chunk is kept as p^T (V,N): then all three products take W (V,H) as it lies, and
 only the small y is transposed. The bias is the last column of W: (H+1)/R panels of V rows. In bfloat16 dy^T = W^T p^T is
-computed, from factors of W that are kept (operands.py), and the small dy^T is transposed at the end.
+computed, and the small dy^T is transposed at the end.
 """
 
 import math
@@ -32,7 +32,7 @@ from numba.extending import overload
 from .activations import exp_rows, exp_rows_to_bf16
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply, multiply_transposed, width, zero_panels
-from .operands import SPAN, Operands, Weight, bf16, transpose
+from .operands import SPAN, Operands, bf16, to_words, transpose_to_words
 from .team import share_in_pairs
 from .tiles import ROW
 from .types import Array
@@ -58,6 +58,9 @@ class Chunk:
         if training and operands.bf16:
             self.words = aligned(((P + 1) // 2, V, operands.R), np.uint32)
             self.pairs = aligned((P, GROUP // 2, operands.R), np.uint32)
+            threads, panels = operands.team.size, H // operands.R + 1
+            self.left = aligned((threads, (panels + 1) // 2, GROUP, operands.R), np.uint32)
+            self.of_transpose = aligned((threads, GROUP // (2 * SPAN), panels * operands.R, operands.R), np.uint32)
             self.dyT, self.dy = zero_panels(H, tokens, dtype), zero_panels(P * operands.R, H, dtype)
         self.fy = zero_panels(tokens, H + 1, dtype)
         self.b, self.none = np.zeros(V, dtype), zero_panels(0, 1, dtype)
@@ -71,7 +74,7 @@ def softmax_cross_entropy(
     chunk: Chunk,
     y: Array,
     y_row: int,
-    W: Weight,
+    W: Array,
     targets: Array,
     scale: float,
     between: Callable[[], object] | None = None,
@@ -88,8 +91,8 @@ def softmax_cross_entropy(
         Scratch.
     y, y_row : (H/R,:,R), int
         The layer's input: N rows from y_row on.
-    W : Weight
-        Of ((H+1)/R,V,R), from the left: the weights, with the bias as column H.
+    W : ((H+1)/R,V,R)
+        The weights, with the bias as column H.
     targets : (N,) integer
     scale : float
         Factor on the gradients: one over the number of tokens that share the loss.
@@ -97,8 +100,8 @@ def softmax_cross_entropy(
         Called after each chunk, so that the caller can keep communication moving.
     """
     s, operands, N, H = chunk, chunk.operands, len(targets), chunk.H
-    V = W.rows
-    s.b[:] = W.panels[H // operands.R, :, H % operands.R]
+    V = W.shape[1]
+    s.b[:] = W[H // operands.R, :, H % operands.R]
     for start in range(0, N, s.tokens):
         count = min(s.tokens, N - start)
         part, here = slice(start, start + count), targets[start : start + count]
@@ -114,15 +117,15 @@ def softmax_cross_entropy(
         words, (p_W, row) = s.words[: -(-P // 2) if operands.bf16 else P], (dy, start)
         if operands.bf16:
             p_W, row = s.dy, 0
-            operands.team.share(lambda a, b, P=P: transpose(s.dy[a // operands.R :], s.dyT[:P], a, b - a), H, operands.R)
-        finish_chunk(s.fy, s.factor, dy, start, p_W, row, words, W.panels, y, y_row + start, H, s.sums, here, scale)
+            operands.transpose(s.dy, s.dyT[:P], 0, H)
+        finish_chunk(s.fy, s.factor, dy, start, p_W, row, words, W, y, y_row + start, H, s.sums, here, scale)
         fy, _ = operands.pairs("fy", s.fy, 0, count)
         operands.multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0)
         if between is not None:
             between()
 
 
-def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: Weight, yT: Array, targets: Array) -> list[bool]:
+def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: Array, yT: Array, targets: Array) -> list[bool]:
     """`exponentials` or `largest_logits` of a chunk, each thread some of its tokens. Returns what each of them returned."""
     operands, H, results = s.operands, s.H, [True] * s.operands.team.size
 
@@ -131,7 +134,8 @@ def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: We
         tokens = slice(first * operands.R, last * operands.R)
         if first == last:
             return
-        logits = s.z[first:last], s.shift[tokens], W.factor, s.b, yT[first:last], operands.depth(H)
+        left, of_transpose = (s.left[part], s.of_transpose[part]) if operands.bf16 else (W, W)
+        logits = s.z[first:last], s.shift[tokens], W, left, s.b, yT[first:last], operands.depth(H)
         if function is largest_logits:
             function(s.sums[tokens], *logits)
             return
@@ -139,7 +143,7 @@ def _by_team(s: Chunk, function: Callable[..., Any], out: tuple[Any, ...], W: We
         words = s.words[first // 2 : (last + 1) // 2] if operands.bf16 else s.words[first:last]
         dy, row = (dy[first:last], 0) if operands.bf16 and dy.size else (dy, row + first * operands.R)
         own = loss[tokens], s.sums[tokens], words, s.pairs[first:last], dy, row, targets[tokens]
-        results[part] = function(*own, *logits, W.of_transpose)
+        results[part] = function(*own, *logits, of_transpose)
 
     operands.team.run(work)
     return results
@@ -157,30 +161,32 @@ def exponentials(
     z: Array,
     shift: Array,
     W: Array,
+    left: Array,
     b: Array,
     yT: Array,
     K: int,
-    WT: Array,
+    of_transpose: Array,
 ) -> bool:
     """exp(z)^T of a chunk in words and pairs, its losses (N,), and dy = exp(z) @ W from row dy_row on, all at one go.
 
     Where z (N/R,:,R) has as many rows as W, exp(z)^T is left there; else z is scratch, and where dy is empty nothing but losses
-    is computed. W and WT are the factors of a Weight; for bfloat16 dy is the transpose. Returns whether all sums are within the
-    safe range.
+    is computed. left and of_transpose are W, or for bfloat16 memory for a group of its rows as a left factor, and for the same
+    of its transpose; dy is dy^T then. Returns whether all sums are within the safe range.
     """
     R = width(z)
     V, whole = W.shape[1], z.shape[1] == W.shape[1]
     sums[:] = 0
     for first in range(0, V, GROUP):
         count, at = min(GROUP, V - first), first if whole else 0
-        multiply(z, at, W, first, yT, count, K, False)
+        row = left_factor(left, W, first, count)
+        multiply(z, at, left, row, yT, count, K, False)
         for n in range(targets.size):
             row = targets[n] - first
             if 0 <= row < count:
                 loss[n] = z[n // R, at + row, n % R] + b[first + row] - shift[n]
         exponentiate(words, pairs, sums, z, at, shift, b, first, count)
         if dy.size > 0:
-            add_to_dy(dy, dy_row, pairs, WT, first, count, targets.size)
+            add_to_dy(dy, dy_row, pairs, W, of_transpose, first, count, targets.size)
     safe = True
     for n in range(targets.size):
         safe &= SMALL < sums[n] < LARGE
@@ -189,13 +195,13 @@ def exponentials(
 
 
 @kernel
-def largest_logits(sums: Array, z: Array, shift: Array, W: Array, b: Array, yT: Array, K: int) -> None:
+def largest_logits(sums: Array, z: Array, shift: Array, W: Array, left: Array, b: Array, yT: Array, K: int) -> None:
     """shift (N,) = the largest logit of each token of a chunk whose sum is not within the safe range; of others 0."""
     R = width(z)
     shift[:] = -math.inf
     for first in range(0, W.shape[1], GROUP):
         count = min(GROUP, W.shape[1] - first)
-        multiply(z, 0, W, first, yT, count, K, False)
+        multiply(z, 0, left, left_factor(left, W, first, count), yT, count, K, False)
         for panel in range(z.shape[0]):
             for v in range(count):
                 for j in range(R):
@@ -205,6 +211,21 @@ def largest_logits(sums: Array, z: Array, shift: Array, W: Array, b: Array, yT: 
     for n in range(shift.size):
         if SMALL < sums[n] < LARGE:
             shift[n] = 0
+
+
+def left_factor(left: Array, W: Array, first: int, count: int) -> int:
+    """Make `count` rows of W, from `first` on, ready as a left factor. Returns the row where they begin in left."""
+    raise NotImplementedError("for kernels only")
+
+
+@overload(left_factor, jit_options=OPTIONS)
+@no_type_check
+def _left_factor(left, W, first, count):
+    def bfloat16(left, W, first, count):
+        to_words(left, 0, W, first, count)
+        return 0
+
+    return bfloat16 if left.dtype == types.uint32 else lambda left, W, first, count: first
 
 
 def exponentiate(
@@ -249,21 +270,22 @@ def _exponentiate(words, pairs, sums, z, row, shift, b, first, count):
     return float64 if z.dtype == types.float64 else bfloat16 if words.dtype == types.uint32 else float32
 
 
-def add_to_dy(dy: Array, row: int, pairs: Array, W: Array, first: int, count: int, N: int) -> None:
-    """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on; for bfloat16 dy^T += W^T exp(z)^T, and pairs holds these
+def add_to_dy(dy: Array, row: int, pairs: Array, W: Array, of_transpose: Array, first: int, count: int, N: int) -> None:
+    """dy += exp(z) @ W for `count` rows of exp(z)^T, from `first` on; bfloat16: dy^T += W^T exp(z)^T, pairs has these rows
     alone.
     """
 
 
 @overload(add_to_dy, jit_options=OPTIONS)
 @no_type_check
-def _add_to_dy(dy, row, pairs, W, first, count, N):
-    def plain(dy, row, pairs, W, first, count, N):
+def _add_to_dy(dy, row, pairs, W, of_transpose, first, count, N):
+    def plain(dy, row, pairs, W, of_transpose, first, count, N):
         multiply_transposed(dy, row, pairs, first, W, first, N, count, first > 0)
 
-    def bfloat16(dy, row, pairs, W, first, count, N):
+    def bfloat16(dy, row, pairs, W, of_transpose, first, count, N):
+        transpose_to_words(of_transpose, 0, W, first, count)
         pairs[:, (count + 1) // 2 : (count + 2 * SPAN - 1) // (2 * SPAN) * SPAN] = 0  # whole spans
-        multiply(dy, 0, W[first // (2 * SPAN) :], 0, pairs, dy.shape[1], (count + 1) // 2, first > 0)
+        multiply(dy, 0, of_transpose, 0, pairs, dy.shape[1], (count + 1) // 2, first > 0)
 
     return bfloat16 if pairs.dtype == types.uint32 else plain
 

@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import kernel
+from .processor import ARM
 from .types import Array
 
 Tasks: TypeAlias = queue.SimpleQueue[tuple[Callable[[int], object], int]]  # a function and the part of it to do
@@ -114,9 +115,12 @@ def _add_one(typingctx, address):
 @no_type_check
 def _read(typingctx, address):
     def generate(context, builder, signature, arguments):
-        pause = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ()))
-        if "x86" in builder.module.triple:
-            builder.call(pause, ())
+        # Who spins gives its core's other thread the units, and the memory a rest.
+        if ARM:
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            builder.call(builder.module.declare_intrinsic("llvm.aarch64.isb", (), kind), [ir.IntType(32)(15)])
+        else:
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ())), ())
         return builder.load_atomic(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), "seq_cst", 8)
 
     return types.int64(types.int64), generate

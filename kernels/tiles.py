@@ -19,11 +19,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .processor import VECTOR
+from .processor import REGISTERS, VECTOR
 
 ROW = 64  # bytes of a row of a panel
 PANELS = 2 if VECTOR == 64 else 1  # of a tile
-ROWS = {64: 14, 32: 6, 16: 3}[VECTOR]  # of a tile: with two vectors (four of 16 bytes) a row this fills the registers
+# Of a tile: with two vectors (four of 16 bytes) a row this fills the registers, beside a row of B and a word of A.
+ROWS = {64: 14, 32: 6, 16: 6 if REGISTERS == 32 else 3}[VECTOR]
 AHEAD = 24  # rows of B that are fetched ahead
 
 
@@ -157,11 +158,8 @@ class _Tiles:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
 
     def load_if_adding(self, address: ir.Value) -> ir.Value:
-        pointer = self.vector.as_pointer()
-        name = f"llvm.masked.load.v{self.lanes}{'i' if self.kind == types.int32 else 'f'}{8 * self.size}.p0"
-        load = self.function(name, self.vector, pointer, _I32, self.mask.type, self.vector)
-        arguments = self.builder.inttoptr(address, pointer), _I32(4), self.mask, ir.Constant(self.vector, None)
-        return self.builder.call(load, arguments)
+        """What c holds, or zeros: not by a masked load, of which LLVM makes a branch a lane where vectors have 16 bytes."""
+        return self.builder.select(self.mask, self.load(address, self.vector), ir.Constant(self.vector, None))
 
     def prefetch(self, address: ir.Value) -> None:
         pointer = self.vector.as_pointer()

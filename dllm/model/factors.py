@@ -1,4 +1,4 @@
-"""The factors that products take of a model's weights, kept up with the flat vector that they are made of."""
+"""The factors that products take of the weights of a model's layers, kept up with the flat vector that they are made of."""
 
 from __future__ import annotations
 
@@ -33,20 +33,16 @@ class Factors:
 
     def __init__(self, layout: Layout, operands: Operands, theta: Array) -> None:
         self.layout, self.kept = layout, operands.bf16
-        blocks = {name: block for name, block in layout.blocks.items() if len(block.shape) == 3 and not name.endswith(".b")}
+        blocks = {name: block for name, block in layout.blocks.items() if name.startswith("lstm.") and name[-1] in "xh"}
         arrays = layout.arrays(theta)
-        self.weights: Mapping[str, Weight] = {name: Weight(operands, arrays[name], name == "output") for name in blocks}
-        self._pairs: list[tuple[Weight, int]] = []  # and the first panel of each
-        starts: list[int] = []
+        self.weights: Mapping[str, Weight] = {name: Weight(operands, arrays[name]) for name in blocks}
+        self._spans: list[tuple[int, Weight]] = []  # the first element of a weight and the weight, ascending
         for name, block in blocks.items() if self.kept else ():
-            panels, size = block.shape[0], block.shape[1] * block.shape[2]
-            self._pairs += [(self.weights[name], first) for first in range(0, panels, 2)]
-            starts += [block.start + first * size for first in range(0, panels, 2)]
-        self._starts = np.array(starts, np.int64)
-        sizes = [weight.size_of(first) for weight, first in self._pairs]
-        self._stops = self._starts + np.array(sizes, np.int64)
-        self.edges = np.union1d(self._starts, self._stops).astype(np.int64)
-        self._taken = np.zeros(len(starts), bool)
+            self._spans.append((block.start, self.weights[name]))
+        edges = [start + np.arange(0, weight.panels.size + 1, weight.size_of_pair) for start, weight in self._spans]
+        ends = [np.array([start + weight.panels.size]) for start, weight in self._spans]
+        self.edges = np.unique(np.concatenate([np.zeros(0, np.int64), *edges, *ends]))
+        self._taken = np.zeros(len(self.edges), bool)  # the pair that begins at each edge
         self._made = self._fresh = False  # of the vector last written, and bound
 
     def bind(self, theta: Array, written: bool = False) -> None:
@@ -63,17 +59,24 @@ class Factors:
 
     def take(self, start: int, stop: int) -> None:
         """Elements [start, stop) are final. From any thread, of parts that do not overlap."""
-        first, last = np.searchsorted(self._starts, start), np.searchsorted(self._stops, stop, side="right")
-        self._taken[first:last] = True
-        for weight, panel in self._pairs[first:last]:
-            weight.take(panel, min(panel + 2, len(weight.panels)))
+        first, last = np.searchsorted(self.edges, start), np.searchsorted(self.edges, stop, side="right") - 1
+        if first < last:
+            self._taken[first:last] = True
+            self._make(int(self.edges[first]), int(self.edges[last]))
 
     def finish(self) -> None:
         """All elements are final."""
-        for number in np.flatnonzero(~self._taken):
-            weight, panel = self._pairs[number]
-            weight.take(panel, min(panel + 2, len(weight.panels)))
+        for number in np.flatnonzero(~self._taken[:-1]):
+            self._make(int(self.edges[number]), int(self.edges[number + 1]))
         self._made = True
+
+    def _make(self, start: int, stop: int) -> None:
+        """The factors of whole pairs of panels."""
+        for begin, weight in self._spans:
+            first, last = max(start, begin) - begin, min(stop, begin + weight.panels.size) - begin
+            if first < last:
+                size = weight.size_of_pair
+                weight.take(first // size * 2, min(-(-last // size) * 2, len(weight.panels)))
 
     def ready(self) -> None:
         """The factors are about to be used. Only what was written and bound since the last use is not made anew."""

@@ -33,12 +33,12 @@ from .layout import Layout
 
 Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
 
-CHUNK = 1 << 22  # at most so many logits in memory at a time
+CHUNK = 1 << 24  # bytes: at most so many of exponentials of logits in memory at a time
 
 
-def tokens_of_chunk(tokens: int, vocabulary: int, R: int) -> int:
-    """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R."""
-    chunks = -(-tokens * vocabulary // CHUNK)
+def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:
+    """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R. size: bytes of a logit."""
+    chunks = -(-tokens * vocabulary * size // CHUNK)
     return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R
 
 
@@ -106,7 +106,8 @@ class LanguageModel:
         self._x = zero_panels(T * B, E, dtype)  # the embedded window, after dropout
         self._dropped = [zero_panels(T * B, H, dtype) for _ in range(L if layout.config.dropout and training else 0)]
         self._losses = np.zeros(T * B, dtype)
-        self._chunk = Chunk(tokens_of_chunk(T * B, V, R) if training else T * B, H, V, self.operands, training)
+        tokens = tokens_of_chunk(T * B, V, R, 2 if bf16 else dtype.itemsize) if training else T * B
+        self._chunk = Chunk(tokens, H, V, self.operands, training)
         if training:
             self.gradient = aligned((layout.size,), dtype) if gradient is None else gradient
             self._d = layout.arrays(self.gradient)
@@ -177,7 +178,7 @@ class LanguageModel:
         T, B = tokens.shape
         self.factors.ready()
         y, row = self._hidden(tokens, h, c, mask, between)
-        losses, W = self._losses[: T * B], self.factors.weights["output"]
+        losses, W = self._losses[: T * B], self._p["output"]
         dy, dW = (self._dy, self._d["output"]) if self.training else (None, None)
         softmax_cross_entropy(losses, dy, dW, self._chunk, y, row, W, targets.reshape(-1), scale, between)
         return losses.reshape(T, B)

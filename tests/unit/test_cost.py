@@ -37,3 +37,13 @@ def test_a_fit_finds_latency_and_bandwidth():
     latency, bandwidth = cost.fit(faster)
     assert latency == 0
     assert bandwidth == pytest.approx(1e-7, rel=0.1)
+
+
+def test_efficiency_is_the_part_of_a_step_that_computes():
+    scales = [1, *cost.SCALES]
+    assert [cost.efficiency(0.1, 0, ranks, (0, 1e-9)) for ranks in scales] == [1] * len(scales)
+    assert cost.efficiency(0.1, 1e8, 2, (0, 1e-9)) == pytest.approx(0.5)  # half of 2e8 bytes each way
+    for network in cost.NETWORKS.values():
+        found = [cost.efficiency(0.1, 1e8, ranks, network, 4) for ranks in scales]
+        assert found == sorted(found, reverse=True)
+        assert found[0] == 1

@@ -13,7 +13,7 @@ from helpers.numerics import (
 )
 
 from dllm.kernels import softmax
-from dllm.kernels.operands import Operands, Weight
+from dllm.kernels.operands import Operands
 
 
 def softmax_arrays(N, V, H, dtype, seed):
@@ -30,12 +30,11 @@ def softmax_compiled(R, y, W, b, targets, scale=None, between=None):
     (N, H), V, dtype = y.shape, len(b), y.dtype
     operands = Operands(dtype)
     chunk = softmax.Chunk(R, H, V, operands, scale is not None)
-    loss, inputs, panels = np.full(N, np.nan, dtype), in_panels(y), in_panels(np.column_stack([W, b]))
-    weights = Weight(operands, panels, left=True)
+    loss, inputs, weights = np.full(N, np.nan, dtype), in_panels(y), in_panels(np.column_stack([W, b]))
     if scale is None:
         softmax.softmax_cross_entropy(loss, None, None, chunk, inputs, 0, weights, targets, 0.0)
         return loss
-    dy, dW = np.full_like(inputs, np.nan), np.full_like(panels, np.nan)
+    dy, dW = np.full_like(inputs, np.nan), np.full_like(weights, np.nan)
     softmax.softmax_cross_entropy(loss, dy, dW, chunk, inputs, 0, weights, targets, scale, between)
     assert not padding(dy, H).any()
     assert not padding(dW, H + 1).any()
