@@ -15,8 +15,8 @@ row after row; as A a tile takes one word from each of its rows, or, for A^T, so
 C = A @ B goes through C tile by tile (tiles.py), a few rows by one or two panels. Around the tiles, the order of the loops
 decides what stays in which cache:
 
-    for each block of A, DEPTH columns by HEIGHT rows       less than half of the second-level cache: stays there
-        for each pair of panels of B                        DEPTH rows of it: in the first level, or from the second
+    for each block of A, some columns by some rows          less than half of the second-level cache: stays there
+        for each pair of panels of B                        as many rows: in the first level, or from the second
             for each tile of rows of the block              its rows of A come from the second level, sums stay in registers
 
 Each element of C is a sum over k in one fixed order, whichever tile it falls into and whoever computes it.
@@ -37,11 +37,12 @@ from numba.extending import overload
 from .amx import multiply_by_tiles, release_tiles
 from .compile import OPTIONS, kernel
 from .processor import AMX, L2
-from .tiles import PANELS, ROW, ROWS, multiply_tile, multiply_tile_transposed
+from .tiles import PANELS, ROW, ROWS, TALLEST, multiply_tile, multiply_tile_transposed
 from .types import Array, DType
 
-HEIGHT = 224  # of a block: a multiple of every R, and of every ROWS but 6 and 3
-DEPTH = max(64, 1 << (L2 * 7 // 16 // (4 * HEIGHT)).bit_length() - 1)  # so that a block takes less than half of the cache
+BLOCK = L2 * 7 // 16  # bytes of a block of A
+DEPTH = min(1024, max(256, L2 >> 11))  # columns of it at most, and HEIGHT rows where it is transposed
+HEIGHT = max(64, BLOCK // (4 * DEPTH) // 32 * 32)
 TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel
 
 
@@ -144,20 +145,23 @@ def multiply_by_vectors(c: Array, c_row: int, a: Array, a_row: int, b: Array, M:
     """`multiply` by vectors, and without tiles."""
     R = width(c)
     word = a.dtype.type(0)
-    for front in range(0, K, DEPTH):
-        depth = min(DEPTH, K - front)
-        for start in range(0, M, HEIGHT):
-            height = min(HEIGHT, M - start)
-            tiles = (height + ROWS - 1) // ROWS
-            for panel in range(0, c.shape[0], PANELS):
+    depth, height = block(M, K, R)
+    most = tallest(a)
+    rows, panels = (most, 1) if ROWS < M <= most else (ROWS, PANELS)
+    for front in range(0, K, depth):
+        steps = min(depth, K - front)
+        for start in range(0, M, height):
+            some = min(height, M - start)
+            tiles = (some + rows - 1) // rows
+            for panel in range(0, c.shape[0], panels):
                 for tile in range(tiles):  # of nearly equal height
-                    top, bottom = start + height * tile // tiles, start + height * (tile + 1) // tiles
+                    top, bottom = start + some * tile // tiles, start + some * (tile + 1) // tiles
                     multiply_tile(
                         word,
                         bottom - top,
-                        min(PANELS, c.shape[0] - panel),
+                        min(panels, c.shape[0] - panel),
                         1 if add or front > 0 else 0,
-                        depth,
+                        steps,
                         a.ctypes.data + front // R * a.strides[0] + (a_row + top) * ROW,
                         a.strides[0],
                         b.ctypes.data + panel * b.strides[0] + front * ROW,
@@ -165,6 +169,30 @@ def multiply_by_vectors(c: Array, c_row: int, a: Array, a_row: int, b: Array, M:
                         c.ctypes.data + panel * c.strides[0] + (c_row + top) * ROW,
                         c.strides[0],
                     )
+
+
+def tallest(a: Array) -> int:
+    """Rows of a tile of one panel: where all of a fit, B is read once, from wherever it is. Pairs of bfloat16 do not gain by
+    it.
+    """
+    raise NotImplementedError("for kernels only")
+
+
+@overload(tallest, inline="always")
+@no_type_check
+def _tallest(a):
+    most = ROWS if a.dtype == types.uint32 else TALLEST
+    return lambda a: most
+
+
+@kernel
+def block(M: int, K: int, R: int) -> tuple[int, int]:
+    """Columns, a multiple of R, and rows of the blocks of A (M,K): as few as the cache allows, nearly equal ones."""
+    parts = (K + DEPTH - 1) // DEPTH
+    depth = (K + parts * R - 1) // (parts * R) * R
+    parts = (M * depth * (ROW // R) + BLOCK - 1) // BLOCK
+    height = (M + parts * ROWS - 1) // (parts * ROWS) * ROWS
+    return depth, height
 
 
 @kernel

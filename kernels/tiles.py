@@ -25,6 +25,7 @@ ROW = 64  # bytes of a row of a panel
 PANELS = 2 if VECTOR == 64 else 1  # of a tile
 # Of a tile: with two vectors (four of 16 bytes) a row this fills the registers, beside a row of B and a word of A.
 ROWS = {64: 14, 32: 6, 16: 6 if REGISTERS == 32 else 3}[VECTOR]
+TALLEST = 2 * ROWS if PANELS == 2 else ROWS  # of a tile of one panel
 AHEAD = 24  # rows of B that are fetched ahead
 
 
@@ -97,11 +98,12 @@ class _Tiles:
         self.K, self.a, self.a_jump, self.b, self.b_jump, self.c, self.c_jump = K, a, a_jump, b, b_jump, c, c_jump
         self.mask = self.splat(builder.icmp_signed("!=", add, add.type(0)))
         end = builder.append_basic_block("end")
-        switch = builder.switch(builder.add(builder.mul(panels, _I64(ROWS + 1)), rows), end)
+        switch = builder.switch(builder.add(builder.mul(panels, _I64(TALLEST + 1)), rows), end)
         for width in range(1, PANELS + 1):
-            for height in range(1, min(ROWS, 8 if transposed else ROWS) + 1):
+            most = TALLEST if width == 1 else ROWS
+            for height in range(1, min(most, 8 if transposed else most) + 1):
                 block = builder.append_basic_block(f"tile{height}x{width}")
-                switch.add_case(_I64(width * (ROWS + 1) + height), block)
+                switch.add_case(_I64(width * (TALLEST + 1) + height), block)
                 builder.position_at_end(block)
                 self.emit(height, width)
                 builder.branch(end)

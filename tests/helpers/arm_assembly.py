@@ -33,7 +33,7 @@ KERNELS = {
     "cell backward": (activations.cell_backward_row, *[I64] * 8),
     "exp": (activations.exp_rows, types.boolean, *[I64] * 4),
     "round": (vectors.round_to_bf16, types.float32),
-    "round rows": (vectors.round_rows, types.boolean, *[I64] * 3),
+    "round rows": (vectors.round_rows, types.boolean, *[I64] * 3, types.boolean),
     "look at a barrier": (team._read, I64),
 }
 
@@ -66,6 +66,6 @@ if __name__ == "__main__":
     assert processor.ARM
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    tiles.ROWS = ROWS or tiles.ROWS
+    tiles.ROWS = tiles.TALLEST = ROWS or tiles.ROWS
     target = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu=CPU, opt=3)
     print(json.dumps([tiles.ROWS, gemm.TALL, {name: assembly(target, *kernel) for name, kernel in KERNELS.items()}]))
