@@ -10,6 +10,7 @@ from statistics import quantiles
 
 from dllm.comm.methods import BETWEEN_NODES
 from dllm.kernels.processor import BF16
+from dllm.model.precision import products_of
 
 from . import cost
 from .results import Measured, Table, bars, middle, ratio, roofline, spread
@@ -186,67 +187,74 @@ def memory(options: argparse.Namespace) -> Measured:
 
 
 def generation(options: argparse.Namespace) -> Measured:
-    """Tokens a second of one stream on one thread, against PyTorch's nn.LSTM token by token."""
-    columns = [("size", 18), ("dllm tokens/s", 26), ("PyTorch", 26), ("ratio", 9)]
+    """Tokens a second of one stream on one thread, against PyTorch's nn.LSTM token by token in fp32."""
+    columns = [("size", 12), ("products", 10), ("dllm tokens/s", 28), ("PyTorch", 26), ("ratio", 9)]
     table, data, groups = Table("Generation of one stream, one thread", columns), {}, {}
     count = 50 if options.quick else 400
     for name in options.sizes:
-        found = {"dllm": [], "torch": []}
+        found = {contestant: [] for contestant in (*served(), "torch")}
         for _ in range(options.rounds):
-            ours = [sys.executable, "-m", "benchmarks.generate", name, count]
-            found["dllm"].append(last_json(run(ours, {"OPENBLAS_NUM_THREADS": "1"}))["tokens_per_second"])
+            for precision in served():
+                ours = [sys.executable, "-m", "benchmarks.generate", name, count, precision]
+                found[precision].append(last_json(run(ours, {"OPENBLAS_NUM_THREADS": "1"}))["tokens_per_second"])
             if installed("torch"):
                 theirs = [sys.executable, PEERS / "torch_generate.py", name, count]
                 found["torch"].append(last_json(run(theirs))["tokens_per_second"])
-        table.row(name, spread(found["dllm"]), spread(found["torch"]), ratio(found["dllm"], found["torch"]))
+        for precision in served():
+            ours, theirs = found[precision], found["torch"]
+            table.row(name, precision, spread(ours), spread(theirs), ratio(ours, theirs))
         data[name] = found
-        groups[name] = {"dllm": middle(found["dllm"]), "PyTorch": middle(found["torch"])}
+        groups[name] = named({contestant: middle(values) for contestant, values in found.items() if values})
     return table, data, partial(bars, "tokens/s", groups)
 
 
 def serving(options: argparse.Namespace) -> Measured:
-    """Tokens a second of 64 streams and a token's time of one, by the serving engine and by a core of PyTorch's nn.LSTM."""
-    columns = [("size, threads", 24), (f"{STREAMS} streams fp32", 26), ("bf16", 26), ("PyTorch", 24), ("fp32", 9), ("bf16", 9)]
-    columns += [
-        ("1 stream fp32 ms", 22),
-        ("bf16", 22),
-        ("PyTorch", 22),
-        ("fp32", 9),
-        ("bf16", 9),
-        ("under load p50, p99 ms", 24),
-    ]
+    """Tokens a second of 64 streams and a token's time of one, by the serving engine and by PyTorch's nn.LSTM in fp32."""
+    many, one, loaded = f"{STREAMS} streams tokens/s", "1 stream ms", "under load p50, p99 ms"
+    columns = [("size, threads", 18), ("products", 10), (many, 31), ("PyTorch", 28), ("ratio", 9)]
+    columns += [(one, 24), ("PyTorch ms", 24), ("of it", 9), (loaded, 26)]
     table, data, groups = Table("Serving, without HTTP", columns), {}, {}
     ours = [sys.executable, "-m", "benchmarks.serve"]
-    theirs = [sys.executable, PEERS / "torch_serve.py"] if installed("torch") else None
-    contestants = {
-        "fp32": (ours, "fp32"),
-        **({"bf16": (ours, "bf16")} if BF16 else {}),
-        **({"torch": (theirs,)} if theirs else {}),
-    }
+    contestants = {precision: (ours, precision) for precision in served()}
+    if installed("torch"):
+        contestants["torch"] = ([sys.executable, PEERS / "torch_serve.py"],)
     for name in options.sizes:
         for threads in sorted({1, options.ranks}):
-            found = {}
+            found = {f"{contestant} {streams}": [] for contestant in (*served(), "torch") for streams in (STREAMS, 1)}
             for _ in range(options.rounds):
                 for contestant, (command, *precision) in contestants.items():
                     for streams in (STREAMS, 1):
                         arguments = name, streams, options.seconds, threads, *precision
                         measured = last_json(run([*command, *arguments], {"OPENBLAS_NUM_THREADS": "1"}))
                         value = measured["tokens_per_second"] if streams > 1 else 1000 * middle(measured["gaps"])
-                        found.setdefault(f"{contestant} {streams}", []).append(value)
-                loaded = last_json(run([*ours, name, STREAMS, options.seconds, threads, "fp32", PROMPT]))["gaps"]
-                for point in (50, 99):
-                    found.setdefault(f"p{point}", []).append(1000 * quantiles(loaded, n=100)[point - 1])
-            get = lambda contestant, streams, found=found: found.get(f"{contestant} {streams}", [])
-            cells = []
-            for streams in (STREAMS, 1):
-                cells += [spread(get(contestant, streams), 1 if streams > 1 else 2) for contestant in ("fp32", "bf16", "torch")]
-                cells += [ratio(get(contestant, streams), get("torch", streams)) for contestant in ("fp32", "bf16")]
+                        found[f"{contestant} {streams}"].append(value)
+                for precision in served():
+                    gaps = last_json(run([*ours, name, STREAMS, options.seconds, threads, precision, PROMPT]))["gaps"]
+                    for point in (50, 99):
+                        found.setdefault(f"{precision} p{point}", []).append(1000 * quantiles(gaps, n=100)[point - 1])
             label = f"{name}, {threads}"
-            table.row(label, *cells, f"{middle(found['p50']):.1f}, {middle(found['p99']):.1f}")
+            for precision in served():
+                cells = []
+                for streams in (STREAMS, 1):
+                    mine, theirs = found[f"{precision} {streams}"], found[f"torch {streams}"]
+                    digits = 1 if streams > 1 else 2
+                    cells += [spread(mine, digits), spread(theirs, digits), ratio(mine, theirs)]
+                p50, p99 = (middle(found[f"{precision} p{point}"]) for point in (50, 99))
+                table.row(label, precision, *cells, f"{p50:.1f}, {p99:.1f}")
             data[label] = found
-            series = {"dllm fp32": "fp32", "dllm bf16": "bf16", "PyTorch": "torch"}
-            groups[label] = {key: middle(get(contestant, STREAMS)) for key, contestant in series.items() if get(contestant, 1)}
+            speeds = {contestant: found[f"{contestant} {STREAMS}"] for contestant in contestants}
+            groups[label] = named({contestant: middle(values) for contestant, values in speeds.items()})
     return table, data, partial(bars, f"tokens/s, {STREAMS} streams", groups)
+
+
+def served() -> list[str]:
+    """Precisions of a trained model's products that this processor has."""
+    return [precision for precision in ("fp32", "bf16", "int8") if products_of(precision, "float32") == precision]
+
+
+def named(values: dict[str, float]) -> dict[str, float]:
+    """The same under the names that a drawing shows."""
+    return {"PyTorch" if name == "torch" else f"dllm {name}": value for name, value in values.items()}
 
 
 def quality(options: argparse.Namespace) -> Measured:

@@ -86,6 +86,12 @@ def warn_once(comm: MPI.Comm) -> Callable[[str], None]:
     return warn
 
 
+def add_precision(parser: Parser) -> None:
+    """Add --precision, of products of a trained model; fp32: as its parameters are."""
+    choices = ("fp32", "bf16", "int8")
+    parser.add_argument("--precision", choices=choices, default="fp32", help="of products (default fp32)")
+
+
 def at_least(least: float, kind: Callable[[str], float] = int, most: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number of at least `least` and at most `most`, whole where kind is int."""
     bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most:,}")

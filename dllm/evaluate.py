@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .comm import runtime
@@ -24,11 +24,13 @@ examples
   python -m dllm.evaluate RUN
   mpirun -n 8 python -m dllm.evaluate RUN --split valid --checkpoint last
   python -m dllm.evaluate MODEL --data DIR          a model folder, or a run on another corpus of the same vocabulary
+  python -m dllm.evaluate MODEL --precision int8    perplexity of what dllm.serve --precision int8 gives, and that of fp32
   mpirun -n 8 python -m dllm.evaluate MODEL --pairs                        exact match, BLEU and ROUGE of the test split
   python -m dllm.evaluate MODEL --pairs news.en news.de --write out.de     the same of other files; what the model says
 
 The loss is in nats a token; perplexity is its exponential. State is carried over the whole split, in as many lanes as
-train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end to end).
+train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end to end). With --precision bf16 or int8 it is
+that of the products that dllm.serve and dllm.generate take with it, and perplexity_fp32 stands beside it.
 
 --pairs is for models of pairs: the likeliest target of every source, each alone, compared with the target that belongs to it,
 of the split or of two files. exact_match, bleu and rougeL are in per cent; the loss is that of targets with their end. It
@@ -53,6 +55,8 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
     gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
+    if options.precision != "fp32" and model.dtype == "float64":
+        raise UserError.of_all(f"{options.model} has parameters of float64: --precision {options.precision} is for float32")
     measure = _measure_split if options.pairs is None else _measure_pairs
     measure(comm, node, options, model)
     runtime.finish(comm)
@@ -68,6 +72,7 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
     parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, a line for each source")
+    cli.add_precision(parser)
     options = parser.parse_args(argv)
     if options.pairs is not None and len(options.pairs) not in (0, 2):
         parser.error("argument --pairs: it takes SRC and TGT, or nothing")
@@ -80,6 +85,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     """Print the loss of a split."""
     from .inference.evaluation import Evaluation, corpus_of
     from .kernels.team import Team
+    from .model.precision import described, products_of
     from .training.warmup import warm_up
 
     settings, split, warn = model.settings, options.split, cli.warn_once(comm)
@@ -88,10 +94,26 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     corpus, private = corpus_of(comm, node, model, options.model, data=options.data, split=split)
     with leader_first(node):
         warm_up(settings)
-    result = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads), warn).run(model.vector)
+        _warm_up_decoder(model, options.precision)
+    evaluation = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads), warn)
+    result = evaluation.run(model.vector)
+    if options.precision != "fp32":
+        plain, result = result["perplexity"], evaluation.run(model.vector, precision=options.precision)
+        result |= {"precision": products_of(options.precision, model.dtype), "perplexity_fp32": plain}
     if comm.rank == 0:
         print(printable(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}"))
+        if options.precision != "fp32":
+            found, change = result["perplexity"], result["perplexity"] / plain - 1
+            print(f"{described(options.precision)}: perplexity {found:.4f}, in fp32 {plain:.4f}, {change:+.3%}")
         print(json.dumps(result), flush=True)
+
+
+def _warm_up_decoder(model: LoadedModel, precision: str) -> None:
+    """Compile what a Decoder needs, where it is to be measured."""
+    from .model.decoder import Decoder
+
+    if precision != "fp32":
+        Decoder(model.model(1), 1, precision).warm_up()
 
 
 def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
@@ -101,6 +123,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     from .inference import answering
     from .inference.evaluation import corpus_of
     from .kernels.team import Team
+    from .model.precision import described, products_of
     from .training.warmup import warm_up
 
     tokenizer, train = model.tokenizer, model.settings.train
@@ -120,10 +143,12 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
     with leader_first(node):
         warm_up(model.settings)
+        _warm_up_decoder(model, options.precision)
     lanes = options.lanes or train.eval_lanes or train.lanes
     with runtime.together(comm):
         language_model = model.model(train.window, lanes, Team(node.threads))
-    texts, losses = answering.solve(comm, language_model, tokenizer, pairs, lanes, limit=train.window)
+    solved = answering.solve(comm, language_model, tokenizer, pairs, lanes, limit=train.window, precision=options.precision)
+    texts, losses = solved
     with runtime.together(comm):
         if comm.rank == 0:
             if options.write:
@@ -137,7 +162,11 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
                     f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each"
                 )
             )
-            print(json.dumps({"split": what, **answering.measure(pairs, texts, losses)}), flush=True)
+            measured: dict[str, Any] = {"split": what, **answering.measure(pairs, texts, losses)}
+            if options.precision != "fp32":
+                print(described(options.precision))
+                measured["precision"] = products_of(options.precision, model.dtype)
+            print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ examples
   python -m dllm.generate MODEL --beams 8 --tokens 30              the likeliest text that a search finds
   python -m dllm.generate MODEL --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
   python -m dllm.generate MODEL --source "en 4071"                 the target, of a model of pairs
+  python -m dllm.generate MODEL --precision int8                   as dllm.serve --precision int8 would continue it
 """
 
 
@@ -35,10 +36,13 @@ def generate(argv: list[str]) -> int:
 
     from .inference.generation import Sampling, continuation, decode
     from .inference.loaded_model import LoadedModel
+    from .model.precision import described
 
     model = LoadedModel.open(options.model, options.checkpoint == "best")
     for warning in model.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
+    if options.precision != "fp32":
+        print(f"dllm: {described(options.precision, model.dtype)}", file=sys.stderr)
     prompt, temperature = _prompt(options, model.tokenizer), options.temperature
     if temperature is None:
         temperature = Sampling.temperature if options.source is None else 0
@@ -48,7 +52,8 @@ def generate(argv: list[str]) -> int:
         if not options.json:
             print(text, end="", flush=True)
 
-    found = continuation(model, prompt, options.tokens, sampling, options.beams)  # with --beams all of it, which may fail
+    # With --beams all of it, which may fail:
+    found = continuation(model, prompt, options.tokens, sampling, options.beams, options.precision)
     show(options.prompt)
     text, tokens = "", []
     for token, piece in decode(model.tokenizer, found):
@@ -78,6 +83,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="default: 1")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
+    cli.add_precision(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end instead of streaming")
     options = parser.parse_args(argv)
     if options.source is not None and options.prompt:

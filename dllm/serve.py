@@ -68,7 +68,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run, or ipfs://CID")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
+    cli.add_precision(parser)
     parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
     options = parser.parse_args(argv)
     if options.port > 65535:
@@ -144,7 +144,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
         if options.precision != "fp32":
-            print(f"dllm: {described(options.precision)}", flush=True)
+            print(f"dllm: {described(options.precision, model.dtype)}", flush=True)
     code = server.run(stopping)
     server.leave(code)
     return code

@@ -172,8 +172,8 @@ def multiply_by_vectors(c: Array, c_row: int, a: Array, a_row: int, b: Array, M:
 
 
 def tallest(a: Array) -> int:
-    """Rows of a tile of one panel: where all of a fit, B is read once, from wherever it is. Pairs of bfloat16 do not gain by
-    it.
+    """Rows of a tile of one panel: where all of a fit, B is read once, from wherever it is. Words of several numbers gain
+    nothing.
     """
     raise NotImplementedError("for kernels only")
 
@@ -181,7 +181,7 @@ def tallest(a: Array) -> int:
 @overload(tallest, inline="always")
 @no_type_check
 def _tallest(a):
-    most = ROWS if a.dtype == types.uint32 else TALLEST
+    most = TALLEST if isinstance(a.dtype, types.Float) else ROWS
     return lambda a: most
 
 

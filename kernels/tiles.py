@@ -9,7 +9,8 @@ Numba cannot promise that the sums stay in registers, so the loop is written in 
 number of rows and panels, for the vectors of the machine it runs on. What panels are stands in gemm.py. Addresses are
 plain integers: nothing here knows where an array ends.
 
-A step of k is one word: a float32, a float64, or a pair of bfloat16, whose products are added up in float32.
+A step of k is one word: a float32, a float64, a pair of bfloat16, whose products are added up in float32, or four bytes
+(int8.py), whose products are added up in int32.
 """
 
 from typing import no_type_check
@@ -48,7 +49,8 @@ def multiply_tile(typingctx, kind, rows, panels, add, K, a, a_jump, b, b_jump, c
     """c (rows, panels) = a @ b, added to what c holds where `add` is not 0, over K words.
 
     Word (row,k) of a is at a + 64 row + size (k mod R) + a_jump (k div R), R = 64 / size; vector (k,panel) of b at
-    b + 64 k + b_jump panel; vector (row,panel) of c at c + 64 row + c_jump panel. `kind` is a word of a.
+    b + 64 k + b_jump panel; vector (row,panel) of c at c + 64 row + c_jump panel. `kind` is a word of a: a float, a uint32
+    for a pair of bfloat16, an int32 for four bytes.
     """
     return types.void(kind, *[types.int64] * 10), _generator(kind, False)
 
@@ -88,8 +90,8 @@ class _Tiles:
         c: ir.Value,
         c_jump: ir.Value,
     ) -> None:
-        self.builder, self.transposed, self.pairs = builder, transposed, kind == types.uint32
-        self.element = ir.DoubleType() if kind == types.float64 else ir.FloatType()
+        self.builder, self.transposed, self.kind = builder, transposed, kind
+        self.element = ir.DoubleType() if kind == types.float64 else _I32 if kind == types.int32 else ir.FloatType()
         self.size = 8 if kind == types.float64 else 4
         self.lanes = VECTOR // self.size
         self.vector = ir.VectorType(self.element, self.lanes)
@@ -172,7 +174,10 @@ class _Tiles:
         return self.builder.shuffle_vector(one, undefined, ir.Constant(places, [0] * self.lanes))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        if self.pairs:
+        if self.kind == types.int32:
+            function = self.function(f"llvm.x86.avx512.vpdpbusd.{8 * VECTOR}", *[self.vector] * 4)
+            return self.builder.call(function, [c, a, b])
+        if self.kind == types.uint32:
             halves = ir.VectorType(BFloat(), 2 * self.lanes)
             function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, self.vector, halves, halves)
             return self.builder.call(function, [c, self.builder.bitcast(a, halves), self.builder.bitcast(b, halves)])

@@ -22,6 +22,7 @@ from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from .decoded_losses import DecodedLosses
 from .evaluation import perplexity
 from .generation import beam_search, greedy, source_prompt
 
@@ -76,7 +77,7 @@ def answers(
     return [text[:-1] if text[-1:] == [tokenizer.end] else text for text in found]
 
 
-def pair_losses(model: LanguageModel, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
+def pair_losses(model: LanguageModel | DecodedLosses, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
     """The loss (B,) of each target with its <end>, in nats, float64; at most as many pairs as the model has lanes."""
     rows = [np.concatenate([source_prompt(tokenizer, pair[0]), pair[1], [tokenizer.end]]) for pair in pairs]
     width, config = max(map(len, rows)) - 1, model.config
@@ -94,24 +95,32 @@ def pair_losses(model: LanguageModel, tokenizer: Tokenizer, pairs: Sequence[Pair
 
 
 def solve(
-    comm: MPI.Comm, model: LanguageModel, tokenizer: Tokenizer, pairs: Sequence[Pair], lanes: int, limit: int
+    comm: MPI.Comm,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    lanes: int,
+    limit: int,
+    precision: str = "fp32",
 ) -> tuple[list[str], Array]:
     """For every pair the text that the model gives, and the loss of its target (n,) in nats. Collective.
 
     lanes : at most the model's, pairs of a batch
     limit : tokens of a text at most
+    precision : of the Decoder; but for "fp32" of what makes the losses, too
     """
     order = sorted(range(len(pairs)), key=lambda number: (-len(pairs[number][0]), number))
     batches = [order[start : start + lanes] for start in range(0, len(order), lanes)]
     numbers, texts, losses = list[int](), list[str](), list[float]()
     with together(comm):
-        decoder = Decoder(model, lanes)
+        decoder = Decoder(model, lanes, precision)
+        scorer = model if precision == "fp32" else DecodedLosses(model, lanes, precision)
         for batch in batches[comm.rank :: comm.size]:
             part = [pairs[number] for number in batch]
             found = answers(decoder, tokenizer, [pair[0] for pair in part], limit)
             numbers += batch
             texts += [" ".join(as_text(tokenizer, tokens).split()) for tokens in found]
-            losses += pair_losses(model, tokenizer, part).tolist()
+            losses += pair_losses(scorer, tokenizer, part).tolist()
     everyone = allgather(comm, (numbers, texts, np.array(losses)), tuple[list[int], list[str], np.ndarray])
     answered = sorted(one for part in everyone for one in zip(*part, strict=True))
     return [text for _, text, _ in answered], np.array([loss for _, _, loss in answered])

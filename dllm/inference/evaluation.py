@@ -22,6 +22,7 @@ from ..kernels.team import Team
 from ..kernels.types import Array, DType
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
+from .decoded_losses import DecodedLosses
 from .loaded_model import LoadedModel
 
 if TYPE_CHECKING:
@@ -115,14 +116,16 @@ class Evaluation:
         with together(comm):
             self.model = LanguageModel(layout, window, width, training=False, team=team)
 
-    def run(self, theta: Array, between: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    def run(self, theta: Array, between: Callable[[], object] = lambda: None, precision: str = "") -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
 
         loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
-        papers have it. between() is called after each window.
+        papers have it. between() is called after each window. precision: that of a Decoder that does it.
         """
         B, config = len(self.lanes.starts), self.model.config
         self.model.bind(theta)
+        with together(self.comm):
+            model = DecodedLosses(self.model, B, precision) if precision else self.model
         h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
         c = np.zeros_like(h)
         totals = np.zeros(self.schedule.windows)
@@ -131,7 +134,7 @@ class Evaluation:
                 tokens, targets = self.lanes.window(number, self.schedule.width(number))
                 if self.fresh:
                     h[:], c[:] = 0, 0
-                totals[number] = self.model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                totals[number] = model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 between()
         tokens = self.schedule.per_epoch
         everyones = total(self.comm, totals)

@@ -50,9 +50,14 @@ def source_prompt(tokenizer: Tokenizer, source: str | Array) -> Array:
     return np.concatenate([[tokenizer.end], tokens, [tokenizer.sep]]).astype(np.int64)
 
 
-def continuation(model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None) -> Iterator[int]:
-    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts."""
-    decoder = Decoder(model.model(WINDOW), beams or 1)
+def continuation(
+    model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None, precision: str = "fp32"
+) -> Iterator[int]:
+    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts.
+
+    precision : "fp32", "bf16" or "int8", of products
+    """
+    decoder = Decoder(model.model(WINDOW), beams or 1, precision)
     if beams:
         ((found, _),) = beam_search(decoder, [prompt], tokens, beams, end=model.tokenizer.end)
         return iter(found)

@@ -6,25 +6,23 @@ every element of a product is a sum over k in one order (gemm.py), all else is d
 is the same numbers in the same order.
 
 Weights are made ready once: of the output layer the transpose, so that logits of one stream are read as fast as those of
-many, and with bfloat16 all factors.
+many, and with bfloat16 and int8 all factors (products.py). The embedding, states, cells and probabilities stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
-from ..kernels.gemm import multiply
-from ..kernels.lstm import forward_steps
-from ..kernels.operands import Operands
 from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states, take_rows
-from ..kernels.team import new_barrier
-from ..kernels.tiles import PANELS
 from ..kernels.types import Array
 from .language_model import LanguageModel
+from .precision import products_of
+from .products import products
 
 
 class Decoder:
@@ -35,8 +33,9 @@ class Decoder:
     model : LanguageModel
         With parameters; these, its threads and its window are used.
     slots : int
-    bf16 : bool
-        Products of bfloat16; the results differ from those of float32, and are as repeatable.
+    precision : "fp32", "bf16" or "int8"
+        Of products, as far as this processor has them and the model is of float32 (precision.py); "fp32": as the model is. The
+        results differ, and are as repeatable.
 
     Attributes
     ----------
@@ -46,26 +45,22 @@ class Decoder:
         Of the model. `read_texts` cuts texts into windows; memory grows with them, results do not depend on them.
     """
 
-    def __init__(self, model: LanguageModel, slots: int, bf16: bool = False) -> None:
+    def __init__(self, model: LanguageModel, slots: int, precision: str = "fp32") -> None:
         self.config, self.layout, self.dtype = model.config, model.layout, model.dtype
         self.vocabulary, self.window = model.vocabulary, model.window
-        self.operands = Operands(model.dtype, bf16, model.operands.team)
+        self._products = products(products_of(precision, model.dtype), model.dtype, model.operands.team)
+        self._operands = self._products.operands
         H, p, R = self.config.hidden, self.layout.arrays(model.theta), self.layout.R
-        self._layers: list[tuple[Array | None, Array, Array]] = []
+        self._layers: list[tuple[Any, Any, Array]] = []
         for layer in range(self.config.layers):
             Wx, Wh, b = p.get(f"lstm.{layer}.x"), p[f"lstm.{layer}.h"], p[f"lstm.{layer}.b"].sum(axis=1)
-            x = None if Wx is None else self._right(f"{layer}x", Wx)  # one-hot inputs have none
-            self._layers.append((x, self._right(f"{layer}h", Wh), b))
+            x = None if Wx is None else self._products.right(f"{layer}x", Wx, Wx.shape[1])  # one-hot inputs have none
+            self._layers.append((x, self._products.right(f"{layer}h", Wh, H), b))
         W = p["output"]
         self._table = W if self.config.tied else p["embedding"]
-        self._W, self._b = self.operands.transposed("output", W, 0, self.vocabulary), W[H // R, :, H % R].copy()
-        self._scratch = Scratch(self.vocabulary, self.operands.team.size)
+        self._W, self._b = self._products.right_of_transpose("output", W, H), W[H // R, :, H % R].copy()
+        self._scratch = Scratch(self.vocabulary, self._operands.team.size)
         self.states = np.zeros((slots, self.config.layers, 2, -(-H // R), R), self.dtype)
-
-    def _right(self, name: str, W: Array) -> Array:
-        """W ready to be the right factor of a product."""
-        ready: Array = self.operands.pairs(name, W, 0, W.shape[1])[0]
-        return ready
 
     def read(self, tokens: Array, slots: Array, lengths: Array | None = None) -> None:
         """Let the streams in `slots` go on.
@@ -80,19 +75,17 @@ class Decoder:
         """
         T, B = tokens.shape
         lengths = np.full(B, T) if lengths is None else lengths
-        operands, dtype, (P, R) = self.operands, self.dtype, self.states.shape[3:]
-        h, c = (operands.empty(name, (P, (T + 1) * B, R), dtype) for name in "hc")
-        gates = operands.empty("gates", (4 * P, T * B, R), dtype)
+        dtype, (P, R), H = self.dtype, self.states.shape[3:], self.config.hidden
+        h, c = (self._operands.empty(name, (P, (T + 1) * B, R), dtype) for name in "hc")
+        gates = self._operands.empty("gates", (4 * P, T * B, R), dtype)
         (x, row), K = self._embed(tokens.reshape(-1), gates), self.config.embedding
         for layer, (Wx, Wh, b) in enumerate(self._layers):
-            if x is not None and Wx is not None:
-                self._multiply(gates, x, row, Wx, T * B, K)
+            if x is not None:
+                self._products.multiply(gates, x, row, Wx, K)
             load_states(h, c, self.states, slots, layer)
-            left, team = operands.like("left", h), operands.team
-            arguments = h, c, gates, left, Wh, operands.depth(self.config.hidden), b, T, B, new_barrier(), team.size
-            team.run(lambda part: forward_steps(*arguments, part))
+            self._products.forward_steps(h, c, gates, Wh, b, T, B, H)
             store_states(self.states, h, c, slots, lengths, layer)
-            x, row, K = h, B, self.config.hidden
+            x, row, K = h, B, H
         self._top, self._last = h, (B, T * B)
 
     def read_texts(self, texts: Sequence[Array], slots: Array) -> None:
@@ -118,12 +111,12 @@ class Decoder:
             Of the tokens of the last `read`, t B + n, those that the rows of `choice` are for; default: those of its last step.
         """
         y, (B, first), count = self._top, self._last, len(wants)
-        operands, R = self.operands, self.layout.R
+        operands, R = self._operands, self.layout.R
         if rows is not None:
             y, first = operands.empty("rows", (len(y), count, R), self.dtype), 0
             take_rows(y, self._top, B, rows)
-        z = operands.empty("z", (len(self._W), count, R), self.dtype)
-        self._multiply(z, y, first, self._W, count, self.config.hidden)
+        z = operands.empty("z", (-(-self.vocabulary // R), count, R), self.dtype)
+        self._products.multiply(z, y, first, self._W, self.config.hidden)
         draw(choice, wants, z, self._b, self._scratch, operands.team)
 
     def top(self, slot: int) -> Array:
@@ -145,20 +138,10 @@ class Decoder:
         if not E:
             gates_forward(gates, tokens, self._table)
             return None, 0
-        x = self.operands.empty("embedded", (-(-E // R), len(tokens), R), self.dtype)
+        x = self._operands.empty("embedded", (-(-E // R), len(tokens), R), self.dtype)
         x[-1] = 0  # beyond E
         if self.config.tied:
             tied_embedding_forward(x, tokens, self._table, E)
         else:
             embedding_forward(x, tokens, self._table)
         return x, 0
-
-    def _multiply(self, c: Array, a: Array, row: int, b: Array, M: int, K: int) -> None:
-        """c = a @ b, M rows of a from `row` on; the threads share the columns, so that they share what few rows cost too."""
-        operands = self.operands
-        (a, row), K = operands.words("words", a, row, M), operands.depth(K)
-
-        def by_columns(first: int, last: int) -> None:
-            multiply(c[first:last], 0, a, row, b[first:last], M, K, False)
-
-        operands.team.share(by_columns, len(c), PANELS)

@@ -21,7 +21,6 @@ from ..kernels.sample import BAD, Choice
 from ..kernels.team import Team
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
-from ..model.precision import uses_bf16
 from .prefix_cache import PrefixCache
 from .requests import MAX_LOGPROBS, Deliver, Event, Finished, Full, Request, Stopped, Stream, Token
 from .scheduler import WINDOW, Scheduler
@@ -51,8 +50,8 @@ class Engine:
         Of states that are kept behind prefixes.
     queue : int
         Streams that may wait.
-    precision : "fp32" or "bf16"
-        bf16: products of bfloat16 where the processor is faster with them. fp32: as the model is.
+    precision : "fp32", "bf16" or "int8"
+        Of products, as Decoder has it.
     window : int
         Tokens of a prompt that are read at a time at most.
     """
@@ -63,7 +62,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.slots, self.queue = slots, queue
         model = source.model(1, 1, Team(threads))
-        self.decoder = Decoder(model, slots, uses_bf16(precision) and model.dtype == np.float32)
+        self.decoder = Decoder(model, slots, precision)
         self.cache = PrefixCache(cache_bytes)
         self.scheduler = Scheduler(slots, window)
         self._choice, self._scored = Choice(slots, MAX_LOGPROBS), Choice(SCORED, MAX_LOGPROBS)

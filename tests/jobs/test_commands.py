@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 from helpers.faults import in_each_step
 from helpers.launch import REFUSED, Job, complaint, mpirun, train_arguments
@@ -13,6 +14,7 @@ from helpers.run_files import metrics
 
 import dllm
 from dllm import config
+from dllm.model.precision import described, products_of
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
@@ -63,6 +65,25 @@ def test_evaluate_agrees_with_the_run_on_any_number_of_ranks(world):
         assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"], rel=1e-6)
         assert result["bits_per_token"] == pytest.approx(result["loss"] / 0.6931471805599453, rel=1e-6)
         assert complaint(done) == ""
+
+
+def test_evaluate_measures_what_is_served_beside_fp32(world):
+    options = "run", "--split", "valid", "--checkpoint", "last", "--precision", "int8"
+    found = []
+    for ranks in (0, 2):
+        done = mpirun(ranks, "-m", "dllm.evaluate", *options, cwd=world, check=True)
+        *_, says, result = done.stdout.splitlines()
+        assert complaint(done) == ""
+        assert says.startswith(f"{described('int8')}: perplexity ")
+        found.append(json.loads(result))
+    one, two = found
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    assert one["precision"] == products_of("int8", np.float32)
+    last = metrics(world / "run", "valid")[-1]
+    assert one["tokens"] == last["tokens"]
+    assert one["perplexity_fp32"] == pytest.approx(last["perplexity"], rel=1e-5)
+    assert one["perplexity"] == pytest.approx(last["perplexity"], rel=5e-3)
+    assert (one["perplexity"] == one["perplexity_fp32"]) <= (one["precision"] == "fp32")
 
 
 def test_a_short_run_shows_header_sample_and_what_to_type_next_once_and_no_warnings(world, tmp_path):

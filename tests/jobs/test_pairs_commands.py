@@ -14,6 +14,7 @@ from helpers.several_commands import run_several
 
 from dllm.data.corpus import Corpus
 from dllm.inference import answering
+from dllm.model.precision import products_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from benchmarks import translation
@@ -120,6 +121,10 @@ REFUSALS = {  # command: what the message says
     "an empty line": ("dllm.evaluate straight --pairs gap gap", "gap is empty at line 2: take the line out of both"),
     "an unknown word": ("dllm.evaluate straight --pairs one one", "one line 1 has a word that is not among the vocabulary's"),
     "no folder to write to": ("dllm.evaluate straight --pairs --write no/file", "cannot write --write no/file: No such"),
+    "float64": (
+        "dllm.evaluate straight --pairs --precision int8",
+        "straight has parameters of float64: --precision int8 is",
+    ),
     "prompt for pairs": ("dllm.generate straight --prompt a", "straight was trained on pairs: give --source"),
     "text and pairs": ("dllm.generate straight --prompt a --source b", "give either --prompt or --source"),
 }
@@ -203,6 +208,10 @@ def test_numbers_are_spelt_in_two_languages_as_well_as_anybody_could_and_on_any_
     assert results[0]["exact_match"] == pytest.approx(sum(map(str.__eq__, said, wanted)) / 10)
     assert results[0]["exact_match"] >= 99
     assert min(results[0]["bleu"], results[0]["rougeL"]) >= 99
+    int8 = last_line(mpirun(2, "-m", "dllm.evaluate", run, "--pairs", "--precision", "int8", check=True))
+    assert int8["precision"] == products_of("int8", np.float32)
+    assert int8["exact_match"] >= 99
+    assert int8["perplexity"] == pytest.approx(results[0]["perplexity"], rel=0.01)
     spoken = mpirun(0, "-m", "dllm.generate", run, "--source", "de 4 0 7 1", check=True).stdout
     assert spoken.split() == ["vier", "tausend", "ein", "und", "siebzig"]
     sources = files[0].read_text().splitlines()[:50]

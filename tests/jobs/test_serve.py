@@ -10,11 +10,12 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from helpers.launch import mpirun
+from helpers.launch import complaint, mpirun
 from helpers.numerics import reference
 from helpers.server import Server, texts
 
 from dllm.inference.loaded_model import LoadedModel
+from dllm.model.precision import described
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,17 @@ def client(server):
 @pytest.fixture(scope="module")
 def bundle(world):
     return LoadedModel.open(world / "run")
+
+
+def test_int8_is_served_as_generate_and_evaluate_have_it(world):
+    words = "-m", "dllm.generate", "run", "--prompt", "To be", "--tokens", 40, "--temperature", 0, "--precision", "int8"
+    alone = mpirun(0, *words, cwd=world, check=True)
+    with Server(world / "run", "--precision", "int8", ranks=1) as server:
+        (text,) = texts(server.complete(max_tokens=40, temperature=0))
+        says = f"dllm: {described('int8')}\n"
+        server.until(lambda: says in server.out, "a line about int8")
+    assert alone.stdout == f"To be{text}\n"
+    assert complaint(alone) == says
 
 
 def test_openai_client_completes(client, bundle):

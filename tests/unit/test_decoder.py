@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.numerics import DTYPES, EVERY_KIND, KINDS, V, build, configured, reference
 
+from dllm.kernels.int8 import HOW
 from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice
 from dllm.kernels.team import Team
@@ -51,17 +52,17 @@ def test_states_and_probabilities_are_those_of_the_model(kind, hidden, dtype):
 
 @EVERY_KIND
 @pytest.mark.parametrize("hidden", [6, 33])
-@pytest.mark.parametrize("precision", ["fp32", "fp64", *(["bf16"] if BF16 else [])])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", *["bf16"] * bool(BF16), *["int8"] * bool(HOW)])
 def test_a_stream_is_the_same_to_the_bit_alone_token_by_token_and_by_two_threads(kind, hidden, precision):
     _, model = made(kind, hidden, np.float64 if precision == "fp64" else np.float32)
     tokens = np.random.default_rng(2).integers(0, V, (T, B))
     lengths = np.array([8, 3, 5, 1, 8])
-    decoder = Decoder(model, 9, precision == "bf16")
+    decoder = Decoder(model, 9, precision)
     decoder.read(tokens, SLOTS, lengths)
     expected = told(decoder, SLOTS, (lengths - 1) * B + np.arange(B))
     for threads in (1, 2):
         model.operands.team = Team(threads)
-        other = Decoder(model, 2, precision == "bf16")
+        other = Decoder(model, 2, precision)
         for n in range(B):
             other.states[1] = 0
             for t in range(lengths[n]):

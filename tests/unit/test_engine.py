@@ -9,6 +9,7 @@ from helpers.numerics import Bundled, V, build, configured, in_panels, reference
 
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel
+from dllm.kernels.int8 import HOW
 from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
@@ -18,7 +19,7 @@ from dllm.serving.requests import Finished, Full, Request, Stopped, Token
 
 LIMIT = 60  # seconds, of any wait
 CONFIG = configured(hidden=18, embedding=7)
-PRECISIONS = ["fp32", *(["bf16"] if BF16 else [])]
+PRECISIONS = ["fp32", *["bf16"] * bool(BF16), *["int8"] * bool(HOW)]
 
 
 class Inbox:
