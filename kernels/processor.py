@@ -79,4 +79,4 @@ BF16 = bf16_products(FEATURES, AMX, vendor())
 
 def facts() -> str:
     """All that the kernels' code depends on beside Numba's own key: the processor's name and features."""
-    return f"{VECTOR} {REGISTERS} {BF16_INSTRUCTIONS} {VNNI} {AMX} {AMX_INT8} {BF16} {L2}"
+    return f"{VECTOR} {REGISTERS} {BF16_INSTRUCTIONS} {VNNI} {AMX} {AMX_INT8} {L2}"

@@ -14,8 +14,11 @@ from numba import types
 from dllm.kernels import amx, processor
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = ("tiles", "gemm", "lstm", "softmax", "model", "decoder", "engine")
-CHOSEN = "test_tiles or ((bf16 or bfloat16) and not narrower and not rounding)"
+FILES = ("tiles", "gemm", "lstm", "softmax", "factors", "model", "decoder", "engine", "int8")
+CHOSEN = (
+    "test_tiles or (test_factors and steps) or ((bf16 or bfloat16) and not narrower and not rounding) "
+    "or (int8 and (same or within_their_arrays or whole_numbers or largest_sums or stays_in_its_row))"
+)
 C, A, B = (("tmm0", "tmm2"), ("tmm1", "tmm3")), ("tmm4", "tmm5"), ("tmm6", "tmm7")  # by panels; above, below; by panels
 
 
