@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.optim import sum_of_squares
+from ..kernels.rows import clear_rows
 from ..kernels.types import Array
 from .averaging import Averaging, Gradient, Table
 from .control import Control
@@ -105,7 +106,10 @@ class Allreduce(Averaging):
         return Gradient(self.parts, self.rows if self.sparse else None, self.squares)
 
     def clear(self) -> None:
-        self.table[self.rows if self.sparse else slice(None)] = 0
+        if self.sparse:
+            clear_rows(self.table, self.rows)
+        else:
+            self.table[:] = 0
 
     def describe(self) -> str:
         return f"allreduce in {len(self.buckets)} buckets while backward runs"

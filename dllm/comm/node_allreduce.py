@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.reduce import copy, fence, sum_ranks, sum_ranks_of_rows
+from ..kernels.rows import copy_rows, scatter_rows, squares_of_rows
 from .allreduce import Allreduce
 from .averaging import Gradient, Table
 from .control import Control
@@ -159,17 +160,20 @@ class NodeAllreduce(Allreduce):
         if self.peers.size > 1:
             part, total = total, np.empty_like(total)
             self._wait(self.peers.Iallreduce(part, total))
-        self._suspect(total, self.table[mine])
-        self.table[mine] = total
+        if not np.isfinite(total).all():
+            self._suspect(total, self.table[mine])
+        scatter_rows(self.table, mine, total)
         self._count(total.size)
         self._say(SUMMED, self.before + self.stages)
         while not self._all(SUMMED, self.before + self.stages):
             self._rest()
         for rank, rows in enumerate(shards):
             if rank != self.node.rank:
-                theirs = self.memory.vectors[rank][self.start : self.vector.size].reshape(self.table.shape)[rows]
-                self._suspect(theirs, self.table[rows])
-                self.table[rows] = theirs
+                theirs = self.memory.vectors[rank][self.start : self.vector.size].reshape(self.table.shape)
+                squares = squares_of_rows(theirs, rows)
+                if not math.isfinite(squares):
+                    self._suspect(squares, self.table[rows])
+                copy_rows(self.table, theirs, rows)
 
     def _say(self, what: int, count: int) -> None:
         fence()

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..comm.averaging import Gradient
 from ..kernels.optim import adam_update, rmsprop_update, sgd_update, sum_of_squares
+from ..kernels.rows import copy_rows, gather_rows, scatter_rows, squares_of_rows
 from ..kernels.team import Team
 from ..kernels.types import Array
 
@@ -46,7 +47,9 @@ class Optimizer(ABC):
 
     def __init__(self, config: TrainConfig, table: Extent | None, team: Team | None = None) -> None:
         self.config, self.table, self.team = config, table, team or Team()
-        self._moved: Array | slice = slice(None)  # rows of the embedding that the step before has moved
+        self._moved = np.arange(
+            table.shape[0] if table else 0
+        )  # rows of the embedding that the step before has moved; at first all
 
     def step(
         self, state: State, gradient: Gradient, lr: float, out: State | None = None, factors: Factors | None = None
@@ -68,8 +71,7 @@ class Optimizer(ABC):
         dense = _blocks(parts if rows is None else parts[:-1], edges)
         squares = self._squares(dense) if squares is None else squares
         if rows is not None:
-            of_rows = self._rows(parts[-1][1])[rows].reshape(-1)
-            squares += sum_of_squares(of_rows)
+            squares += squares_of_rows(self._rows(parts[-1][1]), rows)
         norm = math.sqrt(squares)  # NaN stays NaN
         by_norm = self.config.clip and self.config.clip_by == "norm"
         factor = self.config.clip / norm if by_norm and norm > self.config.clip else 1.0
@@ -97,11 +99,13 @@ class Optimizer(ABC):
             return norm
         old, new = (self._rows(version.theta[parts[-1][0] :]) for version in (state, out))
         if out is not state:  # where they differ: in the rows of the step before
-            new[self._moved] = old[self._moved]
+            copy_rows(new, old, self._moved)
             self._moved = rows
-        theta_of_rows = old[rows].reshape(-1)
-        self._update(theta_of_rows, of_rows, [], *common)
-        new[rows] = self._rows(theta_of_rows)
+        theta, slopes = np.empty((2, len(rows), old.shape[1]), old.dtype)
+        gather_rows(theta, old, rows)
+        gather_rows(slopes, self._rows(parts[-1][1]), rows)
+        self._update(theta.reshape(-1), slopes.reshape(-1), [], *common)
+        scatter_rows(new, rows, theta)
         return norm
 
     @abstractmethod

@@ -14,6 +14,7 @@ from ..comm import compression
 from ..comm.averaging import Gradient
 from ..config import Config, ModelConfig
 from ..kernels import reduce
+from ..kernels import rows as rows_kernels
 from ..kernels.types import DType
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
@@ -34,6 +35,7 @@ def warm_up(config: Config) -> None:
     dtype = DTYPES[config.train.precision]
     _one_step(config, dtype)
     reduce.warm_up(dtype)
+    rows_kernels.warm_up(dtype)
     compression.warm_up(config.averaging.compression, dtype)
 
 
