@@ -112,7 +112,7 @@ def test_products_of_bfloat16_are_those_of_the_manual_to_the_bit(smallest):
         assert np.isnan(c[:, columns:]).all()
 
 
-@pytest.mark.skipif(not processor.AMX_INT8, reason="this processor has tiles without int8")
+@pytest.mark.skipif(not processor.AMX_INT8, reason="there are no tiles of int8 here")
 @pytest.mark.parametrize("product", UNSIGNED)
 def test_products_of_bytes_are_those_of_the_manual(product):
     run = by_instructions(product)
