@@ -100,7 +100,7 @@ class _Tiles:
         end = builder.append_basic_block("end")
         switch = builder.switch(builder.add(builder.mul(panels, _I64(TALLEST + 1)), rows), end)
         for width in range(1, PANELS + 1):
-            most = TALLEST if width == 1 else ROWS
+            most = TALLEST if width == 1 and isinstance(kind, types.Float) else ROWS
             for height in range(1, min(most, 8 if transposed else most) + 1):
                 block = builder.append_basic_block(f"tile{height}x{width}")
                 switch.add_case(_I64(width * (TALLEST + 1) + height), block)
