@@ -171,8 +171,8 @@ def _blocks(parts: Parts, edges: Array | None = None) -> Parts:
         while at < len(part):
             stop = min(at + BLOCK, len(part))
             if edges is not None and stop < len(part):
-                edge = int(edges[np.searchsorted(edges, first + stop, side="right") - 1]) - first
-                stop = edge if edge > at else stop
+                within = edges[np.searchsorted(edges, first + at, "right") : np.searchsorted(edges, first + stop, "right")]
+                stop = int(within[-1]) - first if len(within) else stop
             blocks.append((first + at, part[at:stop]))
             at = stop
     return blocks

@@ -4,6 +4,8 @@ learning-rate schedules, and ten golden losses of a tiny training run.
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dllm.comm.averaging import Gradient
 from dllm.config import ModelConfig, TrainConfig
@@ -252,3 +254,24 @@ GOLDEN = [
 
 def test_ten_golden_losses():
     np.testing.assert_allclose(golden_losses(), GOLDEN, rtol=1e-10)
+
+
+# blocks
+
+
+@given(
+    size=st.integers(0, 5 * optim.BLOCK),
+    cuts=st.lists(st.integers(0, 8 * optim.BLOCK), max_size=12),
+    first=st.integers(0, 9999),
+)
+@settings(deadline=None)
+def test_blocks_end_at_the_last_edge_that_is_near_enough(size, cuts, first):
+    edges, end = np.unique(np.array(cuts, np.int64)), first + size
+    at = first
+    for start, block in optim._blocks([(first, np.zeros(size, np.int8))], edges):
+        stop = start + len(block)
+        near = edges[(edges > at) & (edges <= at + optim.BLOCK)]
+        assert start == at
+        assert stop == (end if at + optim.BLOCK >= end else near[-1] if len(near) else at + optim.BLOCK)
+        at = stop
+    assert at == end
