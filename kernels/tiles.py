@@ -19,13 +19,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .processor import REGISTERS, VECTOR
+from .processor import REGISTERS, TWICE, VECTOR
 
 ROW = 64  # bytes of a row of a panel
 PANELS = 2 if VECTOR == 64 else 1  # of a tile
 # Of a tile: with two vectors (four of 16 bytes) a row this fills the registers, beside a row of B and a word of A.
 ROWS = {64: 14, 32: 6, 16: 6 if REGISTERS == 32 else 3}[VECTOR]
-TALLEST = 2 * ROWS if PANELS == 2 else ROWS  # of a tile of one panel
+TALLEST = 2 * ROWS if TWICE else ROWS  # of a tile of one panel
 AHEAD = 24  # rows of B that are fetched ahead
 
 

@@ -73,7 +73,6 @@ class Gradient:
     parts: list[tuple[int, Array]]  # (first element, array), one behind the other; with `rows` the last is the embedding's
     rows: Array | None = None  # (n,) int64, rows of the embedding that may differ from zero; None: all of them
     squares: float | None = None  # the sum of squares without those rows, where it is known already
-    release: Callable[[int, int], None] = lambda start, stop: None  # told which elements have been read for good
 
 
 class Verdict(NamedTuple):

@@ -96,12 +96,11 @@ class NodeAllreduce(Allreduce):
         now = time.perf_counter()
         self.exposed_seconds += now - begin
         self.flight_seconds += now - (self.departed or now)
-        return Gradient(self.parts, self.rows if self.sparse else None, self.squares, self.memory.forget)
+        return Gradient(self.parts, self.rows if self.sparse else None, self.squares)
 
     def clear(self) -> None:
         begin = time.perf_counter()
         self._say(READ, self.before)
-        self.memory.forget(0, len(self.vector))  # what was left between the parts, and the table
         while not self._all(READ, self.before):
             self._rest()
         self.exposed_seconds += time.perf_counter() - begin
@@ -121,7 +120,6 @@ class NodeAllreduce(Allreduce):
             if not math.isfinite(squares):  # this rank's own part is overwritten, the others' are not
                 others = (row[shard] for rank, row in enumerate(self.memory.vectors) if rank != self.node.rank)
                 self.unsound = self.unsound or all(np.isfinite(other).all() for other in others)
-            self.memory.forget(shard.start, shard.stop)
             if self.peers.size > 1:
                 self.request = self.peers.Iallreduce(self.vector[shard], self.buffer[: shard.stop - shard.start])
             else:

@@ -19,13 +19,13 @@ READY, SUMMED, READ = 0, 8, 16  # places: stages of the gradient that the rank h
 SQUARES = SUMMED + 1  # place of a float64: the sum of squares of what it has added up
 ALIVE = READ + 1  # place: grows as long as the rank lives (heartbeat.py)
 PAGE = 4096
-LARGE = 100 * 2**20  # bytes
 
 
 class SharedMemory:
     """Vectors (n,P or a little more) of a node's ranks, and their counters (n,COUNTERS), zero at first. Collective over `node`.
 
-    It has no name, so it is gone with the last of its ranks, however that ended.
+    It has no name, so it is gone with the last of its ranks, however that ended. What a rank reads of others counts in its
+    resident memory, too; the node has it once.
 
     Raises OSError on all ranks where one of them cannot have it.
     """
@@ -38,20 +38,6 @@ class SharedMemory:
         self.numbers = self.counters.view(np.float64)
         self.vectors = np.frombuffer(memory, dtype, offset=head).reshape(node.size, -1)
         self.mine = self.vectors[node.rank, :size]
-        self._memory, self._starts = memory, [head + rank * rows for rank in range(node.size) if rank != node.rank]
-        self._large = rows > LARGE
-
-    def forget(self, start: int, stop: int) -> None:
-        """Drop this rank's view of the others' elements [start, stop), which count as memory of every rank that reads them.
-
-        Where vectors are small the view stays: to get it back costs some microseconds a page.
-        """
-        if self._large:
-            for row in self._starts:
-                first = -(-(row + start * self.mine.itemsize) // PAGE) * PAGE
-                last = (row + stop * self.mine.itemsize) // PAGE * PAGE
-                if first < last:
-                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _map(node: MPI.Comm, length: int) -> mmap.mmap:

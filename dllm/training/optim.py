@@ -81,16 +81,11 @@ class Optimizer(ABC):
         if not math.isfinite(norm):
             self._stay(state, out)
             return norm
-        if factors is not None:
+        if factors is None:
+            self._share(state, out, dense, common)
+        else:
             factors.begin(out.theta)
-
-        def done(start: int, stop: int) -> None:
-            gradient.release(start, stop)
-            if factors is not None:
-                factors.take(start, stop)
-
-        self._share(state, out, dense, common, done)
-        if factors is not None:
+            self._share(state, out, dense, common, factors.take)
             factors.finish()
         if rows is None:
             return norm

@@ -112,6 +112,25 @@ print(test_gemm.processor.VECTOR)
     assert int(done.stdout) == (16 if "avx2" in hidden else min(32, processor.VECTOR))
 
 
+@pytest.mark.skipif(not processor.AVX512, reason="tall tiles are of processors with AVX-512")
+def test_products_with_tall_tiles():
+    """What a processor would run that multiplies twice in a cycle."""
+    program = """
+import numpy as np
+from dllm.kernels import processor
+processor.TWICE = True
+import test_gemm
+from dllm.kernels import tiles
+assert tiles.TALLEST == 2 * tiles.ROWS
+for M in (14, 15, 20, 27, 28, 29):
+    for dtype in (np.float32, np.float64):
+        test_gemm.check_products((M, 67, 83), dtype, test_gemm.guarded)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 # bfloat16
 
 
