@@ -8,6 +8,7 @@ Prints one JSON line: {"peak": {"fp32", "bf16": GFLOP/s of the innermost loop, i
 """
 
 import json
+import math
 import sys
 import time
 
@@ -16,6 +17,7 @@ import numpy as np
 from dllm.kernels import gemm, processor, tiles
 from dllm.kernels.compile import kernel
 from dllm.kernels.operands import Operands
+from dllm.kernels.softmax import GROUP
 from dllm.model.language_model import tokens_of_chunk
 
 from .sizes import SIZES
@@ -24,24 +26,30 @@ RUNS = 5
 WORDS, CALLS = (32, 128), 1000  # of two tiles along k: the long one takes 25 KB, or 36 KB of AMX's
 
 
-def products(size):
-    """name -> (M, K, N, how: multiply or multiply_transposed)."""
+def products(size, bf16):
+    """name -> (M, K, N, how: multiply or multiply_transposed). bf16 has no transposed products: it turns a factor before."""
     V, H, B, T = size.vocabulary, size.hidden, size.lanes, size.window
-    tokens = tokens_of_chunk(T * B, V, 16, 4)
+    tokens = tokens_of_chunk(T * B, V, 16, 2 if bf16 else 4)
     return {
         "x Wx": (T * B, H, 4 * H, "multiply"),
         "h Wh": (B, H, 4 * H, "multiply"),
         "da Wh'": (B, 4 * H, H, "multiply"),
         "da Wx'": (T * B, 4 * H, H, "multiply"),
-        "x' da": (H, T * B, 4 * H, "multiply_transposed"),
+        "x' da": (H, T * B, 4 * H, "multiply" if bf16 else "multiply_transposed"),
         "W y'": (V, H, tokens, "multiply"),
-        "p W": (tokens, V, H, "multiply_transposed"),
+        "p W": (H, GROUP, tokens, "multiply") if bf16 else (tokens, V, H, "multiply_transposed"),  # bf16: (p W)', GROUP of V
         "p' fy": (V, tokens, H + 1, "multiply"),
     }
 
 
-def rates(flops, seconds, work):
+def intensity(M, K, N, size):
+    """Operations a byte of a product whose factors have numbers of `size` bytes."""
+    return 2 * M * K * N / (size * (M * K + K * N) + 4 * M * N)
+
+
+def rates(seconds, work, case):
     """GFLOP/s of RUNS runs, each of as many calls as fill its share of the time."""
+    flops = 2 * math.prod(case[:3])
     work()
     begin = time.perf_counter()
     work()
@@ -91,7 +99,7 @@ def own(M, K, N, how, bf16):
     """A call of our product."""
     operands = Operands(np.float32, bf16)
     c, b = gemm.zero_panels(M, N, np.float32), operands.pairs("b", factor(K, N), 0, K)[0]
-    if how == "multiply" or bf16:  # which has no transposed products: whoever needs one makes words of the transpose
+    if how == "multiply":
         a = operands.words("a", factor(M, K), 0, M)[0]
         return lambda: gemm.multiply(c, 0, a, 0, b, M, operands.depth(K), False)
     a = factor(K, M)
@@ -107,16 +115,21 @@ def blas(M, K, N, how):
 
 def main():
     rows, names = [], sys.argv[2:]
-    cases = [(name, product, *case) for name in names for product, case in products(SIZES[name]).items()]
+    cases = [(name, product, case) for name in names for product, case in products(SIZES[name], False).items()]
     seconds = float(sys.argv[1]) / 8
     precisions = ["fp32", *(["bf16"] if processor.BF16 else [])]
     peaks = {precision: peak(seconds, precision == "bf16") for precision in precisions}
-    for name, product, M, K, N, how in cases:
-        flops, row = 2 * M * K * N, {"size": name, "product": product, "shape": [M, K, N]}
-        row["intensity"] = [flops / (size * (M * K + K * N) + 4 * M * N) for size in (4, 2)]
-        row["fp32"] = rates(flops, seconds, own(M, K, N, how, False))
-        row["blas"] = rates(flops, seconds, blas(M, K, N, how))
-        row["bf16"] = rates(flops, seconds, own(M, K, N, how, True)) if processor.BF16 else []
+    for name, product, plain in cases:
+        short = products(SIZES[name], True)[product]
+        row = {
+            "size": name,
+            "product": product,
+            "shape": plain[:3],
+            "intensity": [intensity(*plain[:3], 4), intensity(*short[:3], 2)],
+        }
+        row["fp32"] = rates(seconds, own(*plain, False), plain)
+        row["blas"] = rates(seconds, blas(*plain), plain)
+        row["bf16"] = rates(seconds, own(*short, True), short) if processor.BF16 else []
         rows.append(row)
     print(json.dumps({"peak": peaks, "products": rows}))
 

@@ -72,7 +72,7 @@ def _text(command: list[str]) -> str:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False).stdout
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return ""
 
 

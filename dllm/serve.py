@@ -134,7 +134,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
         listener = listener or listen(options.host, port, shared=True)
     gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint})
+    runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})
     threads = options.threads or node.threads
     engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with leader_first(node):

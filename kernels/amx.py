@@ -21,7 +21,6 @@ numbers there.
 - LLVM keeps tiles apart by the numbers that stand here. Its rules for AMD's processors would rename them; these have no tiles.
 """
 
-from collections.abc import Callable
 from typing import no_type_check
 
 import numpy as np
@@ -97,33 +96,32 @@ def release_tiles(typingctx):
     return types.void(), generate
 
 
-@no_type_check
-def tile_product(instruction: str) -> Callable[..., None]:
-    """The intrinsic for "tdpbf16ps" (words of two bfloat16, float32 sums) or "tdpbusd" (four bytes, int32 sums).
+INSTRUCTIONS = {types.uint32: "tdpbf16ps", types.int32: "tdpbusd"}  # by a word: of two bfloat16 or four bytes
 
-    Arguments: tall, wide, add, spans, a, a_jump, b, b_jump, c, c_jump. Up to 32 rows by two panels of c (+)= a @ b over `spans`
-    spans of k. tall, wide: 1 for two tiles above each other, side by side, else 0; the rows are those of the configuration. a,
-    b and c are addresses; the jumps lead from panel to panel, in bytes.
+
+@intrinsic
+@no_type_check
+def multiply_tiles(typingctx, kind, tall, wide, add, spans, a, a_jump, b, b_jump, c, c_jump):
+    """Up to 32 rows by two panels of c = a @ b, added to what c holds where `add` is not 0, over `spans` spans of k.
+
+    kind: a word of a. tall, wide: 1 for two tiles above each other, side by side, else 0; the rows are those of the
+    configuration. a, b and c are addresses; the jumps lead from panel to panel, in bytes.
     """
 
-    @intrinsic
-    def product(typingctx, tall, wide, add, spans, a, a_jump, b, b_jump, c, c_jump):
-        def generate(context, builder, signature, arguments):
-            tall, wide, *others = arguments
-            end = builder.append_basic_block("end")
-            switch = builder.switch(builder.add(builder.mul(tall, _I64(2)), wide), end)
-            for case in range(4):
-                block = builder.append_basic_block(f"tiles{1 + case // 2}x{1 + case % 2}")
-                switch.add_case(_I64(case), block)
-                builder.position_at_end(block)
-                _emit_product(builder, instruction, 1 + case // 2, 1 + case % 2, *others)
-                builder.branch(end)
-            builder.position_at_end(end)
-            return context.get_dummy_value()
+    def generate(context, builder, signature, arguments):
+        tall, wide, *others = arguments[1:]
+        end = builder.append_basic_block("end")
+        switch = builder.switch(builder.add(builder.mul(tall, _I64(2)), wide), end)
+        for case in range(4):
+            block = builder.append_basic_block(f"tiles{1 + case // 2}x{1 + case % 2}")
+            switch.add_case(_I64(case), block)
+            builder.position_at_end(block)
+            _emit_product(builder, INSTRUCTIONS[kind], 1 + case // 2, 1 + case % 2, *others)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), generate
-
-    return product
+    return types.void(kind, *[types.int64] * 10), generate
 
 
 @no_type_check
@@ -160,51 +158,40 @@ def _emit_product(builder, instruction, height, width, add, spans, a, a_jump, b,
         _emit(builder, "tilestored64", _I8(2 * i + j), _pointer(builder, at(i, j)), _I64(ROW))
 
 
-@no_type_check
-def multiply_by(instruction: str) -> Callable[..., int]:
-    """The kernel that goes through C by an intrinsic of `tile_product`; `multiply_by_tiles` says what it takes."""
-    product = tile_product(instruction)
-
-    def multiply(current, c, c_row, a, a_row, b, M, K, add):
-        spans = (K + SPAN - 1) // SPAN
-        blocks = (spans + DEPTH - 1) // DEPTH if M > FEW else min(spans, 1)  # the loop over k takes one span at least
-        for block in range(blocks):
-            front = spans * block // blocks
-            steps = spans * (block + 1) // blocks - front
-            for start in range(0, M, HEIGHT):
-                stop = min(M, start + HEIGHT)
-                for panel in range(0, c.shape[0], 2):
-                    wide = 1 if panel + 1 < c.shape[0] else 0
-                    for top in range(start, stop, TALL):
-                        rows = min(TALL, stop - top)
-                        if rows != current:
-                            load_configuration(CONFIGURATIONS.ctypes.data + ROW * rows)
-                            current = rows
-                        product(
-                            1 if rows > 16 else 0,
-                            wide,
-                            1 if add or front > 0 else 0,
-                            steps,
-                            a.ctypes.data + front * a.strides[0] + (a_row + top) * ROW,
-                            a.strides[0],
-                            b.ctypes.data + panel * b.strides[0] + front * SPAN * ROW,
-                            b.strides[0],
-                            c.ctypes.data + panel * c.strides[0] + (c_row + top) * ROW,
-                            c.strides[0],
-                        )
-        return current
-
-    return kernel(multiply)
-
-
-_multiply_bf16 = multiply_by("tdpbf16ps")
-
-
 @kernel
 def multiply_by_tiles(current: int, c: Array, c_row: int, a: Array, a_row: int, b: Array, M: int, K: int, add: bool) -> int:
     """c = a @ b, or c += a @ b where `add`: M rows of c and of a, from c_row and a_row on; K words.
 
-    c (N/16,:,16) float32, a (K/16,:,16) and b (N/16,:,16) uint32, b padded with rows of zeros to whole spans of 16. `current`:
-    the rows of the configuration that is loaded, 0: none. Returns what it is then; `release_tiles` when all is done.
+    a (K/16,:,16) and b (N/16,:,16) uint32, pairs of bfloat16, for c (N/16,:,16) float32; or int32, four bytes, for int32. b is
+    padded with rows of zeros to whole spans of 16. `current`: the rows of the configuration that is loaded, 0: none. Returns
+    what it is then; `release_tiles` when all is done.
     """
-    return _multiply_bf16(current, c, c_row, a, a_row, b, M, K, add)
+    word = a.dtype.type(0)
+    spans = (K + SPAN - 1) // SPAN
+    blocks = (spans + DEPTH - 1) // DEPTH if M > FEW else min(spans, 1)  # the loop over k takes one span at least
+    for block in range(blocks):
+        front = spans * block // blocks
+        steps = spans * (block + 1) // blocks - front
+        for start in range(0, M, HEIGHT):
+            stop = min(M, start + HEIGHT)
+            for panel in range(0, c.shape[0], 2):
+                wide = 1 if panel + 1 < c.shape[0] else 0
+                for top in range(start, stop, TALL):
+                    rows = min(TALL, stop - top)
+                    if rows != current:
+                        load_configuration(CONFIGURATIONS.ctypes.data + ROW * rows)
+                        current = rows
+                    multiply_tiles(
+                        word,
+                        1 if rows > 16 else 0,
+                        wide,
+                        1 if add or front > 0 else 0,
+                        steps,
+                        a.ctypes.data + front * a.strides[0] + (a_row + top) * ROW,
+                        a.strides[0],
+                        b.ctypes.data + panel * b.strides[0] + front * SPAN * ROW,
+                        b.strides[0],
+                        c.ctypes.data + panel * c.strides[0] + (c_row + top) * ROW,
+                        c.strides[0],
+                    )
+    return current

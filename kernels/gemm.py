@@ -41,7 +41,7 @@ from .tiles import PANELS, ROW, ROWS, TALLEST, multiply_tile, multiply_tile_tran
 from .types import Array, DType
 
 BLOCK = L2 * 7 // 16  # bytes of a block of A
-DEPTH = min(1024, max(256, L2 >> 11))  # columns of it at most, and HEIGHT rows where it is transposed
+DEPTH = min(1024, max(256, L2 >> 10))  # columns of it at most, and HEIGHT rows where it is transposed
 HEIGHT = max(64, BLOCK // (4 * DEPTH) // 32 * 32)
 TALL = 8 if ROWS >= 8 else 4 if ROWS >= 4 else 2  # rows of a tile of a transpose: some of them make a panel
 

@@ -21,8 +21,8 @@ column has once and for all, is taken off each sum.
 These are Intel's tiles of AMX, too (amx.py): 16 rows of a panel are one kilobyte. K is below 2^17, so that sums fit.
 
 In the recurrence h is between -1 and 1, so its scale is 1 / 127, and no thread waits for the largest unit of another. In
-trained models some unit of each row comes near 1 anyway. Perplexities with max |h| / 127 were the same to 0.001 %: 81.775 both
-of the default preset's model (fp32 81.772), 221.999 and 222.001 of wlm-200's within its first epoch (fp32 222.008).
+trained models some unit of each row comes near 1 anyway. Perplexities with max |h| / 127 were the same to 0.001 %: of a short
+run of the default preset 81.775 both (fp32 81.772), of wlm-200 within its first epoch 221.999 and 222.001 (fp32 222.008).
 """
 
 from typing import NamedTuple, no_type_check
@@ -33,7 +33,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .amx import multiply_by, release_tiles
+from .amx import multiply_by_tiles, release_tiles
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply_by_vectors
 from .lstm import cell_forward
@@ -51,7 +51,6 @@ PANELS, HEIGHT = 4, 224  # of sums that are there at a time: panels of columns, 
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _INTS, _BYTES = ir.VectorType(_I32, 16), ir.VectorType(_I8, 16)
-_multiply_by_tiles = multiply_by("tdpbusd")
 _AS_WRITTEN = ("nsz",)  # for LLVM: instructions that have a flag do not get those of compile.py, by which sums are reordered
 
 
@@ -140,7 +139,7 @@ def add_up(current: int, sums: Array, words: Array, row: int, quads: Array, M: i
 @no_type_check
 def _add_up(current, sums, words, row, quads, M, depth):
     def by_tiles(current, sums, words, row, quads, M, depth):
-        return _multiply_by_tiles(current, sums, 0, words, row, quads, M, depth, False)
+        return multiply_by_tiles(current, sums, 0, words, row, quads, M, depth, False)
 
     def by_vectors(current, sums, words, row, quads, M, depth):
         multiply_by_vectors(sums, 0, words, row, quads, M, depth, False)

@@ -72,7 +72,7 @@ def lstm_forward(
         Slot 0 is read, the others are written.
     gates : (4H/R,TB,R), out
         The activations, saved for the backward.
-    operands : gemm.Operands
+    operands : operands.Operands
     x, x_row : (D/R,:,R), int; or None
         The inputs, from row x_row on. None: `gates` already holds x_t @ Wx, as for one-hot inputs, whose product is a row
         of Wx, which is not looked at.
@@ -121,7 +121,7 @@ def lstm_backward(
     gates : (4H/R,TB,R), in and out
         The saved activations; becomes da.
     dh_next, dc : (H/R,B,R), scratch
-    operands : gemm.Operands
+    operands : operands.Operands
     dh : (H/R,TB,R)
         Gradient of slots 1 to T of h from the layers above.
     x, x_row, h, c, Wx, Wh, T, B

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .amx import SPAN
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply, multiply_transposed, width
 from .processor import AMX
@@ -21,8 +22,6 @@ from .team import Team
 from .tiles import PANELS, ROW, ROWS
 from .types import Array, DType
 from .vectors import round_rows, round_to_bf16, transpose_block
-
-SPAN = 16  # words, of which right factors have whole multiples: rows of a tile (amx.py)
 
 
 @kernel

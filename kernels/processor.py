@@ -62,18 +62,19 @@ def bf16_products(features: set[str], amx: bool, maker: str) -> str:
     """What multiplies bfloat16: "amx", "avx512_bf16", or "" where float32 is as fast."""
     if amx:
         return "amx"
-    fast = "avx512bf16" in features and maker in FULL_RATE and "full-rate-bf16" not in HIDDEN
+    fast = {"avx512f", "avx512bf16"} <= features and maker in FULL_RATE and "full-rate-bf16" not in HIDDEN
     return "avx512_bf16" if fast else ""
 
 
 FEATURES = host_features()
-ARM = "aarch64" in llvmlite.binding.get_process_triple()
+X86 = llvmlite.binding.get_process_triple().startswith(("x86", "i686"))
+ARM = llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64"))
 AVX512, BF16_INSTRUCTIONS, VNNI = (name in FEATURES for name in ("avx512f", "avx512bf16", "avx512vnni"))
 VECTOR = 64 if AVX512 else 32 if "avx2" in FEATURES else 16  # bytes
 REGISTERS = 32 if AVX512 or ARM else 16  # of vectors
-TWICE = (
-    AVX512 and vendor() == "GenuineIntel"
-)  # two multiply-adds of 64 bytes a cycle, faster than B comes from beyond the caches
+# Two multiply-adds of 64 bytes a cycle, for which B comes too slowly from beyond the caches. Some of Intel's do one: that costs
+# them nothing but a load more.
+TWICE = AVX512 and vendor() == "GenuineIntel"
 L2 = cache_bytes(2, 1 << 20)
 AMX = tiles_permitted(FEATURES)
 AMX_INT8 = AMX and "amx-int8" in FEATURES

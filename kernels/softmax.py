@@ -30,9 +30,10 @@ from numba import types
 from numba.extending import overload
 
 from .activations import exp_rows, exp_rows_to_bf16
+from .amx import SPAN
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply, multiply_transposed, width, zero_panels
-from .operands import SPAN, Operands, bf16, to_words, transpose_to_words
+from .operands import Operands, bf16, to_words, transpose_to_words
 from .team import share_in_pairs
 from .tiles import ROW
 from .types import Array

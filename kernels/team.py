@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compile import kernel
-from .processor import ARM
+from .processor import ARM, X86
 from .types import Array
 
 Tasks: TypeAlias = queue.SimpleQueue[tuple[Callable[[int], object], int]]  # a function and the part of it to do
@@ -119,7 +119,7 @@ def _read(typingctx, address):
         if ARM:
             kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
             builder.call(builder.module.declare_intrinsic("llvm.aarch64.isb", (), kind), [ir.IntType(32)(15)])
-        else:
+        elif X86:
             builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ())), ())
         return builder.load_atomic(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), "seq_cst", 8)
 

@@ -85,7 +85,7 @@ class Int8Products:
     def multiply(self, c: Array, a: Array, row: int, b: int8.Right, K: int) -> None:
         """As Products has it."""
         team, M, left = self.operands.team, c.shape[1], self._left(c.shape[1], K)
-        team.share(lambda first, last: int8.quantise_rows(left, first, a, row + first, last - first), M, gemm.HEIGHT)
+        team.share(lambda first, last: int8.quantise_rows(left, first, a, row + first, last - first), M, 16)
 
         def by_columns(part: int) -> None:
             first, last = share_in_pairs(len(c), team.size, part)

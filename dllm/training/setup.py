@@ -26,11 +26,12 @@ from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
 from ..kernels.gemm import aligned
+from ..kernels.processor import VECTOR
 from ..kernels.team import Team
 from ..kernels.types import Array
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
-from ..model.precision import DTYPES, uses_bf16
+from ..model.precision import DTYPES, described, uses_bf16
 from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
@@ -258,6 +259,8 @@ def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: St
     facts = {"vocabulary": corpus.tokenizer_hash, "splits": " ".join(corpus.manifest["splits"])}
     if not config.data.private:
         facts["corpus"] = corpus.hash
+    if methods.keeps_one_model(config):  # other vectors add up a norm in another order
+        facts["products"] = f"{described(config.train.precision)}, vectors of {VECTOR} bytes"
     check_same(comm, {**facts, "parameters": parameters_hash(state.theta), "step": state.step})
 
 

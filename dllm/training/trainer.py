@@ -34,7 +34,8 @@ class Trainer:
     Attributes
     ----------
     before_step : list of callable
-        Of the class: each is called with the Trainer before every step, on every rank.
+        Of the class: each is called with the Trainer before every step, on every rank. It changes no parameters: factors may
+        have been made of them.
     state : State
         What changes from step to step.
     finished : State

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.counting_comm import Counting
 
-from dllm.comm import runtime, shared_memory
+from dllm.comm import runtime
 from dllm.comm.allreduce import Allreduce
 from dllm.comm.control import Control
 from dllm.comm.neighbours import mean
@@ -214,19 +214,6 @@ def test_shared_memory_is_read_by_all_ranks_of_a_node_and_leaves_nothing_behind(
     np.testing.assert_array_equal(memory.vectors[:, 7], np.arange(comm.size) + 1)
     comm.barrier()
     assert set(pathlib.Path("/dev/shm").iterdir()) <= before
-
-
-def test_what_a_rank_forgets_is_still_there(comm, monkeypatch):
-    monkeypatch.setattr(shared_memory, "LARGE", 0)
-    memory = SharedMemory(comm, 5000, np.float64)
-    memory.mine[:] = comm.rank + np.arange(5000)
-    comm.barrier()
-    for start, stop in ((0, 5000), (3, 4000), (700, 701)):
-        memory.forget(start, stop)
-        np.testing.assert_array_equal(
-            memory.vectors[:, :5000] - np.arange(5000), np.arange(comm.size)[:, None] + np.zeros(5000)
-        )
-    comm.barrier()
 
 
 def test_where_one_rank_has_no_shared_memory_all_do_without(comm, monkeypatch):

@@ -74,9 +74,9 @@ def one_span(product, height, width):
     return found
 
 
-@pytest.mark.parametrize("product", ["tdpbf16ps", "tdpbusd"])
-def test_a_loop_over_k_is_loads_and_products_with_the_sums_in_tiles(machine, product):
-    code = assembly(machine, amx.tile_product(product), *[types.int64] * 10)
+@pytest.mark.parametrize(("product", "word"), [("tdpbf16ps", types.uint32), ("tdpbusd", types.int32)])
+def test_a_loop_over_k_is_loads_and_products_with_the_sums_in_tiles(machine, product, word):
+    code = assembly(machine, amx.multiply_tiles, word, *[types.int64] * 10)
     wanted = {}
     for height, width in ((1, 1), (1, 2), (2, 1), (2, 2)):
         span = one_span(product, height, width)
@@ -97,7 +97,7 @@ def test_a_loop_over_k_is_loads_and_products_with_the_sums_in_tiles(machine, pro
 
 
 def test_sums_are_loaded_or_zeroed_before_the_loop_and_stored_behind_it(machine):
-    found = instructions(assembly(machine, amx.tile_product("tdpbf16ps"), *[types.int64] * 10))
+    found = instructions(assembly(machine, amx.multiply_tiles, types.uint32, *[types.int64] * 10))
     sums = [tile for height in (1, 2) for width in (1, 2) for j in range(width) for tile in C[j][:height]]
     for name in ("tilezero", "tilestored"):
         assert sorted(tile for one, *(tile,) in [f for f in found if f[0] == name]) == sorted(sums)

@@ -172,7 +172,9 @@ def test_factors_that_were_written_are_kept_for_one_use_and_others_made_anew():
 @pytest.mark.parametrize("kind", ["untied", "tied", "one-hot"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_steps_with_factors_by_the_optimiser_are_those_with_new_ones_to_the_bit(kind, threads, optimizer, monkeypatch):
-    monkeypatch.setattr(optim, "BLOCK", 1000)  # more than a pair of panels, and no multiple of it
+    monkeypatch.setattr(optim, "BLOCK", 3000)  # more than a pair of panels, and no multiple of it
+    taken = []
+    monkeypatch.setattr(Factors, "_make", lambda self, *span, make=Factors._make: (taken.append(span), make(self, *span)))
     layout = made(kind)[0]
     (tokens, targets, _), results = text(), []
     h, c = states(layout.config).astype(np.float32)
@@ -190,6 +192,9 @@ def test_steps_with_factors_by_the_optimiser_are_those_with_new_ones_to_the_bit(
                 gradient[5] = np.nan  # a step that is left out
             parts = [(start, gradient[start : start + 4321]) for start in range(0, layout.size, 4321)]
             step.step(state, Gradient(parts), 0.05, spare, model.factors if written else None)
+            pairs = len(model.factors.edges) - 1
+            assert not written or number == 2 or 0 < len(taken) < pairs  # by blocks, of several pairs, and the rest
+            taken.clear()
             state, spare = spare, state
             model.bind(state.theta, written=written)
         results.append((state.theta.tobytes(), model.forward(tokens, targets, h.copy(), c.copy()).tobytes()))

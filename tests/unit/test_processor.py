@@ -65,7 +65,8 @@ def told(program, home=None, **environment):
         (AMX | {"avx512bf16"}, True, "GenuineIntel", "amx"),
         (AMX | {"avx512bf16"}, False, "GenuineIntel", ""),  # without leave
         ({"avx512bf16"}, False, "GenuineIntel", ""),
-        ({"avx512bf16"}, False, "AuthenticAMD", "avx512_bf16"),
+        ({"avx512f", "avx512bf16"}, False, "AuthenticAMD", "avx512_bf16"),
+        ({"avx512bf16"}, False, "AuthenticAMD", ""),  # whose vectors are hidden
         ({"avx512f"}, False, "AuthenticAMD", ""),
         (AMX | {"avx512bf16"}, True, "AuthenticAMD", "amx"),
         ({"avx512bf16"}, False, "HygonGenuine", ""),

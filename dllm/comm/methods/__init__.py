@@ -56,6 +56,11 @@ def method(name: str) -> type[WholeVector]:
     return found
 
 
+def keeps_one_model(config: Config) -> bool:
+    """Whether all ranks keep the same parameters, to the bit."""
+    return is_plain(config) or method(config.averaging.method).identical
+
+
 def is_plain(config: Config) -> bool:
     """Whether a Config means the sum of all gradients as they are, by Allreduce or NodeAllreduce."""
     averaging = config.averaging
