@@ -75,9 +75,12 @@ class PairFiles:
 
     def __init__(self, source: Path | TextFile, target: Path | TextFile) -> None:
         self.sides = Lines(source), Lines(target)
-        lengths = [f"{side.name} has {len(side):,} lines" for side in self.sides]
-        if len(self.sides[0]) != len(self.sides[1]):
-            raise UserError(f"{', '.join(lengths)}: line i of one belongs to line i of the other")
+        first, second = self.sides
+        if len(first) != len(second):
+            raise UserError(
+                f"{first.name} has {len(first):,} lines, {second.name} has {len(second):,}: line i of one belongs to line i of "
+                "the other"
+            )
 
     def __len__(self) -> int:
         return len(self.sides[0])
