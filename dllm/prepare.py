@@ -53,10 +53,10 @@ one vocabulary. Rare words may be names or numbers of people, so say where it co
 To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole files, or each file by shares
 drawn from Dirichlet(alpha); valid and test text always evenly.
 
-Text is named by files, folders, patterns in quotes, named pipes, - for standard input (of one rank), ipfs://, swarm://, or an URL
-that fsspec knows. What is packed by gzip, xz, bzip2 or Zstandard is unpacked, whatever its name. With --field it is JSON lines
-or Parquet, a document a record, and each document ends with a line. What is no plain file is written to one beside --out for the
-time being, so that takes disk, and little memory. Zstandard, Parquet and URLs need pip install 'dllm[inputs]'.
+Text is named by files, folders, patterns in quotes, named pipes, - for standard input (of one rank), ipfs://, swarm://, or an
+URL that fsspec knows. What is packed by gzip, xz, bzip2 or Zstandard is unpacked, whatever its name. With --field it is JSON
+lines or Parquet, a document a record, and each document ends with a line. What is no plain file is written to one beside --out
+for the time being: it takes disk, and little memory. Zstandard, Parquet and URLs need pip install 'dllm[inputs]'.
 
 --tokenizer byte takes any file as it is. The others take UTF-8: a byte-order mark is dropped, CR LF is one line end, and a line
 ends between two files. --keep-bytes keeps all that. --valid-fraction and --test-fraction hold out whole documents, lines of

@@ -150,6 +150,10 @@ class _Preparation:
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
         pairs = self.pairing is not None
+        for first in (True, False):  # one on each disk compiles, the others find it done
+            with together(self.comm):
+                if first == self.domains.leads:
+                    KINDS[wanted.kind or "bpe"].warm_up()
         if wanted.folder:
             return vocabulary.take(self.comm, wanted.folder, pairs, self.say)
         if wanted.kind == "byte":
