@@ -43,6 +43,14 @@ class Span(NamedTuple):
     stop: int
 
 
+class Encoded(NamedTuple):
+    """A piece of a split as tokens."""
+
+    tokens: Array  # (n,) int64
+    size: int  # bytes of the text that they say
+    left_out: tuple[int, ...] = ()  # places in the piece of pairs that are too long
+
+
 @dataclass(frozen=True)
 class TextPiece:
     """Bytes [start, stop) of a file. `last`: the file ends here; `before`: and another one follows.
@@ -75,11 +83,11 @@ class TextPiece:
 
         return self._apply(lines, self._text(tokenizer))
 
-    def encode(self, tokenizer: Tokenizer) -> tuple[Array, int]:
-        """(token numbers (n,) int64, bytes of the text that they say). Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Encoded:
+        """Its tokens. Raises UserError."""
         data = self._text(type(tokenizer))
         try:
-            return self._apply(tokenizer.encode, data), len(data)
+            return Encoded(self._apply(tokenizer.encode, data), len(data))
         except UnknownUnitError as error:
             raise error.within(self.file.name) from None
 
