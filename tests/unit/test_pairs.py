@@ -141,8 +141,8 @@ def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, h
 
 
 DAMAGED_ORDERS = [
-    {"seed": 4}, {"seed": "x"}, {"lines": 99}, {"lines": 1 << 60}, {"empty": [1]}, {"empty": [-1]}, {"long": [10**9]}, {"long": 3},
-    {"stop": 7}, {"check": 1.0},
+    {"seed": 4}, {"seed": "x"}, {"lines": 99}, {"lines": 1 << 60}, {"empty": [1]}, {"empty": [-1]}, {"long": [10**9]},
+    {"long": 3}, {"stop": 7}, {"check": 1.0},
 ]  # fmt: skip
 
 
