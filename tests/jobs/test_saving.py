@@ -14,6 +14,7 @@ from dllm.comm.replicas import Domains
 from dllm.config import CheckpointConfig, Config
 from dllm.runs.checkpoint import facts
 from dllm.runs.checkpoint_writer import LONGEST, SHORTEST, Saver
+from dllm.runs.provenance import Text
 
 STEPS = 40
 MANIFEST = "step-00000020/manifest.json"
@@ -90,7 +91,7 @@ module.forget = forget
 """
     run = tmp_path / "run"
     done = mpirun(3, *train_arguments(tiny, run, *SETTINGS), env=fault(tmp_path, "dllm.files.storage", bad), check=True)
-    assert re.fullmatch(r"dllm: no checkpoint at step 20: .*; training goes on, older ones stay\n", complaint(done))
+    assert re.fullmatch(r"dllm: no checkpoint at step 20: .*; older ones stay\n", complaint(done))
     assert checkpoints(run) == [10, 30, 40]
     check(run, undisturbed)
 
@@ -111,7 +112,9 @@ def test_the_interval_follows_the_cost_and_the_time_between_failures():
     ranks, folder = types.SimpleNamespace(rank=0, size=4), types.SimpleNamespace(run="run")
     layout, domains = types.SimpleNamespace(parameters=10, tensors={}), Domains(0, (0,) * 4, ("here",) * 4)
     with_settings = lambda settings: Config(checkpoint=CheckpointConfig(**settings))
-    saver = lambda **settings: Saver(ranks, folder, domains, layout, facts(layout, 4, "", ""), with_settings(settings), print)
+    saver = lambda **settings: Saver(
+        ranks, folder, domains, layout, facts(layout, 4, "", [Text("")], ""), with_settings(settings), print
+    )
     assert saver(every_minutes=3.0).interval() == 180
     assert saver(every_minutes=0.0).interval() == 0
     chosen = saver(mtbf_hours=40.0)
