@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
-from .errors import BAD_INPUT, UserError, line
+from .errors import BAD_INPUT, DONE, UserError, line
+from .files import telling
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -42,14 +43,23 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, comm: MPI.Comm | None = None) -> int:
+def run(
+    command: Callable[[list[str]], int],
+    argv: Sequence[str] | None = None,
+    comm: MPI.Comm | None = None,
+    *,
+    product: bool = False,
+) -> int:
     """command(argv) with its exit code; a UserError that all ranks share is printed by rank 0, and all leave with 2.
 
     argv : the arguments; None: those of the process
     comm : of the ranks that run the command; None: it is the work of one process
+    product : what is printed is what the command is for, so that it has failed where that finds no room
     """
+    telling.never_end()
     try:
-        return command(list(sys.argv[1:] if argv is None else argv))
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        return BAD_INPUT if product and code == DONE and telling.found_no_room() else code
     except MemoryError as error:
         if comm is not None:
             raise  # the excepthook of comm.runtime says it
@@ -69,10 +79,13 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, 
             atexit.unregister(colorama.reset_all)
 
 
-def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None) -> int:
+def collective(
+    command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None, *, product: bool = False
+) -> int:
     """`run` of a command that all ranks of a job run together: command(argv, comm), with MPI's world."""
+    telling.never_end()
     comm = runtime.world()
-    return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm))
+    return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm, product=product))
 
 
 def warn_once(comm: MPI.Comm) -> Callable[[str], None]:

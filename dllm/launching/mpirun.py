@@ -38,7 +38,6 @@ MANAGERS = (
     "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_hostfile",
 )  # fmt: skip
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
-RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
 HOST = re.compile(r"(\w[\w.-]{,252})(?:(?:\s+slots\s*=\s*|:)(\d{1,7}))?")
 MOST_SLOTS = 1 << 20  # ranks on a host
@@ -111,14 +110,6 @@ def read_hosts(path: str | os.PathLike[str]) -> dict[str, int]:
     if not hosts:
         raise UserError(f"{path} names no host")
     return hosts
-
-
-def launched_rank() -> int | None:
-    """This process's rank as what has launched it says, with no need of MPI; None: it was started by hand, or by a script."""
-    rank = next((os.environ[name] for name in RANK if name in os.environ), None)
-    if rank is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun without MPI; batch scripts have no such step
-        rank = os.environ.get("SLURM_PROCID")
-    return None if rank is None else int(rank)
 
 
 def is_here(host: str) -> bool:
