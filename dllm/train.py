@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from . import cli, config
 from .comm import runtime
 from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
-from .errors import DONE, NOT_SAVED, STOPPED_EARLY, UserError, reason
+from .errors import DONE, NOT_SAVED, STOPPED_EARLY, reason
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -68,15 +66,12 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
     with runtime.together(comm):
-        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
+        run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
         resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
     ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
     run = ownership.run
-    with runtime.together(comm):  # a disk that rank 0 does not see may have an older run of that name
-        if not options.resume and os.path.lexists(run):
-            raise UserError(
-                f"--out {run} exists on {socket.gethostname()}; choose another name, or go on with it by --resume {run}"
-            )
+    if not options.resume:
+        runtime.agree(comm, run_folder.check_new, run)
     for warning in () if gathered else warnings:  # gather_run has named what was passed over
         reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
@@ -92,7 +87,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if writes:
-            run_folder.create(run, configuration, corpus.tokenizer)
+            run_folder.create(run, configuration, corpus.tokenizer, new=resume is None)
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)

@@ -18,8 +18,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import reason
 from ..files import storage
+from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
-from ..launching.mpirun import launched_rank
 
 if TYPE_CHECKING:
     from rich.progress import Progress
