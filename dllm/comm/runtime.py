@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-import mpi4py
-
 from ..errors import BAD_INPUT, UserError, line, printable
 from . import loopback
 from .messages import allgather
@@ -42,6 +40,8 @@ NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 def world() -> MPI.Comm:
     """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
+    import mpi4py  # here, since commands of one process need none
+
     mpi4py.rc.thread_level = "serialized"
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_verbose", "-1")
