@@ -34,6 +34,7 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "trace.json",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,
