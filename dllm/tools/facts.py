@@ -21,7 +21,9 @@ from ..runs.run_folder import read_settings
 from ..training.curves import Line, is_number, is_step, read_lines
 
 Facts = dict[str, Any]  # name -> number, text, list or Facts, as JSON has them
-OF_A_RUN_ALONE = ("data.", "log.", "storage.", "resilience.", "checkpoint.")  # settings that no recipe is known by
+OF_A_RUN_ALONE = (  # beginnings of settings that no recipe is known by
+    "data.", "log.", "storage.", "resilience.", "checkpoint.", "train.max_steps", "train.init_from",
+)  # fmt: skip
 ALIVE = 30.0  # seconds since a sign of life within which a job is taken for alive: it gives one every 5
 TEXT = "the embedded corpus"
 
@@ -75,9 +77,11 @@ def of_run(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
     summary = _summary(folder)
     preset, changed = nearest_preset(settings)
     train = [line for line in lines if "split" not in line]
+    texts = [{"corpus": text.corpus or None, "tokens": text.tokens} for text in found[0].texts] if found else []
     return {
         "kind": "run", "path": str(path), "corpus": settings.data.path or TEXT, "private": settings.data.private,
-        "preset": preset, "changed": changed, "begun_from": _begun_from(settings), "tokenizer": tokenizer.kind,
+        "preset": preset, "changed": changed, "begun_from": settings.train.init_from or None, "texts": texts,
+        "tokenizer": tokenizer.kind,
         "pairs": tokenizer.pairs, "vocabulary": tokenizer.size, "model": config.as_dict(settings)["model"],
         "parameters": newest.get("parameters", summary.get("parameters")),
         "state": _state(folder), "alive": _seconds_silent(folder), "owner": ownership.owner(folder),
@@ -125,11 +129,6 @@ def _summary(folder: pathlib.Path) -> Facts:
     told = storage.read_json(folder / "summary.json", ("ranks",))
     whole = {name: told[name] for name in ("parameters", "ranks") if is_step(told.get(name))}
     return whole | {name: told[name] for name in ("tokens_per_second", "wall_seconds") if is_number(told.get(name))}
-
-
-def _begun_from(settings: config.Config) -> str | None:
-    """The model from whose parameters a run began, where its settings say so."""
-    return config.flat(settings).get("train.init_from") or None
 
 
 def _progress(settings: config.Config, train: list[Line], newest: Facts) -> Facts:

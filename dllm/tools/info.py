@@ -66,11 +66,14 @@ def _run(facts: Facts) -> Iterator[tuple[str, str]]:
     changed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in facts["changed"].items())
     yield "recipe", f"nearest preset {facts['preset']}" + (f", but {changed}" if changed else "")
     yield "corpus", facts["corpus"] + (", private: each rank has its own" if facts["private"] else "")
+    for text in facts["texts"][:-1]:
+        yield "before", _text(text)
     if facts["begun_from"]:
         yield "begun from", facts["begun_from"]
     yield from _of_model(facts)
     step, steps = f"step {facts['step']:,}", f" of {facts['steps']:,}" if facts["steps"] else ""
     epoch = f", epoch {facts['epoch']:.2f} of {facts['epochs']}"
+    epoch += f", {facts['texts'][-1]['tokens']:,} tokens seen" if facts["texts"] else ""
     yield "progress", f"{facts['state']}, {step}{steps}{epoch}{_signs(facts)}"
     yield "best", _best(facts["best"])
     speed = facts["tokens_per_second"]
@@ -81,6 +84,11 @@ def _run(facts: Facts) -> Iterator[tuple[str, str]]:
     for problem in facts["problems"]:
         yield "problem", problem
     yield "on disk", _bytes(facts["disk_bytes"])
+
+
+def _text(text: Facts) -> str:
+    """A corpus that a model was trained on before its last one."""
+    return f"{text['tokens']:,} tokens of the corpus {text['corpus'] or 'that is unknown or private'}"
 
 
 def _signs(facts: Facts) -> str:
@@ -132,8 +140,9 @@ def _model(facts: Facts) -> Iterator[tuple[str, str]]:
         averaged = f", mean of {training['averaged']} checkpoints" if training["averaged"] > 1 else ""
         seen = "" if training["tokens"] is None else f", {training['tokens']:,} tokens seen"
         yield "from", f"step {training['step']:,} of a run{averaged}{seen}"
-        text = "the embedded one" if facts["embedded"] else training["corpus"] or "unknown"
-        yield "corpus", text
+        yield "corpus", "the embedded one" if facts["embedded"] else training["corpus"] or "unknown or private"
+        for text in training["earlier"]:
+            yield "before", _text(text)
         for measured in training["measured"]:
             yield "measured", f"perplexity {measured['after']:.4g} on its {measured['split']} split"
     yield from _of_model(facts)

@@ -21,7 +21,10 @@ from .. import cli, config
 from ..comm import runtime
 from ..comm.messages import broadcast
 from ..comm.node_info import find_node, leader_first
+from ..data.tokenizer_files import tokenizer_hash
 from ..errors import DONE, UserError
+from ..inference import model_folder
+from ..inference.loaded_model import LoadedModel, open_parent
 from ..runs.ownership import Ownership
 from ..training.curves import Curve, Line, check_picture, draw, write_picture
 from ..training.options import train_config, train_options
@@ -38,8 +41,8 @@ examples
   mpirun -n 8 dllm lr-find --preset wlm-200 --data DIR --out range.png
   mpirun -n 4 dllm lr-find --data DIR --set model.hidden=512 --low 1e-6 --high 1 --steps 200
 
-It takes --preset, --config, --data, --set and --progress as train does; with the same ones the rate that is found fits. It
-leaves nothing behind but --out. The last line says what to type next.
+It takes --preset, --config, --data, --init-from, --set and --progress as train does; with the same ones the rate that is found
+fits. It leaves nothing behind but --out. The last line says what to type next.
 
 Proposed is a tenth of the rate at which the smoothed loss is lowest, since there it is about to diverge; "steepest" is where it
 falls fastest, another common choice. Both are starting points: a warm-up (train.warmup) allows for more.
@@ -75,10 +78,13 @@ def lr_find(argv: list[str], comm: MPI.Comm) -> int:
     """Run the test and print what it says. Collective."""
     with runtime.together(comm):
         options, train = _options(argv, comm.rank)
-        configuration = _configuration(options, train_config(train))
-    runtime.check_same(comm, vars(options) | config.flat(configuration))
     reporter = Watch(comm.rank == 0, train.progress)
-    _test(comm, configuration, reporter)
+    parent = open_parent(comm, train.init_from, reporter.warn) if train.init_from else None
+    with runtime.together(comm):
+        settings = train_config(train, model_folder.shape(parent.config) if parent else None)
+        configuration = _configuration(options, settings)
+    runtime.check_same(comm, vars(options) | config.flat(configuration))
+    _test(comm, configuration, reporter, parent)
     found = runtime.agree(comm, judge, reporter.lines)
     with runtime.together(comm):
         if comm.rank == 0:
@@ -129,8 +135,8 @@ def _options(argv: list[str], rank: int) -> tuple[argparse.Namespace, argparse.N
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options, rest = parser.parse_known_args(argv)
     train = train_options(rest, rank)
-    if train.resume or train.max_steps or train.max_seconds or train.settings:
-        parser.error("of train's options lr-find takes --preset, --config, --data, --set and --progress")
+    if train.resume or train.max_steps or train.max_seconds or train.settings or train.trace:
+        parser.error("of train's options lr-find takes --preset, --config, --data, --init-from, --set and --progress")
     if options.low >= options.high:
         parser.error(f"--low {options.low:g} must be below --high {options.high:g}")
     check_picture("--out", options.out)
@@ -152,7 +158,7 @@ def _configuration(options: argparse.Namespace, settings: config.Config) -> conf
     )
 
 
-def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch) -> None:
+def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent: LoadedModel | None) -> None:
     """Take the steps. Collective. An error that all ranks share ends it, where some steps were taken: such as one of a loss
     that is not finite.
     """
@@ -164,10 +170,12 @@ def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch) -> None
 
     node = find_node(comm, configuration.train.threads)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
+    if parent:
+        runtime.agree(comm, corpus.check_vocabulary, tokenizer_hash(parent.tokenizer), configuration.train.init_from)
     with leader_first(node):
         warm_up(configuration)
     nowhere = os.path.join(tempfile.gettempdir(), f"dllm-lr-find-{os.urandom(8).hex()}")
-    rank = set_up(comm, node, configuration, corpus, _NoFolder(broadcast(comm, nowhere, str), ""), reporter)
+    rank = set_up(comm, node, configuration, corpus, _NoFolder(broadcast(comm, nowhere, str), ""), reporter, parent)
     trainer = Trainer(dataclasses.replace(rank, validation=Validation()))
     Trainer.before_step.append(_nothing_to_save)
     try:
@@ -198,7 +206,8 @@ def _nothing_to_save(trainer: Trainer) -> None:
 
 def _without_rate(train: argparse.Namespace) -> list[str]:
     """The words by which train gets the settings of the test."""
-    named = [word for name in ("preset", "config", "data") if (value := getattr(train, name)) for word in (f"--{name}", value)]
+    given = {f"--{name.replace('_', '-')}": getattr(train, name) for name in ("preset", "config", "data", "init_from")}
+    named = [word for option, value in given.items() if value for word in (option, value)]
     return named + [word for setting in train.set if not setting.startswith("train.lr=") for word in ("--set", setting)]
 
 

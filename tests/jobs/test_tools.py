@@ -50,7 +50,8 @@ def test_info_of_a_run(world, capsys):
     valid = min(metrics(world / "run", "valid"), key=lambda line: line["loss"])
     assert (found["kind"], found["state"]) == ("run", "done")
     assert (found["step"], found["ranks"], found["tokenizer"]) == (20, 2, "char")
-    assert found["steps"] == config.resolve("default").train.max_steps
+    assert found["steps"] == config.resolve("default").train.epochs * math.ceil((200_000 // 8 - 1) / 8)
+    assert found["texts"] == [{"corpus": as_json(info.main, capsys, world / "tiny")["hash"], "tokens": 20 * 8 * 8}]
     assert found["best"] == {key: valid[key] for key in ("loss", "perplexity", "step", "bits_per_byte")}
     assert found["checkpoints"][-1] == 20
     assert found["problems"] == []
@@ -58,7 +59,7 @@ def test_info_of_a_run(world, capsys):
     sizes = [path.stat().st_size for path in (world / "run").rglob("*") if path.is_file()]
     assert found["disk_bytes"] == sum(sizes)
     _, out, _ = said(info.main, capsys, world / "run")
-    assert "done, step 20 of 600" in out
+    assert "done, step 20 of 312,500" in out
     assert f"validation perplexity {valid['perplexity']:.4g}" in out
     assert out.splitlines()[-1].split(None, 1)[1] == f"python -m dllm.generate {world / 'run'} --prompt '...'"
 
@@ -91,7 +92,7 @@ def test_info_tells_a_run_that_goes_on_from_one_that_stopped_and_a_clock_that_is
         found = as_json(info.main, capsys, run)
         assert found["state"] == state
         assert words in found["next"]
-        assert f"{state}, step 20 of 600" in said(info.main, capsys, run)[1]
+        assert f"{state}, step 20 of 312,500" in said(info.main, capsys, run)[1]
     shutil.rmtree(run / "checkpoints")
     os.utime(run / "owner", (1, 1))
     assert "--config" in as_json(info.main, capsys, run)["next"]  # there is nothing to resume
@@ -109,7 +110,7 @@ def test_a_best_loss_on_a_corpus_of_before_is_not_the_best():
 
 def test_steps_are_counted_by_epochs_where_these_end_first(run, capsys):
     text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace("max_steps = 600", "max_steps = 0").replace("epochs = 100", "epochs = 2"))
+    (run / "config.toml").write_text(text.replace("epochs = 100", "epochs = 2"))
     assert as_json(info.main, capsys, run)["steps"] == 2 * math.ceil((200_000 // 8 - 1) / 8)
 
 
