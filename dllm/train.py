@@ -58,12 +58,12 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .data.tokenizer_files import tokenizer_hash
     from .runs import checkpoint, marks, run_folder
     from .runs.ownership import Ownership
-    from .training import announcements, recovery
+    from .training import announcements, recovery, trace
     from .training.setup import set_up
     from .training.trainer import Trainer
     from .training.warmup import code_hash, warm_up
 
-    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
+    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps, "--trace": options.trace}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
     with runtime.together(comm):
         run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
@@ -91,6 +91,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
+    trace.install(trainer, options.trace)
     if writes:
         marks.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -37,6 +37,7 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "trace.json",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,

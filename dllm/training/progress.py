@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -20,11 +19,10 @@ from ..errors import reason
 from ..files import storage
 from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
+from .curves import Line, can_draw, curves_of, draw, read_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-Line = dict[str, Any]  # of metrics.jsonl
 
 
 class Reporter:
@@ -88,7 +86,7 @@ class Reporter:
 
     def _open_metrics(self, step: int) -> None:
         path = self.run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
         written = {(line["step"], line.get("split")) for line in kept}
         kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
         storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -147,24 +145,10 @@ class Reporter:
 
     def plot(self) -> pathlib.Path | None:
         """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
-        try:
-            import matplotlib
-        except ImportError:
+        if not can_draw():
             return None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        lines = _lines(self.run / "metrics.jsonl")
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for split in dict.fromkeys(line.get("split", "train") for line in lines):
-            points = [(line["step"], line["loss"]) for line in lines if line.get("split", "train") == split]
-            axes.plot(*zip(*points, strict=True), label=split, marker="o" if split != "train" else None)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
-        axes.grid(alpha=0.3)
-        if lines:
-            axes.legend()
-        self._attempt("loss.png", functools.partial(figure.savefig, dpi=120), self.run / "loss.png")
-        pyplot.close(figure)
+        lines = read_lines(self.run / "metrics.jsonl")
+        self._attempt("loss.png", draw(curves_of({self.run.name: lines}), self.run.name), self.run / "loss.png")
         return self.run / "loss.png"
 
 
@@ -175,17 +159,6 @@ def _on_terminal() -> bool:
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
     return False
-
-
-def _lines(path: pathlib.Path) -> list[Line]:
-    """The lines of metrics; one that a full disk or a crash cut short is left out."""
-    lines: list[Line] = []
-    for text in storage.read_text(path, storage.LARGEST_METRICS).splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss")):
-                lines.append(line)
-    return lines
 
 
 def _clock(seconds: float) -> str:
