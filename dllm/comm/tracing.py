@@ -17,11 +17,12 @@ from ..kernels.types import Array
 from .allreduce import Allreduce
 from .averaging import Averaging
 from .messages import allgather
-from .node_allreduce import NodeAllreduce
 from .shared_memory import READY, SUMMED
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .node_allreduce import NodeAllreduce
 
 ROUNDS = 20  # in which clocks are compared
 SHORTEST = 20e-6  # seconds of a call that is worth a span, of those that are called again and again
@@ -94,6 +95,8 @@ class Recorder:
 
     def watch_messages(self, averaging: Averaging) -> None:
         """Record the messages of a method of averaging, and what it does for them."""
+        from .node_allreduce import NodeAllreduce  # which imports MPI
+
         for owner, name, value in list(_communicators(averaging, set())):
             several = isinstance(value, list)
             recorded = [(_Comm(comm, self), *rest) for comm, *rest in value] if several else _Comm(value, self)
@@ -125,6 +128,8 @@ class Recorder:
 
 def stages(averaging: Averaging) -> list[tuple[str, int]]:
     """(name, bytes) of the stages of a step that `marks` count; none where ranks do not add up in shared memory."""
+    from .node_allreduce import NodeAllreduce
+
     if not isinstance(averaging, NodeAllreduce):
         return []
     size = averaging.vector.itemsize

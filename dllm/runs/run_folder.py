@@ -35,6 +35,7 @@ FILES = {
     "summary.json",
     "loss.png",
     "trace.json",
+    "tensorboard",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,

@@ -1,6 +1,8 @@
-"""dllm train --trace: a trace of all ranks, in the format that viewers read, which changes nothing of what is computed."""
+"""A run that is watched: `train --trace`, a trace of all ranks, and files for TensorBoard. Neither changes what is computed."""
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,17 +13,22 @@ from helpers.several_commands import run_several
 from dllm.comm.shared_memory import READY, SUMMED
 from dllm.comm.tracing import Message, Span
 from dllm.errors import UserError
-from dllm.training.options import train_options
-from dllm.training.trace import Told, events
+from dllm.training.event_files import EventFile
+from dllm.training.options import train_config, train_options
+from dllm.training.progress import Reporter
+from dllm.training.trace_events import Told, events
 
 RANKS, FIRST, LAST = 4, 6, 12
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+WITH_TENSORBOARD = pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed: pip install -e '.[test]' does")
 
 
 @pytest.fixture(scope="module")
 def traced(world, tmp_path_factory):
-    """The run of `world`, on other ranks and traced."""
+    """The run of `world`, on other ranks and watched."""
     out = tmp_path_factory.mktemp("traced") / "run"
     settings = "train.eval_every=8", "train.lr=0.02", "averaging.bucket_mb=0.004", "checkpoint.every_steps=7"
+    settings += ("log.tensorboard=true",) * TENSORBOARD
     extra = "--max-steps", 20, "--trace", f"{FIRST}:{LAST}"
     mpirun(RANKS, *train_arguments("tiny", out, *settings, extra=extra), cwd=world, check=True)
     return out
@@ -129,3 +136,65 @@ def test_times_of_other_hosts_are_moved_and_a_bucket_ends_when_all_have_added_up
     ]  # fmt: skip
     assert [event["ts"] for event in found if event["ph"] == "X"] == [0.0, 0.0, 0.5e6]
     assert "\x1b" not in json.dumps(found, ensure_ascii=False)
+
+
+def shown(run):
+    """Chart -> (steps, values) as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    scalars = {tag: found.Scalars(tag) for tag in found.Tags()["scalars"]}
+    return {tag: ([one.step for one in events], [one.value for one in events]) for tag, events in scalars.items()}
+
+
+@WITH_TENSORBOARD
+def test_tensorboard_reads_what_metrics_has(traced):
+    charts = shown(traced)
+    lines = {split: metrics(traced, split) for split in ("train", "valid")}
+    for chart, split, name in (
+        ("loss/train", "train", "loss"), ("loss/valid", "valid", "loss"), ("perplexity/valid", "valid", "perplexity"),
+        ("bits per byte/valid", "valid", "bits_per_byte"), ("training/learning rate", "train", "lr"),
+        ("training/gradient norm", "train", "grad_norm"),
+    ):  # fmt: skip
+        steps, values = charts[chart]
+        assert steps == column(lines[split], "step").tolist(), chart
+        np.testing.assert_allclose(values, column(lines[split], name), rtol=1e-6)
+    assert {"speed/tokens a second", "speed/communication hidden", "perplexity/train"} <= set(charts)
+
+
+@WITH_TENSORBOARD
+def test_steps_that_are_taken_again_are_shown_once(tmp_path):
+    lines = [{"step": step, "loss": 5.0 - step / 10, "tokens_per_second": 1.0} for step in range(9)]
+    for start, stop in ((0, 6), (3, 9)):  # the first one dies behind its checkpoint of step 3
+        reporter = Reporter(True, "none")
+        reporter.tensorboard = True
+        reporter.begin(tmp_path, start, 9, True)
+        for line in lines[start + 1 : stop]:
+            reporter.log(line | {"loss": line["loss"] + start})
+        reporter.end()
+    steps, values = shown(tmp_path)["loss/train"]
+    assert steps == list(range(1, 9))
+    assert values == pytest.approx([5.0 - step / 10 + 3 * (step > 3) for step in steps])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+@WITH_TENSORBOARD
+def test_a_full_disk_hides_no_later_step(tmp_path):
+    events = EventFile(tmp_path, 0)
+    with open("/dev/full", "wb", buffering=0) as full:
+        file, events._file = events._file, full
+        for step in (1, 2):
+            with pytest.raises(OSError, match="No space"):
+                events.log({"step": step, "loss": 2.0})
+        events._file = file
+    events.log({"step": 3, "loss": 1.0})
+    events.end()
+    assert shown(tmp_path)["loss/train"] == ([1, 2, 3], [2.0, 2.0, 1.0])
+
+
+def test_a_run_without_tensorboard_is_refused_before_it_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"pip install 'dllm\[tensorboard\]'"):
+        train_config(train_options(["--set", "log.tensorboard=true"]))
+    assert not train_config(train_options([])).log.tensorboard
