@@ -5,7 +5,8 @@ import sys
 
 from . import __version__
 from .errors import BAD_INPUT, DONE
-from .launching.mpirun import launched_rank
+from .files import telling
+from .files.starter import launched_rank
 
 COMMANDS = {
     "prepare": "text, or pairs of texts, to a corpus of tokens",
@@ -31,6 +32,7 @@ PLACES = {  # a module, and its first word
 
 def main() -> int:
     """The command. Returns its exit code."""
+    telling.never_end()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         module, *first = PLACES.get(name, name).split()

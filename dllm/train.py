@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,16 @@ from . import cli, config
 from .comm import runtime
 from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
-from .errors import DONE, NOT_SAVED, STOPPED_EARLY, UserError, reason
+from .errors import DONE, NOT_SAVED, STOPPED_EARLY, reason
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from mpi4py import MPI
 
+    from .runs.checkpoint import Checkpoint
+    from .runs.ownership import Ownership
     from .training.trainer import Trainer
 
 
@@ -58,9 +61,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .data.tokenizer_files import tokenizer_hash
-    from .runs import checkpoint, marks, run_folder
-    from .runs.ownership import Ownership
+    from .runs import marks, run_folder
     from .training import announcements, recovery, trace
     from .training.setup import set_up
     from .training.trainer import Trainer
@@ -68,23 +69,12 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps, "--trace": options.trace}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    with runtime.together(comm):
-        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
-        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
-    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
-    with runtime.together(comm):  # a disk that rank 0 does not see may have an older run of that name
-        if not options.resume and os.path.lexists(run):
-            raise UserError(
-                f"--out {run} exists on {socket.gethostname()}; choose another name, or go on with it by --resume {run}"
-            )
-    for warning in () if gathered else warnings:  # gather_run has named what was passed over
-        reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    if resume:
-        runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
-    if parent:
-        runtime.agree(comm, corpus.check_vocabulary, tokenizer_hash(parent.tokenizer), options.init_from)
+    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, options.init_from)):
+        if known:
+            runtime.agree(comm, corpus.check_vocabulary, known, name)
     compiling = time.monotonic()
     with leader_first(node):
         warm_up(configuration)
@@ -93,7 +83,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if writes:
-            run_folder.create(run, configuration, corpus.tokenizer)
+            run_folder.create(run, configuration, corpus.tokenizer, new=resume is None)
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
@@ -105,6 +95,27 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     limits = options.max_steps, options.max_seconds
     trainer, done, summary = recovery.run(trainer, *limits, lambda: bool(stopping), options.progress)
     return _finish(trainer, done, summary)
+
+
+def _open_folder(
+    comm: MPI.Comm, options: argparse.Namespace, warn: Callable[[str], None], gathered: bool
+) -> tuple[Ownership, Checkpoint | None]:
+    """The right to write to the run's folder, not yet taken, and the checkpoint that the run goes on from. Collective.
+
+    gathered : it was said already which checkpoints were passed over
+    """
+    from .runs import checkpoint, run_folder
+    from .runs.ownership import Ownership
+
+    with runtime.together(comm):
+        run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
+        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
+    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    if not options.resume:
+        runtime.agree(comm, run_folder.check_new, ownership.run)
+    for warning in () if gathered else warnings:
+        warn(warning)
+    return ownership, resume
 
 
 def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:

@@ -6,11 +6,12 @@ behind an <end>, which tells the model to forget, and ends with one, which it ha
 
 from __future__ import annotations
 
+import codecs
 import collections
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from ..errors import UserError, reason
 from ..files import storage
 from ..kernels.types import Array
 from . import text
-from .text import Path
+from .text import Path, TextFile
 from .tokenizers import Tokenizer, UnknownUnitError
 
 BLOCK = 2048  # pairs that are encoded at a time
@@ -28,24 +29,27 @@ T = TypeVar("T")
 
 
 class Lines:
-    """The lines of a file by number, without their ends; only where they begin is in memory, 8 bytes a line."""
+    """The lines of a file by number, without their ends and a byte-order mark; only where they begin is in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, places = str(path), [np.zeros(1, np.int64)]
+    def __init__(self, path: Path | TextFile) -> None:
+        file_of = text.as_file(path)
+        self.name, places = file_of.name, [np.zeros(1, np.int64)]
         self._bytes: mmap.mmap | bytes
         try:
-            storage.check_regular(path)
-            with open(path, "rb") as file:
+            storage.check_regular(file_of.path)
+            with open(file_of.path, "rb") as file:
                 size, at = os.fstat(file.fileno()).st_size, 0
                 while block := file.read(text.PIECE):
                     places.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
                     at += len(block)
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {reason(error)}") from None
+            raise UserError(f"cannot read {self.name}: {reason(error)}") from None
         self._starts = np.concatenate(places)
         if self._starts[-1] != size:
             self._starts = np.append(self._starts, size)
+        if self._bytes[:3] == codecs.BOM_UTF8 and len(self._starts) > 1:
+            self._starts[0] = 3
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -57,19 +61,23 @@ class Lines:
 
     def place(self, number: int) -> str:
         """Of a line, for messages."""
-        return f"{self.path} line {number + 1}"
+        return f"{self.name} line {number + 1}"
+
+    def not_utf8(self, number: int) -> str:
+        """What is wrong with a line that is not UTF-8, for messages."""
+        if self._bytes[:2] in text.UTF16:
+            return f"{self.name} begins with the byte-order mark of UTF-16, and is not UTF-8"
+        return f"{self.place(number)} is not UTF-8"
 
 
 class PairFiles:
     """The pairs of a source file and a target file; len() counts them, [i] is (source, target), bytes. Raises UserError."""
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path | TextFile, target: Path | TextFile) -> None:
         self.sides = Lines(source), Lines(target)
-        lengths = [len(side) for side in self.sides]
-        if lengths[0] != lengths[1]:
-            raise UserError(
-                f"{source} has {lengths[0]:,} lines, {target} has {lengths[1]:,}: line i of one belongs to line i of the other"
-            )
+        lengths = [f"{side.name} has {len(side):,} lines" for side in self.sides]
+        if len(self.sides[0]) != len(self.sides[1]):
+            raise UserError(f"{', '.join(lengths)}: line i of one belongs to line i of the other")
 
     def __len__(self) -> int:
         return len(self.sides[0])
@@ -82,7 +90,7 @@ class PairFiles:
         """Raise UserError where a side of a pair is empty."""
         for side in self.sides:
             if not side[number].strip():
-                raise UserError(f"{side.path} is empty at line {number + 1}: take the line out of both files")
+                raise UserError(f"{side.name} is empty at line {number + 1}: take the line out of both files")
 
     def apply(self, function: Callable[[bytes], T], number: int) -> list[T]:
         """[function(source), function(target)]; a line that is not UTF-8 is a UserError with its place."""
@@ -91,7 +99,7 @@ class PairFiles:
             try:
                 values.append(function(side[number]))
             except UnicodeDecodeError:
-                raise UserError(f"{side.place(number)} is not UTF-8; convert it, or use --tokenizer byte") from None
+                raise UserError(f"{side.not_utf8(number)}; convert it, or use --tokenizer byte") from None
             except UnknownUnitError as error:
                 raise error.within(side.place(number)) from None
         return values
@@ -115,15 +123,15 @@ class PairPiece:
                 counts.update(units)
         return counts
 
-    def encode(self, tokenizer: Tokenizer) -> Array:
-        """Its part of the stream, (n,) int64. Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> tuple[Array, int]:
+        """(its part of the stream (n,) int64, bytes of text). Raises UserError."""
         sep, end = np.array([tokenizer.sep]), np.array([tokenizer.end])
         parts = [end] if self.first else []
         for file, line in self.numbers:
             source, target = self.files[file].apply(lambda side: tokenizer.encode(side, False), line)
             if not 0 < self.longest < len(source) + len(target) + 2:
                 parts += [source, sep, target, end]
-        return np.concatenate(parts or [np.empty(0, np.int64)])
+        return np.concatenate(parts or [np.empty(0, np.int64)]), self.size
 
 
 def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
@@ -139,10 +147,23 @@ class Pairing(NamedTuple):
 
     seed: int  # draws their order
     longest: int = 0  # pairs of more tokens are left out; 0: none
+    held_out: Mapping[str, float] = {}  # split -> its share of the train pairs
+
+    def part(self, split: str) -> tuple[float, float]:
+        """From where to where, in 0..1, a split takes what is held out of the train pairs in drawn order."""
+        stop = 1.0
+        for name, share in self.held_out.items():
+            if name == split:
+                return stop - share, stop
+            stop -= share
+        return 0.0, stop if split == "train" else 1.0
 
 
 def plan_pairs(
-    names: Sequence[tuple[Path, Path]], pairing: Pairing, say: Callable[[str], None] = lambda message: None
+    names: Sequence[tuple[Path | TextFile, Path | TextFile]],
+    pairing: Pairing,
+    say: Callable[[str], None] = lambda message: None,
+    split: str = "train",
 ) -> list[list[PairPiece]]:
     """Lists of PairPieces, one list a shard, of all pairs of (source, target) files, in drawn order. Raises UserError.
 
@@ -154,7 +175,7 @@ def plan_pairs(
     for number, pairs in enumerate(files):
         lengths = np.array([[len(side.strip()) for side in pairs[line]] for line in range(len(pairs))]).reshape(-1, 2)
         whole = np.flatnonzero(lengths.all(axis=1))
-        if left_out := len(pairs) - len(whole):
+        if (left_out := len(pairs) - len(whole)) and split not in pairing.held_out:
             line = int(np.flatnonzero(~lengths.all(axis=1))[0])
             place = pairs.sides[int(lengths[line, 0] > 0)].place(line)
             say(f"{left_out:,} of {len(pairs):,} pairs are left out, since a side is empty, the first at {place}")
@@ -162,15 +183,18 @@ def plan_pairs(
         lengths_of.append(lengths[whole].sum(axis=1))
     numbers, sizes = np.concatenate(places), np.concatenate(lengths_of)
     if not len(numbers):
-        raise UserError(f"there are no pairs in {', '.join(map(str, names[0]))}")
-    seed, longest = pairing
-    order = np.random.default_rng(seed).permutation(len(numbers))
+        raise UserError(f"there are no pairs in {', '.join(side.name for side in files[0].sides)}")
+    order = np.random.default_rng(pairing.seed).permutation(len(numbers))
+    start, stop = (round(share * len(order)) for share in pairing.part(split))
+    order = order[start:stop]
     numbers, sizes = numbers[order], sizes[order]
     shards = []
     for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):
         starts = range(0, len(shard), BLOCK)
         parts = [shard[start : start + BLOCK] for start in starts]
-        shards.append([PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, longest) for part in parts])
+        shards.append(
+            [PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, pairing.longest) for part in parts]
+        )
     return shards
 
 

@@ -54,6 +54,7 @@ class Tokenizer:
     kind = ""
     unit = ""  # what is counted, in a word
     of_every_text: tuple[str, ...] = ()  # units that every text has: they say nothing of it, and need no counting
+    exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
     text_size = 0
     pairs = False
 
@@ -125,7 +126,7 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """256 tokens; any file at all."""
 
-    kind, text_size = "byte", 256
+    kind, exact, text_size = "byte", True, 256
 
     @classmethod
     def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:

@@ -85,6 +85,11 @@ class RunDisks:
             raise UserError(f"cannot go on with {self.run}: {reason(error)}") from None
         self._change("go-on", [host for host in self.others if host not in self.known or self.known[host].done])
 
+    def rename(self, run: str) -> None:
+        """Have another folder from now on."""
+        self._listen_to([])
+        self.run, self.known, self.owners = run, {}, {None}
+
     def silent(self) -> list[str]:
         """Hosts that did not answer when they were asked last."""
         return [host for host in self.others if host not in self.known]

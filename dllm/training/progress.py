@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import reason
 from ..files import storage
+from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
-from ..launching.mpirun import launched_rank
 from . import event_files
 from .curves import Line, can_draw, curves_of, draw, read_lines
 from .event_files import EventFile

@@ -32,6 +32,11 @@ def as_json(command, capsys, *words):
     return json.loads(out)
 
 
+def tokens(world):
+    """Of the training text."""
+    return json.loads((world / "tiny" / "manifest.json").read_text())["splits"]["train"]["tokens"]
+
+
 @pytest.fixture
 def run(world, tmp_path):
     """A copy of the run of `world`, to be changed."""
@@ -50,7 +55,7 @@ def test_info_of_a_run(world, capsys):
     valid = min(metrics(world / "run", "valid"), key=lambda line: line["loss"])
     assert (found["kind"], found["state"]) == ("run", "done")
     assert (found["step"], found["ranks"], found["tokenizer"]) == (20, 2, "char")
-    assert found["steps"] == config.resolve("default").train.epochs * math.ceil((200_000 // 8 - 1) / 8)
+    assert found["steps"] == config.resolve("default").train.epochs * math.ceil((tokens(world) // 8 - 1) / 8)
     assert found["texts"] == [{"corpus": as_json(info.main, capsys, world / "tiny")["hash"], "tokens": 20 * 8 * 8}]
     assert found["best"] == {key: valid[key] for key in ("loss", "perplexity", "step", "bits_per_byte")}
     assert found["checkpoints"][-1] == 20
@@ -67,7 +72,7 @@ def test_info_of_a_run(world, capsys):
 def test_info_of_a_corpus_and_of_a_model(world, model, capsys):
     found = as_json(info.main, capsys, world / "tiny")
     assert (found["kind"], found["vocabulary"]) == ("corpus", as_json(info.main, capsys, model)["vocabulary"])
-    assert found["splits"]["train"]["tokens"] == 200_000
+    assert found["splits"]["train"]["tokens"] == tokens(world)
     assert "dllm.train --data" in found["next"]
     (world / "tiny" / "valid-00000.h5").rename(world / "away")
     try:
@@ -108,10 +113,10 @@ def test_a_best_loss_on_a_corpus_of_before_is_not_the_best():
     assert facts.best([], {"scalars": {"step": 3, "best_loss": math.inf}}) is None
 
 
-def test_steps_are_counted_by_epochs_where_these_end_first(run, capsys):
+def test_steps_are_counted_by_epochs_where_these_end_first(world, run, capsys):
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("epochs = 100", "epochs = 2"))
-    assert as_json(info.main, capsys, run)["steps"] == 2 * math.ceil((200_000 // 8 - 1) / 8)
+    assert as_json(info.main, capsys, run)["steps"] == 2 * math.ceil((tokens(world) // 8 - 1) / 8)
 
 
 DAMAGE = {
