@@ -131,7 +131,7 @@ class Trace:
 
     def _leave(self) -> None:
         """Nothing is recorded any more."""
-        Trainer.before_step.remove(self._before)
+        Trainer.before_step = [hook for hook in Trainer.before_step if hook != self._before]  # another list: this one is in use
         if self._on_stage in Saver.on_stage:
             Saver.on_stage.remove(self._on_stage)
         self.recorder.end()

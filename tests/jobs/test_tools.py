@@ -16,6 +16,7 @@ from dllm import config
 from dllm.config import TrainConfig
 from dllm.errors import UserError
 from dllm.tools import compare, facts, info, lr_find
+from dllm.training.curves import can_draw
 from dllm.training.optim import learning_rate
 
 
@@ -216,6 +217,13 @@ def test_the_picture_of_compare_has_every_run(world, run, capsys, tmp_path):
         assert (code, why in err) == (REFUSED, True)
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    code, out, err = said(compare.main, capsys, world / "run", "--plot", "a.png")
+    assert (code, out) == (REFUSED, "")
+    assert err == "dllm: --plot a.png needs matplotlib: pip install 'dllm[plot]'\n"
+
+
 def test_the_range_of_rates_rises_by_one_factor():
     train = TrainConfig(schedule="range", min_lr=1e-4, lr=1.0, max_steps=5)
     rates = [learning_rate(train, step, 0, 1.0, 5) for step in range(5)]
@@ -237,10 +245,10 @@ def test_a_test_of_rates_is_judged_by_its_curve():
 
 
 def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, tmp_path):
-    pytest.importorskip("matplotlib")
+    picture = ["--out", tmp_path / "range.png"] if can_draw() else []
     small = ["--set", "model.embedding=16", "--set", "model.hidden=16", "--set", "train.lanes=8", "--set", "train.window=8"]
     words = ["--data", world / "tiny", *small, "--set", "train.clip=0", "--low", 1e-3, "--high", 1e8, "--steps", 120]
-    command = ["-m", "dllm", "lr-find", *words, "--out", tmp_path / "range.png", "--progress", "none"]
+    command = ["-m", "dllm", "lr-find", *words, *picture, "--progress", "none"]
     done = mpirun(2, *command, cwd=tmp_path, env={"TMPDIR": tmp_path}, check=True)
     *_, proposal, following = done.stdout.splitlines()
     rate = float(proposal.split()[1].rstrip(","))
@@ -250,7 +258,7 @@ def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, 
     assert {path.name for path in tmp_path.iterdir()} - {"range.png"} == {
         name for name in os.listdir(tmp_path) if name.startswith(("ompi", "prte"))
     }
-    assert (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
+    assert not picture or (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lr_find_refuses_what_is_trains_alone(world):

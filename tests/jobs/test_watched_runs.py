@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.launch import mpirun, train_arguments
+from helpers.faults import in_each_step
+from helpers.launch import ULFM, flavour, mpirun, train_arguments
 from helpers.run_files import column, metrics
 from helpers.several_commands import run_several
 
@@ -101,6 +102,16 @@ def test_a_run_that_ends_early_leaves_the_steps_that_it_took_and_one_that_never_
     assert steps == ["step 3", "step 4"]
     assert "dllm: no trace: the run ends before step 11\n" in ends[1].text
     assert not (tmp_path / "other" / "trace.json").exists()
+
+
+@pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies")
+def test_a_death_while_a_trace_is_taken_costs_the_trace_alone(world, tmp_path):
+    kill = "if trainer.state.step == 8 and rank == 1 and once('killed'): os.kill(os.getpid(), 9)"
+    arguments = train_arguments("tiny", tmp_path / "run", extra=("--max-steps", 14, "--trace", "5:12"))
+    done = mpirun(3, *arguments, cwd=world, env=in_each_step(tmp_path, kill) | ULFM)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 14, done.stderr
+    assert "dllm: no trace: a rank has died before its last step" in done.stderr
+    assert not (tmp_path / "run" / "trace.json").exists()
 
 
 @pytest.mark.parametrize("text", ["0", "5:4", "0:3", "-1", "a", "1:1001", "1001", "1:2:3", "", "9" * 20])
