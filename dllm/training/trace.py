@@ -44,6 +44,7 @@ class Trace:
         self.first, self.last = (first, last) if first else (begin + 1, begin + last)
         self._recording = False
         self._begun = 0.0  # when the step under way did
+        self._writing: float | None = None  # since when a file of a checkpoint is written
 
     def install(self) -> None:
         """Wait for the first step."""
@@ -126,8 +127,14 @@ class Trace:
         """By the writing thread."""
         if stage == "begin":
             self._writing = time.perf_counter()
-        elif stage == "end" and hasattr(self, "_writing"):
-            self.recorder.span(f"write step {saver.step}", self._writing, track="checkpoint writer")
+        elif stage == "end":
+            self._written(saver)
+
+    def _written(self, saver: Saver) -> None:
+        """A file is written, or as much of it as the trace sees."""
+        begin, self._writing = self._writing, None
+        if begin is not None:
+            self.recorder.span(f"write step {saver.step}", begin, track="checkpoint writer")
 
     def _leave(self) -> None:
         """Nothing is recorded any more."""
@@ -142,8 +149,9 @@ class Trace:
         self._leave()
         comm, node, reporter = trainer.comm, trainer.rank.node, trainer.rank.reporter
         if not self._recording:
-            reporter.warn(f"no trace: the run ends before step {self.first}")
+            reporter.warn(f"no trace: step {self.first} is none of those that this start has taken")
             return
+        self._written(trainer.rank.saver)
         offsets, doubt = clock_offsets(comm)
         own = Told(
             socket.gethostname(), list(node.pids), recorder.spans, recorder.messages, recorder.marks, stages(trainer.averaging)

@@ -100,7 +100,7 @@ def test_a_run_that_ends_early_leaves_the_steps_that_it_took_and_one_that_never_
     check_format(trace)
     steps = [event["name"] for event in trace["traceEvents"] if event["name"].startswith("step ")]
     assert steps == ["step 3", "step 4"]
-    assert "dllm: no trace: the run ends before step 11\n" in ends[1].text
+    assert "dllm: no trace: step 11 is none of those that this start has taken\n" in ends[1].text
     assert not (tmp_path / "other" / "trace.json").exists()
 
 
