@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from ..comm.tracing import Message, Span, in_memory
 from ..errors import printable
 
-THREADS = {"compute": 1, "checkpoint writer": 2, "messages": 3}
+# To Perfetto process 0 is the idle one, a thread is known by its number alone, and one that has its process's is the main one.
+THREADS = {"compute": 0, "checkpoint writer": 1, "messages": 2}  # numbers beyond that of the process
 Event = dict[str, Any]
 
 
@@ -58,21 +59,29 @@ def _of_rank(rank: int, spans: list[Span], messages: list[Message], origin: floa
     def at(moment: float) -> float:
         return round((moment - origin) * 1e9) / 1e3
 
+    process = process_of(rank)
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
-        begin, place = at(span.begin), {"pid": rank, "tid": THREADS[span.track]}
+        begin, place = at(span.begin), {"pid": process, "tid": process + THREADS[span.track]}
         duration = round(at(span.end) - begin, 3)
         yield {"ph": "X", "name": span.name, "cat": "rank", "ts": begin, "dur": duration, **place}
+    place = {"pid": process, "tid": process + THREADS["messages"]}
     for number, one in enumerate(sorted(messages, key=lambda one: one.begin)):
-        shown = {"cat": "message", "name": one.name, "id": f"{rank}.{number}", "pid": rank, "tid": THREADS["messages"]}
+        shown = {"cat": "message", "name": one.name, "id": f"{rank}.{number}", **place}
         yield {"ph": "b", "ts": at(one.begin), "args": {"bytes": one.size} if one.size else {}, **shown}
         yield {"ph": "e", "ts": at(one.end), **shown}
 
 
+def process_of(rank: int) -> int:
+    """The number of the process that stands for a rank."""
+    return 10 * (rank + 1)
+
+
 def _names(rank: int, host: str) -> Iterator[Event]:
     """The events that name a rank and its tracks."""
-    for what, tid, value in (
+    process = process_of(rank)
+    for what, thread, value in (
         ("process_name", 0, {"name": f"rank {rank} on {printable(host)}"}),
         ("process_sort_index", 0, {"sort_index": rank}),
         *(("thread_name", number, {"name": track}) for track, number in THREADS.items()),
     ):
-        yield {"ph": "M", "name": what, "pid": rank, "tid": tid, "args": value}
+        yield {"ph": "M", "name": what, "pid": process, "tid": process + thread, "args": value}

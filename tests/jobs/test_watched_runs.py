@@ -17,7 +17,7 @@ from dllm.errors import UserError
 from dllm.training.event_files import EventFile
 from dllm.training.options import train_config, train_options
 from dllm.training.progress import Reporter
-from dllm.training.trace_events import Told, events
+from dllm.training.trace_events import Told, events, process_of
 
 RANKS, FIRST, LAST = 4, 6, 12
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
@@ -38,10 +38,11 @@ def traced(world, tmp_path_factory):
 def check_format(trace):
     """As the format's document has it: events by rank, slices one inside the other, what begins ends."""
     assert set(trace) == {"traceEvents", "otherData"}
-    open_until, begun = {}, {}
+    open_until, begun, threads = {}, {}, {}
     for event in trace["traceEvents"]:
         assert event["ph"] in "XMbe"
         assert type(event["pid"]) is type(event["tid"]) is int
+        assert threads.setdefault(event["tid"], event["pid"]) == event["pid"] > 0  # as Perfetto takes them
         if event["ph"] == "M":
             assert set(event["args"]) in ({"name"}, {"sort_index"})
             continue
@@ -66,7 +67,7 @@ def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
     trace = json.loads((traced / "trace.json").read_text())
     check_format(trace)
     for rank in range(RANKS):
-        of_rank = [event for event in trace["traceEvents"] if event["pid"] == rank]
+        of_rank = [event for event in trace["traceEvents"] if event["pid"] == process_of(rank)]
         spans = [event for event in of_rank if event["ph"] == "X"]
         names = [event["name"] for event in spans]
         assert [name for name in names if name.startswith("step ")] == [f"step {step}" for step in range(FIRST, LAST + 1)]
@@ -74,7 +75,7 @@ def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
             assert names.count(name) == LAST - FIRST + 1, name
         assert names.count("evaluation") == 1  # of step 8
         assert {"checkpoint: copy", "metrics"} <= set(names)  # of step 7 and 8
-        assert any(event["name"].startswith("write step") for event in spans if event["tid"] == 2)
+        assert any(event["name"].startswith("write step") for event in spans if event["tid"] == process_of(rank) + 1)
         backwards = [(event["ts"], event["ts"] + event["dur"]) for event in spans if event["name"] == "backward"]
         buckets = [event for event in of_rank if event["ph"] == "b" and event["name"].startswith("bucket")]
         under = [one for one in buckets if any(begin <= one["ts"] < end for begin, end in backwards)]
@@ -139,7 +140,7 @@ def test_times_of_other_hosts_are_moved_and_a_bucket_ends_when_all_have_added_up
         Told("b\x1b", [2], [Span("step 1", "compute", 110.5, 120.5)], [Message("Isend", 3, 111.0, 112.0)], [], []),
     ]
     found = events(told, [0.0, 0.0, 100.0])
-    shown = [(event["pid"], event["ph"], event["name"], event["ts"]) for event in found if event["ph"] in "be"]
+    shown = [(event["pid"] // 10 - 1, event["ph"], event["name"], event["ts"]) for event in found if event["ph"] in "be"]
     assert shown == [
         (0, "b", "x", 1e6), (0, "e", "x", 5e6), (0, "b", "y", 2e6), (0, "e", "y", 5e6),
         (1, "b", "x", 2e6), (1, "e", "x", 5e6), (1, "b", "y", 3e6), (1, "e", "y", 5e6),
