@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
-from helpers.launch import REFUSED, complaint, environment, mpirun
+from helpers.launch import REFUSED, environment, mpirun
 from helpers.run_files import metrics
+from helpers.several_commands import run_several
 
 from dllm import config
 from dllm.config import TrainConfig
@@ -261,7 +262,21 @@ def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, 
     assert not picture or (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lr_find_refuses_what_is_trains_alone(world):
-    done = mpirun(2, "-m", "dllm", "lr-find", "--resume", world / "run")
-    assert done.returncode == REFUSED
-    assert complaint(done).startswith("dllm: of train's options lr-find takes")
+def test_lr_find_refuses_what_is_trains_alone_and_what_is_no_range(world, tmp_path):
+    small = ["--data", world / "tiny", "--progress", "none"]
+    tries = (
+        ["--resume", world / "run"],
+        [*small, "--low", 2],
+        [*small, "--set", "train.optimizer=sgd", "--low", 200],
+        ["--steps", 3],
+    )
+    ends = run_several(tmp_path / "said", 2, [["dllm.tools.lr_find", *words] for words in tries])
+    assert all(end.codes == {REFUSED} for end in ends)
+    for end, why in zip(
+        ends,
+        ("of train's options", "--low 2 must be below --high 1", "--low 200 must be below --high 100", "--steps"),
+        strict=True,
+    ):
+        assert end.text.startswith("dllm: ")
+        assert end.text.count("\n") == 1
+        assert why in end.text
