@@ -57,6 +57,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         return DONE
     if configuration.data.private or (parent and config.is_private(parent.data or "")):
         storage.owner_only()  # states of lanes and a model say much about a text
+    reporter.tensorboard = configuration.log.tensorboard
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus

@@ -6,10 +6,11 @@ when the trace is over.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from ..kernels.types import Array
 from .allreduce import Allreduce
 from .averaging import Averaging
 from .messages import allgather
-from .node_allreduce import NodeAllreduce
 from .shared_memory import READY, SUMMED
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .node_allreduce import NodeAllreduce
 
 ROUNDS = 20  # in which clocks are compared
 SHORTEST = 20e-6  # seconds of a call that is worth a span, of those that are called again and again
@@ -94,6 +96,8 @@ class Recorder:
 
     def watch_messages(self, averaging: Averaging) -> None:
         """Record the messages of a method of averaging, and what it does for them."""
+        from .node_allreduce import NodeAllreduce  # which imports MPI
+
         for owner, name, value in list(_communicators(averaging, set())):
             several = isinstance(value, list)
             recorded = [(_Comm(comm, self), *rest) for comm, *rest in value] if several else _Comm(value, self)
@@ -125,6 +129,8 @@ class Recorder:
 
 def stages(averaging: Averaging) -> list[tuple[str, int]]:
     """(name, bytes) of the stages of a step that `marks` count; none where ranks do not add up in shared memory."""
+    from .node_allreduce import NodeAllreduce
+
     if not isinstance(averaging, NodeAllreduce):
         return []
     size = averaging.vector.itemsize
@@ -193,38 +199,46 @@ class _Comm:
         if not (name.startswith("I") and callable(found)) or name.startswith(("Iprobe", "Is_", "Irecv")):
             return found
 
-        def start(*arguments: Any, **options: Any) -> _Request:
+        def start(*arguments: Any, **options: Any) -> MPI.Request:
             begin = time.perf_counter()
             size = arguments[0].nbytes if arguments and isinstance(arguments[0], np.ndarray) else 0
-            return _Request(found(*arguments, **options), name, size, begin, self._recorder)
+            request: MPI.Request = _recorded_request()(found(*arguments, **options), name, size, begin, self._recorder)
+            return request
 
         return start
 
 
-class _Request:
-    """A request whose end is recorded when this rank learns of it."""
+@functools.cache
+def _recorded_request() -> Any:
+    """The class of requests whose end is recorded when this rank learns of it. MPI's own functions take them, too."""
+    from mpi4py import MPI
 
-    def __init__(self, request: MPI.Request, name: str, size: int, begin: float, recorder: Recorder) -> None:
-        self._request, self._name, self._size, self._begin, self._recorder = request, name, size, begin, recorder
-        self._over = False
+    class Recorded(MPI.Request):
+        def __new__(cls, request: MPI.Request, *of: Any) -> Recorded:
+            return super().__new__(cls, request)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
+        def __init__(self, request: MPI.Request, name: str, size: int, begin: float, recorder: Recorder) -> None:
+            self.of: tuple[str, int, float, Recorder] | None = (name, size, begin, recorder)
 
-    def Test(self, *arguments: Any) -> bool:
-        done = self._request.Test(*arguments)
-        if done:
-            self._ended()
-        return done
+        def Test(self, *arguments: Any) -> bool:
+            done = super().Test(*arguments)
+            if done:
+                self.ended()
+            return done
 
-    def Wait(self, *arguments: Any) -> bool:
-        begin = time.perf_counter()
-        done = self._request.Wait(*arguments)
-        self._recorder.span(f"wait for {self._name}", begin, SHORTEST)
-        self._ended()
-        return done
+        def Wait(self, *arguments: Any) -> Literal[True]:
+            begin = time.perf_counter()
+            super().Wait(*arguments)
+            if self.of is not None:
+                name, _, _, recorder = self.of
+                recorder.span(f"wait for {name}", begin, SHORTEST)
+            self.ended()
+            return True
 
-    def _ended(self) -> None:
-        if not self._over:
-            self._over = True
-            self._recorder.messages.append(Message(self._name, self._size, self._begin, time.perf_counter()))
+        def ended(self) -> None:
+            if self.of is not None:
+                name, size, begin, recorder = self.of
+                recorder.messages.append(Message(name, size, begin, time.perf_counter()))
+                self.of = None
+
+    return Recorded

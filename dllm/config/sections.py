@@ -186,6 +186,7 @@ class LogConfig:
     every: int = setting(50, "steps between lines in metrics.jsonl", at_least=1)
     sample: int = setting(200, "tokens of the sample at the end; 0: none; private text: always none")
     prompt: str = setting("", "what the sample continues")
+    tensorboard: bool = setting(False, "also write files for TensorBoard; needs pip install 'dllm[tensorboard]'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ FILES = {
     "summary.json",
     "loss.png",
     "trace.json",
+    "tensorboard",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,

@@ -139,7 +139,8 @@ def _progress(settings: config.Config, train: list[Line], newest: Facts) -> Fact
         windows = (step - before[0]) / (epoch - before[1])  # of an epoch
         by_epochs = step + round(max(0.0, settings.train.epochs - epoch) * windows)
         steps = min(steps or by_epochs, by_epochs)
-    step = max(newest.get("scalars", {}).get("step", 0), step)
+    scalars = newest.get("scalars", {"step": 0, "epoch": 0})
+    step, epoch = max(scalars["step"], step), max(scalars["epoch"], epoch)
     return {"step": step, "steps": steps, "epoch": epoch, "epochs": settings.train.epochs}
 
 

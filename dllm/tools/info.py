@@ -95,9 +95,10 @@ def _signs(facts: Facts) -> str:
     silent = facts["alive"]
     if facts["state"] == "done" or silent is None:
         return ""
+    job = f"; the last sign of life of job {(facts['owner'] or '?').rpartition('.')[2]:.12} is"
     if silent < -ALIVE:
-        return f"; its job's last sign of life is {-silent:,.0f} s ahead of this machine's clock"
-    return f"; its job's last sign of life is {max(0.0, silent):,.0f} s old, by this machine's clock"
+        return f"{job} {-silent:,.0f} s ahead of this machine's clock"
+    return f"{job} {max(0.0, silent):,.0f} s old, by this machine's clock"
 
 
 def _best(found: Facts | None) -> str:

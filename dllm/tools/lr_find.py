@@ -41,6 +41,7 @@ examples
   mpirun -n 8 dllm lr-find --preset wlm-200 --data DIR --out range.png
   mpirun -n 4 dllm lr-find --data DIR --set model.hidden=512 --low 1e-6 --high 1 --steps 200
 
+Rates go from 1e-5 to 1, with train.optimizer = sgd from 0.001 to 100, where --low and --high do not say otherwise.
 It takes --preset, --config, --data, --init-from, --set and --progress as train does; with the same ones the rate that is found
 fits. It leaves nothing behind but --out. The last line says what to type next.
 
@@ -48,10 +49,11 @@ Proposed is a tenth of the rate at which the smoothed loss is lowest, since ther
 falls fastest, another common choice. Both are starting points: a warm-up (train.warmup) allows for more.
 """
 SMOOTH = 0.9  # of the exponential mean of losses that tells a divergence
-DIVERGED = 4.0  # times the lowest smoothed loss, above the lowest: the test ends
+DIVERGED = 4.0  # a smoothed loss of so many times the lowest one ends the test
 SPAN = 4  # steps before and behind one over which its loss is smoothed
 SETTLE = 10  # steps before losses count: the mean of the first few says little
 ROWS = 16  # of the table
+RANGE, RANGES = (1e-5, 1.0), {"sgd": (1e-3, 100.0)}  # rates of a test, by optimiser
 
 
 class Found(NamedTuple):
@@ -128,8 +130,8 @@ class Watch(Reporter):
 def _options(argv: list[str], rank: int) -> tuple[argparse.Namespace, argparse.Namespace]:
     """This command's options, and those of train. Raises UserError."""
     parser = cli.Parser("tools.lr_find", __doc__, EPILOG, rank)
-    parser.add_argument("--low", type=cli.at_least(1e-12, float), default=1e-5, metavar="LR", help="first rate (default 1e-5)")
-    parser.add_argument("--high", type=cli.at_least(1e-12, float), default=1.0, metavar="LR", help="last rate (default 1)")
+    parser.add_argument("--low", type=cli.at_least(1e-12, float), default=None, metavar="LR", help="first rate")
+    parser.add_argument("--high", type=cli.at_least(1e-12, float), default=None, metavar="LR", help="last rate")
     parser.add_argument("--steps", type=cli.at_least(2 * SETTLE, int, 100_000), default=150, metavar="N", help="default: 150")
     parser.add_argument("--out", metavar="FILE.png", help="draw the curve; needs pip install 'dllm[plot]'")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -137,16 +139,18 @@ def _options(argv: list[str], rank: int) -> tuple[argparse.Namespace, argparse.N
     train = train_options(rest, rank)
     if train.resume or train.max_steps or train.max_seconds or train.settings or train.trace:
         parser.error("of train's options lr-find takes --preset, --config, --data, --init-from, --set and --progress")
-    if options.low >= options.high:
-        parser.error(f"--low {options.low:g} must be below --high {options.high:g}")
     check_picture("--out", options.out)
     return options, train
 
 
 def _configuration(options: argparse.Namespace, settings: config.Config) -> config.Config:
-    """The Config of the test: the rate as a function of the step, and nothing that writes or evaluates."""
+    """The Config of the test: the rate as a function of the step, and nothing that writes or evaluates. Raises UserError."""
+    low, high = RANGES.get(settings.train.optimizer, RANGE)
+    low, high = low if options.low is None else options.low, high if options.high is None else options.high
+    if low >= high:
+        raise UserError(f"--low {low:g} must be below --high {high:g}")
     train = dataclasses.replace(
-        settings.train, schedule="range", min_lr=options.low, lr=options.high, warmup=0, max_steps=options.steps,
+        settings.train, schedule="range", min_lr=low, lr=high, warmup=0, max_steps=options.steps,
         epochs=options.steps,
     )  # fmt: skip
     return dataclasses.replace(
@@ -231,6 +235,8 @@ def _tell(options: argparse.Namespace, words: str, found: Found) -> None:
         print(f"{found.rates[step]:14.2e}{found.losses[step]:10.4f}{found.smoothed[step]:10.4f}{mark}")
     if options.out:
         print(f"plot       {options.out}")
+    if found.lowest > last - SETTLE:
+        print("beware     the loss still falls at the highest rates: a higher --high says more")
     print(f"proposal   {found.proposal:.1e}, a tenth of the rate with the lowest loss; steepest descent is at {steepest:.1e}")
     print(f"next       mpirun -n N python -m dllm.train {words} --set train.lr={found.proposal:g}".replace("  --set", " --set"))
     sys.stdout.flush()

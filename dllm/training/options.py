@@ -14,6 +14,7 @@ from .. import cli, config
 from ..comm import methods, topology
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
+from . import event_files
 
 MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
@@ -84,6 +85,7 @@ def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = 
     if 0 < settings.train.max_steps < options.max_steps:  # what is asked for now lifts what was said before
         settings = replace(settings, train=replace(settings.train, max_steps=options.max_steps))
     methods.check(settings)
+    event_files.check(settings.log)
     return settings
 
 

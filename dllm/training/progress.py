@@ -19,7 +19,9 @@ from ..errors import reason
 from ..files import storage
 from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
+from . import event_files
 from .curves import Line, can_draw, curves_of, draw, read_lines
+from .event_files import EventFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -47,6 +49,8 @@ class Reporter:
         self.metrics: IO[bytes] | None = None
         self.waiting = b""  # lines for metrics.jsonl
         self.failed: set[str] = set()  # files that could not be written
+        self.tensorboard: bool = before.tensorboard if before else False  # whether TensorBoard's files are wanted
+        self.events: EventFile | None = None
 
     def say(self, text: str) -> None:
         """A line, or several, in one write."""
@@ -73,7 +77,9 @@ class Reporter:
         """
         self.run, self.begun, self.first, self.total = pathlib.Path(run), time.monotonic(), step, total
         if writes:
-            self._open_metrics(step)
+            added = self._open_metrics(step)
+            if self.tensorboard:
+                self._attempt(event_files.FOLDER, self._open_events, step, added)
         if self.mode == "live":
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
@@ -84,13 +90,20 @@ class Reporter:
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
-    def _open_metrics(self, step: int) -> None:
+    def _open_metrics(self, step: int) -> list[Line]:
+        """Returns lines that a rank which died has not written."""
         path = self.run / "metrics.jsonl"
         kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
         written = {(line["step"], line.get("split")) for line in kept}
-        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
-        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        added = [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in (*kept, *added)))
         self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
+        return added
+
+    def _open_events(self, step: int, lines: list[Line]) -> None:
+        self.events = EventFile(self.run, step)
+        for line in lines:
+            self.events.log(line)
 
     def log(self, line: Line) -> None:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
@@ -98,6 +111,8 @@ class Reporter:
         if self.metrics is not None:
             self.waiting += json.dumps(line).encode() + b"\n"
             self._attempt("metrics.jsonl", self._write_metrics)
+        if self.events is not None:
+            self._attempt(event_files.FOLDER, self.events.log, line)
         if self.mode == "none":
             return
         text = f"loss {line['loss']:.4f}  perplexity {_in_words(perplexity(line['loss']))}"
@@ -128,6 +143,9 @@ class Reporter:
             self._attempt("metrics.jsonl", self._write_metrics)
             self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
+        if self.events is not None:
+            self._attempt(event_files.FOLDER, self.events.end)
+            self.events = None
 
     def summarise(self, summary: dict[str, Any], writes: bool) -> None:
         """Write summary.json where this rank writes for its disk."""

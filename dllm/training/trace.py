@@ -1,14 +1,4 @@
-"""A trace of some steps over all ranks, as Perfetto and Chrome read it: dllm train --trace STEPS.
-
-Each rank is a process with these tracks:
-
-    compute               forward, backward by layers, optimiser, evaluation, waits; one inside the other
-    checkpoint writer     the thread that writes this rank's file
-    messages              each from when it starts until this rank learns that it has ended: under the backward, if all is well
-
-Format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. Times of
-other hosts are moved by what their clocks are ahead (comm/tracing.py).
-"""
+"""Some steps of a run recorded on all ranks and written as a trace: dllm train --trace STEPS."""
 
 from __future__ import annotations
 
@@ -16,31 +6,19 @@ import json
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from .. import __version__
 from ..comm.messages import gather
-from ..comm.tracing import SHORTEST, Message, Recorder, Span, clock_offsets, in_memory, stages
-from ..errors import printable, reason
+from ..comm.tracing import SHORTEST, Recorder, clock_offsets, stages
+from ..errors import reason
 from ..files import storage
 from ..runs.checkpoint_writer import Saver
+from .trace_events import Told, events
 from .trainer import SETTLED, Trainer
 
 FILE = "trace.json"
-Event = dict[str, Any]
-THREADS = {"compute": 1, "checkpoint writer": 2, "messages": 3}
-
-
-class Told(NamedTuple):
-    """What a rank says of the steps that were traced."""
-
-    host: str
-    node: list[int]  # the ranks of its node
-    spans: list[Span]
-    messages: list[Message]
-    marks: list[tuple[int, int, float]]
-    stages: list[tuple[str, int]]
 
 
 def install(trainer: Trainer, which: tuple[int, int] | None) -> None:
@@ -66,6 +44,7 @@ class Trace:
         self.first, self.last = (first, last) if first else (begin + 1, begin + last)
         self._recording = False
         self._begun = 0.0  # when the step under way did
+        self._writing: float | None = None  # since when a file of a checkpoint is written
 
     def install(self) -> None:
         """Wait for the first step."""
@@ -148,12 +127,18 @@ class Trace:
         """By the writing thread."""
         if stage == "begin":
             self._writing = time.perf_counter()
-        elif stage == "end" and hasattr(self, "_writing"):
-            self.recorder.span(f"write step {saver.step}", self._writing, track="checkpoint writer")
+        elif stage == "end":
+            self._written(saver)
+
+    def _written(self, saver: Saver) -> None:
+        """A file is written, or as much of it as the trace sees."""
+        begin, self._writing = self._writing, None
+        if begin is not None:
+            self.recorder.span(f"write step {saver.step}", begin, track="checkpoint writer")
 
     def _leave(self) -> None:
         """Nothing is recorded any more."""
-        Trainer.before_step.remove(self._before)
+        Trainer.before_step = [hook for hook in Trainer.before_step if hook != self._before]  # another list: this one is in use
         if self._on_stage in Saver.on_stage:
             Saver.on_stage.remove(self._on_stage)
         self.recorder.end()
@@ -164,8 +149,9 @@ class Trace:
         self._leave()
         comm, node, reporter = trainer.comm, trainer.rank.node, trainer.rank.reporter
         if not self._recording:
-            reporter.warn(f"no trace: the run ends before step {self.first}")
+            reporter.warn(f"no trace: step {self.first} is none of those that this start has taken")
             return
+        self._written(trainer.rank.saver)
         offsets, doubt = clock_offsets(comm)
         own = Told(
             socket.gethostname(), list(node.pids), recorder.spans, recorder.messages, recorder.marks, stages(trainer.averaging)
@@ -181,48 +167,3 @@ class Trace:
             reporter.warn(f"cannot write {path}: {reason(error)}")
             return
         reporter.say(f"trace      {path}: open it at ui.perfetto.dev, which reads it in the browser")
-
-
-def events(everyone: list[Told], offsets: list[float]) -> list[Event]:
-    """The events of a trace, in microseconds from its beginning.
-
-    everyone : by rank
-    offsets : seconds by which the clock of each rank is ahead of rank 0's
-    """
-    messages = [list(told.messages) for told in everyone]
-    for nodes in {tuple(told.node) for told in everyone if told.stages}:
-        shared = in_memory([everyone[rank].marks for rank in nodes], everyone[nodes[0]].stages)
-        for rank, found in zip(nodes, shared, strict=True):
-            messages[rank] += found
-    origin = min(span.begin - offset for told, offset in zip(everyone, offsets, strict=True) for span in told.spans)
-    return [
-        event
-        for rank, (told, offset) in enumerate(zip(everyone, offsets, strict=True))
-        for event in (*_names(rank, told.host), *_of_rank(rank, told.spans, messages[rank], origin + offset))
-    ]
-
-
-def _of_rank(rank: int, spans: list[Span], messages: list[Message], origin: float) -> Iterator[Event]:
-    """The events of a rank by whose clock the trace begins at `origin`."""
-
-    def at(moment: float) -> float:
-        return round((moment - origin) * 1e9) / 1e3
-
-    for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
-        begin, place = at(span.begin), {"pid": rank, "tid": THREADS[span.track]}
-        duration = round(at(span.end) - begin, 3)
-        yield {"ph": "X", "name": span.name, "cat": "rank", "ts": begin, "dur": duration, **place}
-    for number, one in enumerate(sorted(messages, key=lambda one: one.begin)):
-        shown = {"cat": "message", "name": one.name, "id": f"{rank}.{number}", "pid": rank, "tid": THREADS["messages"]}
-        yield {"ph": "b", "ts": at(one.begin), "args": {"bytes": one.size} if one.size else {}, **shown}
-        yield {"ph": "e", "ts": at(one.end), **shown}
-
-
-def _names(rank: int, host: str) -> Iterator[Event]:
-    """The events that name a rank and its tracks."""
-    for what, tid, value in (
-        ("process_name", 0, {"name": f"rank {rank} on {printable(host)}"}),
-        ("process_sort_index", 0, {"sort_index": rank}),
-        *(("thread_name", number, {"name": track}) for track, number in THREADS.items()),
-    ):
-        yield {"ph": "M", "name": what, "pid": rank, "tid": tid, "args": value}

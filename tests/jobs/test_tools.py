@@ -9,13 +9,15 @@ import sys
 import time
 
 import pytest
-from helpers.launch import REFUSED, complaint, environment, mpirun
+from helpers.launch import REFUSED, environment, mpirun
 from helpers.run_files import metrics
+from helpers.several_commands import run_several
 
 from dllm import config
 from dllm.config import TrainConfig
 from dllm.errors import UserError
 from dllm.tools import compare, facts, info, lr_find
+from dllm.training.curves import can_draw
 from dllm.training.optim import learning_rate
 
 
@@ -30,6 +32,11 @@ def as_json(command, capsys, *words):
     code, out, err = said(command, capsys, *words, "--json")
     assert (code, err) == (0, "")
     return json.loads(out)
+
+
+def tokens(world):
+    """Of the training text."""
+    return json.loads((world / "tiny" / "manifest.json").read_text())["splits"]["train"]["tokens"]
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_info_of_a_run(world, capsys):
     valid = min(metrics(world / "run", "valid"), key=lambda line: line["loss"])
     assert (found["kind"], found["state"]) == ("run", "done")
     assert (found["step"], found["ranks"], found["tokenizer"]) == (20, 2, "char")
-    assert found["steps"] == config.resolve("default").train.epochs * math.ceil((200_000 // 8 - 1) / 8)
+    assert found["steps"] == config.resolve("default").train.epochs * math.ceil((tokens(world) // 8 - 1) / 8)
     assert found["texts"] == [{"corpus": as_json(info.main, capsys, world / "tiny")["hash"], "tokens": 20 * 8 * 8}]
     assert found["best"] == {key: valid[key] for key in ("loss", "perplexity", "step", "bits_per_byte")}
     assert found["checkpoints"][-1] == 20
@@ -67,7 +74,7 @@ def test_info_of_a_run(world, capsys):
 def test_info_of_a_corpus_and_of_a_model(world, model, capsys):
     found = as_json(info.main, capsys, world / "tiny")
     assert (found["kind"], found["vocabulary"]) == ("corpus", as_json(info.main, capsys, model)["vocabulary"])
-    assert found["splits"]["train"]["tokens"] == 200_000
+    assert found["splits"]["train"]["tokens"] == tokens(world)
     assert "dllm.train --data" in found["next"]
     (world / "tiny" / "valid-00000.h5").rename(world / "away")
     try:
@@ -108,10 +115,10 @@ def test_a_best_loss_on_a_corpus_of_before_is_not_the_best():
     assert facts.best([], {"scalars": {"step": 3, "best_loss": math.inf}}) is None
 
 
-def test_steps_are_counted_by_epochs_where_these_end_first(run, capsys):
+def test_steps_are_counted_by_epochs_where_these_end_first(world, run, capsys):
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("epochs = 100", "epochs = 2"))
-    assert as_json(info.main, capsys, run)["steps"] == 2 * math.ceil((200_000 // 8 - 1) / 8)
+    assert as_json(info.main, capsys, run)["steps"] == 2 * math.ceil((tokens(world) // 8 - 1) / 8)
 
 
 DAMAGE = {
@@ -211,6 +218,13 @@ def test_the_picture_of_compare_has_every_run(world, run, capsys, tmp_path):
         assert (code, why in err) == (REFUSED, True)
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    code, out, err = said(compare.main, capsys, world / "run", "--plot", "a.png")
+    assert (code, out) == (REFUSED, "")
+    assert err == "dllm: --plot a.png needs matplotlib: pip install 'dllm[plot]'\n"
+
+
 def test_the_range_of_rates_rises_by_one_factor():
     train = TrainConfig(schedule="range", min_lr=1e-4, lr=1.0, max_steps=5)
     rates = [learning_rate(train, step, 0, 1.0, 5) for step in range(5)]
@@ -232,10 +246,10 @@ def test_a_test_of_rates_is_judged_by_its_curve():
 
 
 def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, tmp_path):
-    pytest.importorskip("matplotlib")
+    picture = ["--out", tmp_path / "range.png"] if can_draw() else []
     small = ["--set", "model.embedding=16", "--set", "model.hidden=16", "--set", "train.lanes=8", "--set", "train.window=8"]
     words = ["--data", world / "tiny", *small, "--set", "train.clip=0", "--low", 1e-3, "--high", 1e8, "--steps", 120]
-    command = ["-m", "dllm", "lr-find", *words, "--out", tmp_path / "range.png", "--progress", "none"]
+    command = ["-m", "dllm", "lr-find", *words, *picture, "--progress", "none"]
     done = mpirun(2, *command, cwd=tmp_path, env={"TMPDIR": tmp_path}, check=True)
     *_, proposal, following = done.stdout.splitlines()
     rate = float(proposal.split()[1].rstrip(","))
@@ -245,10 +259,24 @@ def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, 
     assert {path.name for path in tmp_path.iterdir()} - {"range.png"} == {
         name for name in os.listdir(tmp_path) if name.startswith(("ompi", "prte"))
     }
-    assert (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
+    assert not picture or (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lr_find_refuses_what_is_trains_alone(world):
-    done = mpirun(2, "-m", "dllm", "lr-find", "--resume", world / "run")
-    assert done.returncode == REFUSED
-    assert complaint(done).startswith("dllm: of train's options lr-find takes")
+def test_lr_find_refuses_what_is_trains_alone_and_what_is_no_range(world, tmp_path):
+    small = ["--data", world / "tiny", "--progress", "none"]
+    tries = (
+        ["--resume", world / "run"],
+        [*small, "--low", 2],
+        [*small, "--set", "train.optimizer=sgd", "--low", 200],
+        ["--steps", 3],
+    )
+    ends = run_several(tmp_path / "said", 2, [["dllm.tools.lr_find", *words] for words in tries])
+    assert all(end.codes == {REFUSED} for end in ends)
+    for end, why in zip(
+        ends,
+        ("of train's options", "--low 2 must be below --high 1", "--low 200 must be below --high 100", "--steps"),
+        strict=True,
+    ):
+        assert end.text.startswith("dllm: ")
+        assert end.text.count("\n") == 1
+        assert why in end.text

@@ -1,27 +1,35 @@
-"""dllm train --trace: a trace of all ranks, in the format that viewers read, which changes nothing of what is computed."""
+"""A run that is watched: `train --trace`, a trace of all ranks, and files for TensorBoard. Neither changes what is computed."""
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
-from helpers.launch import mpirun, train_arguments
+from helpers.faults import in_each_step
+from helpers.launch import ULFM, flavour, mpirun, train_arguments
 from helpers.run_files import column, metrics
 from helpers.several_commands import run_several
 
 from dllm.comm.shared_memory import READY, SUMMED
 from dllm.comm.tracing import Message, Span
 from dllm.errors import UserError
-from dllm.training.options import train_options
-from dllm.training.trace import Told, events
+from dllm.training.event_files import EventFile
+from dllm.training.options import train_config, train_options
+from dllm.training.progress import Reporter
+from dllm.training.trace_events import Told, events, process_of
 
 RANKS, FIRST, LAST = 4, 6, 12
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+WITH_TENSORBOARD = pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed: pip install -e '.[test]' does")
 
 
 @pytest.fixture(scope="module")
 def traced(world, tmp_path_factory):
-    """The run of `world`, on other ranks and traced."""
+    """The run of `world`, on other ranks and watched."""
     out = tmp_path_factory.mktemp("traced") / "run"
     settings = "train.eval_every=8", "train.lr=0.02", "averaging.bucket_mb=0.004", "checkpoint.every_steps=7"
+    settings += ("log.tensorboard=true",) * TENSORBOARD
     extra = "--max-steps", 20, "--trace", f"{FIRST}:{LAST}"
     mpirun(RANKS, *train_arguments("tiny", out, *settings, extra=extra), cwd=world, check=True)
     return out
@@ -30,10 +38,11 @@ def traced(world, tmp_path_factory):
 def check_format(trace):
     """As the format's document has it: events by rank, slices one inside the other, what begins ends."""
     assert set(trace) == {"traceEvents", "otherData"}
-    open_until, begun = {}, {}
+    open_until, begun, threads = {}, {}, {}
     for event in trace["traceEvents"]:
         assert event["ph"] in "XMbe"
         assert type(event["pid"]) is type(event["tid"]) is int
+        assert threads.setdefault(event["tid"], event["pid"]) == event["pid"] > 0  # as Perfetto takes them
         if event["ph"] == "M":
             assert set(event["args"]) in ({"name"}, {"sort_index"})
             continue
@@ -58,7 +67,7 @@ def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
     trace = json.loads((traced / "trace.json").read_text())
     check_format(trace)
     for rank in range(RANKS):
-        of_rank = [event for event in trace["traceEvents"] if event["pid"] == rank]
+        of_rank = [event for event in trace["traceEvents"] if event["pid"] == process_of(rank)]
         spans = [event for event in of_rank if event["ph"] == "X"]
         names = [event["name"] for event in spans]
         assert [name for name in names if name.startswith("step ")] == [f"step {step}" for step in range(FIRST, LAST + 1)]
@@ -66,7 +75,7 @@ def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
             assert names.count(name) == LAST - FIRST + 1, name
         assert names.count("evaluation") == 1  # of step 8
         assert {"checkpoint: copy", "metrics"} <= set(names)  # of step 7 and 8
-        assert any(event["name"].startswith("write step") for event in spans if event["tid"] == 2)
+        assert any(event["name"].startswith("write step") for event in spans if event["tid"] == process_of(rank) + 1)
         backwards = [(event["ts"], event["ts"] + event["dur"]) for event in spans if event["name"] == "backward"]
         buckets = [event for event in of_rank if event["ph"] == "b" and event["name"].startswith("bucket")]
         under = [one for one in buckets if any(begin <= one["ts"] < end for begin, end in backwards)]
@@ -92,8 +101,18 @@ def test_a_run_that_ends_early_leaves_the_steps_that_it_took_and_one_that_never_
     check_format(trace)
     steps = [event["name"] for event in trace["traceEvents"] if event["name"].startswith("step ")]
     assert steps == ["step 3", "step 4"]
-    assert "dllm: no trace: the run ends before step 11\n" in ends[1].text
+    assert "dllm: no trace: step 11 is none of those that this start has taken\n" in ends[1].text
     assert not (tmp_path / "other" / "trace.json").exists()
+
+
+@pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies")
+def test_a_death_while_a_trace_is_taken_costs_the_trace_alone(world, tmp_path):
+    kill = "if trainer.state.step == 8 and rank == 1 and once('killed'): os.kill(os.getpid(), 9)"
+    arguments = train_arguments("tiny", tmp_path / "run", extra=("--max-steps", 14, "--trace", "5:12"))
+    done = mpirun(3, *arguments, cwd=world, env=in_each_step(tmp_path, kill) | ULFM)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 14, done.stderr
+    assert "dllm: no trace: a rank has died before its last step" in done.stderr
+    assert not (tmp_path / "run" / "trace.json").exists()
 
 
 @pytest.mark.parametrize("text", ["0", "5:4", "0:3", "-1", "a", "1:1001", "1001", "1:2:3", "", "9" * 20])
@@ -121,7 +140,7 @@ def test_times_of_other_hosts_are_moved_and_a_bucket_ends_when_all_have_added_up
         Told("b\x1b", [2], [Span("step 1", "compute", 110.5, 120.5)], [Message("Isend", 3, 111.0, 112.0)], [], []),
     ]
     found = events(told, [0.0, 0.0, 100.0])
-    shown = [(event["pid"], event["ph"], event["name"], event["ts"]) for event in found if event["ph"] in "be"]
+    shown = [(event["pid"] // 10 - 1, event["ph"], event["name"], event["ts"]) for event in found if event["ph"] in "be"]
     assert shown == [
         (0, "b", "x", 1e6), (0, "e", "x", 5e6), (0, "b", "y", 2e6), (0, "e", "y", 5e6),
         (1, "b", "x", 2e6), (1, "e", "x", 5e6), (1, "b", "y", 3e6), (1, "e", "y", 5e6),
@@ -129,3 +148,65 @@ def test_times_of_other_hosts_are_moved_and_a_bucket_ends_when_all_have_added_up
     ]  # fmt: skip
     assert [event["ts"] for event in found if event["ph"] == "X"] == [0.0, 0.0, 0.5e6]
     assert "\x1b" not in json.dumps(found, ensure_ascii=False)
+
+
+def shown(run):
+    """Chart -> (steps, values) as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    scalars = {tag: found.Scalars(tag) for tag in found.Tags()["scalars"]}
+    return {tag: ([one.step for one in events], [one.value for one in events]) for tag, events in scalars.items()}
+
+
+@WITH_TENSORBOARD
+def test_tensorboard_reads_what_metrics_has(traced):
+    charts = shown(traced)
+    lines = {split: metrics(traced, split) for split in ("train", "valid")}
+    for chart, split, name in (
+        ("loss/train", "train", "loss"), ("loss/valid", "valid", "loss"), ("perplexity/valid", "valid", "perplexity"),
+        ("bits per byte/valid", "valid", "bits_per_byte"), ("training/learning rate", "train", "lr"),
+        ("training/gradient norm", "train", "grad_norm"),
+    ):  # fmt: skip
+        steps, values = charts[chart]
+        assert steps == column(lines[split], "step").tolist(), chart
+        np.testing.assert_allclose(values, column(lines[split], name), rtol=1e-6)
+    assert {"speed/tokens a second", "speed/communication hidden", "perplexity/train"} <= set(charts)
+
+
+@WITH_TENSORBOARD
+def test_steps_that_are_taken_again_are_shown_once(tmp_path):
+    lines = [{"step": step, "loss": 5.0 - step / 10, "tokens_per_second": 1.0} for step in range(9)]
+    for start, stop in ((0, 6), (3, 9)):  # the first one dies behind its checkpoint of step 3
+        reporter = Reporter(True, "none")
+        reporter.tensorboard = True
+        reporter.begin(tmp_path, start, 9, True)
+        for line in lines[start + 1 : stop]:
+            reporter.log(line | {"loss": line["loss"] + start})
+        reporter.end()
+    steps, values = shown(tmp_path)["loss/train"]
+    assert steps == list(range(1, 9))
+    assert values == pytest.approx([5.0 - step / 10 + 3 * (step > 3) for step in steps])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+@WITH_TENSORBOARD
+def test_a_full_disk_hides_no_later_step(tmp_path):
+    events = EventFile(tmp_path, 0)
+    with open("/dev/full", "wb", buffering=0) as full:
+        file, events._file = events._file, full
+        for step in (1, 2):
+            with pytest.raises(OSError, match="No space"):
+                events.log({"step": step, "loss": 2.0})
+        events._file = file
+    events.log({"step": 3, "loss": 1.0})
+    events.end()
+    assert shown(tmp_path)["loss/train"] == ([1, 2, 3], [2.0, 2.0, 1.0])
+
+
+def test_a_run_without_tensorboard_is_refused_before_it_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"pip install 'dllm\[tensorboard\]'"):
+        train_config(train_options(["--set", "log.tensorboard=true"]))
+    assert not train_config(train_options([])).log.tensorboard
