@@ -11,7 +11,7 @@ from . import cli, config
 from .comm import runtime
 from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
-from .errors import DONE, STOPPED_EARLY, reason
+from .errors import DONE, NOT_SAVED, STOPPED_EARLY, reason
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
     from .files import storage
+    from .inference import model_folder
+    from .inference.loaded_model import open_parent
     from .runs.gathering import gather_run
     from .training.options import print_settings, train_config, train_options
     from .training.progress import Reporter
@@ -37,20 +39,23 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
     reporter = Reporter(comm.rank == 0, options.progress)
-    gathered = False
+    gathered, parent = False, None
     if options.resume and not options.settings:
         runtime.check_same(comm, {"--resume": options.resume})
         gathered = gather_run(comm, options.resume, reporter.warn, best=False)
+    elif options.init_from:
+        parent = open_parent(comm, options.init_from, reporter.warn)
     with runtime.together(comm):
-        configuration = train_config(options)
+        configuration = train_config(options, model_folder.shape(parent.config) if parent else None)
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE
-    if configuration.data.private:
+    if configuration.data.private or (parent and config.is_private(parent.data or "")):
         storage.owner_only()  # states of lanes and a model say much about a text
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
+    from .data.tokenizer_files import tokenizer_hash
     from .runs import checkpoint, marks, run_folder
     from .runs.ownership import Ownership
     from .training import announcements, recovery
@@ -72,11 +77,13 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if resume:
         runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
+    if parent:
+        runtime.agree(comm, corpus.check_vocabulary, tokenizer_hash(parent.tokenizer), options.init_from)
     compiling = time.monotonic()
     with leader_first(node):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
-    trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume))
+    trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume or parent))
     writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if writes:
@@ -101,16 +108,18 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
     trainer.close()
     reporter.end()
-    writes = trainer.rank.domains.leads
+    saver, writes = trainer.rank.saver, trainer.rank.domains.leads
     reporter.summarise(summary, writes)
-    if reporter.mode != "none":
-        announcements.farewell(trainer, summary, done)
-    code = DONE if done else STOPPED_EARLY
-    if writes and done and ownership.is_held():
+    code = NOT_SAVED if not saver.whole else DONE if done else STOPPED_EARLY
+    if writes and code == DONE and ownership.is_held():  # before anything is told: telling may fail
         try:
             marks.done(ownership.run, summary["steps"])
         except OSError as error:
             reporter.warn(f"cannot write {ownership.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
+    if not saver.whole:
+        reporter.warn(announcements.not_saved(trainer))
+    elif reporter.mode != "none":
+        announcements.farewell(trainer, summary, done)
     runtime.finish(comm, code if trainer.deaths else None)
     return code
 

@@ -90,6 +90,8 @@ class TrainConfig:
     threads: int = setting(0, "of a rank; 0: cores of the node / ranks of the node; the results are the same to the bit")
     seed: int = setting(1, "of the first parameters and of dropout")
     eval_every: int = setting(0, "steps between evaluations on the validation split; 0: at each epoch's end")
+    patience: int = setting(0, "not 0: end after this many evaluations in a row without a better one")
+    init_from: str = setting("", 'the run or model whose parameters are the beginning, by --init-from; "": they are drawn')
     eval_lanes: int = setting(0, "lanes of an evaluation; 0: as many as in training")
 
 

@@ -71,6 +71,8 @@ class Saver:
         Whether a checkpoint is; the same on all ranks.
     step, whole : int, bool
         Of the newest one, which becomes whole in the end unless something goes wrong; -1, True: there was none.
+    problem : str or None
+        Why it did not.
     begun : float
         When that was, by time.monotonic; at first when this was made.
     count, stalled : int, float
@@ -100,6 +102,7 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.copies: list[list[Cut]] | None = None
         self.problem: str | None = None
+        self.told = ""  # the last warning
         self.result: Any = None
         self.hurry, self.abandoned = threading.Event(), False
 
@@ -294,4 +297,6 @@ class Saver:
         if self.problem:
             if self.domains.leads:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.warn(f"no checkpoint at step {self.step}: {self.problem}; training goes on, older ones stay")
+            told, self.told = self.told, f"no checkpoint at step {self.step}: {self.problem}; older ones stay"
+            if told != self.told:  # once, however often it is tried
+                self.warn(self.told)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from .. import cli, config
 from ..comm import methods, topology
@@ -19,6 +21,8 @@ examples
   mpirun -n 8 python -m dllm.train --data DIR --preset wlm-200      a corpus made by dllm.prepare, a published recipe
   mpirun -n 4 python -m dllm.train --data 'DIR/site{rank}'          private text: each rank reads its own folder only
   mpirun -n 3 python -m dllm.train --resume RUN                     go on from RUN's newest checkpoint, on any number of ranks
+  mpirun -n 3 python -m dllm.train --resume RUN --set train.epochs=20     further than it was to go
+  mpirun -n 2 python -m dllm.train --init-from RUN --data DIR       fine-tune: a new run that begins with RUN's parameters
   mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
   mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; more ways in docs/how-to
 
@@ -36,6 +40,7 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare; {rank} in it: one for each rank")
     parser.add_argument("--out", metavar="RUN", help="new folder for the run (default: runs/PRESET-DATE-TIME)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run")
+    parser.add_argument("--init-from", metavar="MODEL", help="begin a new run with the parameters of a run or a model")
     parser.add_argument("--max-steps", type=cli.at_least(1), default=0, metavar="N", help="end when N steps are done")
     parser.add_argument("--max-seconds", type=cli.at_least(0.001, float), default=0, metavar="S", help="end after S seconds")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting; may be repeated")
@@ -44,18 +49,26 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.resume and (options.preset or options.config or options.out):
         parser.error("--resume brings its own configuration and folder: leave out --preset, --config and --out")
+    if options.resume and options.init_from:
+        parser.error("--resume goes on with the parameters that a run has: leave out --init-from, or begin a new run")
     return options
 
 
-def train_config(options: argparse.Namespace) -> config.Config:
-    """The Config of the command line, and that of the run which is resumed."""
+def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = None) -> config.Config:
+    """The Config of the command line, and that of the run which is resumed.
+
+    shape : what --init-from decides of the section `model`
+    """
     extra = [_lasting(setting) for setting in options.set]
-    if options.data:
-        extra.append(f"data.path={options.data if is_url(options.data) else os.path.abspath(options.data)}")
+    for key, value in (("data.path", options.data), ("train.init_from", options.init_from)):
+        if value:
+            extra.append(f"{key}={value if is_url(value) else os.path.abspath(value)}")
     if options.resume:
         settings = read_settings(options.resume, config.parse_settings(extra))
     else:
-        settings = config.resolve(options.preset or "default", options.config, extra)
+        settings = config.resolve(options.preset or "default", options.config, extra, shape)
+    if 0 < settings.train.max_steps < options.max_steps:  # what is asked for now lifts what was said before
+        settings = replace(settings, train=replace(settings.train, max_steps=options.max_steps))
     methods.check(settings)
     return settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,6 +25,7 @@ from ..data.placing import kept_shards
 from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
+from ..inference.loaded_model import LoadedModel
 from ..kernels.gemm import aligned
 from ..kernels.processor import VECTOR
 from ..kernels.team import Team
@@ -32,11 +33,12 @@ from ..kernels.types import Array
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..model.precision import DTYPES, described, uses_bf16
-from ..runs import checkpoint
+from ..runs import checkpoint, provenance
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
 from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
+from ..runs.provenance import Text, text_of, with_text
 from ..runs.state import State, parameters_hash
 from . import optim
 from .lane_copies import LaneCopies, Piece, SentLaneCopies, take_lanes
@@ -54,7 +56,7 @@ class Survived:
 
     theta: Array
     moments: list[Array]
-    scalars: dict[str, float]
+    scalars: dict[str, Any]
     lanes: list[Piece]  # its own, and the previous rank's where that has died
     clock: Clock
     saver: Saver  # of the run before
@@ -111,8 +113,7 @@ def set_up(
     corpus: Corpus,
     ownership: Ownership,
     reporter: Reporter,
-    resume: Checkpoint | None = None,
-    survived: Survived | None = None,
+    origin: Checkpoint | Survived | LoadedModel | None = None,
 ) -> Rank:
     """Make all that a rank needs for a run. Collective.
 
@@ -126,14 +127,15 @@ def set_up(
     ownership : Ownership
         On the run's folder, before it is taken.
     reporter : Reporter
-    resume : Checkpoint, optional
-        Where to go on from.
-    survived : Survived, optional
-        Of the run that goes on, on fewer ranks.
+    origin : Checkpoint, Survived or LoadedModel, optional
+        What the run goes on from, or goes on with on fewer ranks; or whose parameters are the beginning of a new one.
 
     Raises UserError on all ranks.
     """
-    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter)
+    resume = origin if isinstance(origin, Checkpoint) else None
+    survived = origin if isinstance(origin, Survived) else None
+    texts, epoch, place = _where(comm, corpus, origin)
+    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter, epoch, place)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
@@ -145,7 +147,11 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        _begin(config, model, state, own, schedule, resume, survived)
+        if isinstance(origin, Checkpoint):
+            _resume(config, origin, model.layout, state, own)
+            _go_on(config, schedule, state, origin, texts[-1], reporter)
+        elif not isinstance(origin, Survived):
+            _initialise(config, model, state, origin)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -165,7 +171,7 @@ def set_up(
     validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
-    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
+    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, texts, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
     upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run if resume or survived else None), reporter.warn)
@@ -199,8 +205,22 @@ def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team,
     return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
-def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter) -> tuple[range, Lanes, Schedule]:
-    """This rank's lanes, their text, and what every rank knows of all of them."""
+def _where(comm: MPI.Comm, corpus: Corpus, origin: Checkpoint | Survived | LoadedModel | None) -> tuple[list[Text], int, int]:
+    """What the model was and is trained on, and the epoch and the place in it where that goes on. Collective."""
+    text = text_of(comm, corpus)
+    if isinstance(origin, Survived):
+        return provenance.parse(origin.saver.facts["texts"]), origin.scalars["epoch"], origin.scalars["place"]
+    before = origin.texts if origin else []
+    if isinstance(origin, Checkpoint) and before[-1].train == text.train:
+        scalars = origin.manifest["scalars"]
+        return with_text(before, text), scalars["epoch"], scalars["place"]
+    return with_text(before, text), 0, 0
+
+
+def _deal_lanes(
+    comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter, epoch: int, place: int
+) -> tuple[range, Lanes, Schedule]:
+    """This rank's lanes, their text, and what every rank knows of all of them from a place in an epoch on."""
     train = config.train
     if comm.size > train.lanes:
         raise UserError.of_all(
@@ -213,7 +233,8 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Report
     mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
     supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
     lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
-    return own, lanes, Schedule(lanes, train.last_window, comm)
+    lanes.arrange(train.seed, epoch)
+    return own, lanes, Schedule(lanes, train.last_window, comm, place)
 
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
@@ -234,25 +255,42 @@ def _make_state(config: Config, layout: Layout, lanes: int, moments: int, surviv
     return State(theta, rest, *states)
 
 
-def _begin(
-    config: Config,
-    model: LanguageModel,
-    state: State,
-    own: range,
-    schedule: Schedule,
-    resume: Checkpoint | None,
-    survived: Survived | None,
-) -> None:
-    """Fill the state as the checkpoint has it, or as a new run begins."""
-    if resume is not None:
-        checkpoint.check_fits(resume, model.layout, model.layout.dtype, len(state.moments), config.train.lanes)
-        checkpoint.load(resume, model.layout, state, own)
-        if not 0 <= state.window < schedule.windows:
-            raise UserError(
-                f"{resume.folder} is at window {state.window} of an epoch, which has {schedule.windows} in this text"
-            )
-    elif survived is None:
+def _resume(config: Config, resume: Checkpoint, layout: Layout, state: State, own: range) -> None:
+    """Fill the state as the checkpoint has it."""
+    checkpoint.check_fits(resume, layout, layout.dtype, len(state.moments), config.train.lanes)
+    checkpoint.load(resume, layout, state, own)
+
+
+def _go_on(config: Config, schedule: Schedule, state: State, resume: Checkpoint, text: Text, reporter: Reporter) -> None:
+    """Bring the state of a checkpoint to `text` and its schedule, and say what begins anew."""
+    before, anew = resume.texts[-1], []
+    if before.train != text.train:
+        state.begin_text(config.train.carry)
+        anew.append("the text for training is another: its first epoch begins")
+    if before.valid != text.valid:
+        state.begin_validation()
+        anew.append("the text for validation is another: the best loss, and what followed from it, begin anew")
+    if before.corpus != text.corpus or anew:
+        state.seen = 0
+    if anew:
+        reporter.warn("; ".join(anew))
+    if state.place > schedule.longest:
+        raise UserError(f"{resume.folder} is at place {state.place:,} of an epoch, and lanes have {schedule.longest:,} here")
+    if state.place >= schedule.end:  # windows of another width end elsewhere
+        state.place, state.epoch = 0, state.epoch + 1
+
+
+def _initialise(config: Config, model: LanguageModel, state: State, parent: LoadedModel | None) -> None:
+    """Fill the parameters as a new run begins: drawn, or those of another model."""
+    if parent is None:
         model.initialise(config.train.seed)
+        return
+    theirs = {name: tensor.shape for name, tensor in parent.layout.tensors.items()}
+    for name, tensor in model.layout.tensors.items():
+        if theirs.get(name) != tensor.shape:
+            what = f"{name} is {theirs.get(name)} there, {tensor.shape} here"
+            raise UserError(f"--init-from {parent.name} is of another shape: {what}")
+        model.layout.write(state.theta, name, parent.layout.read(parent.vector, name))
 
 
 def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: State) -> None:
