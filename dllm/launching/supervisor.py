@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from ..errors import UserError, printable
+from ..files.starter import shortage
 from ..remote import locate
 from . import mpirun
 from .interfaces import address_of
@@ -128,6 +129,8 @@ class Supervisor(ABC):
             self.warned = True
         ranks = self.ranks if hosts == self.chosen else min(self.ranks, sum(hosts.values()))
         before = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
+        if mpirun.all_here(hosts) and mpirun.flavour() == "mpich" and (problem := shortage(ranks)):
+            self.say(problem)
         words = [*before, sys.executable, "-m", self.module, *self.arguments()]
         local = mpirun.all_here(hosts)
         variables = mpirun.environment(self.detect and len(hosts) > 1, None if local else self.interface)
