@@ -60,7 +60,7 @@ class Supervisor(ABC):
         interface: str | None = None,
     ) -> None:
         self.command, self.module, self.hostfile = command, module, hostfile
-        self.pass_on = *pass_on, *(name for name in locate.VARIABLES if name in os.environ)
+        self.pass_on = *pass_on, *(name for name in locate.variables() if name in os.environ)
         self.detect, self.interface = detect, interface
         if interface:
             address_of(interface)  # what is wrong with it is said here
