@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from .comm import runtime
-from .errors import BAD_INPUT, UserError, line
+from .errors import BAD_INPUT, DONE, UserError, line
+from .files import telling
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -42,37 +43,55 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None, comm: MPI.Comm | None = None) -> int:
+def run(
+    command: Callable[[list[str]], int],
+    argv: Sequence[str] | None = None,
+    comm: MPI.Comm | None = None,
+    *,
+    product: bool = False,
+) -> int:
     """command(argv) with its exit code; a UserError that all ranks share is printed by rank 0, and all leave with 2.
 
     argv : the arguments; None: those of the process
     comm : of the ranks that run the command; None: it is the work of one process
+    product : what is printed is what the command is for, so that it has failed where that finds no room
     """
+    telling.never_end()
     try:
-        return command(list(sys.argv[1:] if argv is None else argv))
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        return BAD_INPUT if product and code == DONE and telling.found_no_room() else code
     except MemoryError as error:
         if comm is not None:
             raise  # the excepthook of comm.runtime says it
-        sys.stderr.write(line(UserError(f"out of memory: {error}")))
-        return BAD_INPUT
+        return _refuse(UserError(f"out of memory: {error}"))
     except UserError as error:
         if comm is not None and comm.size > 1 and not error.shared:
             raise  # only this rank knows: the excepthook of comm.runtime ends the job
-        if comm is None or comm.rank == 0:
-            sys.stdout.flush()
-            sys.stderr.write(line(error))
-            sys.stderr.flush()
-        return BAD_INPUT
+        return _refuse(error) if comm is None or comm.rank == 0 else BAD_INPUT
     finally:
         if colorama := sys.modules.get("colorama.initialise"):
             # sacrebleu brings it, Numba starts it, and in a terminal it would write an escape behind the last line.
             atexit.unregister(colorama.reset_all)
 
 
-def collective(command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None) -> int:
+def collective(
+    command: Callable[[list[str], MPI.Comm], int], argv: Sequence[str] | None = None, *, product: bool = False
+) -> int:
     """`run` of a command that all ranks of a job run together: command(argv, comm), with MPI's world."""
-    comm = runtime.world()
-    return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm))
+    telling.never_end()
+    try:
+        comm = runtime.world()
+    except UserError as error:
+        return _refuse(error)
+    return runtime.leave(comm, run(lambda words: command(words, comm), argv, comm, product=product))
+
+
+def _refuse(error: UserError) -> int:
+    """Say it on standard error. Returns the exit code."""
+    sys.stdout.flush()
+    sys.stderr.write(line(error))
+    sys.stderr.flush()
+    return BAD_INPUT
 
 
 def warn_once(comm: MPI.Comm) -> Callable[[str], None]:

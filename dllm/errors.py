@@ -6,6 +6,7 @@ from typing import Any
 
 DONE = 0
 BAD_INPUT = 2  # one line on standard error says what, where and what would do
+NOT_SAVED = 74  # the last state of a run could not be written (EX_IOERR of sysexits.h)
 STOPPED_EARLY = 75  # a checkpoint is there to resume from (EX_TEMPFAIL of sysexits.h)
 LONGEST_LINE = 4000  # characters of a message; a path has up to 4096, and what is quoted of a file far fewer
 

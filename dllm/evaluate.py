@@ -40,7 +40,7 @@ needs pip install 'dllm[tasks]'.
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return cli.collective(evaluate, argv)
+    return cli.collective(evaluate, argv, product=True)
 
 
 def evaluate(argv: list[str], comm: MPI.Comm) -> int:

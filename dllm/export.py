@@ -13,8 +13,6 @@ import numpy as np
 from . import cli, config
 from .comm.node_info import NodeInfo, find_node
 from .data.corpus import Corpus
-from .data.lanes import Schedule
-from .data.pair_lanes import read_lanes
 from .errors import DONE, UserError, printable
 from .files import safetensors, storage
 from .inference import model_card, model_folder
@@ -85,7 +83,7 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     corpus = _corpus(options, source, comm, node)
     measured = [] if corpus is None else [_measure(options.split or "valid", source, result, corpus, comm, node)]
     facts = model_folder.describe(source.settings, source.tokenizer, options.weights, data)
-    facts |= _origin(source, step, options.average or 1, None if options.data else corpus, measured)
+    facts |= _origin(source, step, options.average or 1, measured)
     model_folder.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{printable(options.out)}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
@@ -157,9 +155,7 @@ def _measure(split: str, source: LoadedModel, result: Array, corpus: Corpus, com
     return {"split": split, "tokens": found[0]["tokens"], "before": before, "after": after, "corpus": corpus.hash}
 
 
-def _origin(
-    source: LoadedModel, step: int | None, averaged: int, corpus: Corpus | None, measured: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _origin(source: LoadedModel, step: int | None, averaged: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """What config.json says of where the model comes from. Paths of this machine are not in it."""
     if source.facts:
         known: dict[str, Any] = {
@@ -170,22 +166,14 @@ def _origin(
         return known
     recipe = config.as_dict(source.settings)
     path = recipe.pop("data")["path"]
-    tokens = None if corpus is None else _tokens_seen(source.settings.train, source.scalars, corpus)
+    recipe["train"].pop("init_from")
+    *before, newest = source.texts
+    earlier = [{"corpus": text.corpus or None, "tokens": text.tokens} for text in before]
     training = {
-        "step": step, "averaged": averaged, "tokens": tokens, "corpus": None if corpus is None else corpus.hash,
-        "measured": measured, "recipe": recipe,
+        "step": step, "averaged": averaged, "tokens": sum(text.tokens for text in source.texts),
+        "corpus": newest.corpus or None, "earlier": earlier, "measured": measured, "recipe": recipe,
     }  # fmt: skip
     return {"embedded": path == "", "training": training}
-
-
-def _tokens_seen(train: config.TrainConfig, scalars: dict[str, Any], corpus: Corpus) -> int | None:
-    """Tokens that training has predicted when the checkpoint was written; None where its pairs are not all on this disk."""
-    if corpus.tokenizer.pairs and not all((corpus.folder / file.name).exists() for file in corpus.files("train")):
-        return None
-    schedule = Schedule(read_lanes(corpus, "train", range(train.lanes), train.lanes, train.window), train.last_window)
-    this_epoch = sum(schedule.tokens(window) for window in range(min(scalars["window"], schedule.windows)))
-    seen: int = scalars["epoch"] * schedule.per_epoch + this_epoch
-    return seen
 
 
 if __name__ == "__main__":

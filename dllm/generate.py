@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import cli
 from .errors import DONE, UserError
+from .files import telling
 
 if TYPE_CHECKING:
     from .data.tokenizers import Tokenizer
@@ -27,7 +28,7 @@ examples
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return cli.run(generate, argv)
+    return cli.run(generate, argv, product=True)
 
 
 def generate(argv: list[str]) -> int:
@@ -57,13 +58,15 @@ def generate(argv: list[str]) -> int:
     show(options.prompt)
     text, tokens = "", []
     for token, piece in decode(model.tokenizer, found):
+        if telling.has_no_reader():
+            break
         show(piece)
         text += piece
         tokens += [] if token is None else [token]
     show("\n")
     if options.json:
         given = {"prompt": options.prompt} if options.source is None else {"source": options.source}
-        print(json.dumps({**given, "text": text, "tokens": tokens}, ensure_ascii=False))
+        print(json.dumps({**given, "text": text, "tokens": tokens}, ensure_ascii=not telling.has_all_letters()))
     return DONE
 
 

@@ -16,7 +16,8 @@ from . import cli
 from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
 from .errors import UserError, reason
-from .launching.mpirun import all_here, launched_rank
+from .files.starter import launched_rank
+from .launching.mpirun import all_here
 from .remote.http import is_loopback
 from .runs import ownership
 from .serving import tokens

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"publish": publish, "fetch": fetch}
     if name not in commands:
         return cli.run(lambda _: _unknown(name, list(commands)), words)
-    return cli.run(commands[name], words)
+    return cli.run(commands[name], words, product=name == "publish")
 
 
 def _unknown(name: str, known: Sequence[str]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,16 @@ from . import cli, config
 from .comm import runtime
 from .comm.messages import broadcast
 from .comm.node_info import find_node, leader_first
-from .errors import DONE, STOPPED_EARLY, UserError, reason
+from .errors import DONE, NOT_SAVED, STOPPED_EARLY, reason
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from mpi4py import MPI
 
+    from .runs.checkpoint import Checkpoint
+    from .runs.ownership import Ownership
     from .training.trainer import Trainer
 
 
@@ -31,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     """Train by the options `argv`, until `stopping` is not empty on any rank. Collective. Returns the exit code."""
     from .files import storage
+    from .inference import model_folder
+    from .inference.loaded_model import open_parent
     from .runs.gathering import gather_run
     from .training.options import print_settings, train_config, train_options
     from .training.progress import Reporter
@@ -39,56 +44,50 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
     reporter = Reporter(comm.rank == 0, options.progress)
-    gathered = False
+    gathered, parent = False, None
     if options.resume and not options.settings:
         runtime.check_same(comm, {"--resume": options.resume})
         gathered = gather_run(comm, options.resume, reporter.warn, best=False)
+    elif options.init_from:
+        parent = open_parent(comm, options.init_from, reporter.warn)
     with runtime.together(comm):
-        configuration = train_config(options)
+        configuration = train_config(options, model_folder.shape(parent.config) if parent else None)
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE
-    if configuration.data.private:
+    if configuration.data.private or (parent and config.is_private(parent.data or "")):
         storage.owner_only()  # states of lanes and a model say much about a text
+    reporter.tensorboard = configuration.log.tensorboard
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .runs import checkpoint, marks, run_folder
-    from .runs.ownership import Ownership
-    from .training import announcements, recovery
+    from .runs import marks, run_folder
+    from .training import announcements, recovery, trace
     from .training.setup import set_up
     from .training.trainer import Trainer
     from .training.warmup import code_hash, warm_up
 
-    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
+    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps, "--trace": options.trace}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    with runtime.together(comm):
-        run = options.resume or (run_folder.new_name(options.out, options.preset or "default") if comm.rank == 0 else "")
-        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
-    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
-    with runtime.together(comm):  # a disk that rank 0 does not see may have an older run of that name
-        if not options.resume and os.path.lexists(run):
-            raise UserError(
-                f"--out {run} exists on {socket.gethostname()}; choose another name, or go on with it by --resume {run}"
-            )
-    for warning in () if gathered else warnings:  # gather_run has named what was passed over
-        reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    if resume:
-        runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
+    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, options.init_from)):
+        if known:
+            runtime.agree(comm, corpus.check_vocabulary, known, name)
     compiling = time.monotonic()
     with leader_first(node):
         warm_up(configuration)
     compiling = time.monotonic() - compiling
-    trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume))
+    trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume or parent))
     writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if writes:
-            run_folder.create(run, configuration, corpus.tokenizer)
+            run_folder.create(run, configuration, corpus.tokenizer, new=resume is None)
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
+    trace.install(trainer, options.trace)
     if writes:
         marks.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,6 +95,27 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     limits = options.max_steps, options.max_seconds
     trainer, done, summary = recovery.run(trainer, *limits, lambda: bool(stopping), options.progress)
     return _finish(trainer, done, summary)
+
+
+def _open_folder(
+    comm: MPI.Comm, options: argparse.Namespace, warn: Callable[[str], None], gathered: bool
+) -> tuple[Ownership, Checkpoint | None]:
+    """The right to write to the run's folder, not yet taken, and the checkpoint that the run goes on from. Collective.
+
+    gathered : it was said already which checkpoints were passed over
+    """
+    from .runs import checkpoint, run_folder
+    from .runs.ownership import Ownership
+
+    with runtime.together(comm):
+        run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
+        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
+    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    if not options.resume:
+        runtime.agree(comm, run_folder.check_new, ownership.run)
+    for warning in () if gathered else warnings:
+        warn(warning)
+    return ownership, resume
 
 
 def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
@@ -106,16 +126,18 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     comm, reporter, ownership = trainer.comm, trainer.rank.reporter, trainer.rank.ownership
     trainer.close()
     reporter.end()
-    writes = trainer.rank.domains.leads
+    saver, writes = trainer.rank.saver, trainer.rank.domains.leads
     reporter.summarise(summary, writes)
-    if reporter.mode != "none":
-        announcements.farewell(trainer, summary, done)
-    code = DONE if done else STOPPED_EARLY
-    if writes and done and ownership.is_held():
+    code = NOT_SAVED if not saver.whole else DONE if done else STOPPED_EARLY
+    if writes and code == DONE and ownership.is_held():  # before anything is told: telling may fail
         try:
             marks.done(ownership.run, summary["steps"])
         except OSError as error:
             reporter.warn(f"cannot write {ownership.run}/DONE: {reason(error)}; a launcher will not know that the run is done")
+    if not saver.whole:
+        reporter.warn(announcements.not_saved(trainer))
+    elif reporter.mode != "none":
+        announcements.farewell(trainer, summary, done)
     runtime.finish(comm, code if trainer.deaths else None)
     return code
 

@@ -35,6 +35,7 @@ ROOMS = {  # in the order in which one imports from the other
     "launching": "How a job is started and watched.",
     "training": "The training loop.",
     "serving": "Answers over HTTP.",
+    "tools": "Commands that look at what is there, or for a learning rate.",
 }
 PLACE = re.compile(r"^\{\{ (code|doc|api) (\S+)(?: (\S+))? \}\}$", re.MULTILINE)
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])\s*</\1>', re.DOTALL)
@@ -96,6 +97,8 @@ def _commands():
     lines = ["# Commands", "", "These texts are what each command prints with `--help`.",
              "`dllm COMMAND` and `python -m dllm.COMMAND` are the same.", "",
              "Every command ends with exit code 0 if it is done. Code 2 means that the input was bad.",
+             "A closed pipe or a full disk behind standard output ends no command. Letters that it lacks are escaped.",
+             "Only `generate`, `evaluate` and `publish` end with code 2 where their result finds no room.",
              "Code 75 means that a run stopped early and that `--resume` goes on with it."]  # fmt: skip
     for command, what in COMMANDS.items():
         asked = subprocess.run(

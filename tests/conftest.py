@@ -119,11 +119,12 @@ def text():
 
 @pytest.fixture(scope="session")
 def prepare(tmp_path_factory):
-    """prepare(kind, train=bytes, valid=bytes, ..., options=()): the path of a corpus, made by dllm.prepare."""
+    """prepare(kind, train=bytes, valid=bytes, ..., options=()): the path of a corpus; kind "": options say it."""
 
     def make(kind, options=(), **splits):
-        folder = tmp_path_factory.mktemp(kind)
-        arguments = ["-m", "dllm.prepare", "--tokenizer", kind, "--out", folder / "corpus", *options]
+        folder = tmp_path_factory.mktemp(kind or "corpus")
+        vocabulary = ("--tokenizer", kind) if kind else ()
+        arguments = ["-m", "dllm.prepare", *vocabulary, "--out", folder / "corpus", *options]
         for split, text in splits.items():
             (folder / f"{split}.txt").write_bytes(text)
             arguments += [f"--{split}", folder / f"{split}.txt"]

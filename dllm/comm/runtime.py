@@ -16,17 +16,19 @@ import faulthandler
 import hashlib
 import itertools
 import os
+import pathlib
+import re
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-import mpi4py
-
 from ..errors import BAD_INPUT, UserError, line, printable
+from ..files import starter
 from . import loopback
 from .messages import allgather
 
@@ -37,19 +39,77 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_SHOWN = 100  # characters of a fact on which ranks do not agree
+TO_SPEAK = 3.0  # seconds that one rank gets to say what all would
 NAP = 50e-6  # seconds between looks at a request where ranks outnumber cores
 
 
 def world() -> MPI.Comm:
-    """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job."""
-    mpi4py.rc.thread_level = "serialized"
+    """MPI's world communicator; from here on an uncaught exception on any rank ends the whole job.
+
+    Raises UserError where MPI sees another number of ranks than were started, as with the mpirun of another MPI: each process
+    would do the work alone then, all in one folder. One of them raises it, the others end silently.
+    """
+    import mpi4py  # here, since commands of one process need none
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_verbose", "-1")
-    with loopback.quiet():
+    with loopback.quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "suspicious MPI")  # what is said here names both MPIs
         from mpi4py import MPI
 
+        if not MPI.Is_initialized():
+            if _cannot_start():
+                _refuse_start(1)
+            _warn_of_shortage()
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
+    sizes = starter.launched_sizes()
+    if sizes and MPI.COMM_WORLD.size not in sizes:
+        _refuse_start(MPI.COMM_WORLD.size)
     sys.excepthook = _abort
     return MPI.COMM_WORLD
+
+
+def _cannot_start() -> bool:
+    """Whether MPI would end this process when it starts: MPICH, under the mpirun of Open MPI, which speaks PMIx alone."""
+    from mpi4py import MPI
+
+    version = MPI.Get_library_version()
+    return starter.is_open_mpi_job() and "Open MPI" not in version and "pmix" not in version.lower()
+
+
+def _warn_of_shortage() -> None:
+    """Say beforehand that MPICH will find too little shared memory: its own messages do not. By one rank of a host."""
+    if os.environ.get("MPI_LOCALRANKID") == "0" and (problem := starter.shortage(_local_ranks(), used=True)):
+        sys.stderr.write(f"dllm: {problem}\n")
+        sys.stderr.flush()
+
+
+def _local_ranks() -> int:
+    ranks = os.environ.get("MPI_LOCALNRANKS", "")  # which MPICH's mpirun sets
+    return int(ranks) if ranks.isdigit() else 1
+
+
+def _refuse_start(size: int) -> NoReturn:
+    """Raise UserError on one rank, and end the others. size : how many ranks MPI sees."""
+    if starter.launched_rank() != 0:
+        time.sleep(TO_SPEAK)  # mpirun may end all when one ends
+        sys.exit(BAD_INPUT)
+    program, sizes = starter.starting_program(), starter.launched_sizes()
+    better = starter.mpirun_beside() or "the mpirun of this MPI, or by srun --mpi=TYPE as it needs"
+    raise UserError(
+        f"{program} has started {max(sizes)} ranks, but MPI ({_library_path()}) sees {size}: "
+        f"they do not belong together; start them by {better}"
+    )
+
+
+def _library_path() -> str:
+    """Where MPI's library was loaded from; its name where the system does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"/\S*/libmpi[^/\s]*\.so\S*", pathlib.Path("/proc/self/maps").read_text())
+        if found:
+            return found[0]
+    return mpi_library()
 
 
 def survivable(comm: MPI.Comm) -> bool:

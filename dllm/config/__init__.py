@@ -7,6 +7,7 @@ from there.
 from .bounds import LARGEST
 from .loading import (
     from_dict,
+    lay_over,
     load_toml,
     merge,
     parse_settings,
@@ -36,6 +37,6 @@ from .table import SettingRow, settings_markdown, settings_table, settings_text
 __all__ = [
     "FIELDS", "LARGEST", "SECTIONS", "AveragingConfig", "CheckpointConfig", "Config", "DataConfig", "LogConfig",
     "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict", "flat", "from_dict",
-    "is_private", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
+    "is_private", "lay_over", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names", "preset_path", "resolve",
     "settings_markdown", "settings_table", "settings_text",
 ]  # fmt: skip

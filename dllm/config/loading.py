@@ -1,6 +1,7 @@
 """How a preset, a TOML file and --set become one Config, and what is wrong with them.
 
-A preset sets some fields, a TOML file more, ``--set section.key=value`` wins.
+A preset sets some fields, a TOML file more, ``--set section.key=value`` wins. What a preset or a run says of one corpus, or of
+its own length, does not outlive it (`lay_over`).
 """
 
 import dataclasses
@@ -28,12 +29,18 @@ TEXTS = ("log.prompt",)  # settings that may have lines
 LONG_KEY = re.compile(r"(?:\.[ \t]*[\w-]+[ \t]*){9}")
 
 
-def resolve(preset: str = "default", file: str | pathlib.Path | None = None, settings: Iterable[str] = ()) -> Config:
-    """The Config of a preset, overlaid by a TOML file and by ``section.key=value`` strings. Raises UserError."""
-    sections = load_toml(preset_path(preset))
-    if file is not None:
-        sections = merge(sections, load_toml(file))
-    return from_dict(merge(sections, parse_settings(settings)))
+def resolve(
+    preset: str = "default",
+    file: str | pathlib.Path | None = None,
+    settings: Iterable[str] = (),
+    shape: Mapping[str, Any] | None = None,
+) -> Config:
+    """The Config of a preset, overlaid by a TOML file and by ``section.key=value`` strings. Raises UserError.
+
+    shape : the section `model` of a model to begin with, laid over that of the preset
+    """
+    said = merge({} if file is None else load_toml(file), parse_settings(settings))
+    return from_dict(lay_over(merge(load_toml(preset_path(preset)), {"model": shape or {}}), said))
 
 
 def preset_names() -> list[str]:
@@ -75,6 +82,28 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(section, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **section} if both else section
     return merged
+
+
+def lay_over(below: Mapping[str, Any], said: Mapping[str, Any], of_run: bool = False) -> dict[str, Any]:
+    """What a user said, laid over the sections of a preset, or those of a run that goes on.
+
+    A number of epochs, of a run another one, lifts a limit of steps that was set below. So does a corpus that takes the place
+    of the embedded one, and with that the prompt of the sample goes, too.
+    """
+    merged = merge(below, said)
+    moved = not _get(below, "data", "path") and bool(_get(merged, "data", "path"))
+    longer = _get(said, "train", "epochs") not in (None, _get(below, "train", "epochs") if of_run else None)
+    lifted = {("train", "max_steps"): moved or longer, ("log", "prompt"): moved}
+    for (section, key), gone in lifted.items():
+        if gone and _get(said, section, key) is None and _get(merged, section, key) is not None:
+            merged[section] = {name: value for name, value in merged[section].items() if name != key}
+    return merged
+
+
+def _get(sections: Mapping[str, Any], section: str, key: str) -> Any:
+    """The value of section.key, None where there is none."""
+    values = sections.get(section)
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -145,6 +174,8 @@ def _check(config: Config) -> None:
         raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
     if train.nesterov and train.momentum == 0:
         raise UserError("train.nesterov needs train.momentum above 0")
+    if train.schedule == "range" and not 0 < train.min_lr < train.lr:
+        raise UserError("train.schedule = range rises from train.min_lr to train.lr: it needs 0 < train.min_lr < train.lr")
     if train.schedule == "plateau" and train.decay <= 1:
         raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
 

@@ -124,7 +124,10 @@ class Corpus:
     def check_vocabulary(self, digest: str, other: str | os.PathLike[str]) -> None:
         """Raise UserError where this is not the vocabulary of hash `digest`, which `other` was trained with."""
         if self.tokenizer_hash != digest:
-            raise UserError(f"the vocabulary of {self.folder} is not the one that {other} was trained with")
+            raise UserError(
+                f"the vocabulary of {self.folder} is not the one that {other} was trained with; "
+                f"dllm.prepare --tokenizer-from {other} makes a corpus that has it"
+            )
 
     def files(self, split: str | None = None, start: int = 0, stop: int = MOST) -> list[ShardFile]:
         """The shards that hold tokens [start, stop) of a split; None: those of all splits. Raises UserError."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..comm.messages import allgather, broadcast
 from ..comm.runtime import together
+from ..errors import UserError
+from ..kernels.caches import temporary_cache, user_cache
 from .preparation import prepare_corpus
 from .shards import FORMAT
 from .vocabulary import Vocabulary
@@ -27,8 +31,10 @@ def embedded_corpus(comm: MPI.Comm, node_comm: MPI.Comm, progress: Callable[[str
 
     Prepared by all ranks together where they see one file system, else by the ranks of each node for themselves.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
-    folder = cache / f"python-{sys.version.split()[0]}-{KIND}{SIZE}-{FORMAT}"
+    name = f"python-{sys.version.split()[0]}-{KIND}{SIZE}-{FORMAT}"
+    with together(comm):
+        found = str(_place(name)) if comm.rank == 0 else ""
+    folder = pathlib.Path(broadcast(comm, found, str))
     if all(allgather(comm, (folder / "manifest.json").exists(), bool)):
         return folder
     with together(comm):
@@ -49,6 +55,19 @@ def embedded_corpus(comm: MPI.Comm, node_comm: MPI.Comm, progress: Callable[[str
         if comm.rank == 0:
             shutil.rmtree(folder.with_name(f".{folder.name}.{os.getpid()}"), ignore_errors=True)
     return folder
+
+
+def _place(name: str) -> pathlib.Path:
+    """Where the corpus is or can be: the cache of this user, else a temporary one. Raises UserError."""
+    for cache in (user_cache(), temporary_cache()):
+        if cache is not None:
+            folder = cache / "dllm" / name
+            with contextlib.suppress(OSError):
+                if not (folder / "manifest.json").exists():
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=folder.parent).close()
+                return folder
+    raise UserError("there is no folder to keep the embedded corpus in: XDG_CACHE_HOME may name one, or give --data DIR")
 
 
 def standard_library() -> tuple[list[pathlib.Path], list[pathlib.Path]]:

@@ -45,10 +45,18 @@ class Lanes:
         T.
     first : int
         The global number of the first lane; differs from lanes.start with private corpora.
+
+    Attributes
+    ----------
+    stride : int
+        How far a window takes a lane, whose place in an epoch is counted in tokens.
+    steps : list of int
+        By lane, the places of an epoch.
     """
 
     def __init__(self, corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> None:
         self.corpus, self.split, self.T = corpus, split, window
+        self.stride = window
         self._buffers: dict[int, tuple[int, Array]] = {}  # lane -> (first token, those that were read)
         self.starts: list[int] = []
         self.lengths: list[int] = []
@@ -56,6 +64,7 @@ class Lanes:
         self._cut(lanes, of)  # refuses more lanes than there can be
         self.numbers = np.arange(len(lanes), dtype=np.int64) + (lanes.start if first is None else first)
         self.length = max(self.lengths, default=0)
+        self.arrange(0, 0)
 
     @classmethod
     def files(cls, corpus: Corpus, split: str, lanes: range, of: int) -> list[ShardFile]:
@@ -72,23 +81,30 @@ class Lanes:
         return tokens // of
 
     def _cut(self, lanes: range, of: int) -> None:
-        """Set starts and lengths, a lane's tokens in the split; and steps, those of an epoch, in which it is given a token."""
+        """Set starts and lengths, a lane's tokens in the split; and steps, its places: tokens that predict another."""
         length = self._length(self.corpus, self.split, of)
         self.starts, self.lengths = [lane * length for lane in lanes], [length] * len(lanes)
         self.steps = [length - 1] * len(lanes)
 
-    def shapes(self, windows: int) -> tuple[Array, Array]:
-        """For each window the tokens that these lanes together predict, and its time steps: (windows,) int64 each."""
-        steps = np.array(self.steps, np.int64)
-        inside = np.clip(steps - self.T * np.arange(windows)[:, None], 0, self.T)
+    def arrange(self, seed: int, epoch: int) -> bool:
+        """Take the order of an epoch. Returns whether `shapes` are others than before: those of running text never are."""
+        return False
+
+    def shapes(self, places: Array) -> tuple[Array, Array]:
+        """Of windows that begin at `places` (n,) the tokens that these lanes together predict, and time steps: (n,) int64 each.
+
+        A window ends before the next multiple of T.
+        """
+        steps, ends = np.array(self.steps, np.int64), (places // self.T + 1) * self.T
+        inside = np.maximum(np.minimum(steps, ends[:, None]) - places[:, None], 0)
         return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
-    def window(self, number: int, width: int) -> tuple[Array, Array]:
-        """Tokens and targets (width,B) int64 of window `number`; targets are -1 where nothing is predicted."""
+    def window(self, place: int, width: int) -> tuple[Array, Array]:
+        """Tokens and targets (width,B) int64 of the window that begins at `place`; targets are -1 where none is predicted."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
         for lane in range(len(self.starts)):
-            begin = number * self.T
+            begin = place
             there = min(width, self.steps[lane] - begin)
             if there > 0:
                 text = self._read(lane, begin, begin + there + 1)
@@ -106,7 +122,10 @@ class Lanes:
 
 
 class Schedule:
-    """How many windows an epoch has, how wide each is and how many tokens of all ranks it holds; the same on every rank.
+    """The windows of an epoch: where each begins, how wide it is and how many tokens it holds; the same on every rank.
+
+    A window is named by the place at which it begins, a multiple of the stride. Where a run goes on from another place, which
+    it reached with windows of another width, the window there is a shorter one that ends before the next multiple.
 
     Parameters
     ----------
@@ -116,20 +135,50 @@ class Schedule:
         What becomes of a shorter window at the end.
     comm : MPI.Comm, optional
         Of all ranks that have lanes. Collective. None: there are no others.
+    place : int
+        Where the run goes on.
     """
 
-    def __init__(self, lanes: Lanes, last: str = "keep", comm: MPI.Comm | None = None) -> None:
+    def __init__(self, lanes: Lanes, last: str = "keep", comm: MPI.Comm | None = None, place: int = 0) -> None:
         longest = int(largest(comm, np.array([max(lanes.steps, default=0)]))[0])
-        self.windows = max(1, longest // lanes.T) if last == "drop" else -(-longest // lanes.T)
-        tokens, widths = lanes.shapes(self.windows)
-        self._tokens: list[int] = total(comm, tokens).tolist()
-        self._widths: list[int] = largest(comm, widths).tolist()
-        self.per_epoch = sum(self._tokens)
+        self._lanes, self._comm, self.longest = lanes, comm, longest
+        self.windows = max(1, longest // lanes.stride) if last == "drop" else -(-longest // lanes.stride)
+        self.places = list(range(0, self.end, lanes.stride))
+        self._count(sorted({*self.places, place}))
 
-    def width(self, number: int) -> int:
-        """T' of window `number`: time steps in which any lane has a token."""
-        return self._widths[number]
+    def _count(self, places: list[int]) -> None:
+        tokens, widths = self._lanes.shapes(np.array(places, np.int64))
+        self._tokens: dict[int, int] = dict(zip(places, total(self._comm, tokens).tolist(), strict=True))
+        self._widths: dict[int, int] = dict(zip(places, largest(self._comm, widths).tolist(), strict=True))
+        self.per_epoch = sum(self._tokens[place] for place in self.places)
 
-    def tokens(self, number: int) -> int:
-        """Tokens that all ranks together predict in window `number`."""
-        return self._tokens[number]
+    def begin_epoch(self, seed: int, epoch: int) -> None:
+        """Take the order of an epoch, where lanes have one for each. Collective."""
+        if self._lanes.arrange(seed, epoch):
+            self._count(self.places)
+
+    @property
+    def end(self) -> int:
+        """The place behind an epoch's last window."""
+        return self.windows * self._lanes.stride
+
+    def after(self, place: int) -> int:
+        """The place behind the window at `place`; 0: it was the last one of the epoch."""
+        after = (place // self._lanes.stride + 1) * self._lanes.stride
+        return after if after < self.end else 0
+
+    def progress(self, place: int) -> float:
+        """The part of an epoch before `place`."""
+        return place / self.end
+
+    def left(self, place: int) -> int:
+        """The windows of an epoch from `place` on."""
+        return self.windows - place // self._lanes.stride
+
+    def width(self, place: int) -> int:
+        """T' of the window at `place`: time steps in which any lane has a token."""
+        return self._widths[place]
+
+    def tokens(self, place: int) -> int:
+        """Tokens that all ranks together predict in the window at `place`."""
+        return self._tokens[place]

@@ -2,6 +2,7 @@
 
 HDF5 follows links, external files and declared sizes silently; a file from elsewhere is checked before a byte is read. Only
 what the writers here make is let in: plain numbers in this very file, in chunks that are all there, each with a fletcher32.
+No file is locked, which not every file system can: what has its name is whole, and never changes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from . import storage
 from .storage import Path
 
 os.environ["HDF5_PLUGIN_PRELOAD"] = "::"  # no file makes HDF5 load a plugin; read when h5py is imported
+os.environ.pop("HDF5_USE_FILE_LOCKING", None)  # which would overrule what is asked for a file
 import h5py
 
 CHUNK = 1 << 20  # bytes of a chunk, about; a row that is longer is a chunk of its own
@@ -46,7 +48,7 @@ def open_arrays(path: Path, names: Iterable[str] | None = None) -> Iterator[Open
     spans: Spans = {}
     try:
         storage.check_regular(path)
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             if names is not None:
                 _check_names(path, file, set(names))
             yield lambda name, dtype, shape: _dataset(path, file, name, np.dtype(dtype), tuple(shape), spans)

@@ -128,20 +128,21 @@ class Evaluation:
             model = DecodedLosses(self.model, B, precision) if precision else self.model
         h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
         c = np.zeros_like(h)
-        totals = np.zeros(self.schedule.windows)
+        schedule = self.schedule
+        totals = np.zeros(schedule.windows)
         with together(self.comm):
-            for number in range(self.schedule.windows if B else 0):
-                tokens, targets = self.lanes.window(number, self.schedule.width(number))
+            for number, place in enumerate(schedule.places if B else ()):
+                tokens, targets = self.lanes.window(place, schedule.width(place))
                 if self.fresh:
                     h[:], c[:] = 0, 0
                 totals[number] = model.forward(tokens, targets, h, c).sum(dtype=np.float64)
                 between()
-        tokens = self.schedule.per_epoch
+        count = schedule.per_epoch
         everyones = total(self.comm, totals)
-        loss = float(everyones.sum()) / tokens
-        losses = everyones / [self.schedule.tokens(number) for number in range(self.schedule.windows)]
+        loss = float(everyones.sum()) / count
+        losses = everyones / [schedule.tokens(place) for place in schedule.places]
         return {
-            "split": self.split, "tokens": tokens, "loss": loss, "perplexity": perplexity(loss),
+            "split": self.split, "tokens": count, "loss": loss, "perplexity": perplexity(loss),
             "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
             "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
         }  # fmt: skip

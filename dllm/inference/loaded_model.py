@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
+from ..comm.runtime import agree, check_same
 from ..config import Config, ModelConfig
 from ..data.tokenizer_files import tokenizer_hash
 from ..data.tokenizers import Tokenizer
@@ -20,8 +22,13 @@ from ..model import torch_weights
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..remote.locate import local_copy
+from ..runs.gathering import gather_run
+from ..runs.provenance import Text
 from ..runs.run_folder import Trained
 from . import model_folder
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +43,7 @@ class LoadedModel:
     origin: str  # in a few words
     scalars: dict[str, Any] = field(default_factory=dict)  # of the run's checkpoint (runs/state.py); of a model folder {}
     facts: dict[str, Any] = field(default_factory=dict)  # what config.json says; of a run {}
+    texts: list[Text] = field(default_factory=list)  # what it was trained on, the newest last; []: unknown
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
@@ -61,6 +69,7 @@ class LoadedModel:
             data=run.settings.data.path,
             origin=f"step {scalars['step']}",
             scalars=scalars,
+            texts=run.checkpoint.texts,
             warnings=[printable(text) for text in run.warnings],
         )
 
@@ -75,12 +84,18 @@ class LoadedModel:
             data="" if found.facts["embedded"] is True else None,
             origin=f"weights in {found.facts['weights']}",
             facts=found.facts,
+            texts=model_folder.texts(found.facts),
         )
 
     @property
     def fingerprint(self) -> str:
         """Of the parameters and the tokenizer: equal where both are, to the bit."""
-        return f"{xxhash.xxh3_64_hexdigest(self.vector.data)}-{tokenizer_hash(self.tokenizer)[:16]}"
+        return f"{xxhash.xxh3_64_hexdigest(self.vector.data)}-{self.vocabulary[:16]}"
+
+    @property
+    def vocabulary(self) -> str:
+        """The hash that names the tokenizer."""
+        return tokenizer_hash(self.tokenizer)
 
     @property
     def config(self) -> ModelConfig:
@@ -109,3 +124,17 @@ class LoadedModel:
     def tensors(self) -> torch_weights.Tensors:
         """The parameters under PyTorch's names, float32."""
         return torch_weights.read_vector(self.layout, self.vector)
+
+
+def open_parent(comm: MPI.Comm, path: str, say: Callable[[str], None]) -> LoadedModel:
+    """The model that a new run begins with, the same on all ranks. Collective. Raises UserError on all ranks.
+
+    say : told what is damaged or takes long, by all ranks alike
+    """
+    check_same(comm, {"--init-from": path})
+    gather_run(comm, path, say, best=True)
+    found = agree(comm, LoadedModel.open, path)
+    check_same(comm, {f"parameters of {path}": found.fingerprint})
+    for warning in found.warnings:
+        say(warning)
+    return found

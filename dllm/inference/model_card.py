@@ -111,6 +111,9 @@ def _trained(training: dict[str, Any]) -> str:
         "tokens seen": "unknown" if tokens is None else f"{tokens:,}",
         "corpus, sha256 of its manifest": f"`{corpus}`" if corpus else "unknown",
     }
+    for number, entry in enumerate(training.get("earlier", []), 1):
+        name = f"`{entry['corpus']}`" if entry["corpus"] else "unknown"
+        rows[f"trained before on corpus {number}"] = f"{name}, {entry['tokens']:,} of the tokens"
     for entry in training["measured"]:
         what = f"perplexity on its {label(entry['split'])} split, {entry['tokens']:,} tokens"
         rows[what] = f"{entry['after']:.4g} ({entry['before']:.4g} as trained)"

@@ -5,7 +5,8 @@ A model folder holds model.safetensors (model/torch_weights.py), tokenizer.json,
     format, vocabulary, parameters, model (embedding, hidden, layers, tied, biases), window and lanes (of evaluations)
     weights (fp32, bf16 or int8), sha256 (of model.safetensors), tokenizer (its hash)
     embedded    whether the corpus is the embedded one, which every machine has
-    training    of an exported run: step, averaged, tokens, corpus, measured, recipe. Not with `imported`, the name of a file
+    training    of an exported run: step, averaged, tokens and corpus, those of the texts before, measured, recipe.
+                Not with `imported`, the name of a file
 
 It may come from anywhere: nothing in it is believed before it was checked, and nothing but numbers and text is read.
 """
@@ -30,6 +31,7 @@ from ..kernels.gemm import aligned
 from ..kernels.types import Array
 from ..model import torch_weights
 from ..model.layout import Layout
+from ..runs.provenance import MOST, Text
 from . import model_card
 
 FORMAT = 1
@@ -56,8 +58,15 @@ class Measured(msgspec.Struct):
     corpus: Digest
 
 
+class Earlier(msgspec.Struct):
+    """A corpus that a model was trained on before its last one."""
+
+    corpus: Digest | None
+    tokens: Count
+
+
 class Training(msgspec.Struct):
-    """Where the model of an exported run comes from."""
+    """Where the model of an exported run comes from. tokens : that training has predicted, of all corpora"""
 
     step: Count
     averaged: Count
@@ -65,6 +74,7 @@ class Training(msgspec.Struct):
     corpus: Digest | None
     measured: Annotated[list[Measured], msgspec.Meta(max_length=100)]
     recipe: dict[Key, dict[Key, Setting]]
+    earlier: Annotated[list[Earlier], msgspec.Meta(max_length=MOST)] = []
 
 
 class Origin(msgspec.Struct, omit_defaults=True):
@@ -105,6 +115,17 @@ def read(folder: pathlib.Path) -> ModelFolder:
     return ModelFolder(settings, tokenizer, flat(*shape, tensors), {name: facts[name] for name in KEYS} | origin)
 
 
+def texts(facts: dict[str, Any]) -> list[Text]:
+    """What a model was trained on, as a config.json says, the newest last; []: it does not."""
+    training = facts.get("training") or {}
+    earlier = training.get("earlier", [])
+    found = [Text(entry["corpus"] or "", tokens=entry["tokens"]) for entry in earlier]
+    if training.get("corpus") or training.get("tokens"):
+        before = sum(text.tokens for text in found)
+        found.append(Text(training["corpus"] or "", tokens=max(0, (training["tokens"] or 0) - before)))
+    return found
+
+
 def flat(model: config.ModelConfig, vocabulary: int, tensors: torch_weights.Tensors) -> Array:
     """The flat vector (size,), float32, of tensors under PyTorch's names."""
     layout = Layout(model, vocabulary, np.float32)
@@ -133,6 +154,11 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
         raise UserError(f"{path}: {error!s:.200}") from None
 
 
+def shape(model: config.ModelConfig) -> dict[str, Any]:
+    """What of the settings `model` a trained model depends on."""
+    return {name: value for name, value in asdict(model).items() if name in SHAPE}
+
+
 def check_windows(train: config.TrainConfig) -> None:
     """Raise UserError where an evaluation would take windows that no model is trained with."""
     window, lanes = train.window, train.eval_lanes or train.lanes
@@ -158,10 +184,9 @@ def describe(settings: config.Config, tokenizer: Tokenizer, kind: str, data: byt
     """What a config.json must say of weights that are stored as `kind`; data: the file's bytes. Raises UserError."""
     check_windows(settings.train)
     layout = Layout(settings.model, tokenizer.size, np.float32)
-    model = {name: value for name, value in asdict(settings.model).items() if name in SHAPE}
     return {
-        "format": FORMAT, "vocabulary": tokenizer.size, "parameters": layout.parameters,
-        "model": model, "window": settings.train.window, "lanes": settings.train.eval_lanes or settings.train.lanes,
+        "format": FORMAT, "vocabulary": tokenizer.size, "parameters": layout.parameters, "model": shape(settings.model),
+        "window": settings.train.window, "lanes": settings.train.eval_lanes or settings.train.lanes,
         "weights": kind, "sha256": hashlib.sha256(data).hexdigest(), "tokenizer": tokenizer_hash(tokenizer),
         "embedded": False,
     }  # fmt: skip

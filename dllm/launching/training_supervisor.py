@@ -6,7 +6,7 @@ import argparse
 import math
 
 from ..errors import BAD_INPUT, DONE, STOPPED_EARLY
-from ..runs import ownership
+from ..runs import ownership, run_folder
 from .run_disks import RunDisks
 from .run_status import RunStatus
 from .supervisor import Outcome, Supervisor
@@ -36,12 +36,15 @@ class TrainingSupervisor(Supervisor):
         self.before: tuple[int, dict[str, int]] | None = None  # ranks and hosts before a resize, until it has got further
         self.newest = found.step  # checkpoint that the run had come to
         self.doubtful = bool(disks.silent())
+        self.named = bool(options.run or options.resume or wanted.out)  # by the user
+        self.fresh = not options.run  # nothing of the run was there, and no job of this supervisor has ended
         self.begin()
 
     def begin(self) -> None:
         """Note what is there before the job."""
         self.ranks_started, self.owners = self.ranks, frozenset(self.disks.owners)
         self.done = math.inf  # seconds after its start when the run was
+        self.heard = 0.0  # and when something was last heard of it: a disk may be away for a moment
 
     def arguments(self) -> list[str]:
         """Those of train, which goes on with the run where it has a checkpoint."""
@@ -53,7 +56,8 @@ class TrainingSupervisor(Supervisor):
             words += ["--set", setting]
         if self.options.resume or self.newest is not None:
             return [*words, "--resume", self.run]
-        self.disks.begin_anew()
+        if not self.fresh:  # else what is there now is another job's
+            self.disks.begin_anew()
         for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]
@@ -65,7 +69,9 @@ class TrainingSupervisor(Supervisor):
             self.done = min(self.done, lasted)
             return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
         self._take_resize_request()
-        silence = lasted if found.silent is None or not self._owns(found) else min(lasted, found.silent)
+        if found.silent is not None and self._owns(found):
+            self.heard = max(self.heard, lasted - found.silent)
+        silence = lasted - self.heard
         if silence > self.options.silence:
             self.say(f"nothing was heard of the job for {silence:.0f} s: ending it")
         return bool(silence > self.options.silence)
@@ -82,6 +88,10 @@ class TrainingSupervisor(Supervisor):
             return Outcome(DONE)
         if self.job.stops:
             return Outcome(self.stopped())
+        fresh, self.fresh = self.fresh, False
+        if code == BAD_INPUT and fresh and not self.named and found.there and not self._owns(found):
+            self._take_another_name()  # two were started in the same second
+            return Outcome()
         if found.owner not in self.owners and not self._owns(found):
             self.say(f"another job has taken over {self.run}: this one ends")
             return Outcome(BAD_INPUT)
@@ -126,6 +136,12 @@ class TrainingSupervisor(Supervisor):
             self.read_hosts()
             self.ranks, self.chosen = wanted, self.hosts
             self.job.ask()  # a checkpoint, then the end
+
+    def _take_another_name(self) -> None:
+        taken, self.run = self.run, run_folder.new_name(None, self.wanted.preset or "default")
+        self.disks.rename(self.run)
+        self.fresh, self.newest = True, None
+        self.say(f"{taken} is another job's: this one makes {self.run}")
 
     def _owns(self, found: RunStatus) -> bool:
         """Whether the run was last taken by a job of this supervisor."""

@@ -10,10 +10,11 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..data.lanes import deal
@@ -22,14 +23,15 @@ from ..files import hdf5, storage
 from ..files.storage import Path
 from ..kernels.types import Array, DType
 from ..model.layout import Layout
+from . import provenance
 from .state import State
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
-COUNTS = ("step", "epoch", "window", "tokens", "skipped", "skipped_in_a_row")  # scalars that are whole numbers
+COUNTS = ("step", "epoch", "place", "tokens", "stale", "seen", "skipped", "skipped_in_a_row")  # scalars that are whole numbers
 OWN = "own."  # before the names of what only one rank has, such as its model where models differ
 LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
-KEYS = ("format", "dtype", "layout", "scalars", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)
+KEYS = ("format", "dtype", "layout", "scalars", "texts", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Checkpoint:
         step: int = self.manifest["scalars"]["step"]
         return step
 
+    @property
+    def texts(self) -> list[provenance.Text]:
+        """What the model was trained on, the newest last."""
+        *before, newest = provenance.parse(self.manifest["texts"])
+        return [*before, msgspec.structs.replace(newest, tokens=self.manifest["scalars"]["seen"])]
+
     def parts(self) -> list[tuple[Part, pathlib.Path]]:
         """(Part, path of its file) of every rank that wrote it."""
         ranks, parameters, lanes = (self.manifest[name] for name in ("ranks", "parameters", "lanes"))
@@ -108,17 +116,18 @@ class Checkpoint:
         return hdf5.open_arrays(path, ["theta", "h", "c", "lane_loss", *moments, *own])
 
 
-def facts(layout: Layout, lanes: int, tokenizer: str, made_by: str) -> dict[str, Any]:
+def facts(layout: Layout, lanes: int, tokenizer: str, texts: Sequence[provenance.Text], made_by: str) -> dict[str, Any]:
     """What a manifest says of all checkpoints of a run.
 
     lanes : of all ranks
     tokenizer : the hash that names the vocabulary
+    texts : what the model is trained on, the newest last; how much of that one is among the scalars
     made_by : what else must be the same for what ranks have of their own to be of use
     """
     shapes = {name: list(tensor.shape) for name, tensor in layout.tensors.items()}
     return {
         "format": FORMAT, "tokenizer": tokenizer, "parameters": layout.parameters, "lanes": lanes, "layout": shapes,
-        "own": [made_by],
+        "texts": provenance.plain(texts), "own": [made_by],
     }  # fmt: skip
 
 
@@ -154,6 +163,11 @@ def _flaw(manifest: dict[str, Any]) -> str | None:
             return f"has {name} = {shown(scalars[name])}; no run has"
     if manifest["dtype"] not in ("float32", "float64"):
         return f"is of {shown(manifest['dtype'])}; no checkpoint is"
+    try:
+        if not provenance.parse(manifest["texts"]):
+            return "names no text"
+    except UserError as error:
+        return str(error)
     own = manifest["own"]
     if not (isinstance(own, list) and own and all(isinstance(name, str) for name in own)):
         return "does not name what each rank has of its own"
@@ -166,11 +180,16 @@ def prune(run: Path, keep: int, step: int) -> None:
     Unfinished ones go too, and later ones: the run has gone back behind them.
     """
     found = [checkpoint for checkpoint in available(run)[0] if checkpoint.step <= step]
-    best = [checkpoint for checkpoint in found if checkpoint.manifest["best"]][:1]
-    stay = {checkpoint.folder for checkpoint in [*found[:keep], *best]}
+    stay = {checkpoint.folder for checkpoint in [*found[:keep], *best_ones(found)[:1]]}
     for folder in pathlib.Path(run, "checkpoints").glob("step-*"):
         if folder not in stay and re.fullmatch(r"step-\d{8,}", folder.name):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def best_ones(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those of checkpoints, newest first, that were the best before all others on the validation text of the newest."""
+    text = found[0].texts[-1].valid if found else ""
+    return [checkpoint for checkpoint in found if checkpoint.manifest["best"] and checkpoint.texts[-1].valid == text]
 
 
 def available(run: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -191,7 +210,9 @@ def intact(run: Path, best: bool = False) -> tuple[Checkpoint, list[str]]:
     Raises UserError where there is none.
     """
     found, wrong = available(run)
-    found = sorted(found, key=lambda checkpoint: not checkpoint.manifest["best"]) if best else found
+    if best:
+        marked = best_ones(found)
+        found = [*marked, *(checkpoint for checkpoint in found if checkpoint not in marked)]
     for checkpoint in found:
         try:
             checkpoint.verify()

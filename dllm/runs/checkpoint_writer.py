@@ -26,7 +26,7 @@ import numpy as np
 
 from ..comm.messages import allgather
 from ..comm.replicas import Domains
-from ..config import Config
+from ..config import CheckpointConfig, Config
 from ..errors import reason
 from ..files import hdf5, storage
 from ..kernels.types import Array
@@ -71,6 +71,8 @@ class Saver:
         Whether a checkpoint is; the same on all ranks.
     step, whole : int, bool
         Of the newest one, which becomes whole in the end unless something goes wrong; -1, True: there was none.
+    problem : str or None
+        Why it did not.
     begun : float
         When that was, by time.monotonic; at first when this was made.
     count, stalled : int, float
@@ -100,6 +102,7 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.copies: list[list[Cut]] | None = None
         self.problem: str | None = None
+        self.told = ""  # the last warning
         self.result: Any = None
         self.hurry, self.abandoned = threading.Event(), False
 
@@ -113,15 +116,8 @@ class Saver:
         return 0 < self.interval() <= time.monotonic() - self.begun
 
     def interval(self) -> float:
-        """Seconds from one checkpoint to the next; 0: none by time.
-
-        Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974.
-        """
-        if self.config.every_minutes >= 0:
-            return self.config.every_minutes * 60
-        cost = 1.0 if self.cost is None else self.cost
-        best = math.sqrt(2 * cost * self.config.mtbf_hours * 3600 / self.comm.size)
-        return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)
+        """Seconds from one checkpoint to the next; 0: none by time."""
+        return _interval(self.config, 1.0 if self.cost is None else self.cost, self.comm.size)
 
     def begin(self, state: State, best: bool, own: Mapping[str, Array]) -> None:
         """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns.
@@ -294,4 +290,14 @@ class Saver:
         if self.problem:
             if self.domains.leads:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.warn(f"no checkpoint at step {self.step}: {self.problem}; training goes on, older ones stay")
+            told, self.told = self.told, f"no checkpoint at step {self.step}: {self.problem}; older ones stay"
+            if told != self.told:  # once, however often it is tried
+                self.warn(self.told)
+
+
+def _interval(config: CheckpointConfig, cost: float, ranks: int) -> float:
+    """As Saver.interval. Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974."""
+    if config.every_minutes >= 0:
+        return config.every_minutes * 60
+    best = math.sqrt(2 * cost * config.mtbf_hours * 3600 / ranks)
+    return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)

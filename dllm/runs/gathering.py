@@ -105,7 +105,8 @@ def _shelves(comm: MPI.Comm, domains: Domains, run: storage.Path) -> list[Shelf]
 def _shelf(run: storage.Path) -> Shelf:
     sizes = {name: os.path.getsize(path) for name in SMALL if os.path.isfile(path := pathlib.Path(run, name))}
     found, _ = checkpoint.available(run)
-    return Shelf(sizes, [Manifest(one.step, one.manifest["seal"], bool(one.manifest["best"])) for one in found])
+    best = checkpoint.best_ones(found)
+    return Shelf(sizes, [Manifest(one.step, one.manifest["seal"], one in best) for one in found])
 
 
 def _candidates(shelves: Sequence[Shelf], best: bool) -> list[tuple[Manifest, int]]:

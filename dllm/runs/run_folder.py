@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import itertools
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +37,8 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "trace.json",
+    "tensorboard",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,
@@ -41,20 +46,72 @@ FILES = {
 }
 
 
+_claimed: set[str] = set()  # folders that this process has made for runs and not yet filled
+
+
 def new_name(out: str | None, preset: str) -> str:
-    """The folder of a new run. Raises UserError where it exists."""
-    run = out or f"runs/{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if pathlib.Path(run).exists():
-        raise UserError(f"--out {run} exists; choose another name, or go on with it by --resume {run}")
-    return run
+    """A name for the folder of a new run: `out`, else one that nothing has yet. Raises UserError where `out` exists."""
+    if out:
+        if os.path.lexists(out):
+            raise _exists(out)
+        return out
+    first = f"runs/{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    names = (f"{first}-{number}" if number > 1 else first for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
-def create(run: Path, settings: config.Config, tokenizer: Tokenizer) -> None:
-    """Write config.toml and tokenizer.json to the folder, which may be there already. Raises UserError."""
+def claim(out: str | None, preset: str) -> str:
+    """The same; a name that the user has not chosen is taken at once, by an empty folder, so that nobody else takes it.
+
+    The folder goes with this process where no run has come of it. Raises UserError.
+    """
+    while not out:
+        name = new_name(None, preset)
+        with contextlib.suppress(FileExistsError):  # of another job that has started in the same second
+            _make(name)
+            _claimed.add(name)
+            atexit.register(_give_up, name)
+            return name
+    return new_name(out, preset)
+
+
+def _give_up(run: str) -> None:
+    if run in _claimed:
+        with contextlib.suppress(OSError):  # somebody has put something there
+            os.removedirs(run)
+
+
+def _make(run: Path) -> None:
+    """Make the folder. Raises FileExistsError, UserError."""
     try:
-        pathlib.Path(run).mkdir(parents=True, exist_ok=True)
+        pathlib.Path(run).parent.mkdir(parents=True, exist_ok=True)
+        os.mkdir(run)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run}: {reason(error)}") from None
+
+
+def _exists(run: Path, where: str = "") -> UserError:
+    return UserError(f"--out {run} exists{where}; choose another name, or go on with it by --resume {run}")
+
+
+def check_new(run: Path) -> None:
+    """Raise UserError where the folder has anything in it: a disk that rank 0 does not see may have an older run."""
+    if os.path.lexists(run) and not (os.path.isdir(run) and not os.listdir(run)):
+        raise _exists(run, f" on {socket.gethostname()}")
+
+
+def create(run: Path, settings: config.Config, tokenizer: Tokenizer, new: bool = True) -> None:
+    """Write config.toml and tokenizer.json to the folder, which must not be there where it is new. Raises UserError."""
+    try:
+        if new and str(run) not in _claimed:
+            _make(run)
+        _claimed.discard(str(run))
         storage.write_text(pathlib.Path(run, "config.toml"), tomli_w.dumps(config.as_dict(settings)))
         save_tokenizer(run, tokenizer)
+    except FileExistsError:
+        raise _exists(run, f" on {socket.gethostname()}") from None
     except OSError as error:
         raise UserError(f"cannot write to the run folder {run}: {reason(error)}") from None
 
@@ -96,7 +153,7 @@ def read_settings(run: Path, extra: Mapping[str, Any] | None = None) -> config.C
     path = pathlib.Path(run, "config.toml")
     if not path.exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
-    return config.from_dict(config.merge(config.load_toml(path), extra or {}))
+    return config.from_dict(config.lay_over(config.load_toml(path), extra or {}, of_run=True))
 
 
 @dataclass(frozen=True)

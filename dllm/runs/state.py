@@ -27,16 +27,19 @@ class State:
     lane_loss: Array  # (B,) float64, nats since the last line of metrics
     step: int = 0  # optimiser steps taken
     epoch: int = 0  # epochs finished
-    window: int = 0  # windows of this epoch done: where every lane stands
+    place: int = 0  # where every lane stands in this epoch: tokens of it, or pairs
     tokens: int = 0  # of all ranks, since the last line of metrics
     bytes_sent: int = 0  # by each rank, since the last line of metrics
     lr_factor: float = 1.0  # what the plateau schedule has made of lr
     best_loss: float = float("inf")  # validation, nats a token
+    stale: int = 0  # evaluations since then
+    seen: int = 0  # tokens of this text predicted by all ranks
     skipped: int = 0  # steps that changed nothing, because the gradient was not finite
     skipped_in_a_row: int = 0  # the newest ones of these
 
     SCALARS: ClassVar[tuple[str, ...]] = (
-        "step", "epoch", "window", "tokens", "bytes_sent", "lr_factor", "best_loss", "skipped", "skipped_in_a_row",
+        "step", "epoch", "place", "tokens", "bytes_sent", "lr_factor", "best_loss", "stale", "seen", "skipped",
+        "skipped_in_a_row",
     )  # fmt: skip
 
     def empty_like(self) -> State:
@@ -54,16 +57,26 @@ class State:
         for name, value in values.items():
             setattr(self, name, value)
 
-    def next_window(self, windows: int, carry: str) -> None:
-        """Move every lane on by one window, from zero states unless carried; behind the last one comes the next epoch."""
+    def move_on(self, place: int, carry: str) -> None:
+        """Move every lane on to `place`, from zero states unless carried; at 0 the next epoch begins."""
         self.step += 1
-        self.window += 1
-        if self.window == windows:
-            self.window, self.epoch = 0, self.epoch + 1
+        self.place, self.epoch = place, self.epoch + (place == 0)
+        self._carry(carry)
+
+    def begin_text(self, carry: str) -> None:
+        """Begin with another text for training: with its first epoch."""
+        self.place = self.epoch = 0
+        self._carry(carry)
+
+    def begin_validation(self) -> None:
+        """Begin with another text for validation: what was found on the one before says nothing about it."""
+        self.best_loss, self.lr_factor, self.stale = float("inf"), 1.0, 0
+
+    def _carry(self, carry: str) -> None:
         if self.from_zero(carry):
             self.h[:] = 0
             self.c[:] = 0
 
     def from_zero(self, carry: str) -> bool:
         """Whether the next window begins from zero states."""
-        return carry == "window" or (carry == "epoch" and self.window == 0)
+        return carry == "window" or (carry == "epoch" and self.place == 0)

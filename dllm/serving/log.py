@@ -2,11 +2,12 @@
 
 import json
 import logging
-import os
 import re
 import threading
 import time
 from typing import Any
+
+from ..files import telling
 
 MINUTE = 60.0  # seconds
 MOST = 20  # lines in a minute of a kind that anybody can cause
@@ -33,7 +34,7 @@ class Log:
         """Write {"time", "rank", "event", ...}; time in seconds since 1970."""
         line = {"time": round(time.time(), 3), "rank": self.rank, "event": event, **values}
         text = UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(line, ensure_ascii=False))
-        os.write(2, (text + "\n").encode(errors="replace"))
+        telling.write_error((text + "\n").encode(errors="replace"))
 
     def limited(self, kind: str, event: str, **values: Any) -> None:
         """Write a line of a kind of which there are at most MOST in a minute; `catch_up` says how many more there were."""

@@ -14,6 +14,7 @@ from ..inference.generation import Sampling, sample, start_tokens
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 from ..model.precision import described
+from ..runs.run_folder import newest_step
 from .trainer import Trainer
 
 SAMPLE_PAIRS = 3  # that the sample at the end answers
@@ -27,12 +28,14 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     parameters = rank.layout.parameters
     precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
+    begin = {"beginning": f"the parameters of {train.init_from}"} if train.init_from and not resumed else {}
     kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
         f"dllm {__version__}": f"{comm.size} ranks x {node.threads} threads, {node.cores} cores, {mpi_library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {rank.lanes.length:,} tokens, {len(rank.own_lanes)} here; windows of {train.window}",
         "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
+        **begin,
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
         "averaging": trainer.averaging.describe(),
@@ -51,17 +54,27 @@ def _what_others_learn(ranks: int) -> str:
     return f"the text stays at its rank; what it sends tells the others which words it read{how_often}; MPI encrypts nothing"
 
 
+def not_saved(trainer: Trainer) -> str:
+    """The last line of a run whose last state could not be written."""
+    run, saver = trainer.rank.ownership.run, trainer.rank.saver
+    older = newest_step(run)
+    kept = "there is no older checkpoint" if older is None else f"its newest checkpoint is of step {older}"
+    return (
+        f"the model of step {trainer.state.step} is NOT on disk: {saver.problem}; {kept}. Make room, then "
+        f"{'start again' if older is None else f'--resume {run}'}"
+    )
+
+
 def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     """The end: what came out, a sample, the plot, and what to type next."""
     reporter, run, ranks = trainer.rank.reporter, trainer.rank.ownership.run, summary["ranks"]
-    if not done and not trainer.rank.saver.whole:
-        reporter.say(f"stopped at step {summary['steps']} without a checkpoint of it; older ones, if any, are in {run}")
-        return
     if not done:
         reporter.say(f"stopped at step {summary['steps']}; go on with  mpirun -n {ranks} python -m dllm.train --resume {run}")
         return
     speed = summary["tokens_per_second"]
     parts = [f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s"]
+    if not trainer.taken:
+        parts = [f"nothing was left to do, all {summary['steps']} steps were done before; --set train.epochs=N goes further"]
     parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
     best = summary["best_valid_perplexity"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []

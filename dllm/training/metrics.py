@@ -100,13 +100,13 @@ class Metrics:
             self.ownership.show_alive()
             self.shown_alive = now
 
-    def log(self, state: State, digest: str, windows: int, norm: float, lr: float) -> None:
+    def log(self, state: State, digest: str, progress: float, norm: float, lr: float) -> None:
         """A line of metrics, and an end to the run where the ranks no longer agree. Clears what `state` has added up.
 
         digest : str
             The hash of this rank's parameters.
-        windows : int
-            Of an epoch.
+        progress : float
+            The part of the epoch that is done.
 
         Raises UserError on all ranks.
         """
@@ -125,7 +125,7 @@ class Metrics:
             self.reporter.log(
                 {
                     "step": state.step,
-                    "epoch": state.epoch + state.window / windows,
+                    "epoch": state.epoch + progress,
                     "loss": loss,
                     "grad_norm": norm,
                     "lr": lr,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ..comm import runtime, survivors
 from ..comm.node_info import find_node
 from ..errors import BAD_INPUT, UserError
+from .beginning import Survived
 from .progress import Reporter
-from .setup import Survived, set_up
+from .setup import set_up
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
             with survivors.watchdog(), contextlib.suppress(survivors.Failure):
                 reporter = Reporter(comm.rank == 0, progress, before.reporter)
                 node = find_node(comm, before.node.threads)
-                made = set_up(comm, node, before.config, before.corpus, before.ownership, reporter, survived=survived)
+                made = set_up(comm, node, before.config, before.corpus, before.ownership, reporter, survived)
                 successor = Trainer(made)
             if survivors.all_agree(comm, successor is not None) and successor is not None:
                 break
@@ -100,5 +101,5 @@ def _go_on(trainer: Trainer, progress: str) -> Trainer:
     reporter.begin(run, step, successor.total_steps, successor.rank.domains.leads)
     ranks = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {trainer.comm.size} died"
     reporter.warn(f"{ranks}; {comm.size} go on from step {step}, {time.monotonic() - begin:.2f} s later")
-    successor.deaths = trainer.deaths + len(dead)
+    successor.deaths, successor.taken = trainer.deaths + len(dead), trainer.taken
     return successor

@@ -39,25 +39,14 @@ from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
-from .lane_copies import LaneCopies, Piece, SentLaneCopies, take_lanes
+from .beginning import Origin, Survived, fill, where
+from .lane_copies import LaneCopies, SentLaneCopies, take_lanes
 from .metrics import Clock, Metrics
 from .progress import Reporter
 from .validation import SplitValidation, Validation
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-@dataclass
-class Survived:
-    """What a rank brings out of the death of others."""
-
-    theta: Array
-    moments: list[Array]
-    scalars: dict[str, float]
-    lanes: list[Piece]  # its own, and the previous rank's where that has died
-    clock: Clock
-    saver: Saver  # of the run before
 
 
 @dataclass
@@ -111,8 +100,7 @@ def set_up(
     corpus: Corpus,
     ownership: Ownership,
     reporter: Reporter,
-    resume: Checkpoint | None = None,
-    survived: Survived | None = None,
+    origin: Origin = None,
 ) -> Rank:
     """Make all that a rank needs for a run. Collective.
 
@@ -126,14 +114,15 @@ def set_up(
     ownership : Ownership
         On the run's folder, before it is taken.
     reporter : Reporter
-    resume : Checkpoint, optional
-        Where to go on from.
-    survived : Survived, optional
-        Of the run that goes on, on fewer ranks.
+    origin : Checkpoint, Survived or LoadedModel, optional
+        What the run goes on from, or goes on with on fewer ranks; or whose parameters are the beginning of a new one.
 
     Raises UserError on all ranks.
     """
-    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter)
+    resume = origin if isinstance(origin, Checkpoint) else None
+    survived = origin if isinstance(origin, Survived) else None
+    texts, epoch, place = where(comm, corpus, origin)
+    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter, epoch, place)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
@@ -145,7 +134,7 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        _begin(config, model, state, own, schedule, resume, survived)
+        fill(state, model, own, schedule, config, texts[-1], origin, reporter.warn)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -165,7 +154,7 @@ def set_up(
     validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
         validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
-    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, made_by)
+    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, texts, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
     upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run if resume or survived else None), reporter.warn)
@@ -199,8 +188,10 @@ def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team,
     return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
-def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter) -> tuple[range, Lanes, Schedule]:
-    """This rank's lanes, their text, and what every rank knows of all of them."""
+def _deal_lanes(
+    comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter, epoch: int, place: int
+) -> tuple[range, Lanes, Schedule]:
+    """This rank's lanes, their text, and what every rank knows of all of them from a place in an epoch on."""
     train = config.train
     if comm.size > train.lanes:
         raise UserError.of_all(
@@ -213,7 +204,8 @@ def _deal_lanes(comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Report
     mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
     supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
     lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
-    return own, lanes, Schedule(lanes, train.last_window, comm)
+    lanes.arrange(train.seed, epoch)
+    return own, lanes, Schedule(lanes, train.last_window, comm, place)
 
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
@@ -232,27 +224,6 @@ def _make_state(config: Config, layout: Layout, lanes: int, moments: int, surviv
         return state
     theta, *rest = (aligned((layout.size,), layout.dtype) for _ in range(1 + moments))
     return State(theta, rest, *states)
-
-
-def _begin(
-    config: Config,
-    model: LanguageModel,
-    state: State,
-    own: range,
-    schedule: Schedule,
-    resume: Checkpoint | None,
-    survived: Survived | None,
-) -> None:
-    """Fill the state as the checkpoint has it, or as a new run begins."""
-    if resume is not None:
-        checkpoint.check_fits(resume, model.layout, model.layout.dtype, len(state.moments), config.train.lanes)
-        checkpoint.load(resume, model.layout, state, own)
-        if not 0 <= state.window < schedule.windows:
-            raise UserError(
-                f"{resume.folder} is at window {state.window} of an epoch, which has {schedule.windows} in this text"
-            )
-    elif survived is None:
-        model.initialise(config.train.seed)
 
 
 def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: State) -> None:

@@ -21,6 +21,7 @@ from . import optim
 from .setup import Rank
 
 SETTLED = 10  # steps before speed counts
+LAST_NAPS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each further try to write the last checkpoint
 
 
 class Trainer:
@@ -42,6 +43,8 @@ class Trainer:
         At the beginning of the step under way: what the run goes back to if a rank dies.
     total_steps : int
         Of the whole run.
+    taken : int
+        Steps since this start.
     deaths : int
         Of ranks, since the start.
     """
@@ -53,11 +56,13 @@ class Trainer:
         self.state, self.spare, self.finished = rank.state, rank.spare, rank.state
         self.model, self.averaging, self.schedule = rank.model, rank.averaging, rank.schedule
         self._h, self._c = np.zeros_like(self.state.h), np.zeros_like(self.state.c)
-        train = self.config.train
-        self.total_steps = train.epochs * self.schedule.windows
+        train, state = self.config.train, self.state
+        epochs = train.epochs - state.epoch
+        left = (epochs - 1) * self.schedule.windows + self.schedule.left(state.place) if epochs > 0 else 0
+        self.total_steps = state.step + left
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
-        self.deaths = 0
+        self.deaths = self.taken = 0
 
     def run(self, max_steps: int = 0, max_seconds: float = 0, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train until the configured end, `max_steps` steps in all, `max_seconds` from now, or until stop() on any rank.
@@ -66,11 +71,11 @@ class Trainer:
         UserError on all ranks where the run makes no sense any more.
         """
         first, saver, upkeep, metrics = self.state.step, self.rank.saver, self.rank.upkeep, self.rank.metrics
-        end = min(self.total_steps, max_steps or self.total_steps)
+        validation, end = self.rank.validation, min(self.total_steps, max_steps or self.total_steps)
         self.rank.heartbeat.start()
         metrics.begin()
         agreed = Control()
-        while self.state.step < end and not agreed.stop and not agreed.out_of_time:
+        while not (self.state.step >= end or agreed.stop or agreed.out_of_time or validation.exhausted(self.state)):
             self.finished = self.state
             out_of_time = 0 < max_seconds <= time.monotonic() - metrics.clock.begun
             own = Control(stop(), out_of_time, checkpoint=saver.due(), writing=saver.writing, looking=upkeep.busy)
@@ -78,6 +83,7 @@ class Trainer:
             for hook in self.before_step:
                 hook(self)
             norm, lr, tokens, finite = self._step(own)
+            self.taken += 1
             agreed = self.averaging.agreed()
             self._leave_out_if_spoilt(norm, tokens, finite)
             metrics.count(tokens, settled=self.state.step > first + SETTLED)
@@ -85,14 +91,26 @@ class Trainer:
         metrics.check_owner(self.state.step)
         upkeep.end()
         stopped = agreed.stop and self.state.step < end
-        validation = self.rank.validation
         best = not stopped and not validation.due(self.state) and validation.run(self.state, final=True)
-        if saver.step != self.state.step:
-            saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
-        saver.complete()
-        if not stopped and self.config.storage.copies:
+        self._save_last(best)
+        if not stopped and saver.whole and self.config.storage.copies:
             self._spread_checkpoints()
         return not stopped
+
+    def _save_last(self, best: bool) -> None:
+        """Have the last state on disk. A disk that is full may have room again soon: it gets some time. Collective."""
+        saver, naps = self.rank.saver, list(LAST_NAPS)
+        if saver.step == self.state.step:
+            saver.complete()
+            best = best if saver.whole else bool(saver.manifest["best"])
+        while saver.step != self.state.step or not saver.whole:
+            if saver.step == self.state.step:
+                if not naps:
+                    return
+                if len(naps) == len(LAST_NAPS):
+                    self.rank.reporter.warn(f"the last checkpoint is tried again for {sum(naps):.0f} s: make room for it")
+                time.sleep(naps.pop(0))
+            saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
 
     def _spread_checkpoints(self) -> None:
         """Leave a model that every host can use. A disk that has no room for it is a warning: the run is done."""
@@ -111,8 +129,8 @@ class Trainer:
         """
         state, new, model, averaging, train = self.state, self.spare, self.model, self.averaging, self.config.train
         lanes, copies = self.rank.lanes, self.rank.copies
-        width, tokens = self.schedule.width(state.window), self.schedule.tokens(state.window)
-        inputs, targets = lanes.window(state.window, width)
+        width, tokens = self.schedule.width(state.place), self.schedule.tokens(state.place)
+        inputs, targets = lanes.window(state.place, width)
         scale = averaging.scale * (width if train.loss_norm == "window" else 1) / tokens
         mask = (train.seed, state.step, lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
@@ -138,11 +156,14 @@ class Trainer:
             new.h[:], new.c[:], new.lane_loss[:] = state.h, state.c, state.lane_loss
         new.set_scalars(state.scalars())
         new.tokens += tokens
+        new.seen += tokens
         new.bytes_sent += averaging.bytes_sent - sent
         finite = bool(np.isfinite(losses).all())
-        new.next_window(self.schedule.windows, train.carry)
+        new.move_on(self.schedule.after(state.place), train.carry)
         self.state, self.spare = new, state
         model.bind(new.theta, written=True)
+        if new.place == 0:
+            self.schedule.begin_epoch(train.seed, new.epoch)
         return norm, lr, tokens, finite
 
     def _leave_out_if_spoilt(self, norm: float, tokens: int, finite: bool) -> None:
@@ -158,6 +179,7 @@ class Trainer:
             return
         if verdict.steps_ago == 0:
             state.tokens -= tokens
+            state.seen -= tokens
             # what was sent before is what the step would have made of them
             self.rank.copies.send(state.step, state.h, state.c, state.lane_loss)
             self.rank.copies.complete()
@@ -175,7 +197,7 @@ class Trainer:
         """What is due after a step: a line of metrics, an evaluation, a checkpoint. Collective."""
         state, saver, every = self.state, self.rank.saver, self.config.checkpoint.every_steps
         if state.step % self.config.log.every == 0:
-            self.rank.metrics.log(state, parameters_hash(state.theta), self.schedule.windows, norm, lr)
+            self.rank.metrics.log(state, parameters_hash(state.theta), self.schedule.progress(state.place), norm, lr)
         for job, busy in ((saver, agreed.writing), (self.rank.upkeep, agreed.looking)):
             job.progress(self.rank.metrics.last)
             if job.under_way and not busy:

@@ -22,6 +22,10 @@ class Validation:
         """Whether the run is evaluated at this step."""
         return False
 
+    def exhausted(self, state: State) -> bool:
+        """Whether so many evaluations brought nothing that the run ends."""
+        return False
+
     def run(self, state: State, final: bool = False) -> bool:
         """Evaluate the model that all ranks make up. Returns whether it is the best so far. Collective.
 
@@ -58,7 +62,10 @@ class SplitValidation(Validation):
 
     def due(self, state: State) -> bool:
         every = self.train.eval_every
-        return state.step % every == 0 if every else state.window == 0
+        return state.step % every == 0 if every else state.place == 0
+
+    def exhausted(self, state: State) -> bool:
+        return 0 < self.train.patience <= state.stale
 
     def run(self, state: State, final: bool = False) -> bool:
         theta = self.averaging.model(state.theta)
@@ -71,5 +78,5 @@ class SplitValidation(Validation):
         self.best = min(self.best, state.best_loss, loss)
         if not final:
             state.lr_factor = optim.stalled(self.train, state.lr_factor, loss, state.best_loss)
-            state.best_loss = min(state.best_loss, loss)
+            state.best_loss, state.stale = min(state.best_loss, loss), 0 if best else state.stale + 1
         return best

@@ -31,6 +31,7 @@ ULFM = {  # what mpirun --with-ft ulfm sets
 }  # fmt: skip
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 REFUSED = 2  # the exit code of a command that was given bad input
+NOT_SAVED = 74  # of one whose last state is not on disk
 LIMIT = 90  # seconds, where a test does not say otherwise; a launch takes 2 to 10
 
 

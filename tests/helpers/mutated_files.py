@@ -27,6 +27,7 @@ from dllm.model.layout import Layout
 from dllm.runs import checkpoint
 from dllm.runs.checkpoint_writer import Saver
 from dllm.runs.ownership import Ownership
+from dllm.runs.provenance import Text
 from dllm.runs.state import State
 
 VOCABULARY, LANES, SECONDS, MEMORY = 256, range(3), 20, 1 << 30
@@ -102,7 +103,7 @@ class Rank:
         claim = Ownership.of_this_job(self.run)
         self.run.mkdir(exist_ok=True)
         claim.take()
-        facts = checkpoint.facts(LAYOUT, len(LANES), "tokenizer", "")
+        facts = checkpoint.facts(LAYOUT, len(LANES), "tokenizer", [Text("")], "")
         saver = Saver(Alone, claim, Domains(0, (0,), ("here",)), LAYOUT, facts, Config(), print)
         saver.save(self.state, False, {})
         assert saver.whole

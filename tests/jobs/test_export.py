@@ -12,6 +12,7 @@ from helpers.numerics import EVERY_KIND, V, relative
 from helpers.run_files import arrays, checkpoints
 
 from dllm import import_
+from dllm.data.corpus import Corpus
 from dllm.data.tokenizer_files import save_tokenizer
 from dllm.inference.loaded_model import LoadedModel
 from dllm.model import torch_weights
@@ -300,7 +301,7 @@ def test_where_the_corpus_is_gone_it_is_said_and_the_model_is_made(done, tmp_pat
     assert (code, generated) == (0, 0)
     assert "dllm: perplexity is not measured: there is no prepared corpus at /nowhere/private;" in text
     written = "".join((tmp_path / "model" / name).read_text() for name in ("README.md", "config.json"))
-    assert "unknown" in written
+    assert f'"corpus": "{Corpus(folder / "tiny").hash}"' in written
     assert "nowhere" not in written
 
 

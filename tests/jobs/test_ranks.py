@@ -113,7 +113,7 @@ def test_parameters_moments_and_states_of_lanes_are_those_of_one_rank(runs, case
         assert together.keys() == alone.keys()
         for name, array in alone.items():
             np.testing.assert_allclose(together[name], array, rtol=1e-8, atol=1e-11, err_msg=f"{name}, {ranks} ranks")
-        for name in ("step", "epoch", "window", "tokens"):
+        for name in ("step", "epoch", "place", "tokens", "seen"):
             assert others[name] == scalars[name]
 
 

@@ -71,7 +71,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "prepare: text for records": (PREPARE + " --field text", "cannot read text.txt: line 1 is no record of JSON with a text"),
     "prepare: a share beside a file": (PREPARE + " --valid text.txt --valid-fraction 0.1", "leave out either it or the valid"),
     "resume: a pipe for a configuration": ("dllm.train --resume piped", "configuration piped/config.toml: it is not a file"),
-    "resume: behind the epoch": ("dllm.train --resume beyond", "is at window 1000000000 of an epoch, which has"),
+    "resume: behind the epoch": ("dllm.train --resume beyond", "is at place 1,000,000,000 of an epoch, and lanes have"),
     "resume: more lanes than text": ("dllm.train --resume run --set train.lanes=2147483647", "too few for 2147483647 lanes"),
     "evaluate: endless windows": ("dllm.evaluate endless", r"windows of 2,147,483,647 tokens in \d+ lanes take .* memory has"),
     "evaluate: a pipe for a configuration": ("dllm.evaluate piped", "configuration piped/config.toml: it is not a file"),
@@ -211,7 +211,7 @@ def world(world, tiny, prepare, text):
     (world / "endless" / "config.toml").write_text(settings.replace("\nwindow = 8\n", "\nwindow = 2147483647\n"))
     for path in (world / "beyond").glob("checkpoints/*/manifest.json"):
         manifest = json.loads(path.read_text())
-        manifest["scalars"]["window"] = 10**9
+        manifest["scalars"]["place"] = 10**9
         path.write_text(json.dumps(manifest | {"seal": checkpoint.seal(manifest)}))
     return world
 

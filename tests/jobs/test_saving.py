@@ -7,13 +7,14 @@ import types
 import numpy as np
 import pytest
 from helpers.faults import fault, kill_at_rename, kill_at_stage, slow_steps
-from helpers.launch import REFUSED, Job, complaint, flavour, mpirun, train_arguments
+from helpers.launch import NOT_SAVED, REFUSED, Job, complaint, flavour, mpirun, train_arguments
 from helpers.run_files import checkpoints, column, metrics
 
 from dllm.comm.replicas import Domains
 from dllm.config import CheckpointConfig, Config
 from dllm.runs.checkpoint import facts
 from dllm.runs.checkpoint_writer import LONGEST, SHORTEST, Saver
+from dllm.runs.provenance import Text
 
 STEPS = 40
 MANIFEST = "step-00000020/manifest.json"
@@ -90,7 +91,7 @@ module.forget = forget
 """
     run = tmp_path / "run"
     done = mpirun(3, *train_arguments(tiny, run, *SETTINGS), env=fault(tmp_path, "dllm.files.storage", bad), check=True)
-    assert re.fullmatch(r"dllm: no checkpoint at step 20: .*; training goes on, older ones stay\n", complaint(done))
+    assert re.fullmatch(r"dllm: no checkpoint at step 20: .*; older ones stay\n", complaint(done))
     assert checkpoints(run) == [10, 30, 40]
     check(run, undisturbed)
 
@@ -111,7 +112,9 @@ def test_the_interval_follows_the_cost_and_the_time_between_failures():
     ranks, folder = types.SimpleNamespace(rank=0, size=4), types.SimpleNamespace(run="run")
     layout, domains = types.SimpleNamespace(parameters=10, tensors={}), Domains(0, (0,) * 4, ("here",) * 4)
     with_settings = lambda settings: Config(checkpoint=CheckpointConfig(**settings))
-    saver = lambda **settings: Saver(ranks, folder, domains, layout, facts(layout, 4, "", ""), with_settings(settings), print)
+    saver = lambda **settings: Saver(
+        ranks, folder, domains, layout, facts(layout, 4, "", [Text("")], ""), with_settings(settings), print
+    )
     assert saver(every_minutes=3.0).interval() == 180
     assert saver(every_minutes=0.0).interval() == 0
     chosen = saver(mtbf_hours=40.0)
@@ -121,3 +124,49 @@ def test_the_interval_follows_the_cost_and_the_time_between_failures():
     assert chosen.interval() == SHORTEST
     chosen.cost = 1e6
     assert chosen.interval() == LONGEST
+
+
+FULL = """
+import errno, itertools
+tries = itertools.count()
+def full(path, *more, before=module.{name}):
+    import dllm.training.trainer
+    dllm.training.trainer.LAST_NAPS = 0.01, 0.02, 0.03
+    if "step-00000040" in str(path) and rank == {rank} and next(tries) < {most}:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return before(path, *more)
+full.__globals__.update(tries=tries, errno=errno)
+module.{name} = full
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "module", "name"), [(1, "dllm.files.storage", "write_json"), (3, "dllm.files.hdf5", "write_arrays")]
+)
+def test_a_run_whose_last_state_is_not_on_disk_is_not_done(tiny, tmp_path, ranks, module, name):
+    run = tmp_path / "run"
+    words = [word if word != "none" else "plain" for word in train_arguments(tiny, run, *SETTINGS)]
+    done = mpirun(ranks, *words, env=fault(tmp_path, module, FULL.format(name=name, rank=ranks - 1, most=99)))
+    assert done.returncode == NOT_SAVED
+    told = complaint(done).splitlines()
+    problem = "No space left on device"
+    assert told[0] == f"dllm: no checkpoint at step 40: {problem}; older ones stay"
+    assert told[1] == "dllm: the last checkpoint is tried again for 0 s: make room for it"
+    ready = f"its newest checkpoint is of step 30. Make room, then --resume {run}"
+    assert told[2:] == [f"dllm: the model of step 40 is NOT on disk: {problem}; {ready}"]
+    assert "done  " not in done.stdout
+    assert "generate  " not in done.stdout
+    assert not (run / "DONE").exists()
+    assert checkpoints(run) == [10, 20, 30]
+    mpirun(1, "-m", "dllm.train", "--resume", run, "--progress", "none", check=True)
+    assert (run / "DONE").exists()
+    assert checkpoints(run)[-1] == 40
+
+
+def test_a_disk_that_has_room_again_gets_the_last_state(tiny, undisturbed, tmp_path):
+    run, code = tmp_path / "run", FULL.format(name="write_arrays", rank=2, most=2)
+    done = mpirun(3, *train_arguments(tiny, run, *SETTINGS), env=fault(tmp_path, "dllm.files.hdf5", code), check=True)
+    assert complaint(done).count("\n") == 2
+    assert checkpoints(run)[-1] == 40
+    assert (run / "DONE").exists()
+    check(run, undisturbed)

@@ -16,6 +16,7 @@ from dllm import config
 from dllm.comm import methods
 from dllm.config.bounds import RULES, in_words
 from dllm.errors import UserError
+from dllm.training.options import train_config, train_options
 
 
 def toml(tmp_path, text):
@@ -55,6 +56,55 @@ def test_a_file_is_laid_over_the_preset_and_settings_over_both(tmp_path):
     assert found.model == changed
     assert found.train == dataclasses.replace(preset.train, lr=1.0)
     assert found.data == preset.data
+
+
+OF_ONE_TEXT = ("train.max_steps", "log.prompt")
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "prompt"),
+    [
+        ([], 600, "def"),
+        (["train.epochs=200"], 0, "def"),  # what is said lifts the preset's limit
+        (["train.epochs=200", "train.max_steps=7"], 7, "def"),
+        (["data.path=/other"], 0, ""),  # both belong to the embedded corpus
+        (["data.path=/other", "train.max_steps=7", "log.prompt=To"], 7, "To"),
+        (["train.lr=0.1", "data.path="], 600, "def"),
+    ],
+)
+def test_what_belongs_to_the_embedded_corpus_does_not_outlive_it(tmp_path, said, steps, prompt):
+    found = config.resolve("default", None, said)
+    assert [config.flat(found)[name] for name in OF_ONE_TEXT] == [steps, prompt]
+    file = tmp_path / "mine.toml"
+    file.write_text(tomli_w.dumps(config.parse_settings(said)))
+    assert config.resolve("default", file) == found
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "prompt"),
+    [
+        ([], 50, "my"),
+        (["train.epochs=5"], 50, "my"),  # as many as before: a launcher says it again with each start
+        (["train.epochs=6"], 0, "my"),
+        (["train.epochs=6", "train.max_steps=60"], 60, "my"),
+        (["data.path=/moved"], 50, "my"),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_length_until_another_is_said(said, steps, prompt):
+    run = config.as_dict(
+        config.resolve("default", None, ["data.path=/mine", "train.epochs=5", "train.max_steps=50", "log.prompt=my"])
+    )
+    found = config.from_dict(config.lay_over(run, config.parse_settings(said), of_run=True))
+    assert [config.flat(found)[name] for name in OF_ONE_TEXT] == [steps, prompt]
+    embedded = config.as_dict(config.resolve("default"))
+    moved = config.from_dict(config.lay_over(embedded, {"data": {"path": "/mine"}}, of_run=True))
+    assert [config.flat(moved)[name] for name in OF_ONE_TEXT] == [0, ""]
+
+
+def test_more_steps_than_before_may_be_asked_for():
+    steps = lambda *words: train_config(train_options(words)).train.max_steps
+    assert [steps(), steps("--max-steps", "1000"), steps("--max-steps", "100")] == [600, 1000, 600]
+    assert steps("--max-steps", "1000", "--set", "train.epochs=3") == 0
 
 
 def test_merge_leaves_what_it_is_given_as_it_was():

@@ -241,9 +241,14 @@ def test_many_small_chunks_are_refused(tmp_path):
         ("scalars", dict.fromkeys(mutated_files.State.SCALARS, "x"), "no numbers"),
         *(
             ("scalars", dict.fromkeys(mutated_files.State.SCALARS, 1) | {name: value}, f"has {name} = ")
-            for name in ("step", "epoch", "window", "tokens", "skipped", "skipped_in_a_row")
+            for name in ("step", "epoch", "place", "tokens", "stale", "seen", "skipped", "skipped_in_a_row")
             for value in (1.5, -1, 10**300)
         ),
+        *(
+            ("texts", value, "does not say what the model was trained on")
+            for value in ("x", [1], [{"corpus": "/etc"}], [{}] * 1001)
+        ),
+        ("texts", [], "names no text"),
         ("dtype", "object", "is of 'object'; no checkpoint is"),
         ("dtype", ["float32"], r"is of \['float32'\]; no checkpoint is"),
         ("format", "/etc/passwd" * 1000, "is of format"),

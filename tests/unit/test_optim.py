@@ -232,7 +232,7 @@ def golden_losses():
         losses.append(found.mean())
         model.backward()
         optimizer.step(state, Gradient([(0, model.gradient)]), optim.learning_rate(train, step, 0, 1.0, 10))
-        state.next_window(10, "epoch")
+        state.move_on((state.place + 1) % 10, "epoch")
     return losses
 
 

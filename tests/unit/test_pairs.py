@@ -196,16 +196,16 @@ def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_aske
     ranks = data.draw(st.integers(1, count + 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_lanes, "GROUP", 4)
-        patch.setattr(pair_lanes, "ORDER", np.array([2, 0, 3, 1]))
         parts = [pair_lanes.read_lanes(corpus, "train", deal(count, ranks, rank), count, window) for rank in range(ranks)]
         schedule = schedule_of_ranks(parts)
         assert schedule.windows == -(-len(examples) // count)
         assert schedule.per_epoch == sum(len(target) + 1 for _, target in examples)
         found = [[] for _ in range(count)]
-        for number in range(schedule.windows):
-            windows = [part.window(number, schedule.width(number)) for part in parts]
+        schedule.begin_epoch(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 3)))
+        for place in schedule.places:
+            windows = [part.window(place, schedule.width(place)) for part in parts]
             tokens, targets = (np.concatenate([window[part] for window in windows], axis=1) for part in (0, 1))
-            assert np.count_nonzero(targets != -1) == schedule.tokens(number)
+            assert np.count_nonzero(targets != -1) == schedule.tokens(place)
             widest = 0
             for lane in range(count):
                 if (targets[:, lane] == -1).all():
@@ -216,7 +216,7 @@ def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_aske
                 assert row[0] == end
                 assert wanted == [-1] * middle + row[middle + 1 :] + [end] + [-1] * (len(wanted) - stop)
                 found[lane].append((row[1:middle], row[middle + 1 :]))
-            assert schedule.width(number) == widest
+            assert schedule.width(place) == widest
     cuts = [len(examples) * lane // count for lane in range(count + 1)]
     for lane, (start, stop) in enumerate(itertools.pairwise(cuts)):
         assert sorted(found[lane]) == sorted((list(source), list(target)) for source, target in examples[start:stop])
@@ -226,9 +226,32 @@ def test_the_pairs_of_a_window_are_about_equally_long(tmp_path):
     rng = np.random.default_rng(3)
     corpus = make_corpus(tmp_path, [([1] * rng.integers(1, 40), [2] * rng.integers(1, 40)) for _ in range(2000)])
     reader = pair_lanes.read_lanes(corpus, "train", range(8), 8, 100)
-    _, widths = reader.shapes(250)
-    assert 8 * widths.sum() < 1.2 * (corpus.split("train")["tokens"] - 1)
-    assert np.abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3  # no order of lengths is left
+    for epoch in range(3):
+        reader.arrange(1, epoch)
+        _, widths = reader.shapes(np.arange(250))
+        assert 8 * widths.sum() < 1.2 * (corpus.split("train")["tokens"] - 1)
+        assert np.abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.3  # no order of lengths is left
+
+
+def test_each_epoch_brings_other_pairs_together_in_another_order_whatever_rank_has_a_lane(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_lanes, "GROUP", 16)
+    rng = np.random.default_rng(3)
+    corpus = make_corpus(tmp_path, [([k % 10] * rng.integers(1, 9), [k // 10 % 10, k // 100]) for k in range(203)])
+
+    def batches(epoch, seed=1, ranks=1):
+        """Window by window the pairs of all lanes."""
+        parts = [pair_lanes.read_lanes(corpus, "train", deal(4, ranks, rank), 4, 30) for rank in range(ranks)]
+        for part in parts:
+            part.arrange(seed, epoch)
+        found = [np.concatenate([part.window(place, 30)[0] for part in parts], axis=1) for place in range(51)]
+        return [tuple(lane.tobytes() for lane in window.T) for window in found]
+
+    first, again, second, seeded = batches(0), batches(0, ranks=3), batches(1), batches(0, seed=2)
+    assert first == again
+    for other in (second, seeded):
+        assert sorted(lane for window in first for lane in window) == sorted(lane for window in other for lane in window)
+        assert len({*first} & {*other}) < 10  # few windows are made of the same pairs
+        assert sum(one == two for one, two in zip(first, other, strict=True)) < 5
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(6, 6), (4, 3), (5, 2), (24, 8)])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.seccomp import DENY
 from test_amx import skipped
 
 from dllm.kernels import processor
@@ -33,18 +34,9 @@ else:
     expected = test_tiles.matrix(a) @ test_tiles.matrix(b)
 np.testing.assert_array_equal(test_tiles.matrix(c), expected)
 """
-REFUSE = """
-import ctypes, struct
-class Filter(ctypes.Structure):
-    _fields_ = ("length", ctypes.c_ushort), ("program", ctypes.c_char_p)
-LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # of the number of the call, then of its first argument: arch_prctl(0x1023, ...)
-steps = [(LOAD, 0, 0, 0), (EQUAL, 0, 3, 158), (LOAD, 0, 0, 16), (EQUAL, 0, 1, 0x1023)]
-steps += [(RETURN, 0, 0, 0x50001), (RETURN, 0, 0, 0x7FFF0000)]  # EPERM, or let it pass
-program = b"".join(struct.pack("HBBI", *step) for step in steps)
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
-assert libc.prctl(22, 2, ctypes.byref(Filter(len(steps), program)), 0, 0) == 0  # seccomp
-assert libc.syscall(158, 0x1023, 18) == -1 and ctypes.get_errno() == 1  # EPERM: by the filter
+REFUSE = f"""{DENY}
+deny(158, 1, argument=0, value=0x1023)  # arch_prctl: EPERM
+assert libc.syscall(158, 0x1023, 18) == -1 and ctypes.get_errno() == 1
 """
 EMULATED = "from helpers import amx_emulator; amx_emulator.install()\n"
 

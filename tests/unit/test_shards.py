@@ -219,18 +219,18 @@ def test_lanes_are_dealt_in_order_and_evenly(count, ranks):
     assert max(sizes) - min(sizes) <= 1
 
 
-def schedule_of(steps, window, last="keep"):
+def schedule_of(steps, window, last="keep", place=0):
     """The Schedule of lanes of so many steps, two lanes a rank."""
     ranks = [object.__new__(lanes.Lanes) for _ in range(0, len(steps), 2)]
     for number, rank in enumerate(ranks):
-        rank.steps, rank.T = steps[2 * number : 2 * number + 2], window
+        rank.steps, rank.T, rank.stride = steps[2 * number : 2 * number + 2], window, window
 
-    return schedule_of_ranks(ranks, last)
+    return schedule_of_ranks(ranks, last, place)
 
 
 def epoch(reader, schedule):
     """What every lane of a reader is given and asked in an epoch, padding taken out."""
-    windows = [reader.window(number, schedule.width(number)) for number in range(schedule.windows)]
+    windows = [reader.window(place, schedule.width(place)) for place in schedule.places]
     tokens, targets = (np.concatenate([window[part] for window in windows]) for part in (0, 1))
     real = targets != -1
     return [(tokens[real[:, lane], lane], targets[real[:, lane], lane]) for lane in range(targets.shape[1])], targets
@@ -256,15 +256,15 @@ def test_in_an_epoch_every_lane_sees_its_tokens_once_and_in_order(tmp_path, monk
             np.testing.assert_array_equal(tokens, text_of_lane[:-1])
             np.testing.assert_array_equal(targets, text_of_lane[1:])
             seen += len(targets)
-    assert seen == schedule.per_epoch == sum(map(schedule.tokens, range(schedule.windows)))
+    assert seen == schedule.per_epoch == sum(map(schedule.tokens, schedule.places))
 
 
 def test_windows_may_be_read_in_any_order_and_are_new_arrays(tmp_path):
     reader = lanes.Lanes(make_corpus(tmp_path), "train", range(2), 2, 3)
-    first = reader.window(1, 3)
-    for number in (5, 0, 2):
-        reader.window(number, 3)
-    again = reader.window(1, 3)
+    first = reader.window(3, 3)
+    for place in (15, 0, 6):
+        reader.window(place, 3)
+    again = reader.window(3, 3)
     np.testing.assert_array_equal(first, again)
     assert not np.shares_memory(first[0], again[0])
     assert first[0].dtype == first[1].dtype == np.int64
@@ -280,8 +280,9 @@ def test_short_lanes_of_private_corpora_end_in_padding(tmp_path):
     assert [list(reader.numbers) for reader in readers] == [[0, 1], [2, 3]]
     schedule = schedule_of([19, 19, 7, 7], 6)
     assert (schedule.windows, schedule.per_epoch) == (4, 52)
-    assert [schedule.width(number) for number in range(4)] == [6, 6, 6, 1]
-    assert [schedule.tokens(number) for number in range(4)] == [24, 14, 12, 2]
+    assert schedule.places == [0, 6, 12, 18]
+    assert [schedule.width(place) for place in schedule.places] == [6, 6, 6, 1]
+    assert [schedule.tokens(place) for place in schedule.places] == [24, 14, 12, 2]
     for reader, corpus_tokens in zip(readers, (TOKENS[:40], TOKENS[:16]), strict=True):
         rows, targets = epoch(reader, schedule)
         for row, text_of_lane in zip(rows, corpus_tokens.reshape(2, -1), strict=True):
@@ -301,10 +302,25 @@ def test_a_shorter_last_window_may_be_dropped_unless_it_is_the_only_one(predicte
 def test_a_schedule_counts_every_predicted_token_once(predicted, window):
     schedule = schedule_of(predicted, window)
     assert schedule.per_epoch == sum(predicted)
-    for number in range(schedule.windows):
-        left = [min(window, max(0, length - number * window)) for length in predicted]
-        assert schedule.tokens(number) == sum(left)
-        assert schedule.width(number) == max(left) > 0
+    for place in schedule.places:
+        left = [min(window, max(0, length - place)) for length in predicted]
+        assert schedule.tokens(place) == sum(left)
+        assert schedule.width(place) == max(left) > 0
+
+
+@FEW
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 12), st.data())
+def test_from_any_place_an_epoch_goes_on_to_its_end_without_reading_text_twice(predicted, window, data):
+    place = data.draw(st.integers(0, max(predicted) - 1))
+    schedule = schedule_of(predicted, window, place=place)
+    steps, seen, at = 0, 0, place
+    while at or not steps:
+        assert 0 < schedule.width(at) <= window
+        seen, at, steps = seen + schedule.tokens(at), schedule.after(at), steps + 1
+        assert at % window == 0
+    assert seen == sum(max(0, length - place) for length in predicted)
+    assert steps == schedule_of(predicted, window).left(place)
+    assert schedule.per_epoch == sum(predicted)
 
 
 def test_too_few_tokens_for_the_lanes_are_named(tmp_path):

@@ -21,6 +21,7 @@ from dllm.model.layout import Layout
 from dllm.runs import checkpoint, run_folder
 from dllm.runs.checkpoint_writer import Saver
 from dllm.runs.ownership import Ownership
+from dllm.runs.provenance import Text
 from dllm.runs.state import State
 
 
@@ -78,7 +79,7 @@ def make_run(folder, path=""):
     run_folder.create(folder, settings, TOKENIZER)
     claim, layout = Ownership.of_this_job(folder), Layout(settings.model, V, np.float32)
     claim.take()
-    facts = checkpoint.facts(layout, 1, tokenizer_hash(TOKENIZER), "")
+    facts = checkpoint.facts(layout, 1, tokenizer_hash(TOKENIZER), [Text("")], "")
     saver = Saver(Alone, claim, Domains(0, (0,), ("here",)), layout, facts, settings, print)
     for step in range(1, 5):
         shape = settings.model.layers, 1, settings.model.hidden
