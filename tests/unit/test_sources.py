@@ -8,6 +8,7 @@ import lzma
 import os
 import pathlib
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_what_unpacks_to_more_than_the_disk_is_stopped_before_it_is_full(tmp_pat
     assert sorted(tmp_path.iterdir()) == [tmp_path / "bomb"]
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstd])
+def test_a_packed_file_takes_little_memory_whatever_comes_out_of_it(tmp_path, pack):
+    (tmp_path / "much").write_bytes(pack(b"some words, again and again\n" * 1_500_000))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    tracemalloc.start()
+    try:
+        sources._write(sources._Source("train", str(tmp_path / "much")), 0, folder, Reading())
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (folder / "000000-train").stat().st_size == 1_500_000 * 28
+    assert most < 16 << 20  # of 42 MB; a decoder of xz has 9
+
+
 def test_names_of_files_folders_patterns_and_lists(tmp_path):
     for name in ("b.txt", "a.txt", "in/c.txt", "in/.hidden", ".git/x", "empty/.keep"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -245,7 +261,7 @@ def encoded(kind, paths, exact=False, piece=1 << 20):
     counts = sum((piece.count(kind) for piece in pieces), kind.count(b""))
     tokenizer = kind.build(counts, 300 if kind is BPETokenizer else 0)
     parts = [piece.encode(tokenizer) for piece in pieces]
-    return tokenizer.decode(np.concatenate([tokens for tokens, _ in parts])), sum(size for _, size in parts)
+    return tokenizer.decode(np.concatenate([part.tokens for part in parts])), sum(part.size for part in parts)
 
 
 @pytest.mark.parametrize("piece", [7, 1 << 20])
