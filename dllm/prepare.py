@@ -35,6 +35,7 @@ EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
   mpirun -n 8 python -m dllm.prepare --train *.txt --valid held-out/*.txt --tokenizer bpe --vocab-size 8192 --out data/web
+  python -m dllm.prepare --train 'crawl/*.jsonl.zst' --field text --valid-fraction 0.01 --tokenizer bpe --out data/crawl
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer-from data/web --out 'data/site{rank}'
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
@@ -50,8 +51,16 @@ one vocabulary. Rare words may be names or numbers of people, so say where it co
   --share-vocabulary     all words and their counts go to rank 0, and into everybody's vocabulary
 
 To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole files, or each file by shares
-drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a piece at a time; --tokenizer
-byte takes anything, the others UTF-8.
+drawn from Dirichlet(alpha); valid and test text always evenly.
+
+Text is named by files, folders, patterns in quotes, named pipes, - for standard input (of one rank), ipfs://, swarm://, or an
+URL that fsspec knows. What is packed by gzip, xz, bzip2 or Zstandard is unpacked, whatever its name. With --field it is JSON
+lines or Parquet, a document a record, and each document ends with a line. What is no plain file is written to one beside --out
+for the time being: it takes disk, and little memory. Zstandard, Parquet and URLs need pip install 'dllm[inputs]'.
+
+--tokenizer byte takes any file as it is. The others take UTF-8: a byte-order mark is dropped, CR LF is one line end, and a line
+ends between two files. --keep-bytes keeps all that. --valid-fraction and --test-fraction hold out whole documents, lines of
+plain text, or pairs, the same ones on any number of ranks; of a novel better hold out a chapter, as a file.
 
 Hosts need not share a disk: then each shard lies on --copies of their disks, and all have the manifest and the vocabulary.
 Splits of at most 64 MiB of tokens lie on every disk. All ranks read all text, so it must be on every host, at the same place.
@@ -62,7 +71,7 @@ Pairs are for translation, summaries, questions and answers: line i of SRC belon
 more, between and behind the two sides, have no spelling: text with <sep> in it is text.
 
 tokenizers
-  byte   256 tokens; exact for any file
+  byte   256 tokens; exact for any file: marks, CR LF and ends of files stay as they are
   char   one token a character of the train text
   word   words between white space and an <eos> a line; rare ones become <unk> where --vocab-size limits them
   bpe    byte-pair encoding over bytes, exact; --vocab-size from 256, default 4096

@@ -9,7 +9,6 @@ import hashlib
 import os
 import pathlib
 import pickle
-import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,8 +16,10 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba.core import caching
+from numba.core.runtime.nrt import rtsys
 
 from . import processor
+from .caches import user_cache
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")  # variables: 0 on one rank of a host
@@ -27,28 +28,6 @@ LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID") 
 # reordered, which vectorises them; the order is fixed when the kernel is compiled, so results repeat exactly.
 FASTMATH = {"contract", "nsz", "reassoc", "arcp"}
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": FASTMATH}
-
-
-def user_cache() -> pathlib.Path | None:
-    """The folder for what this user's programs make once: XDG_CACHE_HOME, ~/.cache, or one below the temporary folder.
-
-    The last where the user has no home; None where somebody else has made that.
-    """
-    named, home = os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~")
-    if named:
-        return pathlib.Path(named)
-    return pathlib.Path(home, ".cache") if os.path.isabs(home) else temporary_cache()
-
-
-def temporary_cache() -> pathlib.Path | None:
-    """The same below the temporary folder, for this user alone; None where it cannot be, since what it holds is run."""
-    folder = pathlib.Path(tempfile.gettempdir(), f"dllm-cache-{os.getuid()}")
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-            return folder
-    return None
 
 
 def _cache_folder() -> pathlib.Path:
@@ -106,8 +85,11 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Places
 
     def load_overload(self, signature: Any, context: Any) -> Any:
+        # Without what Numba does here first, which is to learn how everything is compiled: half the time of a start. What is
+        # in the cache needs no more than the counting of references; what is not is compiled, and then Numba learns it.
+        rtsys.initialize(context)
         try:
-            return super().load_overload(signature, context)  # type: ignore[no-untyped-call]
+            return self._load_overload(signature, context)  # type: ignore[no-untyped-call]
         except OSError:  # `save_overload` will say it
             return None
         except (EOFError, pickle.UnpicklingError):  # cut short when the machine went down

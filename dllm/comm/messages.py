@@ -10,6 +10,7 @@ sender. A message has three parts, one behind the other:
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 HEAD = 8  # bytes of the length
 LARGEST = 1 << 30  # bytes of a message
+SPINS, NAP = 200, 1e-4  # looks at a request in a row, and seconds between those that follow
 DTYPES = frozenset({"|b1", "|u1", "|i1", *(f"<{kind}{size}" for kind in "uif" for size in (2, 4, 8))})  # of arrays
 
 T = TypeVar("T")
@@ -89,7 +91,7 @@ def allgather(comm: MPI.Comm, value: T, kind: Any) -> list[T]:
         return [value]
     mine, lengths = _announce(comm, value)
     everyones = np.empty(lengths.sum(), np.uint8)
-    comm.Iallgatherv(mine, [everyones, lengths]).Wait()
+    _wait(comm.Iallgatherv(mine, [everyones, lengths]))
     return [_read(part, kind, rank, True) for rank, part in enumerate(_split(everyones, lengths))]
 
 
@@ -99,7 +101,7 @@ def gather(comm: MPI.Comm, value: T, kind: Any) -> list[T]:
         return [value]
     mine, lengths = _announce(comm, value)
     everyones = np.empty(lengths.sum() if comm.rank == 0 else 0, np.uint8)
-    comm.Igatherv(mine, [everyones, lengths] if comm.rank == 0 else None).Wait()
+    _wait(comm.Igatherv(mine, [everyones, lengths] if comm.rank == 0 else None))
     return [_read(part, kind, rank) for rank, part in enumerate(_split(everyones, lengths))] if comm.rank == 0 else []
 
 
@@ -109,10 +111,10 @@ def broadcast(comm: MPI.Comm, value: T, kind: Any) -> T:
         return value
     message = pack(value) if comm.rank == 0 else b""
     length = np.array([len(message)])
-    comm.Ibcast(length).Wait()
+    _wait(comm.Ibcast(length))
     _check_lengths(length)
     data = np.frombuffer(message, np.uint8).copy() if comm.rank == 0 else np.empty(length[0], np.uint8)
-    comm.Ibcast(data).Wait()
+    _wait(comm.Ibcast(data))
     found: T = _read(data, kind, 0)
     return found
 
@@ -134,14 +136,23 @@ def _combine(comm: MPI.Comm | None, values: Array, name: str) -> Array:
     from mpi4py import MPI
 
     send, out = np.ascontiguousarray(values), np.empty(np.shape(values), values.dtype)
-    comm.Iallreduce(send, out, getattr(MPI, name)).Wait()
+    _wait(comm.Iallreduce(send, out, getattr(MPI, name)))
     return out
+
+
+def _wait(request: MPI.Request) -> None:
+    """Wait for a request, and leave the core to others where that takes long: they may be what is waited for."""
+    for _ in range(SPINS):
+        if request.Test():
+            return
+    while not request.Test():
+        time.sleep(NAP)
 
 
 def _announce(comm: MPI.Comm, value: Any) -> tuple[Array, Array]:
     """This rank's message (n,) uint8, and how long those of all ranks are, (ranks,) int64."""
     mine, lengths = np.frombuffer(pack(value), np.uint8), np.empty(comm.size, np.int64)
-    comm.Iallgather(np.array([mine.size]), lengths).Wait()
+    _wait(comm.Iallgather(np.array([mine.size]), lengths))
     _check_lengths(lengths)
     return mine, lengths
 

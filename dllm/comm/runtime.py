@@ -61,6 +61,7 @@ def world() -> MPI.Comm:
         if not MPI.Is_initialized():
             if _cannot_start():
                 _refuse_start(1)
+            _warn_of_shortage()
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
     sizes = starter.launched_sizes()
     if sizes and MPI.COMM_WORLD.size not in sizes:
@@ -75,6 +76,18 @@ def _cannot_start() -> bool:
 
     version = MPI.Get_library_version()
     return starter.is_open_mpi_job() and "Open MPI" not in version and "pmix" not in version.lower()
+
+
+def _warn_of_shortage() -> None:
+    """Say beforehand that MPICH will find too little shared memory: its own messages do not. By one rank of a host."""
+    if os.environ.get("MPI_LOCALRANKID") == "0" and (problem := starter.shortage(_local_ranks(), used=True)):
+        sys.stderr.write(f"dllm: {problem}\n")
+        sys.stderr.flush()
+
+
+def _local_ranks() -> int:
+    ranks = os.environ.get("MPI_LOCALNRANKS", "")  # which MPICH's mpirun sets
+    return int(ranks) if ranks.isdigit() else 1
 
 
 def _refuse_start(size: int) -> NoReturn:

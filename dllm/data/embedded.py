@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..comm.messages import allgather, broadcast
 from ..comm.runtime import together
 from ..errors import UserError
-from ..kernels.compile import temporary_cache, user_cache
+from ..kernels.caches import temporary_cache, user_cache
 from .preparation import prepare_corpus
 from .shards import FORMAT
 from .vocabulary import Vocabulary

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import codecs
 import collections
+import itertools
 import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..errors import UserError, reason
 from ..files import storage
 from ..kernels.types import Array
-from . import text
-from .text import Path, TextFile
+from . import pair_order, text
+from .pair_order import drawn
+from .text import Encoded, Path, TextFile
 from .tokenizers import Tokenizer, UnknownUnitError
 
 BLOCK = 2048  # pairs that are encoded at a time
@@ -75,9 +77,13 @@ class PairFiles:
 
     def __init__(self, source: Path | TextFile, target: Path | TextFile) -> None:
         self.sides = Lines(source), Lines(target)
-        lengths = [f"{side.name} has {len(side):,} lines" for side in self.sides]
-        if len(self.sides[0]) != len(self.sides[1]):
-            raise UserError(f"{', '.join(lengths)}: line i of one belongs to line i of the other")
+        self.empty: list[int] = []  # lines of which a side is empty, as far as somebody has looked
+        first, second = self.sides
+        if len(first) != len(second):
+            raise UserError(
+                f"{first.name} has {len(first):,} lines, {second.name} has {len(second):,}: line i of one belongs to line i of "
+                "the other"
+            )
 
     def __len__(self) -> int:
         return len(self.sides[0])
@@ -123,15 +129,17 @@ class PairPiece:
                 counts.update(units)
         return counts
 
-    def encode(self, tokenizer: Tokenizer) -> tuple[Array, int]:
-        """(its part of the stream (n,) int64, bytes of text). Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Encoded:
+        """Its part of the stream. Raises UserError."""
         sep, end = np.array([tokenizer.sep]), np.array([tokenizer.end])
-        parts = [end] if self.first else []
-        for file, line in self.numbers:
+        parts, left_out = [end] if self.first else [], list[int]()
+        for place, (file, line) in enumerate(self.numbers):
             source, target = self.files[file].apply(lambda side: tokenizer.encode(side, False), line)
-            if not 0 < self.longest < len(source) + len(target) + 2:
+            if 0 < self.longest < len(source) + len(target) + 2:
+                left_out.append(place)
+            else:
                 parts += [source, sep, target, end]
-        return np.concatenate(parts or [np.empty(0, np.int64)]), self.size
+        return Encoded(np.concatenate(parts or [np.empty(0, np.int64)]), self.size, tuple(left_out))
 
 
 def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
@@ -149,14 +157,28 @@ class Pairing(NamedTuple):
     longest: int = 0  # pairs of more tokens are left out; 0: none
     held_out: Mapping[str, float] = {}  # split -> its share of the train pairs
 
-    def part(self, split: str) -> tuple[float, float]:
-        """From where to where, in 0..1, a split takes what is held out of the train pairs in drawn order."""
+    def part(self, split: str, pairs: int) -> tuple[int, int]:
+        """From where to where a split takes so many pairs of its files in drawn order; others may be of the same files."""
         stop = 1.0
         for name, share in self.held_out.items():
             if name == split:
-                return stop - share, stop
+                return round((stop - share) * pairs), round(stop * pairs)
             stop -= share
-        return 0.0, stop if split == "train" else 1.0
+        return 0, round(stop * pairs) if split == "train" else pairs
+
+
+def order_of_split(
+    shards: Sequence[Sequence[PairPiece]], left_out: Sequence[Sequence[int]], pairing: Pairing, split: str
+) -> dict[str, Any]:
+    """What the manifest says of the order of a split's pairs. left_out : of each piece, in order"""
+    pieces = [piece for part in shards for piece in part]
+    files, lines, empty = pieces[0].files, 0, list[int]()
+    for pairs in files:
+        empty += [lines + line for line in pairs.empty]
+        lines += len(pairs)
+    begins = itertools.accumulate((len(piece.numbers) for piece in pieces), initial=0)
+    long = [begin + place for begin, places in zip(begins, left_out, strict=False) for place in places]
+    return pair_order.described(pairing.seed, lines, empty, pairing.part(split, lines - len(empty)), long)
 
 
 def plan_pairs(
@@ -175,8 +197,9 @@ def plan_pairs(
     for number, pairs in enumerate(files):
         lengths = np.array([[len(side.strip()) for side in pairs[line]] for line in range(len(pairs))]).reshape(-1, 2)
         whole = np.flatnonzero(lengths.all(axis=1))
+        pairs.empty = np.flatnonzero(~lengths.all(axis=1)).tolist()
         if (left_out := len(pairs) - len(whole)) and split not in pairing.held_out:
-            line = int(np.flatnonzero(~lengths.all(axis=1))[0])
+            line = pairs.empty[0]
             place = pairs.sides[int(lengths[line, 0] > 0)].place(line)
             say(f"{left_out:,} of {len(pairs):,} pairs are left out, since a side is empty, the first at {place}")
         places.append(np.stack([np.full_like(whole, number), whole], axis=1))
@@ -184,9 +207,8 @@ def plan_pairs(
     numbers, sizes = np.concatenate(places), np.concatenate(lengths_of)
     if not len(numbers):
         raise UserError(f"there are no pairs in {', '.join(side.name for side in files[0].sides)}")
-    order = np.random.default_rng(pairing.seed).permutation(len(numbers))
-    start, stop = (round(share * len(order)) for share in pairing.part(split))
-    order = order[start:stop]
+    start, stop = pairing.part(split, len(numbers))
+    order = drawn(pairing.seed, len(numbers))[start:stop]
     numbers, sizes = numbers[order], sizes[order]
     shards = []
     for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..files import storage
 from . import shards, vocabulary
 from .new_folder import NewFolder
-from .pairs import Pairing, PairPiece, examples_of_pairs, figures, plan_pairs
+from .pairs import Pairing, PairPiece, examples_of_pairs, figures, order_of_split, plan_pairs
 from .placing import shard_files, wanted_here
 from .private_counts import PrivateCounting
 from .source_names import readable_everywhere
@@ -124,6 +124,7 @@ class _Shard(NamedTuple):
     sha256: str
     bytes: int  # of text
     figures: list[tuple[int, int]]  # of each piece of pairs: how many, tokens of the longest
+    left_out: list[list[int]]  # of each piece of pairs the places of those that are too long
 
 
 class _Preparation:
@@ -150,6 +151,10 @@ class _Preparation:
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
         pairs = self.pairing is not None
+        for first in (True, False):  # one on each disk compiles, the others find it done
+            with together(self.comm):
+                if first == self.domains.leads:
+                    KINDS[wanted.kind or "bpe"].warm_up()
         if wanted.folder:
             return vocabulary.take(self.comm, wanted.folder, pairs, self.say)
         if wanted.kind == "byte":
@@ -180,15 +185,16 @@ class _Preparation:
         written, dtype = [], shards.token_dtype(tokenizer.size)
         for split, plan in plans.items():
             for number, pieces in self._my_share(split, plan, "encoding"):
-                path, found, size = self.out / _name(split, number), [], 0
+                path, found, left_out, size = self.out / _name(split, number), [], [], 0
                 with shards.ShardWriter(path, dtype) as shard:
                     for piece in pieces:
-                        tokens, length = piece.encode(tokenizer)
+                        tokens, length, long = piece.encode(tokenizer)
                         size += length
                         shard.append(tokens.astype(dtype))
                         if tokenizer.pairs:
                             found.append(figures(tokens, tokenizer))
-                written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), size, found))
+                            left_out.append([*long])
+                written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), size, found, left_out))
         return written
 
     def _my_share(self, split: str, plan: Plan, doing: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
@@ -244,6 +250,9 @@ class _Preparation:
                 for part, numbers in zip(parts, found, strict=True):
                     part["pairs"] = sum(pairs for pairs, _ in numbers)
                 splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers])
+                long = [places for number in range(len(plan)) for places in written[split, number].left_out]
+                pieces: list[Any] = plan
+                splits[split] |= order_of_split(pieces, long, self.pairing, split) if self.pairing else {}
         if self.pairing and self.pairing.longest:
             self._tell_left_out(plans, splits, self.pairing.longest)
         return {

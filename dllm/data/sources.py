@@ -1,41 +1,31 @@
 """Texts as people have them: files, folders, pipes, URLs, packed or in records, each of which becomes a plain file of text.
 
-A source is a stream of bytes. It is unpacked as long as it begins as something of PACKED does, whatever it is called. With a
-field it is made of records, of the first kind of RECORDS as which it begins, and a record's text is a document.
-What is a plain file already is read where it lies; all else is written to one beside the corpus, once for each disk, and the
-ranks of a disk share the work file by file. So memory is bounded, and who unpacks what changes nothing.
-
-To add a packing: what it begins with and a function that opens a stream, in PACKED. To add a kind of records: the same with a
-function that gives their texts, in RECORDS.
+A source is a stream of bytes, and formats.py makes text of it. What is a plain file already is read where it lies; all else is
+written to one beside the corpus, once for each disk, and the ranks of a disk share the work file by file. So memory is bounded,
+and who reads what changes nothing.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import dataclasses
-import functools
-import gzip
-import io
 import itertools
-import lzma
 import os
 import pathlib
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import msgspec
 import numpy as np
 
 from ..comm import messages
 from ..comm.replicas import Domains
 from ..comm.runtime import together
 from ..errors import UserError, reason
+from .formats import BLOCK, Stream, is_plain, texts
 from .source_names import STDIN, is_stream, open_url, readable_everywhere
 from .text import TextFile
 
@@ -43,12 +33,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Names: TypeAlias = Mapping[str, Sequence[Any]]  # split -> names of files, or pairs of such
-Stream: TypeAlias = IO[bytes]
 
-BLOCK = 1 << 20  # bytes that are copied at a time
-LONGEST_RECORD = 1 << 28  # bytes of a line of JSON
-MOST_LAYERS = 4  # of packings in each other
-ROWS = 256  # of a Parquet file that are in memory at a time
 RESERVE = 0.02  # of a disk that is left free, at most `MOST_RESERVED` bytes
 MOST_RESERVED = 1 << 28
 
@@ -131,7 +116,7 @@ class _Source:
             raise UserError(f"cannot read {self.name}: {reason(error)}{hint}") from None
         grows = found.st_size == 0 and len(head) > 0  # as what lies below /proc
         held_out = self.split == "train" and bool(reading.held_out)
-        return bool(grows or held_out or reading.field or _packing(head) or head.startswith(PARQUET))
+        return bool(grows or held_out or reading.field or not is_plain(head))
 
     @property
     def size(self) -> int:
@@ -157,8 +142,8 @@ def _check_streams(comm: MPI.Comm, made: Iterable[_Source], domains: Domains, pr
         raise UserError(
             f"{streams[0]} can be read once, but ranks ({hosts}) see different disks: make it a file on each of them"
         )
-    if private and comm.size > 1 and STDIN in streams:
-        raise UserError("standard input goes to rank 0 alone, but each rank has a text of its own: name files with {rank}")
+    if comm.size > 1 and STDIN in streams:  # MPICH ends the job where it is read too slowly, Open MPI stops in the middle
+        raise UserError("mpirun does not hand on a long standard input: name a pipe that mkfifo makes, or take one rank")
 
 
 def _my_share(sources: Sequence[_Source], made: Iterable[int], domains: Domains) -> list[int]:
@@ -254,7 +239,7 @@ def _write(source: _Source, number: int, folder: pathlib.Path, reading: Reading)
             files.callback(writer.file.close)
         try:
             with source.open() as stream:
-                parts = _parts(stream, reading, folder, bool(held_out))
+                parts = texts(stream, reading.field, folder, bool(held_out))
                 if held_out:
                     _deal(parts, writers, [*held_out.values()], [reading.seed, number])
                 else:
@@ -282,132 +267,3 @@ def _deal(parts: Iterable[bytes], writers: Sequence[_Writer], shares: Sequence[f
     while block := list(itertools.islice(parts, 4096)):
         for part, which in zip(block, np.searchsorted(bounds, rng.random(4096), side="right"), strict=False):
             writers[(int(which) + 1) % len(writers)].write(part)
-
-
-def _parts(stream: Stream, reading: Reading, folder: pathlib.Path, one_by_one: bool) -> Iterator[bytes]:
-    """The text of a stream: documents or lines one by one, or in blocks where nobody needs these."""
-    stream, head = _unpacked(stream)
-    if reading.field:
-        read = next(read for magic, read in RECORDS if head.startswith(magic))
-        return (text if text.endswith(b"\n") else text + b"\n" for text in read(stream, reading.field, folder))
-    if head.startswith(PARQUET):
-        raise UserError("it is a Parquet file: say by --field which column is the text")
-    return iter(stream) if one_by_one else iter(functools.partial(stream.read, BLOCK), b"")
-
-
-# streams
-
-
-class _Begun(io.RawIOBase):
-    """A stream of which the first bytes have been read: they come once more."""
-
-    def __init__(self, head: bytes, rest: Stream) -> None:
-        self._head, self._rest = head, rest
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, or a part of it."""
-        data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
-        data = data or self._rest.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _unpacked(stream: Stream) -> tuple[Stream, bytes]:
-    """(a stream that is not packed, what it begins with)."""
-    for _ in range(MOST_LAYERS):
-        head = stream.read(8)
-        stream = _again(stream, head)
-        packing = _packing(head)
-        if packing is None:
-            return stream, head
-        stream = packing(stream)
-    raise UserError(f"it is packed more than {MOST_LAYERS - 1} times")
-
-
-def _again(stream: Stream, head: bytes) -> Stream:
-    try:
-        stream.seek(0)
-        return stream
-    except (OSError, ValueError, AttributeError):
-        return io.BufferedReader(_Begun(head, stream), BLOCK)
-
-
-def _packing(head: bytes) -> Callable[[Any], Any] | None:
-    return next((packing for magic, packing in PACKED if head.startswith(magic)), None)
-
-
-def _zstd(stream: Stream) -> Stream:
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise UserError("it is packed by Zstandard, which takes pip install 'dllm[inputs]'") from None
-    opened: Stream = zstd.open(stream)
-    return opened
-
-
-def _json_lines(stream: Stream, name: str, folder: pathlib.Path) -> Iterator[bytes]:
-    """The texts of a field of JSON lines."""
-    record = msgspec.defstruct("Record", [("text", str)], rename={"text": name})
-    decoder: Any = msgspec.json.Decoder(record)
-    for number in itertools.count(1):
-        line = stream.readline(LONGEST_RECORD + 1)
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line:
-            return
-        if len(line) > LONGEST_RECORD:
-            raise UserError(f"line {number:,} has over {LONGEST_RECORD >> 20} MiB")
-        if line.strip():
-            try:
-                yield decoder.decode(line).text.encode()
-            except (msgspec.DecodeError, UnicodeError) as error:
-                raise UserError(f"line {number:,} is no record of JSON with a text '{name}' ({error})") from None
-            except RecursionError:
-                raise UserError(f"line {number:,} is nested too deeply") from None
-
-
-def _parquet(stream: Stream, name: str, folder: pathlib.Path) -> Iterator[bytes]:
-    """The texts of a column of a Parquet file."""
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("it is a Parquet file, which takes pip install 'dllm[inputs]'") from None
-    with contextlib.ExitStack() as opened:
-        if not stream.seekable() or not isinstance(stream, io.BufferedReader | io.FileIO):  # it is read from its end
-            stream, packed = opened.enter_context(tempfile.TemporaryFile(dir=folder)), stream
-            shutil.copyfileobj(packed, stream, BLOCK)
-        file = parquet.ParquetFile(stream, pre_buffer=False)
-        columns = file.schema_arrow
-        if name not in columns.names:
-            raise UserError(f"it has no column '{name}'; it has {', '.join(columns.names)}"[:300])
-        kind, row = columns.field(name).type, 0
-        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
-            raise UserError(f"its column '{name}' is no text, but {kind}"[:300])
-        for batch in file.iter_batches(ROWS, columns=[name], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text is None:
-                    raise UserError(f"row {row:,} has no '{name}'")
-                yield text.encode()
-
-
-PARQUET = b"PAR1"
-PACKED: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
-    (b"\x1f\x8b\x08", gzip.open),
-    (b"\xfd7zXZ\0", lzma.open),
-    (b"\x28\xb5\x2f\xfd", _zstd),
-    (b"BZh", bz2.open),
-)
-RECORDS: tuple[tuple[bytes, Callable[[Stream, str, pathlib.Path], Iterator[bytes]]], ...] = (
-    (PARQUET, _parquet),
-    (b"", _json_lines),
-)

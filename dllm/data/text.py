@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import os
 import pathlib
 from collections import Counter
@@ -42,18 +43,27 @@ class Span(NamedTuple):
     stop: int
 
 
+class Encoded(NamedTuple):
+    """A piece of a split as tokens."""
+
+    tokens: Array  # (n,) int64
+    size: int  # bytes of the text that they say
+    left_out: tuple[int, ...] = ()  # places in the piece of pairs that are too long
+
+
 @dataclass(frozen=True)
 class TextPiece:
-    """Bytes [start, stop) of a file. `last`: the file ends here.
+    """Bytes [start, stop) of a file. `last`: the file ends here; `before`: and another one follows.
 
-    All tokenizers but that of bytes read text: without a byte-order mark, with one kind of line end, and with one behind the
-    last line, so that the next file begins on a line of its own.
+    All tokenizers but that of bytes read text: without a byte-order mark, with one kind of line end, and each file begins on a
+    line of its own.
     """
 
     file: TextFile
     start: int
     stop: int
     last: bool
+    before: bool = False
 
     @property
     def size(self) -> int:
@@ -73,11 +83,11 @@ class TextPiece:
 
         return self._apply(lines, self._text(tokenizer))
 
-    def encode(self, tokenizer: Tokenizer) -> tuple[Array, int]:
-        """(token numbers (n,) int64, bytes of the text that they say). Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Encoded:
+        """Its tokens. Raises UserError."""
         data = self._text(type(tokenizer))
         try:
-            return self._apply(tokenizer.encode, data), len(data)
+            return Encoded(self._apply(tokenizer.encode, data), len(data))
         except UnknownUnitError as error:
             raise error.within(self.file.name) from None
 
@@ -89,7 +99,7 @@ class TextPiece:
             data = data.removeprefix(codecs.BOM_UTF8)
         if b"\r\n" in data:  # no cut is between the two
             data = data.replace(b"\r\n", b"\n")
-        return data + b"\n" if self.last and data and not data.endswith(b"\n") else data
+        return data + b"\n" if self.before and data and not data.endswith(b"\n") else data
 
     def _apply(self, function: Callable[[bytes, bool], T], data: bytes) -> T:
         """function(data, end); text that is not UTF-8 is a UserError with its place."""
@@ -140,7 +150,7 @@ def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) ->
             yield units(begun)
             yield from map(units, others[:-1])
             begun = others[-1]
-        if piece.last:
+        if piece.last and begun:
             yield units(begun)
             begun = b""
 
@@ -151,6 +161,8 @@ def plan_text(parts: Iterable[Path | TextFile | Span]) -> list[list[TextPiece]]:
     size = 0
     for part in parts:
         for piece in _pieces(*part) if isinstance(part, Span) else _pieces(as_file(part)):
+            if shards[-1] and shards[-1][-1].last:
+                shards[-1][-1] = dataclasses.replace(shards[-1][-1], before=True)
             if size >= SHARD:
                 shards.append([])
                 size = 0

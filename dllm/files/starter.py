@@ -11,6 +11,7 @@ RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # variables by which a process lear
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # and of how many; both are there where one MPI's job starts the other's
 STARTERS = {"mpirun", "mpiexec", "mpiexec.hydra", "prterun", "orterun"}  # the mpiruns, which pass on what ranks write
 OUTPUT_OPTIONS = ("prepend", "outfile", "errfile", "output", "tag-", "timestamp", "xml", "stream-buffering")  # of either mpirun
+MPICH_SHARE = 5_400_000  # bytes of /dev/shm that MPICH takes for a rank where there are several (4.3 and 5.0: 5.39 MB)
 DAEMONS = {"hydra_pmi_proxy", "prted", "orted", "slurmstepd"}  # what they have on each host, and srun
 
 
@@ -37,6 +38,24 @@ def _step_tasks() -> int:
     """Of srun's step that this process is a task of; 1 elsewhere: batch scripts and salloc's shells have SLURM_NTASKS alone."""
     number = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(number) if number.isdigit() and "SLURM_STEP_ID" in os.environ else 1
+
+
+def shortage(ranks: int, used: bool = False) -> str | None:
+    """Why so many ranks of MPICH would crash on this host, a line to tell before they start; None where they have room.
+
+    used : some of them have begun to take theirs, so that the size of /dev/shm counts, not what is free
+    """
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    room, need = (found.f_blocks if used else found.f_bavail) * found.f_frsize, ranks * MPICH_SHARE
+    if ranks < 2 or room >= need:
+        return None
+    return (
+        f"/dev/shm has {room >> 20:,} MB{'' if used else ' free'}, and {ranks} ranks of MPICH take {need >> 20:,} MB of it, so "
+        "they will crash; make it larger (docker run --shm-size=1g), take fewer ranks with more threads, or Open MPI"
+    )
 
 
 @functools.cache

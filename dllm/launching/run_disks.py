@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 
 from ..errors import UserError, reason
-from ..runs import marks, run_folder
+from ..runs import marks, ownership, run_folder
 from . import mpirun
 from .run_status import LONGEST, RunStatus, together
 
@@ -34,7 +34,7 @@ class RunDisks:
     """
 
     def __init__(self, run: str, hosts: dict[str, int]) -> None:
-        self.run = run
+        self.run, self._pulse = run, ownership.Pulse(run)
         self.known: dict[str, RunStatus] = {}  # of other hosts, as they answered when they were asked last
         self.owners: set[str | None] = {None}  # all that any disk has named when it was asked
         self._listeners: dict[str, _Listener] = {}
@@ -54,14 +54,14 @@ class RunDisks:
     def status(self) -> RunStatus:
         """As all hosts that answer say it now: takes a second or two where there are others, `mpirun.ANSWER` at most."""
         self.known = self._ask("status", self.others)
-        found = [*([RunStatus.here(self.run)] if self.here else []), *self.known.values()]
+        found = [*([RunStatus.here(self.run, self._pulse)] if self.here else []), *self.known.values()]
         self.owners |= {status.owner for status in found}
         return together(found)
 
     def look(self) -> RunStatus:
         """At once: this disk as it is, of others what was heard last; not the step of a checkpoint."""
         self._listen_to(self.others[:MOST_WATCHED])
-        now, here = time.monotonic(), [RunStatus.here(self.run, steps=False)] if self.here else []
+        now, here = time.monotonic(), [RunStatus.here(self.run, self._pulse, steps=False)] if self.here else []
         return together([*here, *(heard.status.later(now - heard.at) for heard in self._listeners.values() if heard.status)])
 
     def take_resize_request(self) -> int | None:
@@ -88,7 +88,7 @@ class RunDisks:
     def rename(self, run: str) -> None:
         """Have another folder from now on."""
         self._listen_to([])
-        self.run, self.known, self.owners = run, {}, {None}
+        self.run, self.known, self.owners, self._pulse = run, {}, {None}, ownership.Pulse(run)
 
     def silent(self) -> list[str]:
         """Hosts that did not answer when they were asked last."""

@@ -15,7 +15,6 @@ import math
 import os
 import select
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
@@ -49,9 +48,9 @@ class RunStatus:
     error: _Line = ""  # what could not be done
 
     @classmethod
-    def here(cls, run: str, steps: bool = True) -> RunStatus:
+    def here(cls, run: str, pulse: ownership.Pulse, steps: bool = True) -> RunStatus:
         """On the disk of this host. steps: also look for checkpoints, which takes longer."""
-        step, alive, owner = None, ownership.last_alive(run), ownership.owner(run)
+        step, owner = None, ownership.owner(run)
         if steps:
             from ..runs.run_folder import newest_step
 
@@ -62,7 +61,7 @@ class RunStatus:
             step=step,
             done=marks.is_done(run),
             owner=None if owner is None else owner[:200],
-            silent=max(0.0, time.time() - alive) if alive else None,
+            silent=pulse.silent(),
             resize=marks.resize_request(run),
         )
 
@@ -120,15 +119,16 @@ def main(run: str, word: str) -> int:
     except (UserError, OSError) as failed:
         text = str(failed) if isinstance(failed, UserError) else f"{run}: {reason(failed)}"
         error = printable(text)[: LONGEST // 8]
-    _say(dataclasses.replace(RunStatus.here(run), error=error))
+    _say(dataclasses.replace(RunStatus.here(run, ownership.Pulse(run)), error=error))
     return 0
 
 
 def _watch(run: str) -> int:
     """Say how the run is until standard input ends. A byte there says that a request for other ranks was taken in."""
+    pulse = ownership.Pulse(run)
     try:
         while True:
-            _say(RunStatus.here(run, steps=False))
+            _say(RunStatus.here(run, pulse, steps=False))
             ready, _, _ = select.select([0], [], [], EVERY)
             if ready:
                 if not os.read(0, 1):

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from ..errors import UserError, printable
+from ..files.starter import shortage
 from ..remote import locate
 from . import mpirun
 from .interfaces import address_of
@@ -59,7 +60,7 @@ class Supervisor(ABC):
         interface: str | None = None,
     ) -> None:
         self.command, self.module, self.hostfile = command, module, hostfile
-        self.pass_on = *pass_on, *(name for name in locate.VARIABLES if name in os.environ)
+        self.pass_on = *pass_on, *(name for name in locate.variables() if name in os.environ)
         self.detect, self.interface = detect, interface
         if interface:
             address_of(interface)  # what is wrong with it is said here
@@ -128,6 +129,8 @@ class Supervisor(ABC):
             self.warned = True
         ranks = self.ranks if hosts == self.chosen else min(self.ranks, sum(hosts.values()))
         before = mpirun.command(ranks, self.cores, hosts, *self.pass_on)
+        if mpirun.all_here(hosts) and mpirun.flavour() == "mpich" and (problem := shortage(ranks)):
+            self.say(problem)
         words = [*before, sys.executable, "-m", self.module, *self.arguments()]
         local = mpirun.all_here(hosts)
         variables = mpirun.environment(self.detect and len(hosts) > 1, None if local else self.interface)

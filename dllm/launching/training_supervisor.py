@@ -44,6 +44,7 @@ class TrainingSupervisor(Supervisor):
         """Note what is there before the job."""
         self.ranks_started, self.owners = self.ranks, frozenset(self.disks.owners)
         self.done = math.inf  # seconds after its start when the run was
+        self.heard = 0.0  # and when something was last heard of it: a disk may be away for a moment
 
     def arguments(self) -> list[str]:
         """Those of train, which goes on with the run where it has a checkpoint."""
@@ -68,7 +69,9 @@ class TrainingSupervisor(Supervisor):
             self.done = min(self.done, lasted)
             return lasted - self.done > GRACE  # Open MPI's mpirun waits for ever for a lost host
         self._take_resize_request()
-        silence = lasted if found.silent is None or not self._owns(found) else min(lasted, found.silent)
+        if found.silent is not None and self._owns(found):
+            self.heard = max(self.heard, lasted - found.silent)
+        silence = lasted - self.heard
         if silence > self.options.silence:
             self.say(f"nothing was heard of the job for {silence:.0f} s: ending it")
         return bool(silence > self.options.silence)

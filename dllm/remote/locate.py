@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import os
 import pathlib
 import shutil
@@ -19,7 +20,7 @@ from typing import Protocol, TextIO
 from ..config import StorageConfig
 from ..errors import LONGEST_LINE, UserError, printable, reason, shown
 from ..files import storage
-from . import ipfs, swarm
+from ..kernels.caches import user_cache
 from .progress import Progress
 
 LONGEST = 4096  # characters of an URL
@@ -49,9 +50,15 @@ class RemoteFolder(Protocol):
         """
 
 
-# By scheme.
-STORES: dict[str, Callable[[str, StorageConfig], RemoteFolder]] = {"ipfs": ipfs.open_tree, "swarm": swarm.open_files}
-VARIABLES = ipfs.RPC, ipfs.TOKEN, ipfs.GATEWAYS, swarm.BEE  # by which ranks on all hosts find them
+# Scheme -> file of this folder and its function open(url, settings). Loaded for an URL only: HTTP takes long to import.
+STORES = {"ipfs": ("ipfs", "open_tree"), "swarm": ("swarm", "open_files")}
+
+
+def variables() -> tuple[str, ...]:
+    """Names of the variables by which ranks on all hosts find the stores."""
+    from . import ipfs, swarm
+
+    return ipfs.RPC, ipfs.TOKEN, ipfs.GATEWAYS, swarm.BEE
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -67,7 +74,9 @@ def join(path: str | os.PathLike[str], name: str) -> str:
 def open_folder(url: str, settings: StorageConfig | None = None) -> RemoteFolder:
     """The files that an URL names; the folder's list is read at once, files when they are asked for. Raises UserError."""
     scheme = _check(url)
-    return STORES[scheme](url, settings or StorageConfig())
+    module, name = STORES[scheme]
+    opened: RemoteFolder = getattr(importlib.import_module(f".{module}", __package__), name)(url, settings or StorageConfig())
+    return opened
 
 
 def _check(url: str) -> str:
@@ -131,8 +140,10 @@ def _place(url: str, kind: str) -> pathlib.Path:
     root, _, path = url.partition("://")[2].partition("/")
     path = path.strip("/")
     name = root[:150] + (f"-{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:16]}" if path else "")
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "dllm")
-    return cache / scheme / kind / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
+    cache = user_cache()
+    if cache is None:
+        raise UserError(f"there is no folder to keep {url} in: XDG_CACHE_HOME may name one")
+    return cache / "dllm" / scheme / kind / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
 
 
 def _fill(place: pathlib.Path, folder: RemoteFolder, url: str, alive: Callable[[], None]) -> None:

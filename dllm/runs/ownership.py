@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import tempfile
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -42,12 +44,35 @@ class Ownership:
             os.utime(pathlib.Path(self.run, FILE))
 
 
-def last_alive(run: Path) -> float:
-    """When the job that owns the folder last showed that it is alive, by time.time(); 0 where none does."""
-    try:
-        return pathlib.Path(run, FILE).stat().st_mtime
-    except OSError:
-        return 0.0
+class Pulse:
+    """How long the job that owns the folder `run` has been silent, by no clock but this process's own.
+
+    The clock of a file server may be behind or ahead. So what counts is that a file's time changes, and at the first look
+    how much older it is than a file that is made beside it now.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._seen, self._at = pathlib.Path(run), 0, 0.0
+
+    def silent(self) -> float | None:
+        """Seconds since it last showed that it is alive; None where no job owns the folder, or nobody can tell now."""
+        now = time.monotonic()
+        try:
+            found = (self._run / FILE).stat().st_mtime_ns
+            if found != self._seen:
+                self._at = now if self._seen else now - self._age(found)
+                self._seen = found
+        except OSError:
+            return None
+        return now - self._at
+
+    def _age(self, changed: int) -> float:
+        """Seconds by the clock of the folder's disk; 0 where nothing can be made there."""
+        try:
+            with tempfile.TemporaryFile(dir=self._run, prefix=".", suffix=".tmp") as file:
+                return max(0.0, (os.fstat(file.fileno()).st_mtime_ns - changed) / 1e9)
+        except OSError:
+            return 0.0
 
 
 def owner(run: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
@@ -162,8 +163,9 @@ def _state(folder: pathlib.Path) -> str:
 
 def _seconds_silent(folder: pathlib.Path) -> float | None:
     """Since the job that owns the run last gave a sign of life, by this machine's clock."""
-    at = ownership.last_alive(folder)
-    return round(time.time() - at, 1) if at else None
+    with contextlib.suppress(OSError):
+        return round(time.time() - (folder / ownership.FILE).stat().st_mtime, 1)
+    return None
 
 
 def _speed(summary: Facts, train: list[Line]) -> float | None:

@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.launch import BIN, REFUSED, environment, flavour, mpirun, mpirun_path
 
+from dllm.files.starter import MPICH_SHARE, shortage
+
 FOREIGN = {  # variables of the mpirun that this MPI does not know
     "mpich": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "{rank}"},
     "openmpi": {"PMI_SIZE": "4", "PMI_RANK": "{rank}"},
@@ -59,3 +61,16 @@ def test_the_launcher_takes_the_mpirun_beside_its_python(tmp_path):
     found = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60, check=True)
     there = mpirun_path() if (BIN / "mpirun").exists() else str(fake)
     assert found.stdout.split() == [there, there]
+
+
+@pytest.mark.skipif(flavour() == "openmpi", reason="Open MPI takes little shared memory")
+def test_too_little_shared_memory_is_told_by_one_rank_before_mpi_starts():
+    assert shortage(1) is None
+    assert shortage(2) is None
+    room = os.statvfs("/dev/shm")
+    ranks = room.f_blocks * room.f_frsize // MPICH_SHARE + 1
+    assert f"and {ranks} ranks of MPICH take" in shortage(ranks)
+    for rank, lines in ((0, 1), (1, 0)):
+        variables = {"MPI_LOCALRANKID": str(rank), "MPI_LOCALNRANKS": str(ranks)}
+        done = mpirun(0, "-m", "dllm.train", "--settings", env=variables, check=True)
+        assert done.stderr.count("/dev/shm has") == len(done.stderr.splitlines()) == lines

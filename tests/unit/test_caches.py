@@ -9,7 +9,7 @@ import pytest
 from helpers.launch import environment
 
 from dllm.data import embedded
-from dllm.kernels.compile import temporary_cache
+from dllm.kernels.caches import temporary_cache
 
 COMPILE = """
 import resource, sys
@@ -24,13 +24,13 @@ print(*reduce.fence.stats.cache_hits.values(), *reduce.copy.stats.cache_hits.val
 """
 NOBODY = """
 import os, sys, tempfile
-from dllm.kernels import compile
+from dllm.kernels import caches
 for name in ("XDG_CACHE_HOME", "HOME"):
     os.environ.pop(name, None)
 tempfile.tempdir = sys.argv[1]
 os.setuid(12345)
-found = compile.user_cache()
-print(found, oct(found.stat().st_mode & 0o777), compile.user_cache() == found)
+found = caches.user_cache()
+print(found, oct(found.stat().st_mode & 0o777), caches.user_cache() == found)
 """
 
 

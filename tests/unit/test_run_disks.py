@@ -12,11 +12,14 @@ from helpers.launch import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm import launch
 from dllm.errors import UserError
 from dllm.launching import mpirun
 from dllm.launching.run_disks import PROGRAM, RunDisks
 from dllm.launching.run_status import LONGEST, MARK, RunStatus, together
+from dllm.launching.training_supervisor import TrainingSupervisor
 from dllm.runs import marks, ownership
+from dllm.training.options import train_options
 
 AGENT = """#!/bin/bash
 there={folder}/$1; shift
@@ -101,6 +104,29 @@ def until(condition, limit=60):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("ahead", [-86400.0, 86400.0])
+def test_silence_is_not_the_difference_of_two_clocks(tmp_path, monkeypatch, ahead):
+    make_run(tmp_path / "run", "job.1", 5)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + ahead)  # this host's, beside the disk's
+    with RunDisks(str(tmp_path / "run"), {}) as run:
+        assert 4.9 < run.status().silent < 30  # the clock of files is coarse
+        os.utime(tmp_path / "run" / "owner", (1e9, 1e9))  # a server whose clock went back: it has changed, so it is alive
+        assert run.look().silent < 1
+        assert run.look().silent > 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner"]
+
+
+def test_a_disk_that_is_away_for_a_moment_is_no_silent_job(tmp_path):
+    options = launch.arguments(["-n", "1", "--silence", "50", "--run", str(tmp_path / "run")])
+    with RunDisks(options.run, {}) as run:
+        supervisor = TrainingSupervisor(options, train_options([]), run, run.status())
+        make_run(tmp_path / "run", f"{supervisor.job.mark}.1", 0)
+        assert not supervisor.is_due(100.0)
+        (tmp_path / "run").rename(tmp_path / "away")
+        assert not supervisor.is_due(140.0)
+        assert supervisor.is_due(151.0)
+
+
 def test_other_hosts_are_asked_listened_to_and_told(disks):
     make_run(disks / "one" / "run", "job.0", 500, done=True)
     make_run(disks / "two" / "run", "job.1", 5)
@@ -110,7 +136,7 @@ def test_other_hosts_are_asked_listened_to_and_told(disks):
     with RunDisks("run", dict.fromkeys(["one", "two", "three", "away"], 1)) as run:
         found = run.status()
         assert (found.there, found.settings, found.step, found.done, found.owner) == (True, True, None, False, "job.1")
-        assert 5 <= found.silent < 60
+        assert 4.9 < found.silent < 60
         assert run.silent() == ["away"]
         assert run.owners == {None, "job.0", "job.1"}
 
