@@ -13,6 +13,9 @@ COMMANDS = {
     "train": "train a model over all ranks (under mpirun)",
     "launch": "the same, started under mpirun, watched and brought back until it is done",
     "resize": "another number of ranks for a run that launch watches",
+    "lr-find": "a learning rate, by a range test over all ranks (under mpirun)",
+    "info": "what a run, a corpus or a model is, how far, how good, and what to type next",
+    "compare": "runs side by side: settings that differ, results, curves",
     "evaluate": "loss and perplexity of a trained model; what it makes of pairs",
     "generate": "continue a text, or answer a source, with a trained model",
     "serve": "answer over HTTP with a trained model, from all ranks",
@@ -21,7 +24,10 @@ COMMANDS = {
     "publish": "a run, a model or a corpus to IPFS, or to a file that its nodes take",
     "fetch": "what was published, checked byte for byte",
 }
-PLACES = {"import": "import_", "publish": "share publish", "fetch": "share fetch"}  # a module, and its first word
+PLACES = {  # a module, and its first word
+    "import": "import_", "publish": "share publish", "fetch": "share fetch",
+    "info": "tools.info", "compare": "tools.compare", "lr-find": "tools.lr_find",
+}  # fmt: skip
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
-    parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, a line for each source")
+    parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, line i for line i of SRC")
     cli.add_precision(parser)
     options = parser.parse_args(argv)
     if options.pairs is not None and len(options.pairs) not in (0, 2):
@@ -137,12 +137,17 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
             raise UserError("every rank has pairs of its own, which stay there: give --pairs SRC TGT, or --data DIR")
     if options.pairs:
         source, target = options.pairs
-        pairs = runtime.agree(comm, answering.read_files, source, target, tokenizer)
+        pairs, in_order = runtime.agree(comm, answering.read_files, source, target, tokenizer), None
     else:
         otherwise = ", or --pairs SRC TGT"
         corpus, _ = corpus_of(comm, node, model, options.model, data=options.data, split=options.split, otherwise=otherwise)
         supply(comm, corpus, corpus.files(options.split), cli.warn_once(comm))
         pairs = runtime.agree(comm, answering.read_split, corpus, options.split)
+        in_order = runtime.agree(comm, answering.order_of_files, corpus, options.split)
+        if options.write and in_order is None:
+            cli.warn_once(comm)(
+                f"{corpus.folder} does not say which line each pair was: --write has its own order; prepare it anew"
+            )
     with leader_first(node):
         warm_up(model.settings)
         _warm_up_decoder(model, options.precision)
@@ -155,7 +160,8 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         if comm.rank == 0:
             if options.write:
                 try:
-                    storage.write_text(options.write, "".join(text + "\n" for text in texts))
+                    lines = texts if in_order is None else in_order(texts)
+                    storage.write_text(options.write, "".join(text + "\n" for text in lines))
                 except OSError as error:
                     raise UserError(f"cannot write --write {options.write}: {reason(error)}") from None
             what = options.pairs[0] if options.pairs else options.split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,26 +12,30 @@ import numpy as np
 
 from . import cli, config
 from .comm import messages, runtime
-from .data import text
+from .data import source_names, text
 from .data.corpus import Corpus
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
+from .data.sources import Reading, plain_files
 from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
 from .files import storage
-from .remote.locate import is_url, local_copy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 SPLITS = ("train", "valid", "test")
-OF_ALL = ("tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies")  # the same on all ranks
+OF_ALL = (  # the same on all ranks
+    "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
+    "valid_fraction", "test_fraction",
+)  # fmt: skip
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
   mpirun -n 8 python -m dllm.prepare --train *.txt --valid held-out/*.txt --tokenizer bpe --vocab-size 8192 --out data/web
+  python -m dllm.prepare --train 'crawl/*.jsonl.zst' --field text --valid-fraction 0.01 --tokenizer bpe --out data/crawl
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer-from data/web --out 'data/site{rank}'
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
@@ -46,8 +51,16 @@ one vocabulary. Rare words may be names or numbers of people, so say where it co
   --share-vocabulary     all words and their counts go to rank 0, and into everybody's vocabulary
 
 To try what uneven text does, --deal cuts up text that all ranks can read: evenly, by whole files, or each file by shares
-drawn from Dirichlet(alpha); valid and test text always evenly. Files of any size are read a piece at a time; --tokenizer
-byte takes anything, the others UTF-8.
+drawn from Dirichlet(alpha); valid and test text always evenly.
+
+Text is named by files, folders, patterns in quotes, named pipes, - for standard input (of one rank), ipfs://, swarm://, or an
+URL that fsspec knows. What is packed by gzip, xz, bzip2 or Zstandard is unpacked, whatever its name. With --field it is JSON
+lines or Parquet, a document a record, and each document ends with a line. What is no plain file is written to one beside --out
+for the time being: it takes disk, and little memory. Zstandard, Parquet and URLs need pip install 'dllm[inputs]'.
+
+--tokenizer byte takes any file as it is. The others take UTF-8: a byte-order mark is dropped, CR LF is one line end, and a line
+ends between two files. --keep-bytes keeps all that. --valid-fraction and --test-fraction hold out whole documents, lines of
+plain text, or pairs, the same ones on any number of ranks; of a novel better hold out a chapter, as a file.
 
 Hosts need not share a disk: then each shard lies on --copies of their disks, and all have the manifest and the vocabulary.
 Splits of at most 64 MiB of tokens lie on every disk. All ranks read all text, so it must be on every host, at the same place.
@@ -58,7 +71,7 @@ Pairs are for translation, summaries, questions and answers: line i of SRC belon
 more, between and behind the two sides, have no spelling: text with <sep> in it is text.
 
 tokenizers
-  byte   256 tokens; exact for any file
+  byte   256 tokens; exact for any file: marks, CR LF and ends of files stay as they are
   char   one token a character of the train text
   word   words between white space and an <eos> a line; rare ones become <unk> where --vocab-size limits them
   bpe    byte-pair encoding over bytes, exact; --vocab-size from 256, default 4096
@@ -70,6 +83,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     parser = cli.Parser("prepare", __doc__, EPILOG, rank)
     for split in SPLITS:
         parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
+    _add_reading(parser)
     for split in SPLITS:
         name = "--pairs" if split == "train" else f"--{split}-pairs"
         parser.add_argument(
@@ -87,7 +101,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     parser.add_argument("--share-vocabulary", action="store_true", help="private text: send all words and counts to rank 0")
     parser.add_argument("--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out")
     parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs (default 1)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs, fractions (default 1)")
     parser.add_argument(
         "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
     )
@@ -97,9 +111,25 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
     options = parser.parse_args(argv)
-    splits = _splits(parser, options)
+    splits = _splits(parser, options, rank)
     _check_vocabulary(parser, options)
     return options, splits
+
+
+def _add_reading(parser: cli.Parser) -> None:
+    share = cli.at_least(1e-6, float, 0.5)
+    parser.add_argument("--files-from", metavar="LIST", help="a file that names train text, one a line, behind --train")
+    parser.add_argument("--field", default="", metavar="NAME", help="text is JSON lines or Parquet; this field is read")
+    parser.add_argument(
+        "--keep-bytes",
+        action="store_true",
+        help="keep byte-order marks, CR LF and a missing last line end, as byte always does",
+    )
+    for split in SPLITS[1:]:
+        parser.add_argument(
+            f"--{split}-fraction", type=share, default=0.0, metavar="F",
+            help=f"take {split} from train: this share of the documents, lines or pairs, drawn by --seed",
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,20 +145,26 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     private = config.is_private(options.out)
     if private and not options.deal:
         storage.owner_only()
-    if private:
-        splits = {name: _of_rank(paths, comm.rank) for name, paths in splits.items()}
     with runtime.together(comm):
-        splits = {name: _local(paths) for name, paths in splits.items()}
-    if options.deal:
-        splits = runtime.agree(comm, _deal, splits, comm.size, options)[comm.rank]
+        splits = {name: _named(paths, comm.rank) for name, paths in splits.items()}
+    alone = private and not options.deal
+    if not alone:
+        runtime.check_same(comm, {f"list of {name} files": paths for name, paths in splits.items()})
     out = config.path_of_rank(options.out, comm.rank)
-    pairing = Pairing(options.seed, options.longest) if options.pairs else None
+    held_out = {"valid": options.valid_fraction, "test": options.test_fraction}
+    held_out = {name: share for name, share in held_out.items() if share}
+    pairing = Pairing(options.seed, options.longest, held_out) if options.pairs else None
+    reading = Reading(options.field, options.keep_bytes, {} if pairing else held_out, options.seed)
+    near = next(path for path in pathlib.Path(out if alone else options.out).parents if not config.is_private(str(path)))
 
     def say(text: str) -> None:
         if comm.rank == 0:
             print(text, flush=True)
 
-    prepare_corpus(comm, splits, _vocabulary(options, comm.rank), out, private, say, pairing, options.copies)
+    with plain_files(comm, splits, near, reading, alone, say) as files:
+        if options.deal:
+            files = runtime.agree(comm, _deal, files, comm.size, options)[comm.rank]
+        prepare_corpus(comm, files, _vocabulary(options, comm.rank), out, private, say, pairing, options.copies)
     corpus = runtime.agree(comm, Corpus, out)
     entries = corpus.manifest["splits"]
     counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in entries.items())
@@ -188,10 +224,18 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         )
 
 
-def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[Any]]:
+def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[str, list[Any]]:
     """Raises UserError where options contradict each other."""
-    if bool(options.train) == bool(options.pairs):
+    if bool(options.train or options.files_from) == bool(options.pairs):
         parser.error("give either --train or --pairs")
+    for name in ("field", "keep_bytes"):
+        if options.pairs and getattr(options, name):
+            parser.error(
+                f"--{name.replace('_', '-')} goes with --train: line i of one file of pairs belongs to line i of the other"
+            )
+    for split in SPLITS[1:]:
+        if getattr(options, f"{split}_fraction") and (getattr(options, split) or getattr(options, f"{split}_pairs")):
+            parser.error(f"--{split}-fraction takes {split} from train: leave out either it or the {split} files")
     suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
     names = {split: split + suffix for split in SPLITS} | ({"train": "pairs"} if options.pairs else {})
     if any(getattr(options, split + other) for split in SPLITS[1:]):
@@ -199,7 +243,10 @@ def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[A
     if options.longest and not options.pairs:
         parser.error("--longest goes with --pairs")
     splits = {split: getattr(options, name) for split, name in names.items() if getattr(options, name)}
-    ranks = [split for split, paths in splits.items() if config.is_private(str(paths))]
+    if options.files_from:
+        splits["train"] = [*options.train, *source_names.listed(config.path_of_rank(options.files_from, rank))]
+    private = {split: [*paths, *([options.files_from] if split == "train" else [])] for split, paths in splits.items()}
+    ranks = [split for split, paths in private.items() if config.is_private(str(paths))]
     if "train" in ranks and not config.is_private(options.out):
         option = "--pairs" if options.pairs else "--train"
         parser.error(f"{option} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
@@ -210,17 +257,14 @@ def _splits(parser: cli.Parser, options: argparse.Namespace) -> dict[str, list[A
     return splits
 
 
-def _of_rank(paths: list[Any], rank: int) -> list[Any]:
-    """Paths, or pairs of paths, as they are on a rank."""
-    return [config.path_of_rank(path, rank) if isinstance(path, str) else _of_rank(path, rank) for path in paths]
+def _named(words: list[Any], rank: int) -> list[Any]:
+    """The names that words have on a rank: of sources, or pairs of such. Raises UserError."""
+    if words and not isinstance(words[0], str):
+        return [tuple(source_names.one(config.path_of_rank(word, rank)) for word in both) for both in words]
+    return source_names.named(config.path_of_rank(word, rank) for word in words)
 
 
-def _local(paths: list[Any]) -> list[Any]:
-    """Paths, or pairs of paths, on this disk. Raises UserError."""
-    return [str(local_copy(path)) if is_url(path) else path if isinstance(path, str) else _local(path) for path in paths]
-
-
-def _deal(splits: dict[str, list[str]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
+def _deal(splits: dict[str, list[Any]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
     """For each rank {split: spans}. Raises UserError."""
     dealt = {}
     for name, paths in splits.items():

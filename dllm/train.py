@@ -14,8 +14,13 @@ from .comm.node_info import find_node, leader_first
 from .errors import DONE, NOT_SAVED, STOPPED_EARLY, reason
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from mpi4py import MPI
 
+    from .runs.checkpoint import Checkpoint
+    from .runs.ownership import Ownership
     from .training.trainer import Trainer
 
 
@@ -52,33 +57,24 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         return DONE
     if configuration.data.private or (parent and config.is_private(parent.data or "")):
         storage.owner_only()  # states of lanes and a model say much about a text
+    reporter.tensorboard = configuration.log.tensorboard
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .data.tokenizer_files import tokenizer_hash
-    from .runs import checkpoint, marks, run_folder
-    from .runs.ownership import Ownership
-    from .training import announcements, recovery
+    from .runs import marks, run_folder
+    from .training import announcements, recovery, trace
     from .training.setup import set_up
     from .training.trainer import Trainer
     from .training.warmup import AT_ONCE, code_hash, warm_up
 
-    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps}
+    facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps, "--trace": options.trace}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
-    with runtime.together(comm):
-        run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
-        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
-    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
-    if not options.resume:
-        runtime.agree(comm, run_folder.check_new, run)
-    for warning in () if gathered else warnings:  # gather_run has named what was passed over
-        reporter.warn(warning)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    if resume:
-        runtime.agree(comm, corpus.check_vocabulary, resume.manifest["tokenizer"], run)
-    if parent:
-        runtime.agree(comm, corpus.check_vocabulary, tokenizer_hash(parent.tokenizer), options.init_from)
+    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, options.init_from)):
+        if known:
+            runtime.agree(comm, corpus.check_vocabulary, known, name)
     compiling = time.monotonic()
     with leader_first(node, AT_ONCE):
         warm_up(configuration, node.rank)
@@ -91,6 +87,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
             ownership.take()
     reporter.say(announcements.header(trainer, compiling, time.monotonic() - begin, resume is not None))
     reporter.begin(run, trainer.state.step, trainer.total_steps, writes)
+    trace.install(trainer, options.trace)
     if writes:
         marks.not_done(run)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,6 +95,27 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     limits = options.max_steps, options.max_seconds
     trainer, done, summary = recovery.run(trainer, *limits, lambda: bool(stopping), options.progress)
     return _finish(trainer, done, summary)
+
+
+def _open_folder(
+    comm: MPI.Comm, options: argparse.Namespace, warn: Callable[[str], None], gathered: bool
+) -> tuple[Ownership, Checkpoint | None]:
+    """The right to write to the run's folder, not yet taken, and the checkpoint that the run goes on from. Collective.
+
+    gathered : it was said already which checkpoints were passed over
+    """
+    from .runs import checkpoint, run_folder
+    from .runs.ownership import Ownership
+
+    with runtime.together(comm):
+        run = options.resume or (run_folder.claim(options.out, options.preset or "default") if comm.rank == 0 else "")
+        resume, warnings = checkpoint.intact(options.resume) if options.resume else (None, [])
+    ownership = broadcast(comm, Ownership.of_this_job(run), Ownership)
+    if not options.resume:
+        runtime.agree(comm, run_folder.check_new, ownership.run)
+    for warning in () if gathered else warnings:
+        warn(warning)
+    return ownership, resume
 
 
 def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:

@@ -35,6 +35,7 @@ ROOMS = {  # in the order in which one imports from the other
     "launching": "How a job is started and watched.",
     "training": "The training loop.",
     "serving": "Answers over HTTP.",
+    "tools": "Commands that look at what is there, or for a learning rate.",
 }
 PLACE = re.compile(r"^\{\{ (code|doc|api) (\S+)(?: (\S+))? \}\}$", re.MULTILINE)
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])\s*</\1>', re.DOTALL)

@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-import mpi4py
-
 from ..errors import BAD_INPUT, UserError, line, printable
 from ..files import starter
 from . import loopback
@@ -51,6 +49,8 @@ def world() -> MPI.Comm:
     Raises UserError where MPI sees another number of ranks than were started, as with the mpirun of another MPI: each process
     would do the work alone then, all in one folder. One of them raises it, the others end silently.
     """
+    import mpi4py  # here, since commands of one process need none
+
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     # Open MPI complains on standard error where windows do not go by UCX, which is no fault.
     os.environ.setdefault("OMPI_MCA_opal_common_ucx_verbose", "-1")

@@ -174,6 +174,8 @@ def _check(config: Config) -> None:
         raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
     if train.nesterov and train.momentum == 0:
         raise UserError("train.nesterov needs train.momentum above 0")
+    if train.schedule == "range" and not 0 < train.min_lr < train.lr:
+        raise UserError("train.schedule = range rises from train.min_lr to train.lr: it needs 0 < train.min_lr < train.lr")
     if train.schedule == "plateau" and train.decay <= 1:
         raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
 

@@ -66,9 +66,13 @@ class TrainConfig:
     alpha: float = setting(0.99, "of rmsprop: decay of the mean square", below=1)
     epsilon: float = setting(1e-8, "of adam, adamw and rmsprop: added to the root of the mean square", above=0)
     weight_decay: float = setting(0.0, "pull of the parameters towards zero; decoupled with adamw")
-    schedule: str = setting("constant", "what becomes of lr", choices=("constant", "cosine", "epochs", "plateau"))
+    schedule: str = setting(
+        "constant",
+        "what becomes of lr; range: it rises from min_lr to lr by the same factor in each step, as lr-find has it",
+        choices=("constant", "cosine", "epochs", "plateau", "range"),
+    )
     warmup: int = setting(0, "steps over which lr rises linearly from 0, before any schedule")
-    min_lr: float = setting(0.0, "cosine: where it ends")
+    min_lr: float = setting(0.0, "cosine: where it ends; range: where it begins")
     decay: float = setting(
         1.0, "epochs: lr is divided by this after each epoch beyond decay_after; plateau: when validation stalls", above=0
     )
@@ -182,6 +186,7 @@ class LogConfig:
     every: int = setting(50, "steps between lines in metrics.jsonl", at_least=1)
     sample: int = setting(200, "tokens of the sample at the end; 0: none; private text: always none")
     prompt: str = setting("", "what the sample continues")
+    tensorboard: bool = setting(False, "also write files for TensorBoard; needs pip install 'dllm[tensorboard]'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,24 @@ behind an <end>, which tells the model to forget, and ends with one, which it ha
 
 from __future__ import annotations
 
+import codecs
 import collections
+import itertools
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..errors import UserError, reason
 from ..files import storage
 from ..kernels.types import Array
-from . import text
-from .text import Path
+from . import pair_order, text
+from .pair_order import drawn
+from .text import Encoded, Path, TextFile
 from .tokenizers import Tokenizer, UnknownUnitError
 
 BLOCK = 2048  # pairs that are encoded at a time
@@ -28,24 +31,27 @@ T = TypeVar("T")
 
 
 class Lines:
-    """The lines of a file by number, without their ends; only where they begin is in memory, 8 bytes a line."""
+    """The lines of a file by number, without their ends and a byte-order mark; only where they begin is in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, places = str(path), [np.zeros(1, np.int64)]
+    def __init__(self, path: Path | TextFile) -> None:
+        file_of = text.as_file(path)
+        self.name, places = file_of.name, [np.zeros(1, np.int64)]
         self._bytes: mmap.mmap | bytes
         try:
-            storage.check_regular(path)
-            with open(path, "rb") as file:
+            storage.check_regular(file_of.path)
+            with open(file_of.path, "rb") as file:
                 size, at = os.fstat(file.fileno()).st_size, 0
                 while block := file.read(text.PIECE):
                     places.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
                     at += len(block)
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {reason(error)}") from None
+            raise UserError(f"cannot read {self.name}: {reason(error)}") from None
         self._starts = np.concatenate(places)
         if self._starts[-1] != size:
             self._starts = np.append(self._starts, size)
+        if self._bytes[:3] == codecs.BOM_UTF8 and len(self._starts) > 1:
+            self._starts[0] = 3
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -57,18 +63,26 @@ class Lines:
 
     def place(self, number: int) -> str:
         """Of a line, for messages."""
-        return f"{self.path} line {number + 1}"
+        return f"{self.name} line {number + 1}"
+
+    def not_utf8(self, number: int) -> str:
+        """What is wrong with a line that is not UTF-8, for messages."""
+        if self._bytes[:2] in text.UTF16:
+            return f"{self.name} begins with the byte-order mark of UTF-16, and is not UTF-8"
+        return f"{self.place(number)} is not UTF-8"
 
 
 class PairFiles:
     """The pairs of a source file and a target file; len() counts them, [i] is (source, target), bytes. Raises UserError."""
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path | TextFile, target: Path | TextFile) -> None:
         self.sides = Lines(source), Lines(target)
-        lengths = [len(side) for side in self.sides]
-        if lengths[0] != lengths[1]:
+        self.empty: list[int] = []  # lines of which a side is empty, as far as somebody has looked
+        first, second = self.sides
+        if len(first) != len(second):
             raise UserError(
-                f"{source} has {lengths[0]:,} lines, {target} has {lengths[1]:,}: line i of one belongs to line i of the other"
+                f"{first.name} has {len(first):,} lines, {second.name} has {len(second):,}: line i of one belongs to line i of "
+                "the other"
             )
 
     def __len__(self) -> int:
@@ -82,7 +96,7 @@ class PairFiles:
         """Raise UserError where a side of a pair is empty."""
         for side in self.sides:
             if not side[number].strip():
-                raise UserError(f"{side.path} is empty at line {number + 1}: take the line out of both files")
+                raise UserError(f"{side.name} is empty at line {number + 1}: take the line out of both files")
 
     def apply(self, function: Callable[[bytes], T], number: int) -> list[T]:
         """[function(source), function(target)]; a line that is not UTF-8 is a UserError with its place."""
@@ -91,7 +105,7 @@ class PairFiles:
             try:
                 values.append(function(side[number]))
             except UnicodeDecodeError:
-                raise UserError(f"{side.place(number)} is not UTF-8; convert it, or use --tokenizer byte") from None
+                raise UserError(f"{side.not_utf8(number)}; convert it, or use --tokenizer byte") from None
             except UnknownUnitError as error:
                 raise error.within(side.place(number)) from None
         return values
@@ -115,15 +129,17 @@ class PairPiece:
                 counts.update(units)
         return counts
 
-    def encode(self, tokenizer: Tokenizer) -> Array:
-        """Its part of the stream, (n,) int64. Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Encoded:
+        """Its part of the stream. Raises UserError."""
         sep, end = np.array([tokenizer.sep]), np.array([tokenizer.end])
-        parts = [end] if self.first else []
-        for file, line in self.numbers:
+        parts, left_out = [end] if self.first else [], list[int]()
+        for place, (file, line) in enumerate(self.numbers):
             source, target = self.files[file].apply(lambda side: tokenizer.encode(side, False), line)
-            if not 0 < self.longest < len(source) + len(target) + 2:
+            if 0 < self.longest < len(source) + len(target) + 2:
+                left_out.append(place)
+            else:
                 parts += [source, sep, target, end]
-        return np.concatenate(parts or [np.empty(0, np.int64)])
+        return Encoded(np.concatenate(parts or [np.empty(0, np.int64)]), self.size, tuple(left_out))
 
 
 def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
@@ -139,10 +155,37 @@ class Pairing(NamedTuple):
 
     seed: int  # draws their order
     longest: int = 0  # pairs of more tokens are left out; 0: none
+    held_out: Mapping[str, float] = {}  # split -> its share of the train pairs
+
+    def part(self, split: str, pairs: int) -> tuple[int, int]:
+        """From where to where a split takes so many pairs of its files in drawn order; others may be of the same files."""
+        stop = 1.0
+        for name, share in self.held_out.items():
+            if name == split:
+                return round((stop - share) * pairs), round(stop * pairs)
+            stop -= share
+        return 0, round(stop * pairs) if split == "train" else pairs
+
+
+def order_of_split(
+    shards: Sequence[Sequence[PairPiece]], left_out: Sequence[Sequence[int]], pairing: Pairing, split: str
+) -> dict[str, Any]:
+    """What the manifest says of the order of a split's pairs. left_out : of each piece, in order"""
+    pieces = [piece for part in shards for piece in part]
+    files, lines, empty = pieces[0].files, 0, list[int]()
+    for pairs in files:
+        empty += [lines + line for line in pairs.empty]
+        lines += len(pairs)
+    begins = itertools.accumulate((len(piece.numbers) for piece in pieces), initial=0)
+    long = [begin + place for begin, places in zip(begins, left_out, strict=False) for place in places]
+    return pair_order.described(pairing.seed, lines, empty, pairing.part(split, lines - len(empty)), long)
 
 
 def plan_pairs(
-    names: Sequence[tuple[Path, Path]], pairing: Pairing, say: Callable[[str], None] = lambda message: None
+    names: Sequence[tuple[Path | TextFile, Path | TextFile]],
+    pairing: Pairing,
+    say: Callable[[str], None] = lambda message: None,
+    split: str = "train",
 ) -> list[list[PairPiece]]:
     """Lists of PairPieces, one list a shard, of all pairs of (source, target) files, in drawn order. Raises UserError.
 
@@ -154,23 +197,26 @@ def plan_pairs(
     for number, pairs in enumerate(files):
         lengths = np.array([[len(side.strip()) for side in pairs[line]] for line in range(len(pairs))]).reshape(-1, 2)
         whole = np.flatnonzero(lengths.all(axis=1))
-        if left_out := len(pairs) - len(whole):
-            line = int(np.flatnonzero(~lengths.all(axis=1))[0])
+        pairs.empty = np.flatnonzero(~lengths.all(axis=1)).tolist()
+        if (left_out := len(pairs) - len(whole)) and split not in pairing.held_out:
+            line = pairs.empty[0]
             place = pairs.sides[int(lengths[line, 0] > 0)].place(line)
             say(f"{left_out:,} of {len(pairs):,} pairs are left out, since a side is empty, the first at {place}")
         places.append(np.stack([np.full_like(whole, number), whole], axis=1))
         lengths_of.append(lengths[whole].sum(axis=1))
     numbers, sizes = np.concatenate(places), np.concatenate(lengths_of)
     if not len(numbers):
-        raise UserError(f"there are no pairs in {', '.join(map(str, names[0]))}")
-    seed, longest = pairing
-    order = np.random.default_rng(seed).permutation(len(numbers))
+        raise UserError(f"there are no pairs in {', '.join(side.name for side in files[0].sides)}")
+    start, stop = pairing.part(split, len(numbers))
+    order = drawn(pairing.seed, len(numbers))[start:stop]
     numbers, sizes = numbers[order], sizes[order]
     shards = []
     for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):
         starts = range(0, len(shard), BLOCK)
         parts = [shard[start : start + BLOCK] for start in starts]
-        shards.append([PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, longest) for part in parts])
+        shards.append(
+            [PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, pairing.longest) for part in parts]
+        )
     return shards
 
 

@@ -23,13 +23,15 @@ from ..comm.replicas import Domains
 from ..comm.runtime import agree, check_same, together
 from ..comm.transfers import replicate
 from ..config import StorageConfig
-from ..errors import UserError, reason
+from ..errors import UserError
 from ..files import storage
 from . import shards, vocabulary
-from .pairs import Pairing, PairPiece, examples_of_pairs, figures, plan_pairs
+from .new_folder import NewFolder
+from .pairs import Pairing, PairPiece, examples_of_pairs, figures, order_of_split, plan_pairs
 from .placing import shard_files, wanted_here
 from .private_counts import PrivateCounting
-from .text import TextPiece, examples_of_text, plan_text
+from .source_names import readable_everywhere
+from .text import Path, Span, TextFile, TextPiece, as_file, examples_of_text, plan_text
 from .tokenizer_files import save_tokenizer, tokenizer_hash
 from .tokenizers import KINDS, Tokenizer
 from .vocabulary import Vocabulary
@@ -57,7 +59,8 @@ def prepare_corpus(
     Parameters
     ----------
     splits : dict
-        split -> paths or Spans, with `pairing` (source, target) paths; with private=True this rank's own.
+        split -> paths, TextFiles or Spans, with `pairing` (source, target) paths or TextFiles; with private=True this
+        rank's own.
     wanted
         Where the vocabulary comes from.
     out
@@ -70,22 +73,27 @@ def prepare_corpus(
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
     domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, out)
-    work = _Preparation(comm, domains, pathlib.Path(out), 0 if private else copies, progress, pairing)
+    token = os.urandom(8).hex()
+    token = token if private else messages.broadcast(comm, token, str)
+    if not private:
+        readable_everywhere(comm, domains.hosts, (file for paths in splits.values() for file in _paths(paths)))
+    if pairing:
+        splits = {**splits, **dict.fromkeys(pairing.held_out, splits["train"])}
     with contextlib.ExitStack() as undo:
-        if not private:
-            work.check_readable(splits)
         with together(comm):
-            plans = {split: work.plan(paths) for split, paths in splits.items()}
+            folder = NewFolder(pathlib.Path(out), token)
+            work = _Preparation(comm, domains, folder.place, 0 if private else copies, progress, pairing)
+            plans = {split: work.plan(split, paths) for split, paths in splits.items()}
             empty = next((split for split, plan in plans.items() if not plan), None)
             if empty:
-                raise UserError(f"the {empty} text is empty: {', '.join(map(str, splits[empty][:3]))}")
+                raise UserError(_nothing(empty, splits[empty]))
             if domains.leads:
-                undo.callback(_remove, work.out, _new_folders(work.out))
+                undo.callback(folder.undo)
         if not private:
             check_same(comm, {f"{split} text": _described(plan) for split, plan in plans.items()})
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if domains.leads:
-                _make_folder(work.out)
+                folder.make()
         tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
             written = work.write_shards(plans, tokenizer)
@@ -99,6 +107,10 @@ def prepare_corpus(
             if domains.leads:
                 save_tokenizer(work.out, tokenizer)
                 storage.write_json(work.out / "manifest.json", manifest)
+        for first in (True, False):  # whoever is first on the disk of rank 0 is it on all
+            with together(comm):
+                if domains.leads and first == (domains.rank == 0):
+                    folder.finish()
         undo.pop_all()
 
 
@@ -110,7 +122,9 @@ class _Shard(NamedTuple):
     name: str
     tokens: int
     sha256: str
+    bytes: int  # of text
     figures: list[tuple[int, int]]  # of each piece of pairs: how many, tokens of the longest
+    left_out: list[list[int]]  # of each piece of pairs the places of those that are too long
 
 
 class _Preparation:
@@ -130,24 +144,17 @@ class _Preparation:
     ) -> None:
         self.comm, self.domains, self.out, self.copies, self.say, self.pairing = comm, domains, out, copies, say, pairing
 
-    def check_readable(self, splits: Mapping[str, Sequence[Any]]) -> None:
-        """Raise UserError on all ranks where some of them lack a file that others have. Collective."""
-        lacking = next((str(path) for paths in splits.values() for path in _flat(paths) if not os.access(path, os.R_OK)), None)
-        everyones = messages.allgather(self.comm, lacking, str | None)
-        rank, path = next(((rank, path) for rank, path in enumerate(everyones) if path is not None), (0, None))
-        if None in everyones and path is not None:
-            raise UserError.of_all(
-                f"rank {rank} on {self.domains.hosts[rank]} cannot read {path}, which others can: every rank reads all text, "
-                "so copy the files to the same place on each host"
-            )
-
-    def plan(self, paths: Sequence[Any]) -> Plan:
+    def plan(self, split: str, paths: Sequence[Any]) -> Plan:
         """Of a split, the same on every rank. Raises UserError."""
-        return plan_text(paths) if self.pairing is None else plan_pairs(paths, self.pairing, self.say)
+        return plan_text(paths) if self.pairing is None else plan_pairs(paths, self.pairing, self.say, split)
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
         pairs = self.pairing is not None
+        for first in (True, False):  # one on each disk compiles, the others find it done
+            with together(self.comm):
+                if first == self.domains.leads:
+                    KINDS[wanted.kind or "bpe"].warm_up()
         if wanted.folder:
             return vocabulary.take(self.comm, wanted.folder, pairs, self.say)
         if wanted.kind == "byte":
@@ -178,14 +185,16 @@ class _Preparation:
         written, dtype = [], shards.token_dtype(tokenizer.size)
         for split, plan in plans.items():
             for number, pieces in self._my_share(split, plan, "encoding"):
-                path, found = self.out / _name(split, number), []
+                path, found, left_out, size = self.out / _name(split, number), [], [], 0
                 with shards.ShardWriter(path, dtype) as shard:
                     for piece in pieces:
-                        tokens = piece.encode(tokenizer)
+                        tokens, length, long = piece.encode(tokenizer)
+                        size += length
                         shard.append(tokens.astype(dtype))
                         if tokenizer.pairs:
                             found.append(figures(tokens, tokenizer))
-                written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), found))
+                            left_out.append([*long])
+                written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), size, found, left_out))
         return written
 
     def _my_share(self, split: str, plan: Plan, doing: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
@@ -234,13 +243,16 @@ class _Preparation:
                 stop = start + shard.tokens
                 parts.append({"name": shard.name, "start": start, "stop": stop, "sha256": shard.sha256})
                 start = stop
-            size = sum(piece.size for pieces in plan for piece in pieces)
+            size = sum(written[split, number].bytes for number in range(len(plan)))
             splits[split] = {"tokens": start, "bytes": size, "shards": parts}
             if tokenizer.pairs:
                 found = [written[split, number].figures for number in range(len(plan))]
                 for part, numbers in zip(parts, found, strict=True):
                     part["pairs"] = sum(pairs for pairs, _ in numbers)
                 splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers])
+                long = [places for number in range(len(plan)) for places in written[split, number].left_out]
+                pieces: list[Any] = plan
+                splits[split] |= order_of_split(pieces, long, self.pairing, split) if self.pairing else {}
         if self.pairing and self.pairing.longest:
             self._tell_left_out(plans, splits, self.pairing.longest)
         return {
@@ -266,13 +278,16 @@ def _name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.h5"
 
 
-def _flat(paths: Iterable[Any]) -> Iterator[str | os.PathLike[str]]:
-    """Paths out of paths and pairs of paths."""
-    for path in paths:
-        if isinstance(path, str | os.PathLike):
-            yield path
-        else:
-            yield from path
+def _paths(parts: Iterable[Any]) -> Iterator[Path]:
+    """Where the files of text lie, be they paths, TextFiles, Spans or pairs."""
+    for part in parts:
+        file = part.file if isinstance(part, Span) else part
+        yield from [as_file(file).path] if isinstance(file, str | os.PathLike | TextFile) else _paths(file)
+
+
+def _nothing(split: str, parts: Sequence[Any]) -> str:
+    files = [part.file if isinstance(part, Span) else part for part in parts[:3]]
+    return f"the {split} text is empty: {', '.join(as_file(file).name for file in files)}"
 
 
 def _described(plan: Plan) -> str:
@@ -287,29 +302,3 @@ def _figures_of_split(split: str, found: list[tuple[int, int]]) -> dict[str, int
     if sum(counts) == 0:
         raise UserError(f"no pair of the {split} files is short enough: --longest must be larger")
     return {"pairs": sum(counts), "longest": max(lengths)}
-
-
-def _new_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Those of a folder and its parents that are not there, innermost first. Raises UserError where it is not free."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder} exists and is not an empty folder; choose another, or remove it first")
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.write_text(folder / "probe", "")
-        (folder / "probe").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {reason(error)}") from None
-
-
-def _remove(folder: pathlib.Path, new: list[pathlib.Path]) -> None:
-    """Remove the files of a folder, and the folders that are new, as far as they are empty then."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            path.unlink()
-    for path in new:
-        with contextlib.suppress(OSError):
-            path.rmdir()

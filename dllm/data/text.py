@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
 import os
 import pathlib
 from collections import Counter
@@ -19,69 +21,116 @@ from .tokenizers import Tokenizer, UnknownUnitError
 PIECE = 1 << 20  # bytes read at a time
 LINE = 1 << 20  # bytes of a line whose units are an example
 SHARD = 8 << 20  # bytes of text whose tokens share a file
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SEARCH = 1 << 16  # how far behind the wanted place a cut looks for the end of a line
 Path = str | os.PathLike[str]
 T = TypeVar("T")
 
 
+class TextFile(NamedTuple):
+    """A plain file of text."""
+
+    path: str
+    name: str  # what the user calls it
+    exact: bool = False  # its bytes are kept as they are, whichever tokenizer reads them
+
+
 class Span(NamedTuple):
     """Bytes [start, stop) of a file."""
 
-    path: str
+    file: TextFile
     start: int
     stop: int
+
+
+class Encoded(NamedTuple):
+    """A piece of a split as tokens."""
+
+    tokens: Array  # (n,) int64
+    size: int  # bytes of the text that they say
+    left_out: tuple[int, ...] = ()  # places in the piece of pairs that are too long
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Bytes [start, stop) of a file. `last`: the file ends here."""
+    """Bytes [start, stop) of a file. `last`: the file ends here; `before`: and another one follows.
 
-    path: str
+    All tokenizers but that of bytes read text: without a byte-order mark, with one kind of line end, and each file begins on a
+    line of its own.
+    """
+
+    file: TextFile
     start: int
     stop: int
     last: bool
+    before: bool = False
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the file."""
         return self.stop - self.start
 
     def count(self, tokenizer: type[Tokenizer]) -> Counter[str]:
         """Counter of the units. Raises UserError."""
-        return self._apply(tokenizer.count)
+        return self._apply(tokenizer.count, self._text(tokenizer))
 
-    def lines(self) -> list[bytes]:
+    def lines(self, tokenizer: type[Tokenizer]) -> list[bytes]:
         """Its lines without their ends; the last, maybe an empty one, goes on in the next piece. Raises UserError."""
 
         def lines(data: bytes, end: bool) -> list[bytes]:
             data.decode()  # fails with its place
             return data.split(b"\n")
 
-        return self._apply(lines)
+        return self._apply(lines, self._text(tokenizer))
 
-    def encode(self, tokenizer: Tokenizer) -> Array:
-        """Token numbers, (n,) int64. Raises UserError."""
+    def encode(self, tokenizer: Tokenizer) -> Encoded:
+        """Its tokens. Raises UserError."""
+        data = self._text(type(tokenizer))
         try:
-            return self._apply(tokenizer.encode)
+            return Encoded(self._apply(tokenizer.encode, data), len(data))
         except UnknownUnitError as error:
-            raise error.within(self.path) from None
+            raise error.within(self.file.name) from None
 
-    def _apply(self, function: Callable[[bytes, bool], T]) -> T:
-        """function(bytes, end); text that is not UTF-8 is a UserError with its place."""
+    def _text(self, tokenizer: type[Tokenizer]) -> bytes:
+        data = self.read()
+        if self.file.exact or tokenizer.exact:
+            return data
+        if self.start == 0:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        if b"\r\n" in data:  # no cut is between the two
+            data = data.replace(b"\r\n", b"\n")
+        return data + b"\n" if self.before and data and not data.endswith(b"\n") else data
+
+    def _apply(self, function: Callable[[bytes, bool], T], data: bytes) -> T:
+        """function(data, end); text that is not UTF-8 is a UserError with its place."""
         try:
-            return function(self.read(), self.last)
+            return function(data, self.last)
         except UnicodeDecodeError as error:
-            place = self.start + error.start
-            raise UserError(f"{self.path} is not UTF-8 at byte {place}; convert it, or use --tokenizer byte") from None
+            raise UserError(f"{self.file.name} {self._not_utf8(error)}; convert it, or use --tokenizer byte") from None
+
+    def _not_utf8(self, error: UnicodeDecodeError) -> str:
+        data = self.read()
+        if self.start == 0 and data.startswith(UTF16):
+            return "begins with the byte-order mark of UTF-16, and is not UTF-8"
+        try:
+            data.decode()
+        except UnicodeDecodeError as there:  # at its place in the file, from which marks and CRs are not yet gone
+            error = there
+        return f"is not UTF-8 at byte {self.start + error.start}"
 
     def read(self) -> bytes:
-        """The bytes. Raises UserError."""
+        """The bytes as they are in the file. Raises UserError."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.file.path, "rb") as file:
                 file.seek(self.start)
                 return file.read(self.stop - self.start)
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {reason(error)}") from None
+            raise UserError(f"cannot read {self.file.name}: {reason(error)}") from None
+
+
+def as_file(path: Path | TextFile) -> TextFile:
+    """The file at a path."""
+    return path if isinstance(path, TextFile) else TextFile(str(path), str(path))
 
 
 def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
@@ -95,23 +144,25 @@ def examples_of_text(pieces: Iterable[TextPiece], tokenizer: type[Tokenizer]) ->
 
     begun = b""
     for piece in pieces:
-        first, *others = piece.lines()
+        first, *others = piece.lines(tokenizer)
         begun = (begun + first)[:LINE]
         if others:
             yield units(begun)
             yield from map(units, others[:-1])
             begun = others[-1]
-        if piece.last:
+        if piece.last and begun:
             yield units(begun)
             begun = b""
 
 
-def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
+def plan_text(parts: Iterable[Path | TextFile | Span]) -> list[list[TextPiece]]:
     """Lists of pieces, one list a shard, of files and Spans of files. Every rank plans the same. Raises UserError."""
     shards: list[list[TextPiece]] = [[]]
     size = 0
     for part in parts:
-        for piece in _pieces(*part) if isinstance(part, Span) else _pieces(str(part)):
+        for piece in _pieces(*part) if isinstance(part, Span) else _pieces(as_file(part)):
+            if shards[-1] and shards[-1][-1].last:
+                shards[-1][-1] = dataclasses.replace(shards[-1][-1], before=True)
             if size >= SHARD:
                 shards.append([])
                 size = 0
@@ -120,49 +171,50 @@ def plan_text(parts: Iterable[Path | Span]) -> list[list[TextPiece]]:
     return [pieces for pieces in shards if pieces]
 
 
-def _pieces(path: str, start: int = 0, end: int | None = None) -> Iterator[TextPiece]:
+def _pieces(text: TextFile, start: int = 0, end: int | None = None) -> Iterator[TextPiece]:
     try:
-        storage.check_regular(path)
-        with open(path, "rb") as file:
+        storage.check_regular(text.path)
+        with open(text.path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             end = length if end is None else end
             while start < end:
                 stop = min(end, _cut(file, start + PIECE))
-                yield TextPiece(path, start, stop, stop == length)
+                yield TextPiece(text, start, stop, stop == length)
                 start = stop
     except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+        raise UserError(f"cannot read {text.name}: {reason(error)}") from None
 
 
-def deal_out(paths: Sequence[Path], shares: Array) -> list[list[Span]]:
+def deal_out(paths: Sequence[Path | TextFile], shares: Array) -> list[list[Span]]:
     """For each rank the Spans (a list) of files that are its own: cut at ends of lines, one rank's part after another's.
 
     shares : (files, ranks) float64, rows add up to 1
     """
     dealt: list[list[Span]] = [[] for _ in range(shares.shape[1])]
-    for path, places in zip(map(str, paths), np.cumsum(shares, axis=1), strict=True):
+    for whole, places in zip(map(as_file, paths), np.cumsum(shares, axis=1), strict=True):
         try:
-            storage.check_regular(path)
-            with open(path, "rb") as file:
+            storage.check_regular(whole.path)
+            with open(whole.path, "rb") as file:
                 length = os.fstat(file.fileno()).st_size
                 nears = [round(length * place) for place in places[:-1]]
                 cuts = [0, *(_cut(file, near) if 0 < near < length else near for near in nears), length]
         except OSError as error:
-            raise UserError(f"cannot read {path}: {reason(error)}") from None
+            raise UserError(f"cannot read {whole.name}: {reason(error)}") from None
         for spans, start, stop in zip(dealt, cuts, cuts[1:], strict=False):
-            spans += [Span(path, start, stop)] * (start < stop)
+            spans += [Span(whole, start, stop)] * (start < stop)
     return dealt
 
 
-def evenly(paths: Sequence[Path], ranks: int) -> Array:
+def evenly(paths: Sequence[Path | TextFile], ranks: int) -> Array:
     """Shares (files, ranks), float64: as much of each file for every rank."""
     return np.full((len(paths), ranks), 1 / ranks)
 
 
-def by_file(paths: Sequence[Path], ranks: int) -> Array:
+def by_file(paths: Sequence[Path | TextFile], ranks: int) -> Array:
     """Shares (files, ranks), float64: each file has one owner, the largest first that with least so far."""
     shares, loads = np.zeros((len(paths), ranks)), np.zeros(ranks)
-    sizes = [pathlib.Path(path).stat().st_size if pathlib.Path(path).exists() else 0 for path in paths]
+    files = [pathlib.Path(as_file(path).path) for path in paths]
+    sizes = [path.stat().st_size if path.exists() else 0 for path in files]
     for number in sorted(range(len(paths)), key=lambda number: -sizes[number]):
         owner = int(loads.argmin())
         shares[number, owner] = 1
@@ -170,7 +222,7 @@ def by_file(paths: Sequence[Path], ranks: int) -> Array:
     return shares
 
 
-def by_dirichlet(paths: Sequence[Path], ranks: int, alpha: float, seed: int) -> Array:
+def by_dirichlet(paths: Sequence[Path | TextFile], ranks: int, alpha: float, seed: int) -> Array:
     """Shares (files, ranks), float64, of each file from Dirichlet(alpha): small alpha, few owners of a file, uneven sizes.
 
     Yurochkin et al. 2019, "Bayesian nonparametric federated learning of neural networks", with files for classes.

@@ -19,18 +19,19 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
 from ..kernels.types import Array
+from .checked_tokens import LONGEST_TOKEN, MOST_TOKENS, check_tokens, checked_merges
+from .pretokens import BLOCK, Pretokens, find_merges, letters
 
 Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
-MOST_TOKENS = 1 << 20  # of a vocabulary; the largest published ones of words have 800,000
-LONGEST_TOKEN = 4096  # characters; longer words are <unk>
+FEW = 1 << 22  # pre-tokens of which the library builds a vocabulary sooner than our kernel is compiled
 
 
 class UnknownUnitError(UserError):
@@ -54,6 +55,7 @@ class Tokenizer:
     kind = ""
     unit = ""  # what is counted, in a word
     of_every_text: tuple[str, ...] = ()  # units that every text has: they say nothing of it, and need no counting
+    exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
     text_size = 0
     pairs = False
 
@@ -84,6 +86,10 @@ class Tokenizer:
         unseen : other splits have units that the counts lack.
         """
         raise NotImplementedError
+
+    @classmethod
+    def warm_up(cls) -> None:
+        """Load what `count` and `encode` need for much text."""
 
     def encode(self, data: bytes, end: bool = True) -> Array:
         """Token numbers of `data`, (n,) int64. `end`: the text ends here, it is not a piece of a longer one."""
@@ -125,7 +131,7 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """256 tokens; any file at all."""
 
-    kind, text_size = "byte", 256
+    kind, exact, text_size = "byte", True, 256
 
     @classmethod
     def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
@@ -173,7 +179,7 @@ class UnitTokenizer(Tokenizer):
         units = value["units"]
         if not isinstance(units, list):
             raise TypeError("its units are no list")
-        _check_tokens(units)
+        check_tokens(units)
         return cls(units)
 
 
@@ -193,7 +199,8 @@ class CharTokenizer(UnitTokenizer):
 
     @staticmethod
     def count(data: bytes, end: bool = True) -> Counter[str]:
-        return Counter(data.decode())
+        found = np.bincount(np.frombuffer(data.decode().encode("utf-32-le"), np.uint32))
+        return Counter({chr(point): int(found[point]) for point in np.flatnonzero(found)})
 
     def encode(self, data: bytes, end: bool = True) -> Array:
         points = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
@@ -245,8 +252,16 @@ class BPETokenizer(Tokenizer):
     kind, unit = "bpe", "piece"
     DEFAULT_SIZE = 4096
 
+    fast_from = 1 << 16  # bytes of text from which kernels are worth their start
+
     def __init__(self, model: Any) -> None:
         self._model, self.text_size = model, model.get_vocab_size()
+        self._pretokens = Pretokens(self._splitter(), lambda texts: [one.ids for one in model.encode_batch_fast(texts)])
+
+    @classmethod
+    def warm_up(cls) -> None:
+        cls._counter().count("warm")
+        cls.fast_from = 1
 
     @staticmethod
     def _blank() -> Any:
@@ -264,7 +279,14 @@ class BPETokenizer(Tokenizer):
         return BPETokenizer._blank().pre_tokenizer
 
     @staticmethod
+    @functools.cache
+    def _counter() -> Pretokens:
+        return Pretokens(BPETokenizer._splitter())
+
+    @staticmethod
     def count(data: bytes, end: bool = True) -> Counter[str]:
+        if len(data) >= BPETokenizer.fast_from:
+            return BPETokenizer._counter().count(data.decode())
         counts: Counter[str] = Counter()
         split = BPETokenizer._splitter()
         for text in _blocks(data.decode()):
@@ -273,7 +295,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
-        from tokenizers import pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
         size = size or cls.DEFAULT_SIZE
         if size < 256:
@@ -281,6 +303,9 @@ class BPETokenizer(Tokenizer):
         if size > MOST_TOKENS // 4:
             raise UserError(f"--vocab-size {size}: bpe has at most {MOST_TOKENS // 4:,} tokens")
         model, alphabet = cls._blank(), sorted(pre_tokenizers.ByteLevel.alphabet())
+        if sum(counts.values()) > FEW:
+            model.model = models.BPE(*find_merges(counts, size, LONGEST_TOKEN))
+            return cls(model)
         trainer = trainers.BpeTrainer(
             vocab_size=size, initial_alphabet=alphabet, show_progress=False, max_token_length=LONGEST_TOKEN
         )
@@ -289,6 +314,8 @@ class BPETokenizer(Tokenizer):
         return cls(model)
 
     def encode(self, data: bytes, end: bool = True) -> Array:
+        if len(data) >= self.fast_from:
+            return self._pretokens.encode(data.decode())
         parts = self._model.encode_batch_fast(list(_blocks(data.decode())))
         return np.array([number for part in parts for number in part.ids], np.int64)
 
@@ -298,7 +325,7 @@ class BPETokenizer(Tokenizer):
     @property
     def _pieces(self) -> list[bytes]:
         if not hasattr(self, "_cached_pieces"):
-            byte_of = _bytes_of_alphabet()
+            byte_of = letters()
             names = [self._model.id_to_token(number) for number in range(self.text_size)]
             self._cached_pieces = [bytes(byte_of[letter] for letter in name) for name in names]
         return self._cached_pieces
@@ -312,13 +339,13 @@ class BPETokenizer(Tokenizer):
 
         parts = json.loads(cls._blank().to_str())  # text is split as `_blank` does
         model = value["model"]["model"]
-        parts["model"] |= {"vocab": model["vocab"], "merges": _merges(model["vocab"], model["merges"])}
+        parts["model"] |= {"vocab": model["vocab"], "merges": checked_merges(model["vocab"], model["merges"])}
         if parts["model"] | model != parts["model"] | {"merges": model["merges"]}:
             raise ValueError("it is no byte-level BPE")
         return cls(Library.from_str(json.dumps(parts)))
 
 
-def _blocks(text: str, size: int = 16384) -> Iterator[str]:
+def _blocks(text: str, size: int = BLOCK) -> Iterator[str]:
     """`text` in blocks that end with a line; the library's time grows faster than the length of what it gets."""
     start = 0
     while start < len(text):
@@ -326,45 +353,6 @@ def _blocks(text: str, size: int = 16384) -> Iterator[str]:
         stop = len(text) if newline < 0 else newline + 1
         yield text[start:stop]
         start = stop
-
-
-def _bytes_of_alphabet() -> dict[str, int]:
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-def _check_tokens(tokens: Collection[Any]) -> None:
-    """Raise ValueError where these are no vocabulary's: too many, too long, empty, twice the same, or no text."""
-    if len(tokens) > MOST_TOKENS:
-        raise ValueError(f"it has {len(tokens):,} tokens, at most {MOST_TOKENS:,} are read")
-    if not all(isinstance(token, str) and 0 < len(token) <= LONGEST_TOKEN for token in tokens):
-        raise ValueError(f"a token has no characters, or more than {LONGEST_TOKEN:,}")
-    if len(set(tokens)) < len(tokens):
-        raise ValueError("a token is there twice")
-    "".join(tokens).encode()
-
-
-def _merges(vocabulary: Any, merges: Any) -> list[tuple[Any, ...]]:
-    """The merges of a BPE, checked with its vocabulary. Raises ValueError, TypeError.
-
-    The library's Rust side may end the process for what it does not expect, so nothing goes there that was not checked.
-    """
-    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
-        raise TypeError("it has no vocabulary, or no merges")
-    _check_tokens(vocabulary)
-    if any(type(number) is not int for number in vocabulary.values()) or set(vocabulary.values()) != {*range(len(vocabulary))}:
-        raise ValueError("its tokens are not numbered from 0 without gaps")
-    if not set().union(*vocabulary) <= _bytes_of_alphabet().keys():
-        raise ValueError("a token is not of bytes")
-    pairs: list[tuple[Any, ...]] = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    for pair in pairs:
-        if len(pair) != 2 or not all(isinstance(part, str) and part in vocabulary for part in (*pair, "".join(pair))):
-            raise ValueError("a merge is not of its tokens")
-    if len(set(pairs)) < len(pairs):
-        raise ValueError("a merge is there twice")
-    return pairs
 
 
 KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..comm.messages import allgather
 from ..comm.runtime import together
+from ..data import pair_order
 from ..data.corpus import Corpus
 from ..data.pairs import PairFiles
 from ..data.tokenizers import Tokenizer
@@ -56,6 +57,21 @@ def read_split(corpus: Corpus, split: str, most: int = 0) -> list[Pair]:
         sep = int(np.flatnonzero(part == tokenizer.sep)[0])
         pairs.append((part[:sep], part[sep + 1 : -1], as_text(tokenizer, part[sep + 1 : -1])))
     return pairs[: most or None]
+
+
+def order_of_files(corpus: Corpus, split: str) -> Callable[[Sequence[str]], list[str]] | None:
+    """What puts texts, one for each pair of `read_split`, in the order of the files that `prepare` read. Raises UserError.
+
+    Where the split is all of its files, each line has its text, an empty one where the pair was left out. None where the corpus
+    does not say.
+    """
+    entry = corpus.split(split)
+    lines = pair_order.lines_of(entry, f"split '{split}' of {corpus.folder}")
+    if lines is None:
+        return None
+    order = entry["order"]
+    whole = order["stop"] - order["start"] + len(order["empty"]) == order["lines"]
+    return lambda texts: pair_order.in_order_of_lines(texts, lines, whole, order["lines"])
 
 
 def as_text(tokenizer: Tokenizer, tokens: Sequence[int] | Array) -> str:

@@ -90,7 +90,12 @@ class LoadedModel:
     @property
     def fingerprint(self) -> str:
         """Of the parameters and the tokenizer: equal where both are, to the bit."""
-        return f"{xxhash.xxh3_64_hexdigest(self.vector.data)}-{tokenizer_hash(self.tokenizer)[:16]}"
+        return f"{xxhash.xxh3_64_hexdigest(self.vector.data)}-{self.vocabulary[:16]}"
+
+    @property
+    def vocabulary(self) -> str:
+        """The hash that names the tokenizer."""
+        return tokenizer_hash(self.tokenizer)
 
     @property
     def config(self) -> ModelConfig:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..comm.messages import allgather
 from ..comm.replicas import Domains
-from ..config import Config
+from ..config import CheckpointConfig, Config
 from ..errors import reason
 from ..files import hdf5, storage
 from ..kernels.types import Array
@@ -116,15 +116,8 @@ class Saver:
         return 0 < self.interval() <= time.monotonic() - self.begun
 
     def interval(self) -> float:
-        """Seconds from one checkpoint to the next; 0: none by time.
-
-        Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974.
-        """
-        if self.config.every_minutes >= 0:
-            return self.config.every_minutes * 60
-        cost = 1.0 if self.cost is None else self.cost
-        best = math.sqrt(2 * cost * self.config.mtbf_hours * 3600 / self.comm.size)
-        return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)
+        """Seconds from one checkpoint to the next; 0: none by time."""
+        return _interval(self.config, 1.0 if self.cost is None else self.cost, self.comm.size)
 
     def begin(self, state: State, best: bool, own: Mapping[str, Array]) -> None:
         """Begin to save `state`, whose validation loss is the best so far or not; it may change as soon as this returns.
@@ -300,3 +293,11 @@ class Saver:
             told, self.told = self.told, f"no checkpoint at step {self.step}: {self.problem}; older ones stay"
             if told != self.told:  # once, however often it is tried
                 self.warn(self.told)
+
+
+def _interval(config: CheckpointConfig, cost: float, ranks: int) -> float:
+    """As Saver.interval. Where it is left to us, sqrt(2 x cost x mean time between failures), Young 1974."""
+    if config.every_minutes >= 0:
+        return config.every_minutes * 60
+    best = math.sqrt(2 * cost * config.mtbf_hours * 3600 / ranks)
+    return min(max(best, SHORTEST, 2 * cost / BUSY), LONGEST)

@@ -37,6 +37,8 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "trace.json",
+    "tensorboard",
     "checkpoints",
     marks.DONE,
     marks.RESIZE,

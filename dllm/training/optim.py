@@ -231,13 +231,15 @@ def learning_rate(config: TrainConfig, step: int, epoch: int, factor: float, tot
     factor : float
         What validation has made of the rate so far; see `stalled`.
     total_steps : int
-        Where the cosine (Loshchilov and Hutter 2017) ends.
+        Where the cosine (Loshchilov and Hutter 2017) and the range (Smith 2017) end.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "cosine":
         done = (step - config.warmup) / max(1, total_steps - config.warmup)
         return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "range":
+        return config.min_lr * math.pow(config.lr / config.min_lr, step / max(1, total_steps - 1))
     if config.schedule == "epochs":
         return config.lr / config.decay ** max(0, epoch + 1 - config.decay_after)
     return config.lr * factor

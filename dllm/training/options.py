@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,9 @@ from .. import cli, config
 from ..comm import methods, topology
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
+from . import event_files
 
+MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
 EPILOG = """
 examples
@@ -24,6 +27,7 @@ examples
   mpirun -n 3 python -m dllm.train --resume RUN --set train.epochs=20     further than it was to go
   mpirun -n 2 python -m dllm.train --init-from RUN --data DIR       fine-tune: a new run that begins with RUN's parameters
   mpirun -n 2 python -m dllm.train --set model.hidden=512 --set train.lr=0.001
+  mpirun -n 4 python -m dllm.train --trace 100:105                  trace.json of these steps, for ui.perfetto.dev
   mpirun -n 8 python -m dllm.train --set averaging.compression=powersgd    smaller messages; more ways in docs/how-to
 
 SIGUSR1 to mpirun: the step is finished, a checkpoint written, exit code 75. SIGTERM and Ctrl-C do the same where mpirun
@@ -45,6 +49,7 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=cli.at_least(0.001, float), default=0, metavar="S", help="end after S seconds")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting; may be repeated")
     parser.add_argument("--progress", choices=("auto", "live", "plain", "none"), default="auto", help="default: auto")
+    parser.add_argument("--trace", type=_steps, metavar="STEPS", help="write trace.json of some steps: FIRST:LAST, or how many")
     parser.add_argument("--settings", action="store_true", help="show what --set takes, as the other options set it, and end")
     options = parser.parse_args(argv)
     if options.resume and (options.preset or options.config or options.out):
@@ -52,6 +57,16 @@ def train_options(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
     if options.resume and options.init_from:
         parser.error("--resume goes on with the parameters that a run has: leave out --init-from, or begin a new run")
     return options
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """An argparse type: FIRST:LAST, or how many steps, as (0, count)."""
+    found = re.fullmatch(r"(?:(\d{1,15}):)?(\d{1,15})", text)
+    first, last = (int(found[1] or 0), int(found[2])) if found else (0, 0)
+    count = last - first + 1 if found and found[1] else last
+    if not 1 <= count <= MOST_TRACED or (found and found[1] and first < 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither FIRST:LAST nor a number of steps, at most {MOST_TRACED:,} of them")
+    return first, last
 
 
 def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = None) -> config.Config:
@@ -70,6 +85,7 @@ def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = 
     if 0 < settings.train.max_steps < options.max_steps:  # what is asked for now lifts what was said before
         settings = replace(settings, train=replace(settings.train, max_steps=options.max_steps))
     methods.check(settings)
+    event_files.check(settings.log)
     return settings
 
 

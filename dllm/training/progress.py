@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -20,11 +19,12 @@ from ..errors import reason
 from ..files import storage
 from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
+from . import event_files
+from .curves import Line, can_draw, curves_of, draw, read_lines
+from .event_files import EventFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-Line = dict[str, Any]  # of metrics.jsonl
 
 
 class Reporter:
@@ -49,6 +49,8 @@ class Reporter:
         self.metrics: IO[bytes] | None = None
         self.waiting = b""  # lines for metrics.jsonl
         self.failed: set[str] = set()  # files that could not be written
+        self.tensorboard: bool = before.tensorboard if before else False  # whether TensorBoard's files are wanted
+        self.events: EventFile | None = None
 
     def say(self, text: str) -> None:
         """A line, or several, in one write."""
@@ -75,7 +77,9 @@ class Reporter:
         """
         self.run, self.begun, self.first, self.total = pathlib.Path(run), time.monotonic(), step, total
         if writes:
-            self._open_metrics(step)
+            added = self._open_metrics(step)
+            if self.tensorboard:
+                self._attempt(event_files.FOLDER, self._open_events, step, added)
         if self.mode == "live":
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # slow to import
@@ -86,13 +90,20 @@ class Reporter:
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
-    def _open_metrics(self, step: int) -> None:
+    def _open_metrics(self, step: int) -> list[Line]:
+        """Returns lines that a rank which died has not written."""
         path = self.run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
         written = {(line["step"], line.get("split")) for line in kept}
-        kept += [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
-        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        added = [line for line in self.recent if line["step"] <= step and (line["step"], line.get("split")) not in written]
+        storage.write_text(path, "".join(json.dumps(line) + "\n" for line in (*kept, *added)))
         self.metrics = open(path, "ab", buffering=0)  # noqa: SIM115, closed by end()
+        return added
+
+    def _open_events(self, step: int, lines: list[Line]) -> None:
+        self.events = EventFile(self.run, step)
+        for line in lines:
+            self.events.log(line)
 
     def log(self, line: Line) -> None:
         """A line of metrics.jsonl: of training, or of an evaluation where it has "split"."""
@@ -100,6 +111,8 @@ class Reporter:
         if self.metrics is not None:
             self.waiting += json.dumps(line).encode() + b"\n"
             self._attempt("metrics.jsonl", self._write_metrics)
+        if self.events is not None:
+            self._attempt(event_files.FOLDER, self.events.log, line)
         if self.mode == "none":
             return
         text = f"loss {line['loss']:.4f}  perplexity {_in_words(perplexity(line['loss']))}"
@@ -130,6 +143,9 @@ class Reporter:
             self._attempt("metrics.jsonl", self._write_metrics)
             self._attempt("metrics.jsonl", self.metrics.close)
             self.metrics = None
+        if self.events is not None:
+            self._attempt(event_files.FOLDER, self.events.end)
+            self.events = None
 
     def summarise(self, summary: dict[str, Any], writes: bool) -> None:
         """Write summary.json where this rank writes for its disk."""
@@ -147,24 +163,10 @@ class Reporter:
 
     def plot(self) -> pathlib.Path | None:
         """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
-        try:
-            import matplotlib
-        except ImportError:
+        if not can_draw():
             return None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        lines = _lines(self.run / "metrics.jsonl")
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for split in dict.fromkeys(line.get("split", "train") for line in lines):
-            points = [(line["step"], line["loss"]) for line in lines if line.get("split", "train") == split]
-            axes.plot(*zip(*points, strict=True), label=split, marker="o" if split != "train" else None)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.run.name)
-        axes.grid(alpha=0.3)
-        if lines:
-            axes.legend()
-        self._attempt("loss.png", functools.partial(figure.savefig, dpi=120), self.run / "loss.png")
-        pyplot.close(figure)
+        lines = read_lines(self.run / "metrics.jsonl")
+        self._attempt("loss.png", draw(curves_of({self.run.name: lines}), self.run.name), self.run / "loss.png")
         return self.run / "loss.png"
 
 
@@ -175,17 +177,6 @@ def _on_terminal() -> bool:
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
     return False
-
-
-def _lines(path: pathlib.Path) -> list[Line]:
-    """The lines of metrics; one that a full disk or a crash cut short is left out."""
-    lines: list[Line] = []
-    for text in storage.read_text(path, storage.LARGEST_METRICS).splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and all(type(line.get(name)) in (int, float) for name in ("step", "loss")):
-                lines.append(line)
-    return lines
 
 
 def _clock(seconds: float) -> str:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ..comm import runtime, survivors
 from ..comm.node_info import find_node
 from ..errors import BAD_INPUT, UserError
+from .beginning import Survived
 from .progress import Reporter
-from .setup import Survived, set_up
+from .setup import set_up
 from .trainer import Trainer
 
 if TYPE_CHECKING:

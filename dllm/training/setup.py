@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -25,7 +25,6 @@ from ..data.placing import kept_shards
 from ..data.supply import supply
 from ..errors import UserError
 from ..inference.evaluation import Evaluation
-from ..inference.loaded_model import LoadedModel
 from ..kernels.gemm import aligned
 from ..kernels.processor import VECTOR
 from ..kernels.team import Team
@@ -33,33 +32,21 @@ from ..kernels.types import Array
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..model.precision import DTYPES, described, uses_bf16
-from ..runs import checkpoint, provenance
+from ..runs import checkpoint
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
 from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
-from ..runs.provenance import Text, text_of, with_text
 from ..runs.state import State, parameters_hash
 from . import optim
-from .lane_copies import LaneCopies, Piece, SentLaneCopies, take_lanes
+from .beginning import Origin, Survived, fill, where
+from .lane_copies import LaneCopies, SentLaneCopies, take_lanes
 from .metrics import Clock, Metrics
 from .progress import Reporter
 from .validation import SplitValidation, Validation
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-@dataclass
-class Survived:
-    """What a rank brings out of the death of others."""
-
-    theta: Array
-    moments: list[Array]
-    scalars: dict[str, Any]
-    lanes: list[Piece]  # its own, and the previous rank's where that has died
-    clock: Clock
-    saver: Saver  # of the run before
 
 
 @dataclass
@@ -113,7 +100,7 @@ def set_up(
     corpus: Corpus,
     ownership: Ownership,
     reporter: Reporter,
-    origin: Checkpoint | Survived | LoadedModel | None = None,
+    origin: Origin = None,
 ) -> Rank:
     """Make all that a rank needs for a run. Collective.
 
@@ -134,7 +121,7 @@ def set_up(
     """
     resume = origin if isinstance(origin, Checkpoint) else None
     survived = origin if isinstance(origin, Survived) else None
-    texts, epoch, place = _where(comm, corpus, origin)
+    texts, epoch, place = where(comm, corpus, origin)
     own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter, epoch, place)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
@@ -147,11 +134,7 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        if isinstance(origin, Checkpoint):
-            _resume(config, origin, model.layout, state, own)
-            _go_on(config, schedule, state, origin, texts[-1], reporter)
-        elif not isinstance(origin, Survived):
-            _initialise(config, model, state, origin)
+        fill(state, model, own, schedule, config, texts[-1], origin, reporter.warn)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -205,18 +188,6 @@ def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team,
     return Evaluation(comm, corpus, "valid", config, dtype, config.data.private, team, reporter.warn)
 
 
-def _where(comm: MPI.Comm, corpus: Corpus, origin: Checkpoint | Survived | LoadedModel | None) -> tuple[list[Text], int, int]:
-    """What the model was and is trained on, and the epoch and the place in it where that goes on. Collective."""
-    text = text_of(comm, corpus)
-    if isinstance(origin, Survived):
-        return provenance.parse(origin.saver.facts["texts"]), origin.scalars["epoch"], origin.scalars["place"]
-    before = origin.texts if origin else []
-    if isinstance(origin, Checkpoint) and before[-1].train == text.train:
-        scalars = origin.manifest["scalars"]
-        return with_text(before, text), scalars["epoch"], scalars["place"]
-    return with_text(before, text), 0, 0
-
-
 def _deal_lanes(
     comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter, epoch: int, place: int
 ) -> tuple[range, Lanes, Schedule]:
@@ -253,44 +224,6 @@ def _make_state(config: Config, layout: Layout, lanes: int, moments: int, surviv
         return state
     theta, *rest = (aligned((layout.size,), layout.dtype) for _ in range(1 + moments))
     return State(theta, rest, *states)
-
-
-def _resume(config: Config, resume: Checkpoint, layout: Layout, state: State, own: range) -> None:
-    """Fill the state as the checkpoint has it."""
-    checkpoint.check_fits(resume, layout, layout.dtype, len(state.moments), config.train.lanes)
-    checkpoint.load(resume, layout, state, own)
-
-
-def _go_on(config: Config, schedule: Schedule, state: State, resume: Checkpoint, text: Text, reporter: Reporter) -> None:
-    """Bring the state of a checkpoint to `text` and its schedule, and say what begins anew."""
-    before, anew = resume.texts[-1], []
-    if before.train != text.train:
-        state.begin_text(config.train.carry)
-        anew.append("the text for training is another: its first epoch begins")
-    if before.valid != text.valid:
-        state.begin_validation()
-        anew.append("the text for validation is another: the best loss, and what followed from it, begin anew")
-    if before.corpus != text.corpus or anew:
-        state.seen = 0
-    if anew:
-        reporter.warn("; ".join(anew))
-    if state.place > schedule.longest:
-        raise UserError(f"{resume.folder} is at place {state.place:,} of an epoch, and lanes have {schedule.longest:,} here")
-    if state.place >= schedule.end:  # windows of another width end elsewhere
-        state.place, state.epoch = 0, state.epoch + 1
-
-
-def _initialise(config: Config, model: LanguageModel, state: State, parent: LoadedModel | None) -> None:
-    """Fill the parameters as a new run begins: drawn, or those of another model."""
-    if parent is None:
-        model.initialise(config.train.seed)
-        return
-    theirs = {name: tensor.shape for name, tensor in parent.layout.tensors.items()}
-    for name, tensor in model.layout.tensors.items():
-        if theirs.get(name) != tensor.shape:
-            what = f"{name} is {theirs.get(name)} there, {tensor.shape} here"
-            raise UserError(f"--init-from {parent.name} is of another shape: {what}")
-        model.layout.write(state.theta, name, parent.layout.read(parent.vector, name))
 
 
 def _check_ranks_agree(comm: MPI.Comm, config: Config, corpus: Corpus, state: State) -> None:

@@ -235,7 +235,7 @@ def test_options_settings_and_presets_exist(path):
                 assert key in known, f"{command}: there is no setting {key}"
             for preset in re.findall(r"--preset ([\w-]+)", command):
                 assert preset in config.preset_names(), f"{command}: there is no preset {preset}"
-            found = re.search(r"(?:python -m dllm\.|\bdllm )([a-z]+)_?(?= |$)", command)
+            found = re.search(r"(?:python -m dllm\.|\bdllm )([a-z-]+)_?(?= |$)", command)
             if found and not command.startswith(("pip", "sbatch")):
                 assert found[1] in COMMANDS, f"{command}: there is no command {found[1]}"
                 allowed = options(found[1]) | (options("train") if found[1] == "launch" else set())

@@ -112,11 +112,16 @@ def test_no_text_is_in_what_mpi_is_given_by_any_method_evaluation_or_checkpoint(
     for method in methods.METHODS:
         for compression in ("none", *methods.method(method).compressions):
             settings = f"averaging.method={method}", f"averaging.compression={compression}"
-            commands.append(train(sites, f"{method}-{compression}", *settings))
+            traced = ("--trace", "2:3") if compression == "none" else ()
+            commands.append(train(sites, f"{method}-{compression}", *settings, extra=traced))
     commands.append(train(sites, "tied", "model.tied=true"))
     commands.append(["dllm.evaluate", sites / "allreduce-none", "--split", "valid"])
+    small = "model.embedding=16", "model.hidden=16", "train.window=8", "train.lanes=8"
+    lr_find = ["dllm.tools.lr_find", "--data", sites / "corpus-{rank}", "--steps", 20, "--progress", "none"]
+    commands.append([*lr_find, *(word for setting in small for word in ("--set", setting))])
     run_several(tmp_path / "all", RANKS, commands, check=True, script="helpers.spy", timeout=280)
     calls = check(tmp_path / "all", private_text(sites, sites, ("corpus", "pairs")), commands)
+    assert {path.parent.name for path in sites.glob("*/trace.json")} == {f"{method}-none" for method in methods.METHODS}
     assert calls > {"Iallreduce", "Iallgather", "Iallgatherv", "Ineighbor_allgather", "Accumulate", "Ibcast"}
     sizes = [Corpus(sites / f"corpus-{rank}").split("train")["tokens"] for rank in range(RANKS)]
     told = [rank for command, rank, _, data in sent(tmp_path / "all", RANKS) if not command and _holds(data, sizes[rank])]

@@ -66,7 +66,10 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
         TRAIN + " --set averaging.method=dpsgd --set averaging.topology=./pipe",
         "cannot read ./pipe: it is not a file|no topology",
     ),
-    "prepare: a pipe for text": (PREPARE + " --valid pipe", "cannot read pipe: it is not a file"),
+    "prepare: endless zeros for text": (PREPARE + " --valid /dev/zero", "cannot read /dev/zero: it is not a file"),
+    "prepare: a pipe twice": (PREPARE + " --valid pipe --test pipe", "pipe is given twice: a stream can be read once"),
+    "prepare: text for records": (PREPARE + " --field text", "cannot read text.txt: line 1 is no record of JSON with a text"),
+    "prepare: a share beside a file": (PREPARE + " --valid text.txt --valid-fraction 0.1", "leave out either it or the valid"),
     "resume: a pipe for a configuration": ("dllm.train --resume piped", "configuration piped/config.toml: it is not a file"),
     "resume: behind the epoch": ("dllm.train --resume beyond", "is at place 1,000,000,000 of an epoch, and lanes have"),
     "resume: more lanes than text": ("dllm.train --resume run --set train.lanes=2147483647", "too few for 2147483647 lanes"),
@@ -90,7 +93,7 @@ ON_ANY = {  # what is wrong: (command, what the line says), in the folder of `wo
     "resume: another number of lanes": ("dllm.train --resume run --set train.lanes=16", "lanes = 8, this run has 16"),
     "resume: another vocabulary": ("dllm.train --resume run --data other", "the vocabulary of .*other is not the one"),
     "prepare: missing file": (PREPARE + " --valid nothing.txt", "cannot read nothing.txt: No such file or directory"),
-    "prepare: a folder as text": (PREPARE + " --valid full", "cannot read full: it is not a file"),
+    "prepare: a pattern without files": (PREPARE + " --valid *.md", r"no file is at \*\.md"),
     "prepare: empty file": (PREPARE + " --valid empty.txt", "the valid text is empty: empty.txt"),
     "prepare: not UTF-8, char": (PREPARE + " --test latin.txt", "latin.txt is not UTF-8 at byte 4; convert it, or use"),
     "prepare: not UTF-8, word": (PREPARE + " --train latin.txt --tokenizer word", "latin.txt is not UTF-8 at byte 4"),
@@ -264,7 +267,7 @@ class Refusals:
 
     def check(self, case, says):
         end = self.ends[case]
-        check(re.sub("^(counting|encoding|building) .*\n", "", end.text, flags=re.M), says)  # but for progress
+        check(re.sub("^(reading|counting|encoding|building) .*\n", "", end.text, flags=re.M), says)  # but for progress
         assert end.codes == {REFUSED}
         assert end.seconds < SECONDS
 

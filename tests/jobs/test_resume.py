@@ -111,7 +111,7 @@ module.Lanes.window = window
         text = tokens[lane * length : (lane + 1) * length - 1]
         pieces = [text[at : at + 8] for at in range(0, len(text), 8)]
         assert len(pieces) == 46  # windows of an epoch; 92 steps are two epochs
-        expected += [f"{lane} {number} {' '.join(map(str, piece))}" for number, piece in enumerate(pieces)] * 2
+        expected += [f"{lane} {8 * number} {' '.join(map(str, piece))}" for number, piece in enumerate(pieces)] * 2
     assert seen == sorted(expected)
 
 

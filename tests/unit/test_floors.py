@@ -21,7 +21,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("inference", "launching"),
     ("training",),
     ("serving",),
-    (*COMMANDS, "__main__", "api"),
+    (*COMMANDS, "tools", "__main__", "api"),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MAY_IMPORT_MPI = {"comm", *COMMANDS}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config import ModelConfig
-from dllm.data import pair_lanes, pairs, shards
+from dllm.data import pair_lanes, pair_order, pairs, shards
 from dllm.data.corpus import Corpus
 from dllm.data.lanes import deal
 from dllm.data.tokenizer_files import save_tokenizer, tokenizer_hash
@@ -85,13 +85,74 @@ def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, ki
     for seed in (1, 1, 2):
         blocks = list(itertools.chain.from_iterable(pairs.plan_pairs(files, pairs.Pairing(seed))))
         assert len(pairs.plan_pairs(files, pairs.Pairing(seed))) > 2
-        streams.append(np.concatenate([block.encode(tokenizer) for block in blocks]))
+        streams.append(np.concatenate([block.encode(tokenizer)[0] for block in blocks]))
         assert streams[-1][0] == streams[-1][-1] == tokenizer.end
     text = [[part.strip() for part in line.split("\t")] for line in tokenizer.decode(streams[0]).decode().split("\n")[1:-1]]
     assert sorted(map(tuple, text)) == sorted(EXAMPLES)
     np.testing.assert_array_equal(streams[0], streams[1])
     assert len(streams[0]) == len(streams[2])
     assert (streams[0] != streams[2]).any()
+
+
+def test_marks_and_ends_of_lines_of_other_systems_are_no_part_of_a_pair(tmp_path):
+    (tmp_path / "s").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    (tmp_path / "t").write_bytes(b"\xef\xbb\xbfc\nd")
+    files = pairs.PairFiles(tmp_path / "s", tmp_path / "t")
+    assert [files[line] for line in range(len(files))] == [(b"a", b"c"), (b"b", b"d")]
+    (tmp_path / "u").write_bytes("\ufeffa\nb\n".encode("utf-16-be"))
+    with pytest.raises(UserError, match="u begins with the byte-order mark of UTF-16"):
+        pairs.PairFiles(tmp_path / "u", tmp_path / "u").apply(bytes.decode, 0)
+    (tmp_path / "mark").write_bytes(b"\xef\xbb\xbf")
+    assert pairs.Lines(tmp_path / "mark")[0] == b""
+
+
+HELD_OUT = {"valid": 0.2, "test": 0.1}
+
+
+@pytest.mark.parametrize("held_out", [{}, HELD_OUT])
+@pytest.mark.parametrize("longest", [0, 8])
+def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, held_out, longest, monkeypatch):
+    monkeypatch.setattr(pairs, "BLOCK", 7)
+    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    examples = [*EXAMPLES[:20], ("", "x"), *EXAMPLES[20:50], ("y", " "), *EXAMPLES[50:]]
+    files = [write_pairs(tmp_path, examples[:33], "a"), write_pairs(tmp_path, examples[33:], "b")]
+    tokenizer, pairing, seen = (
+        built("char", " ".join(map(" ".join, EXAMPLES)).encode()),
+        pairs.Pairing(3, longest, held_out),
+        [],
+    )
+    for split in ("train", *held_out):
+        shards = pairs.plan_pairs(files, pairing, split=split)
+        encoded = [piece.encode(tokenizer) for shard in shards for piece in shard]
+        stream = tokenizer.decode(np.concatenate([one.tokens for one in encoded])).decode()
+        targets = [line.split("\t")[1] for line in stream.split("\n")[1:-1]]
+        entry = pairs.order_of_split(shards, [one.left_out for one in encoded], pairing, split) | {"pairs": len(targets)}
+        entry = json.loads(json.dumps(entry))
+        lines, order = pair_order.lines_of(entry, "here"), entry["order"]
+        assert [examples[line][1] for line in lines] == targets
+        whole = pair_order.in_order_of_lines(targets, lines, True, order["lines"])
+        fits = [source and target.strip() and not 0 < longest < len(source) + len(target) + 2 for source, target in examples]
+        if not held_out:
+            assert whole == [target if fit else "" for (_, target), fit in zip(examples, fits, strict=True)]
+        part = pair_order.in_order_of_lines(targets, lines, False, order["lines"])
+        assert part == [text for text in whole if text]
+        seen += lines.tolist()
+    assert sorted(seen) == [line for line, fit in enumerate(fits) if fit]
+
+
+DAMAGED_ORDERS = [
+    {"seed": 4}, {"seed": "x"}, {"lines": 99}, {"lines": 1 << 60}, {"empty": [1]}, {"empty": [-1]}, {"long": [10**9]},
+    {"long": 3}, {"stop": 7}, {"check": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGED_ORDERS)
+def test_an_order_that_is_damaged_is_refused(change):
+    entry = pair_order.described(3, 60, [2], (0, 59), [5]) | {"pairs": 58}
+    assert len(pair_order.lines_of(entry, "here")) == 58
+    with pytest.raises(UserError, match="the order of pairs in here is damaged; prepare the data anew"):
+        pair_order.lines_of({"pairs": 58, "order": entry["order"] | change}, "here")
+    assert pair_order.lines_of({"pairs": 58}, "here") is None
 
 
 # lanes

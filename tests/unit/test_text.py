@@ -25,9 +25,9 @@ def check_plan(plan, paths):
     """Pieces cover the files in order, without gap or overlap. Returns the bytes of each piece."""
     pieces = [piece for part in plan for piece in part]
     expected = [str(path) for path in paths if path.stat().st_size]
-    assert [path for path, _ in itertools.groupby(pieces, lambda piece: piece.path)] == expected
+    assert [path for path, _ in itertools.groupby(pieces, lambda piece: piece.file.path)] == expected
     for path in expected:
-        own = [piece for piece in pieces if piece.path == path]
+        own = [piece for piece in pieces if piece.file.path == path]
         assert [piece.start for piece in own] == [0, *(piece.stop for piece in own)][:-1]
         assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
         with open(path, "rb") as file:
@@ -110,7 +110,7 @@ def test_what_is_dealt_out_is_all_there_once_in_order_and_cut_at_line_ends(tmp_p
         np.testing.assert_allclose(shares.sum(axis=1), 1)
         dealt = text.deal_out(paths, shares)
         for path, content in zip(paths, contents, strict=True):
-            parts = [span for spans in dealt for span in spans if span.path == str(path)]
+            parts = [span for spans in dealt for span in spans if span.file.path == str(path)]
             read = [b"".join(piece.read() for pieces in text.plan_text([part]) for piece in pieces).decode() for part in parts]
             assert "".join(read) == content
             for number in range(1, len(read)):

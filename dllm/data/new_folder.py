@@ -1,0 +1,85 @@
+"""A folder that is made aside and then appears whole under its name, so that of several that make it exactly one succeeds."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from ..errors import UserError, reason
+from ..files import storage
+
+SUFFIX = ".tmp"
+
+
+class NewFolder:
+    """The folder `out`, empty or not there yet, made at `place`. Raises UserError where it is not free.
+
+    It is made beside `out` and renamed. Where that cannot be, as `out` is the root of a mounted disk or nobody may write
+    beside it, it is made inside, and its files are moved. What a crash leaves, beside or inside, is in nobody's way.
+
+    token : names `place`, the same for all who make it together
+    """
+
+    def __init__(self, out: pathlib.Path, token: str) -> None:
+        self.out = out
+        found = [path.name for path in out.iterdir()] if out.is_dir() else []
+        if (out.exists() and not out.is_dir()) or not all(name.startswith(".") and name.endswith(SUFFIX) for name in found):
+            raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
+        self.inside = out.is_dir() and (out.is_mount() or bool(found) or not os.access(out.parent, os.W_OK | os.X_OK))
+        self.place = (out if self.inside else out.parent) / f".{out.name[:100]}.{token}{SUFFIX}"
+        self._new = [path for path in (out, *out.parents) if not path.exists()]
+        self._done = False
+
+    def left_over(self) -> Iterator[pathlib.Path]:
+        """What others have begun, and maybe never ended."""
+        folder = self.out if self.inside else self.out.parent
+        yield from folder.glob(f".{glob.escape(self.out.name[:100])}.*{SUFFIX}")
+
+    def make(self) -> None:
+        """Make `place`, and look whether it can be written to. Raises UserError."""
+        try:
+            self.place.mkdir(parents=True)
+            storage.write_text(self.place / "probe", "")
+            (self.place / "probe").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.out}: {reason(error)}") from None
+
+    def finish(self) -> None:
+        """Let `out` be what was made, unless another is there by now. Raises UserError."""
+        try:
+            if self.inside:
+                self._move()
+            else:
+                os.rename(self.place, self.out)
+                storage.flush(self.out.parent)
+        except OSError as error:
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise UserError(f"another prepare has made --out {self.out} meanwhile; this one is dropped") from None
+            raise UserError(f"cannot write to --out {self.out}: {reason(error)}") from None
+        self._done = True
+
+    def _move(self) -> None:
+        if (self.out / "manifest.json").exists():
+            raise FileExistsError(self.out)
+        files = sorted(self.place.iterdir(), key=lambda path: path.name == "manifest.json")  # which says that all is there
+        for path in files:
+            os.rename(path, self.out / path.name)
+        storage.flush(self.out)
+        self.place.rmdir()
+
+    def undo(self) -> None:
+        """Remove what was made, and the folders above that are new, as far as they are empty then."""
+        with contextlib.suppress(OSError):
+            if self._done and self.inside:
+                for path in self.out.iterdir():
+                    path.unlink()
+            elif self._done:
+                shutil.rmtree(self.out)
+        shutil.rmtree(self.place, ignore_errors=True)
+        for path in self._new:
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,1 @@
+"""Commands that look at runs, corpora and models, and one that looks for a learning rate."""

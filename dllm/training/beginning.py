@@ -1,0 +1,101 @@
+"""Where a run begins: with drawn parameters or those of another model, at a checkpoint, or with what survived a death."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..config import Config
+from ..data.corpus import Corpus
+from ..data.lanes import Schedule
+from ..errors import UserError
+from ..inference.loaded_model import LoadedModel
+from ..kernels.types import Array
+from ..model.language_model import LanguageModel
+from ..runs import checkpoint, provenance
+from ..runs.checkpoint import Checkpoint
+from ..runs.checkpoint_writer import Saver
+from ..runs.provenance import Text, text_of, with_text
+from ..runs.state import State
+from .lane_copies import Piece
+from .metrics import Clock
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+@dataclass
+class Survived:
+    """What a rank brings out of the death of others."""
+
+    theta: Array
+    moments: list[Array]
+    scalars: dict[str, Any]
+    lanes: list[Piece]  # its own, and the previous rank's where that has died
+    clock: Clock
+    saver: Saver  # of the run before
+
+
+Origin: TypeAlias = Checkpoint | Survived | LoadedModel | None
+
+
+def where(comm: MPI.Comm, corpus: Corpus, origin: Origin) -> tuple[list[Text], int, int]:
+    """What the model was and is trained on, and the epoch and the place in it where that goes on. Collective."""
+    text = text_of(comm, corpus)
+    if isinstance(origin, Survived):
+        return provenance.parse(origin.saver.facts["texts"]), origin.scalars["epoch"], origin.scalars["place"]
+    before = origin.texts if origin else []
+    if isinstance(origin, Checkpoint) and before[-1].train == text.train:
+        scalars = origin.manifest["scalars"]
+        return with_text(before, text), scalars["epoch"], scalars["place"]
+    return with_text(before, text), 0, 0
+
+
+def fill(
+    state: State, model: LanguageModel, own: range, schedule: Schedule, config: Config, text: Text, origin: Origin,
+    warn: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Fill the state as the run begins. What survived is there already.
+
+    text : what the model is trained on now
+    warn : told what begins anew, by all ranks alike
+
+    Raises UserError.
+    """
+    if isinstance(origin, Checkpoint):
+        checkpoint.check_fits(origin, model.layout, model.layout.dtype, len(state.moments), config.train.lanes)
+        checkpoint.load(origin, model.layout, state, own)
+        _go_on(state, schedule, config.train.carry, origin, text, warn)
+    elif isinstance(origin, LoadedModel):
+        _take_parameters(state, model, origin)
+    elif origin is None:
+        model.initialise(config.train.seed)
+
+
+def _go_on(state: State, schedule: Schedule, carry: str, resume: Checkpoint, text: Text, warn: Callable[[str], None]) -> None:
+    """Bring the state of a checkpoint to `text` and its schedule, and say what begins anew."""
+    before, anew = resume.texts[-1], []
+    if before.train != text.train:
+        state.begin_text(carry)
+        anew.append("the text for training is another: its first epoch begins")
+    if before.valid != text.valid:
+        state.begin_validation()
+        anew.append("the text for validation is another: the best loss, and what followed from it, begin anew")
+    if before.corpus != text.corpus or anew:
+        state.seen = 0
+    if anew:
+        warn("; ".join(anew))
+    if state.place > schedule.longest:
+        raise UserError(f"{resume.folder} is at place {state.place:,} of an epoch, and lanes have {schedule.longest:,} here")
+    if state.place >= schedule.end:  # windows of another width end elsewhere
+        state.place, state.epoch = 0, state.epoch + 1
+
+
+def _take_parameters(state: State, model: LanguageModel, parent: LoadedModel) -> None:
+    theirs = {name: tensor.shape for name, tensor in parent.layout.tensors.items()}
+    for name, tensor in model.layout.tensors.items():
+        if theirs.get(name) != tensor.shape:
+            what = f"{name} is {theirs.get(name)} there, {tensor.shape} here"
+            raise UserError(f"--init-from {parent.name} is of another shape: {what}")
+        model.layout.write(state.theta, name, parent.layout.read(parent.vector, name))

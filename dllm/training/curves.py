@@ -1,0 +1,129 @@
+"""What metrics.jsonl says, and pictures of it: for loss.png of a run, for runs side by side, for a range of learning rates."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import UserError, printable, reason
+from ..files import storage
+
+Line = dict[str, Any]  # of metrics.jsonl
+
+
+class Curve(NamedTuple):
+    """A line of a picture."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    marked: bool = False  # few points, each of which counts
+    colour: int = 0  # curves of one number have one colour
+
+
+def read_lines(path: pathlib.Path) -> list[Line]:
+    """The lines of a metrics.jsonl; one that a full disk or a crash cut short is left out. Raises UserError."""
+    lines: list[Line] = []
+    for text in storage.read_text(path, storage.LARGEST_METRICS).splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and is_number(line.get("loss")) and is_step(line.get("step")):
+                lines.append(line)
+    return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a file is one that a run may have measured, which can be computed with."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value out of a file may count steps."""
+    return type(value) is int and 0 <= value <= 2**53
+
+
+def curves_of(runs: Mapping[str, Iterable[Line]]) -> list[Curve]:
+    """The losses by step of runs, name -> lines: one of training and one of each split, in a colour for each run."""
+    found = list[Curve]()
+    for number, (name, lines) in enumerate(runs.items()):
+        splits: dict[str, list[tuple[float, float]]] = {}
+        for line in lines:
+            splits.setdefault(str(line.get("split", "train")), []).append((line["step"], line["loss"]))
+        for split, points in splits.items():
+            label = f"{name} {split}" if len(runs) > 1 else split
+            colour = number if len(runs) > 1 else len(found)
+            found.append(Curve(printable(label), points, split != "train", colour))
+    return found
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_picture(option: str, path: str | None) -> None:
+    """Raise UserError where a picture that is asked for could not be drawn: before the work that it shows."""
+    if path is None:
+        return
+    if not can_draw():
+        raise UserError(f"{option} {path} needs matplotlib: pip install 'dllm[plot]'")
+    if pathlib.Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{option} {path}: its name must end with .png, .svg or .pdf")
+    if not pathlib.Path(os.path.abspath(path)).parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {pathlib.Path(path).parent}")
+
+
+def draw(curves: Sequence[Curve], title: str, x: str = "step", log: bool = False) -> Callable[..., None]:
+    """A picture of losses, which needs matplotlib. Returns what writes it, once: write(path, format="png"); it raises OSError.
+
+    x : what is measured there
+    log : by powers of ten
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for curve in curves:
+        marker, dashed = "o" if curve.marked else "", curve.marked and _shared(curve, curves)
+        points = zip(*curve.points, strict=True)
+        axes.plot(*points, label=_plain(curve.label), color=f"C{curve.colour % 10}", marker=marker, ls="--" if dashed else "-")
+    axes.set(xlabel=x, ylabel="loss (nats a token)", title=_plain(title), xscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
+    return functools.partial(_save, figure)
+
+
+def write_picture(option: str, path: str, write: Callable[..., None]) -> None:
+    """Make the picture that an option asks for, of what `draw` has given. Raises UserError."""
+    try:
+        with storage.atomic(path) as temporary:
+            write(temporary, pathlib.Path(path).suffix[1:])
+    except OSError as error:
+        raise UserError(f"cannot write {option} {path}: {reason(error)}") from None
+
+
+def _save(figure: Any, path: pathlib.Path, form: str = "png") -> None:
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=120, format=form)
+    finally:
+        pyplot.close(figure)
+
+
+def _shared(curve: Curve, curves: Sequence[Curve]) -> bool:
+    """Whether another curve has its colour."""
+    return sum(other.colour == curve.colour for other in curves) > 1
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, to which a dollar means a formula."""
+    return text.replace("$", r"\$")
