@@ -65,7 +65,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .training import announcements, recovery, trace
     from .training.setup import set_up
     from .training.trainer import Trainer
-    from .training.warmup import code_hash, warm_up
+    from .training.warmup import AT_ONCE, code_hash, warm_up
 
     facts = {"code": code_hash(), "--resume": options.resume, "--max-steps": options.max_steps, "--trace": options.trace}
     runtime.check_same(comm, facts | config.flat(configuration))  # before anything communicates by them
@@ -76,8 +76,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         if known:
             runtime.agree(comm, corpus.check_vocabulary, known, name)
     compiling = time.monotonic()
-    with leader_first(node):
-        warm_up(configuration)
+    with leader_first(node, AT_ONCE):
+        warm_up(configuration, node.rank)
     compiling = time.monotonic() - compiling
     trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume or parent))
     writes = trainer.rank.domains.leads

@@ -68,12 +68,16 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def leader_first(node: NodeInfo) -> Iterator[bool]:
-    """A block that one rank of a node runs first; the others wait and leave it the cores. Yields whether it is this one."""
-    if node.rank > 0:
+def leader_first(node: NodeInfo, most: int = 1) -> Iterator[bool]:
+    """A block that one rank of a node runs first, or `most` of them at a time where there are so many cores.
+
+    The others wait and leave them the cores. Yields whether this rank is one of the first.
+    """
+    leads = node.rank < min(most, node.cores)
+    if not leads:
         wait(node.comm.Ibarrier(), nap=0.01)
     try:
-        yield node.rank == 0
+        yield leads
     finally:
-        if node.rank == 0:
+        if leads:
             wait(node.comm.Ibarrier(), nap=0.001)

@@ -12,9 +12,11 @@ import numpy as np
 
 from ..comm import compression
 from ..comm.averaging import Gradient
-from ..config import Config, ModelConfig
+from ..config import Config
 from ..kernels import reduce
 from ..kernels import rows as rows_kernels
+from ..kernels.gemm import zero_panels
+from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
@@ -30,35 +32,57 @@ def code_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def warm_up(config: Config) -> None:
-    """Run every kernel of a configuration once, so that all are compiled or loaded from the cache."""
+AT_ONCE = 2  # ranks between which the work of `warm_up` can be divided
+
+
+def warm_up(config: Config, place: int = 0) -> None:
+    """Run every kernel of a configuration once, so that all are compiled or loaded from the cache.
+
+    place : of this rank on its node. The second begins with the output layer, a third of the work, to which the first comes
+        last. Each finds in the cache what the other has compiled meanwhile.
+    """
     dtype = DTYPES[config.train.precision]
+    if place == 1:
+        _output_layer(config, dtype)
+    _others(config, dtype)
     _one_step(config, dtype)
+
+
+def _others(config: Config, dtype: DType) -> None:
+    """What no step on one rank reaches."""
     reduce.warm_up(dtype)
     rows_kernels.warm_up(dtype)
     compression.warm_up(config.averaging.compression, dtype)
 
 
+def _output_layer(config: Config, dtype: DType) -> None:
+    """The losses and gradients of the output layer alone."""
+    model = _model(config, dtype)
+    weights, gradients = (model.layout.arrays(np.zeros(model.layout.size, dtype))["output"] for _ in range(2))
+    chunk, y, dy = Chunk(2, 2, 5, model.operands, True), zero_panels(2, 2, dtype), zero_panels(2, 2, dtype)
+    softmax_cross_entropy(np.zeros(2, dtype), dy, gradients, chunk, y, 0, weights, np.zeros(2, np.int64), 1.0)
+
+
+def _model(config: Config, dtype: DType) -> LanguageModel:
+    """One with few weights that has every part of the real one."""
+    small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
+    small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
+    return LanguageModel(Layout(small, 5, dtype), 2, 1, bf16=uses_bf16(config.train.precision))
+
+
 def _one_step(config: Config, dtype: DType) -> None:
-    """A step of a model with few weights that has every part of the real one, and the loss of it without training."""
-    small, bf16 = _small(config.model), uses_bf16(config.train.precision)
-    layout = Layout(small, 5, dtype)
-    model = LanguageModel(layout, 2, 1, bf16=bf16)
+    """A step, and the loss without training. The optimiser is first: another rank compiles the output layer meanwhile."""
+    model = _model(config, dtype)
     P, table = model.layout.size, model.layout.table
     optimizer = optim.make_optimizer(config.train, table)
     h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
     moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]
     state = State(np.zeros(P, dtype), moments, h, c, np.zeros(1))
     model.bind(state.theta)
-    tokens = np.zeros((2, 1), np.int64)
-    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
-    model.backward()
     rows = None if table is None else np.zeros(1, np.int64)
     start = P if table is None else table.start
     optimizer.step(state, Gradient([(0, model.gradient[:start]), (start, model.gradient[start:])], rows), 0.0)
-    LanguageModel(layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)
-
-
-def _small(model: ModelConfig) -> ModelConfig:
-    small = dataclasses.replace(model, embedding=min(2, model.embedding), hidden=2, layers=2)
-    return dataclasses.replace(small, tied=model.tied and small.embedding == 2)
+    tokens = np.zeros((2, 1), np.int64)
+    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
+    model.backward()
+    LanguageModel(model.layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)

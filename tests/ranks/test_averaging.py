@@ -284,6 +284,18 @@ def test_one_rank_of_a_node_goes_first(comm):
     assert all(entered >= times[0][2] for leads, entered, _ in times if not leads)
 
 
+def test_as_many_ranks_go_first_as_there_are_cores_for(comm):
+    place = find_node(comm)
+    with leader_first(place, 2) as leads:
+        entered = time.monotonic()
+        if leads:
+            time.sleep(0.2)
+        left = time.monotonic()
+    assert leads == (place.rank < min(2, place.cores))
+    times = place.comm.allgather((leads, entered, left))
+    assert all(entered >= max(left for first, _, left in times if first) for leads, entered, _ in times if not leads)
+
+
 def test_a_leader_that_fails_does_not_keep_the_others_waiting(comm):
     place = find_node(comm)
 
