@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, papers, replicas, resilience
+from . import commands, decentralised, papers, replicas, resilience, tokenizing
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -32,6 +32,7 @@ COMMANDS = {
     "network": decentralised.network,
     "replicas": replicas.replicas,
     "papers": papers.papers,
+    "tokenizing": tokenizing.tokenizing,
 }
 PEERS = ["torch", "tensorflow", "jax"]
 

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import os
 import pathlib
-import pickle
 import sys
 import tempfile
 from collections.abc import Callable
@@ -92,7 +91,7 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             return self._load_overload(signature, context)  # type: ignore[no-untyped-call]
         except OSError:  # `save_overload` will say it
             return None
-        except (EOFError, pickle.UnpicklingError):  # cut short when the machine went down
+        except Exception:  # of what was cut short when the machine went down: any
             with contextlib.suppress(OSError):
                 self.flush()  # type: ignore[no-untyped-call]
             return None

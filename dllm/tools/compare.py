@@ -12,7 +12,7 @@ from .. import cli
 from ..errors import DONE, UserError, printable
 from ..remote.locate import local_copy
 from ..training.curves import check_picture, curves_of, draw, read_lines, write_picture
-from .facts import Facts, as_json, of_run
+from .facts import Facts, as_json, look
 
 EPILOG = """
 examples
@@ -46,10 +46,10 @@ def compare(argv: list[str]) -> int:
     check_picture("--plot", options.plot)
     paths = list(dict.fromkeys(options.runs))
     folders = [local_copy(path) for path in paths]
-    for path, folder in zip(paths, folders, strict=True):
-        if not (folder / "config.toml").exists():
-            raise UserError(f"{path} is not the folder of a run: it has no config.toml")
-    facts = [of_run(path, folder) for path, folder in zip(paths, folders, strict=True)]
+    facts = [look(path, folder) for path, folder in zip(paths, folders, strict=True)]
+    for one in facts:
+        if one["kind"] != "run":
+            raise UserError(f"{one['path']} is the folder of a {one['kind']}: runs are compared")
     names, settings = short_names(paths), differing(facts)
     results = {row: [_results(one)[row] for one in facts] for row in RESULTS}
     if options.plot:

@@ -165,11 +165,14 @@ def test_what_a_hostile_run_says_of_itself_does_no_harm(run, capsys):
         assert "\x1b" not in out + err
 
 
-def test_what_is_no_folder_of_ours_is_one_line(tmp_path, capsys):
+def test_what_is_no_folder_of_ours_is_one_line(world, tmp_path, capsys):
     (tmp_path / "config.toml").mkdir()
     for path in (tmp_path, tmp_path / "not-there", "/dev/null", "ipfs://"):
-        code, _, err = said(info.main, capsys, path)
-        assert (code, err.count("\n")) == (REFUSED, 1)
+        for command in (info.main, compare.main):
+            code, out, err = said(command, capsys, path)
+            assert (code, out, err.count("\n")) == (REFUSED, "", 1)
+    code, _, err = said(compare.main, capsys, world / "run", world / "tiny")
+    assert (code, err) == (REFUSED, f"dllm: {world / 'tiny'} is the folder of a corpus: runs are compared\n")
 
 
 def test_a_checkpoint_whose_file_is_cut_or_gone_is_named(run, capsys):

@@ -38,6 +38,7 @@ def run(program, *arguments, **variables):
     """Standard output, and lines on standard error, of a program; it must succeed."""
     words, variables = [sys.executable, "-c", program, *map(str, arguments)], environment(variables)
     variables = {name: value for name, value in variables.items() if value != "None"}
+    variables["PYTHONDONTWRITEBYTECODE"] = "1"  # Python itself would leave files that are cut short in this tree
     done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr.splitlines()
