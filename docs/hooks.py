@@ -98,7 +98,7 @@ def _commands():
              "`dllm COMMAND` and `python -m dllm.COMMAND` are the same.", "",
              "Every command ends with exit code 0 if it is done. Code 2 means that the input was bad.",
              "A closed pipe or a full disk behind standard output ends no command. Letters that it lacks are escaped.",
-             "Only `generate`, `evaluate` and `publish` end with code 2 where their result finds no room.",
+             "Those whose product is what they print, such as `generate`, end with code 2 where it finds no room.",
              "Code 75 means that a run stopped early and that `--resume` goes on with it."]  # fmt: skip
     for command, what in COMMANDS.items():
         asked = subprocess.run(

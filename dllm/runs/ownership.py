@@ -67,12 +67,11 @@ class Pulse:
         return now - self._at
 
     def _age(self, changed: int) -> float:
-        """Seconds by the clock of the folder's disk; 0 where nothing can be made there."""
-        try:
-            with tempfile.TemporaryFile(dir=self._run, prefix=".", suffix=".tmp") as file:
-                return max(0.0, (os.fstat(file.fileno()).st_mtime_ns - changed) / 1e9)
-        except OSError:
-            return 0.0
+        """Seconds by the clock of the folder's disk, or by this machine's where nothing can be made there."""
+        now = time.time_ns()
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self._run, prefix=".", suffix=".tmp") as file:
+            now = os.fstat(file.fileno()).st_mtime_ns
+        return max(0.0, (now - changed) / 1e9)
 
 
 def owner(run: Path) -> str | None:

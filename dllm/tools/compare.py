@@ -33,7 +33,7 @@ RESULTS = {  # a row of the table -> whether the highest (True), the lowest (Fal
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return cli.run(compare, argv)
+    return cli.run(compare, argv, product=True)
 
 
 def compare(argv: list[str]) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pathlib
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -150,22 +148,19 @@ def _is_epoch(value: Any) -> bool:
 
 
 def _state(folder: pathlib.Path) -> str:
-    """done, running, stopped, new (no job has written to it), or unknown, as far as can be told from here."""
+    """done, running, stopped or new (no job has written to it), as far as can be told from here."""
     if marks.is_done(folder):
         return "done"
     silent = _seconds_silent(folder)
     if silent is None:
         return "new"
-    if silent < -ALIVE:  # the disk's clock is ahead of this machine's
-        return "unknown"
     return "running" if silent < ALIVE else "stopped"
 
 
 def _seconds_silent(folder: pathlib.Path) -> float | None:
-    """Since the job that owns the run last gave a sign of life, by this machine's clock."""
-    with contextlib.suppress(OSError):
-        return round(time.time() - (folder / ownership.FILE).stat().st_mtime, 1)
-    return None
+    """Since the job that owns the run last gave a sign of life, by the clock of the disk where that can be asked."""
+    silent = ownership.Pulse(folder).silent()
+    return None if silent is None else round(silent, 1)
 
 
 def _speed(summary: Facts, train: list[Line]) -> float | None:

@@ -25,7 +25,7 @@ It reads what is on this disk, changes nothing, and needs no MPI. Of a run it co
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return cli.run(info, argv)
+    return cli.run(info, argv, product=True)
 
 
 def info(argv: list[str]) -> int:

@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    return cli.collective(lr_find, argv)
+    return cli.collective(lr_find, argv, product=True)
 
 
 def lr_find(argv: list[str], comm: MPI.Comm) -> int:

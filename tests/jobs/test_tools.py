@@ -87,15 +87,17 @@ def test_info_of_a_corpus_and_of_a_model(world, model, capsys):
     assert "step 20 of a run" in said(info.main, capsys, model)[1]
 
 
-def test_info_tells_a_run_that_goes_on_from_one_that_stopped_and_a_clock_that_is_ahead(run, capsys):
+def test_info_tells_a_run_that_goes_on_from_one_that_stopped_whatever_this_clock_says(run, capsys, monkeypatch):
     (run / "DONE").unlink()
-    now = time.time()
-    for age, state, words in (
-        (2, "running", "tail -f"),
-        (3600, "stopped", f"mpirun -n 2 python -m dllm.train --resume {run}"),
-        (-3600, "unknown", "--resume"),
+    now, clock = time.time(), time.time
+    for age, ahead, state, words in (
+        (2, 0, "running", "tail -f"),
+        (3600, 0, "stopped", f"mpirun -n 2 python -m dllm.train --resume {run}"),
+        (2, 86400, "running", "tail -f"),
+        (3600, -86400, "stopped", "--resume"),
     ):
         os.utime(run / "owner", (now - age, now - age))
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: clock() + ahead)
         found = as_json(info.main, capsys, run)
         assert found["state"] == state
         assert words in found["next"]
