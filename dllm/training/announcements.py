@@ -78,11 +78,12 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
     best = summary["best_valid_perplexity"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
+    if trainer.rank.validation.exhausted(trainer.state):
+        parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
     if trainer.config.log.sample and not trainer.config.data.private:  # it might repeat a text of another site
         reporter.say("sample\n" + _sample(trainer))
-    plot = reporter.plot()
-    reporter.say(f"plot       {plot}" if plot else "plot       pip install matplotlib draws loss.png next time")
+    reporter.say(f"plot       {reporter.plot()}")
     if trainer.corpus.tokenizer.pairs:
         reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
         return

@@ -101,11 +101,16 @@ def draw(curves: Sequence[Curve], title: str, x: str = "step", log: bool = False
     return functools.partial(_save, figure)
 
 
+def write_whole(path: storage.Path, write: Callable[..., None]) -> None:
+    """Make a picture of what `draw` has given, whole or not at all. Raises OSError."""
+    with storage.atomic(path) as temporary:
+        write(temporary, pathlib.Path(path).suffix[1:])
+
+
 def write_picture(option: str, path: str, write: Callable[..., None]) -> None:
     """Make the picture that an option asks for, of what `draw` has given. Raises UserError."""
     try:
-        with storage.atomic(path) as temporary:
-            write(temporary, pathlib.Path(path).suffix[1:])
+        write_whole(path, write)
     except OSError as error:
         raise UserError(f"cannot write {option} {path}: {reason(error)}") from None
 

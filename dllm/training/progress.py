@@ -20,7 +20,7 @@ from ..files import storage
 from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
 from . import event_files
-from .curves import Line, can_draw, curves_of, draw, read_lines
+from .curves import Line, can_draw, curves_of, draw, read_lines, write_whole
 from .event_files import EventFile
 
 if TYPE_CHECKING:
@@ -161,13 +161,13 @@ class Reporter:
                 self.complain(f"cannot write {self.run / name}: {reason(error)}; training goes on")
             self.failed.add(name)
 
-    def plot(self) -> pathlib.Path | None:
-        """Draw loss.png from metrics.jsonl. Returns its path, or None where matplotlib is not installed."""
+    def plot(self) -> str:
+        """Draw loss.png from metrics.jsonl. Returns its path, or why there is none."""
         if not can_draw():
-            return None
-        lines = read_lines(self.run / "metrics.jsonl")
-        self._attempt("loss.png", draw(curves_of({self.run.name: lines}), self.run.name), self.run / "loss.png")
-        return self.run / "loss.png"
+            return "pip install matplotlib draws loss.png next time"
+        write = draw(curves_of({self.run.name: read_lines(self.run / "metrics.jsonl")}), self.run.name)
+        self._attempt("loss.png", write_whole, self.run / "loss.png", write)
+        return "there is no loss.png" if "loss.png" in self.failed else str(self.run / "loss.png")
 
 
 def _on_terminal() -> bool:

@@ -1,5 +1,6 @@
 """What tells never ends what it tells of: letters, closed pipes, full disks, closed descriptors."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from helpers.launch import environment
+
+from dllm.training import progress
 
 SPEAK = """
 import json, sys
@@ -109,3 +112,19 @@ def test_a_line_of_json_is_json_in_every_encoding(tmp_path):
     for encoding in ("ascii", "utf-8"):
         done, _ = run(program, tmp_path, "", PYTHONIOENCODING=encoding)
         assert json.loads(done.stdout) == "\U0001f600"
+
+
+@pytest.mark.parametrize("error", [None, errno.ENOSPC, errno.EROFS])
+def test_a_picture_that_finds_no_room_is_not_promised(tmp_path, monkeypatch, capsys, error):
+    def write(path, form):
+        if error:
+            raise OSError(error, os.strerror(error))
+        path.write_text(form)
+
+    monkeypatch.setattr(progress, "can_draw", lambda: True)
+    monkeypatch.setattr(progress, "draw", lambda *_: write)
+    reporter = progress.Reporter(True, "none")
+    reporter.run = tmp_path
+    assert reporter.plot() == ("there is no loss.png" if error else str(tmp_path / "loss.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ([] if error else ["loss.png"])
+    assert ("cannot write" in capsys.readouterr().err) == bool(error)
