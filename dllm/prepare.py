@@ -236,6 +236,8 @@ def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[
     for split in SPLITS[1:]:
         if getattr(options, f"{split}_fraction") and (getattr(options, split) or getattr(options, f"{split}_pairs")):
             parser.error(f"--{split}-fraction takes {split} from train: leave out either it or the {split} files")
+    if options.valid_fraction + options.test_fraction >= 1:
+        parser.error("--valid-fraction and --test-fraction leave nothing to train: they must add up to less than 1")
     suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
     names = {split: split + suffix for split in SPLITS} | ({"train": "pairs"} if options.pairs else {})
     if any(getattr(options, split + other) for split in SPLITS[1:]):

@@ -208,6 +208,8 @@ def plan_pairs(
     if not len(numbers):
         raise UserError(f"there are no pairs in {', '.join(side.name for side in files[0].sides)}")
     start, stop = pairing.part(split, len(numbers))
+    if start == stop:
+        raise UserError(f"the {split} share of {len(numbers):,} pairs is none: it takes more pairs, or another fraction")
     order = drawn(pairing.seed, len(numbers))[start:stop]
     numbers, sizes = numbers[order], sizes[order]
     shards = []

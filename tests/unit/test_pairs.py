@@ -13,6 +13,7 @@ from helpers.schedules import schedule_of_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm import prepare
 from dllm.config import ModelConfig
 from dllm.data import pair_lanes, pair_order, pairs, shards
 from dllm.data.corpus import Corpus
@@ -138,6 +139,21 @@ def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, h
         assert part == [text for text in whole if text]
         seen += lines.tolist()
     assert sorted(seen) == [line for line, fit in enumerate(fits) if fit]
+
+
+@pytest.mark.parametrize(("share", "empty"), [(0.01, "valid"), (0.999, "train")])
+def test_a_share_of_no_pairs_is_refused(tmp_path, share, empty):
+    files, pairing = [write_pairs(tmp_path, EXAMPLES[:20], "a")], pairs.Pairing(1, 0, {"valid": share})
+    with pytest.raises(UserError, match=f"the {empty} share of 20 pairs is none: it takes more pairs, or another fraction"):
+        pairs.plan_pairs(files, pairing, split=empty)
+
+
+@pytest.mark.parametrize("of", [["--train", "t"], ["--pairs", "s", "t"]])
+def test_shares_that_leave_nothing_are_refused(of):
+    words = [*of, "--valid-fraction", "0.5", "--tokenizer", "char", "--out", "o", "--test-fraction"]
+    with pytest.raises(UserError, match="leave nothing to train: they must add up to less than 1"):
+        prepare.arguments([*words, "0.5"])
+    assert prepare.arguments([*words, "0.4"])[0].test_fraction == 0.4
 
 
 DAMAGED_ORDERS = [
