@@ -82,7 +82,10 @@ def plain_files(
             for number in mine:
                 say(f"reading {sources[number].name}")
                 _write(sources[number], number, folder, reading)
-        yield _as_named(names, sources, made, folder, reading)
+        files = _as_named(names, sources, made, folder, reading)
+        with together(comm):
+            _check_shares(files, reading.held_out)
+        yield files
 
 
 def flat(paths: Iterable[Any]) -> Iterator[Any]:
@@ -177,6 +180,14 @@ def _as_named(
 
 def _place(folder: pathlib.Path, number: int, split: str) -> pathlib.Path:
     return folder / f"{number:06d}-{split}"
+
+
+def _check_shares(files: Mapping[str, Sequence[TextFile]], held_out: Mapping[str, float]) -> None:
+    """Raise UserError where a share of some train text is none."""
+    empty = [split for split in ("train", *held_out) if held_out and not any(os.path.getsize(one.path) for one in files[split])]
+    if empty and len(empty) <= len(held_out):  # else there is no text at all, and who reads it says so
+        by = ", ".join(f"--{split}-fraction {share:g}" for split, share in held_out.items() if empty[0] in ("train", split))
+        raise UserError(f"{by} gives {empty[0]} none of so few documents or lines: take more text, or another fraction")
 
 
 # writing

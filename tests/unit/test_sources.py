@@ -248,6 +248,19 @@ def test_a_share_of_lines_or_documents_is_held_out_by_the_seed(tmp_path):
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize(("lines", "share", "empty"), [(50, 0.0001, "valid"), (3, 0.999, "train")])
+def test_a_share_of_too_few_lines_is_named_by_its_fraction(tmp_path, lines, share, empty):
+    (tmp_path / "t").write_bytes(b"a line\n" * lines)
+    with pytest.raises(UserError, match=f"^--valid-fraction {share} gives {empty} none of so few documents or lines"):
+        read(tmp_path, [tmp_path / "t"], Reading(held_out={"valid": share}))
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "t"]
+
+
+def test_no_text_at_all_is_not_the_fault_of_a_fraction(tmp_path):
+    (tmp_path / "t").touch()
+    assert read(tmp_path, [tmp_path / "t"], Reading(held_out={"valid": 0.1})) == b""
+
+
 # what a file of text is
 
 
