@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -155,7 +156,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     held_out = {name: share for name, share in held_out.items() if share}
     pairing = Pairing(options.seed, options.longest, held_out) if options.pairs else None
     reading = Reading(options.field, options.keep_bytes, {} if pairing else held_out, options.seed)
-    near = next(path for path in pathlib.Path(out if alone else options.out).parents if not config.is_private(str(path)))
+    above = pathlib.Path(os.path.abspath(out if alone else options.out)).parents
+    near = next((path for path in above if not config.is_private(str(path))), pathlib.Path(os.sep))
 
     def say(text: str) -> None:
         if comm.rank == 0:

@@ -18,18 +18,20 @@ SUFFIX = ".tmp"
 class NewFolder:
     """The folder `out`, empty or not there yet, made at `place`. Raises UserError where it is not free.
 
-    It is made beside `out` and renamed. Where that cannot be, as `out` is the root of a mounted disk or nobody may write
-    beside it, it is made inside, and its files are moved. What a crash leaves, beside or inside, is in nobody's way.
+    It is made beside `out` and renamed. Where `out` is there, it is made inside, and its files are moved: `out` may be the root
+    of a mounted disk, somebody may be in it, and maybe nobody may write beside it. What a crash leaves, beside or inside, is in
+    nobody's way.
 
     token : names `place`, the same for all who make it together
     """
 
     def __init__(self, out: pathlib.Path, token: str) -> None:
+        out = pathlib.Path(os.path.abspath(out))
         self.out = out
         found = [path.name for path in out.iterdir()] if out.is_dir() else []
         if (out.exists() and not out.is_dir()) or not all(name.startswith(".") and name.endswith(SUFFIX) for name in found):
             raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
-        self.inside = out.is_dir() and (out.is_mount() or bool(found) or not os.access(out.parent, os.W_OK | os.X_OK))
+        self.inside = out.is_dir()
         self.place = (out if self.inside else out.parent) / f".{out.name[:100]}.{token}{SUFFIX}"
         self._new = [path for path in (out, *out.parents) if not path.exists()]
         self._done = False

@@ -314,11 +314,10 @@ def test_the_place_of_a_byte_that_is_not_utf8_is_that_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_of_two_that_make_a_folder_one_succeeds(tmp_path, inside, monkeypatch):
+def test_of_two_that_make_a_folder_one_succeeds(tmp_path, inside):
     out = tmp_path / "some" / "corpus"
     if inside:
         out.mkdir(parents=True)
-        monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == out)
     first, second = NewFolder(out, "1"), NewFolder(out, "2")
     for one in (first, second):
         one.make()
@@ -334,6 +333,18 @@ def test_of_two_that_make_a_folder_one_succeeds(tmp_path, inside, monkeypatch):
         NewFolder(out, "3")
     first.undo()
     assert list(tmp_path.iterdir()) == ([] if not inside else [tmp_path / "some"])
+
+
+@pytest.mark.parametrize("name", [".", "corpus", "../here"])
+def test_a_folder_is_made_where_its_maker_is(tmp_path, name, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    one = NewFolder(pathlib.Path(name), "1")
+    one.make()
+    (one.place / "manifest.json").touch()
+    one.finish()
+    assert os.listdir(name) == ["manifest.json"]
+    assert os.getcwd() == str(tmp_path / "here")
 
 
 @pytest.mark.parametrize("inside", [False, True])
