@@ -26,11 +26,12 @@ class NewFolder:
     """
 
     def __init__(self, out: pathlib.Path, token: str) -> None:
-        out = pathlib.Path(os.path.abspath(out))
+        self.name, out = out, pathlib.Path(os.path.realpath(out))  # a link stays, and what it names is made
         self.out = out
-        found = [path.name for path in out.iterdir()] if out.is_dir() else []
-        if (out.exists() and not out.is_dir()) or not all(name.startswith(".") and name.endswith(SUFFIX) for name in found):
-            raise UserError(f"--out {out} exists and is not an empty folder; choose another, or remove it first")
+        found = os.listdir(out) if out.is_dir() else []
+        other = os.path.lexists(out) and not out.is_dir()
+        if other or not all(name.startswith(".") and name.endswith(SUFFIX) for name in found):
+            raise UserError(f"--out {self.name} exists and is not an empty folder; choose another, or remove it first")
         self.inside = out.is_dir()
         self.place = (out if self.inside else out.parent) / f".{out.name[:100]}.{token}{SUFFIX}"
         self._new = [path for path in (out, *out.parents) if not path.exists()]
@@ -48,7 +49,7 @@ class NewFolder:
             storage.write_text(self.place / "probe", "")
             (self.place / "probe").unlink()
         except OSError as error:
-            raise UserError(f"cannot write to --out {self.out}: {reason(error)}") from None
+            raise UserError(f"cannot write to --out {self.name}: {reason(error)}") from None
 
     def finish(self) -> None:
         """Let `out` be what was made, unless another is there by now. Raises UserError."""
@@ -60,8 +61,8 @@ class NewFolder:
                 storage.flush(self.out.parent)
         except OSError as error:
             if self.out.is_dir() and any(self.out.iterdir()):
-                raise UserError(f"another prepare has made --out {self.out} meanwhile; this one is dropped") from None
-            raise UserError(f"cannot write to --out {self.out}: {reason(error)}") from None
+                raise UserError(f"another prepare has made --out {self.name} meanwhile; this one is dropped") from None
+            raise UserError(f"cannot write to --out {self.name}: {reason(error)}") from None
         self._done = True
 
     def _move(self) -> None:

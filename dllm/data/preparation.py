@@ -72,7 +72,7 @@ def prepare_corpus(
     copies
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
-    domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, out)
+    domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, os.path.realpath(out))
     token = os.urandom(8).hex()
     token = token if private else messages.broadcast(comm, token, str)
     if not private:

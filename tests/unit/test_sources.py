@@ -347,6 +347,26 @@ def test_a_folder_is_made_where_its_maker_is(tmp_path, name, monkeypatch):
     assert os.getcwd() == str(tmp_path / "here")
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_an_empty_folder_or_to_none_yet_is_followed(tmp_path, there):
+    there and (tmp_path / "disk" / "corpus").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "corpus")
+    one = NewFolder(tmp_path / "link", "1")
+    one.make()
+    (one.place / "manifest.json").touch()
+    one.finish()
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "link") == os.listdir(tmp_path / "disk" / "corpus") == ["manifest.json"]
+    with pytest.raises(UserError, match=f"--out {tmp_path}/link exists and is not an empty folder"):
+        NewFolder(tmp_path / "link", "2")
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UserError, match=f"--out {tmp_path}/link"):
+        NewFolder(tmp_path / "link", "1").make()
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_a_crash_left_is_in_nobodys_way(tmp_path, inside):
     out = tmp_path / "corpus"
