@@ -56,8 +56,12 @@ def _named(word: str) -> Sequence[str]:
 
 
 def _below(folder: pathlib.Path) -> Iterator[str]:
-    """All files of a folder, but hidden ones."""
-    for place, folders, names in os.walk(folder):
+    """All files of a folder, but hidden ones. Raises UserError where one below cannot be looked into."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {reason(error)}")
+
+    for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(place, name) for name in names if not name.startswith("."))
 

@@ -194,6 +194,21 @@ def test_names_of_files_folders_patterns_and_lists(tmp_path):
     assert source_names.named(["-", "/dev/stdin"]) == ["-", "-"]
 
 
+def test_a_folder_below_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").touch()
+    look = os.scandir
+
+    def scandir(path):  # root may look everywhere
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=f"^cannot read {tmp_path}/in/closed: Permission denied$"):
+        source_names.named([f"{tmp_path}/in"])
+
+
 def test_urls_are_read_by_fsspec(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
