@@ -28,7 +28,7 @@ import msgspec
 Stream: TypeAlias = IO[bytes]
 
 BLOCK = 1 << 20  # bytes that are read at a time
-LONGEST_RECORD = 1 << 28  # bytes of a line of JSON
+LONGEST_RECORD = 1 << 28  # bytes of a line that is read whole: of JSON, or where lines are dealt out
 MOST_LAYERS = 4  # of packings in each other
 ROWS = 256  # of a Parquet file that are in memory at a time
 
@@ -55,7 +55,7 @@ def texts(stream: Stream, field: str, folder: pathlib.Path, one_by_one: bool) ->
         return (text if text.endswith(b"\n") else text + b"\n" for text in read(stream, field, folder))
     if head.startswith(PARQUET):
         raise TextError("it is a Parquet file: say by --field which column is the text")
-    return iter(stream) if one_by_one else iter(functools.partial(stream.read, BLOCK), b"")
+    return _lines(stream) if one_by_one else iter(functools.partial(stream.read, BLOCK), b"")
 
 
 class _Begun(io.RawIOBase):
@@ -112,18 +112,24 @@ def _zstd(stream: Stream) -> Stream:
     return opened  # type: ignore[no-any-return]
 
 
-def _json_lines(stream: Stream, name: str, folder: pathlib.Path) -> Iterator[bytes]:
-    """The texts of a field of JSON lines."""
-    record = msgspec.defstruct("Record", [("text", str)], rename={"text": name})
-    decoder: Any = msgspec.json.Decoder(record)
+def _lines(stream: Stream) -> Iterator[bytes]:
+    """Lines with their ends. Raises TextError where one would take too much memory."""
     for number in itertools.count(1):
         line = stream.readline(LONGEST_RECORD + 1)
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
         if not line:
             return
         if len(line) > LONGEST_RECORD:
             raise TextError(f"line {number:,} has over {LONGEST_RECORD >> 20} MiB")
+        yield line
+
+
+def _json_lines(stream: Stream, name: str, folder: pathlib.Path) -> Iterator[bytes]:
+    """The texts of a field of JSON lines."""
+    record = msgspec.defstruct("Record", [("text", str)], rename={"text": name})
+    decoder: Any = msgspec.json.Decoder(record)
+    for number, line in enumerate(_lines(stream), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
             try:
                 yield decoder.decode(line).text.encode()

@@ -151,6 +151,15 @@ def test_a_record_of_endless_length_takes_no_memory(tmp_path, monkeypatch):
         read(tmp_path, [tmp_path / "r"], Reading("text"))
 
 
+@pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
+def test_a_line_of_endless_length_is_not_held_out(tmp_path, pack, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST_RECORD", 1000)
+    (tmp_path / "t").write_bytes(pack(b"short\n" * 2 + b"x" * 5000))
+    with pytest.raises(UserError, match=r"cannot read .*/t: line 3 has over 0 MiB"):
+        read(tmp_path, [tmp_path / "t"], Reading(held_out={"valid": 0.5}))
+    assert len(read(tmp_path, [tmp_path / "t"])) == 5012
+
+
 def test_what_unpacks_to_more_than_the_disk_is_stopped_before_it_is_full(tmp_path, monkeypatch):
     (tmp_path / "bomb").write_bytes(gzip.compress(bytes(48 << 20), 1))
     left, usage = iter([1 << 30, 1 << 28, 1 << 20]), sources.shutil.disk_usage(tmp_path)
