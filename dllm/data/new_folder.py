@@ -35,6 +35,7 @@ class NewFolder:
         self.inside = out.is_dir()
         self.place = (out if self.inside else out.parent) / f".{out.name[:100]}.{token}{SUFFIX}"
         self._new = [path for path in (out, *out.parents) if not path.exists()]
+        self._taken: list[pathlib.Path] = []  # files of `out` that are this one's
         self._done = False
 
     def left_over(self) -> Iterator[pathlib.Path]:
@@ -70,18 +71,18 @@ class NewFolder:
             raise FileExistsError(self.out)
         files = sorted(self.place.iterdir(), key=lambda path: path.name == "manifest.json")  # which says that all is there
         for path in files:
+            self._taken.append(self.out / path.name)
             os.rename(path, self.out / path.name)
         storage.flush(self.out)
         self.place.rmdir()
 
     def undo(self) -> None:
         """Remove what was made, and the folders above that are new, as far as they are empty then."""
-        with contextlib.suppress(OSError):
-            if self._done and self.inside:
-                for path in self.out.iterdir():
-                    path.unlink()
-            elif self._done:
-                shutil.rmtree(self.out)
+        for path in reversed(self._taken):  # the manifest first: what is left is no corpus
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if self._done and not self.inside:
+            shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.place, ignore_errors=True)
         for path in self._new:
             with contextlib.suppress(OSError):

@@ -359,6 +359,19 @@ def test_of_two_that_make_a_folder_one_succeeds(tmp_path, inside):
     assert list(tmp_path.iterdir()) == ([] if not inside else [tmp_path / "some"])
 
 
+def test_nothing_but_what_was_made_is_undone(tmp_path):
+    out = tmp_path / "corpus"
+    (out / ".corpus.0123.tmp").mkdir(parents=True)
+    one = NewFolder(out, "1")
+    one.make()
+    for name in ("a.h5", "manifest.json"):
+        (one.place / name).touch()
+    one.finish()
+    (out / "of another").touch()
+    one.undo()
+    assert sorted(path.name for path in out.iterdir()) == [".corpus.0123.tmp", "of another"]
+
+
 @pytest.mark.parametrize("name", [".", "corpus", "../here"])
 def test_a_folder_is_made_where_its_maker_is(tmp_path, name, monkeypatch):
     (tmp_path / "here").mkdir()
