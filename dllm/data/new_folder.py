@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -61,20 +62,26 @@ class NewFolder:
                 os.rename(self.place, self.out)
                 storage.flush(self.out.parent)
         except OSError as error:
-            if self.out.is_dir() and any(self.out.iterdir()):
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise UserError(f"another prepare has made --out {self.name} meanwhile; this one is dropped") from None
             raise UserError(f"cannot write to --out {self.name}: {reason(error)}") from None
         self._done = True
 
     def _move(self) -> None:
-        if (self.out / "manifest.json").exists():
-            raise FileExistsError(self.out)
-        files = sorted(self.place.iterdir(), key=lambda path: path.name == "manifest.json")  # which says that all is there
-        for path in files:
-            self._taken.append(self.out / path.name)
-            os.rename(path, self.out / path.name)
+        """Move the files; the manifest, which says that all is there, comes last.
+
+        Each other name is taken before, if it is free, by all in one order. So the first name that two have in common decides
+        between them: that of the tokenizer at the latest.
+        """
+        *names, manifest = sorted(os.listdir(self.place), key=lambda name: (name == "manifest.json", name))
+        for name in names:
+            os.close(os.open(self.out / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            self._taken.append(self.out / name)
+            os.rename(self.place / name, self.out / name)
+        self._taken.append(self.out / manifest)
+        os.rename(self.place / manifest, self.out / manifest)
         storage.flush(self.out)
-        self.place.rmdir()
+        shutil.rmtree(self.place, ignore_errors=True)
 
     def undo(self) -> None:
         """Remove what was made, and the folders above that are new, as far as they are empty then."""

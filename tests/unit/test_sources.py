@@ -345,18 +345,45 @@ def test_of_two_that_make_a_folder_one_succeeds(tmp_path, inside):
     first, second = NewFolder(out, "1"), NewFolder(out, "2")
     for one in (first, second):
         one.make()
-        (one.place / "manifest.json").write_text(one.place.name)
+        for name in ("manifest.json", "tokenizer.json"):
+            (one.place / name).write_text(one.place.name)
+    (second.place / "test-00000.h5").touch()
     first.finish()
     with pytest.raises(UserError, match=f"another prepare has made --out {out} meanwhile"):
         second.finish()
     second.undo()
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
-    assert (out / "manifest.json").read_text() == first.place.name
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "manifest.json": first.place.name,
+        "tokenizer.json": first.place.name,
+    }
     assert list(out.parent.iterdir()) == [out]
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         NewFolder(out, "3")
     first.undo()
     assert list(tmp_path.iterdir()) == ([] if not inside else [tmp_path / "some"])
+
+
+def test_of_two_in_the_same_moment_one_moves_its_files(tmp_path, monkeypatch):
+    first, second = NewFolder(tmp_path, "1"), NewFolder(tmp_path, "2")
+    for one, names in ((first, "btm"), (second, "abcm")):
+        one.make()
+        for name in names:
+            (one.place / {"m": "manifest.json", "t": "tokenizer.json"}.get(name, name)).write_text(one.place.name)
+    rename, lost = os.rename, []
+
+    def meanwhile(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(UserError, match="another prepare has made --out"):
+            second.finish()  # between two steps of the first
+        second.undo()
+        lost.append(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    first.finish()
+    assert len(lost) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "manifest.json", "tokenizer.json"}
+    assert {path.read_text() for path in tmp_path.iterdir()} == {first.place.name}
 
 
 def test_nothing_but_what_was_made_is_undone(tmp_path):
