@@ -15,6 +15,7 @@ from . import cli, config
 from .comm import messages, runtime
 from .data import source_names, text
 from .data.corpus import Corpus
+from .data.new_folder import left_over
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
@@ -163,6 +164,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(text, flush=True)
 
+    for path in left_over(pathlib.Path(out), near):
+        cli.warn_once(comm)(f"a prepare that crashed has left {path} more than a day ago; it may be removed")
     with plain_files(comm, splits, near, reading, alone, say) as files:
         if options.deal:
             files = runtime.agree(comm, _deal, files, comm.size, options)[comm.rank]

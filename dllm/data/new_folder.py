@@ -8,12 +8,26 @@ import glob
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import time
 
 from ..errors import UserError, reason
 from ..files import storage
 
 SUFFIX = ".tmp"
+OLD = 24 * 3600  # seconds; whoever makes a folder writes to it now and then
+
+
+def left_over(out: pathlib.Path, near: pathlib.Path) -> list[pathlib.Path]:
+    """Folders that a crash has left: made for `out`, or for texts in `near`, and nothing in them is younger than `OLD`."""
+    out, old = pathlib.Path(os.path.realpath(out)), []
+    mine, texts = f".{glob.escape(out.name[:100])}.*{SUFFIX}", f".text-*{SUFFIX}"
+    places = (out, mine), (out.parent, mine), (near, texts)
+    found = {path for folder, name in places for path in glob.glob(f"{glob.escape(str(folder))}/{name}")}
+    for path in map(pathlib.Path, sorted(found)):
+        with contextlib.suppress(OSError):
+            if max(os.stat(one).st_mtime for one in (path, *path.iterdir())) < time.time() - OLD:
+                old.append(path)
+    return old
 
 
 class NewFolder:
@@ -29,20 +43,15 @@ class NewFolder:
     def __init__(self, out: pathlib.Path, token: str) -> None:
         self.name, out = out, pathlib.Path(os.path.realpath(out))  # a link stays, and what it names is made
         self.out = out
-        found = os.listdir(out) if out.is_dir() else []
-        other = os.path.lexists(out) and not out.is_dir()
+        found = os.listdir(out) if os.path.isdir(out) else []
+        other = os.path.lexists(out) and not os.path.isdir(out)
         if other or not all(name.startswith(".") and name.endswith(SUFFIX) for name in found):
             raise UserError(f"--out {self.name} exists and is not an empty folder; choose another, or remove it first")
-        self.inside = out.is_dir()
+        self.inside = os.path.isdir(out)
         self.place = (out if self.inside else out.parent) / f".{out.name[:100]}.{token}{SUFFIX}"
-        self._new = [path for path in (out, *out.parents) if not path.exists()]
+        self._new = [path for path in (out, *out.parents) if not os.path.exists(path)]
         self._taken: list[pathlib.Path] = []  # files of `out` that are this one's
         self._done = False
-
-    def left_over(self) -> Iterator[pathlib.Path]:
-        """What others have begun, and maybe never ended."""
-        folder = self.out if self.inside else self.out.parent
-        yield from folder.glob(f".{glob.escape(self.out.name[:100])}.*{SUFFIX}")
 
     def make(self) -> None:
         """Make `place`, and look whether it can be written to. Raises UserError."""

@@ -8,6 +8,7 @@ import lzma
 import os
 import pathlib
 import threading
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from dllm.data import formats, source_names, sources, text
-from dllm.data.new_folder import NewFolder
+from dllm.data.new_folder import OLD, NewFolder, left_over
 from dllm.data.sources import Reading, plain_files
 from dllm.data.tokenizers import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
 from dllm.errors import UserError
@@ -438,9 +439,16 @@ def test_what_a_crash_left_is_in_nobodys_way(tmp_path, inside):
         out.mkdir()
     left = (out if inside else tmp_path) / ".corpus.0123.tmp"
     left.mkdir()
+    (left / "train-00000.h5").touch()
+    texts = tmp_path / ".text-0123.tmp"
+    texts.mkdir()
     again = NewFolder(out, "1")
     again.make()
-    assert list(again.left_over()) in ([left, again.place], [again.place, left])
+    assert left_over(out, tmp_path) == []
+    for path in (texts, left, left / "train-00000.h5"):
+        assert left not in left_over(out, tmp_path)
+        os.utime(path, (0, time.time() - OLD - 60))
+    assert left_over(out, tmp_path) == sorted([left, texts])
     (again.place / "manifest.json").touch()
     again.finish()
     assert (out / "manifest.json").is_file()
