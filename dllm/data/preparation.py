@@ -151,18 +151,23 @@ class _Preparation:
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
         pairs = self.pairing is not None
-        for first in (True, False):  # one on each disk compiles, the others find it done
-            with together(self.comm):
-                if first == self.domains.leads:
-                    KINDS[wanted.kind or "bpe"].warm_up()
         if wanted.folder:
-            return vocabulary.take(self.comm, wanted.folder, pairs, self.say)
+            tokenizer = vocabulary.take(self.comm, wanted.folder, pairs, self.say)
+            self._warm_up(type(tokenizer))
+            return tokenizer
+        self._warm_up(KINDS[wanted.kind])
         if wanted.kind == "byte":
             return agree(self.comm, wanted.of_counts, {}, pairs)
         with together(self.comm):
             kind, counting = KINDS[wanted.kind], wanted.counting
             counts = self._count_privately(plans["train"], kind, counting) if counting else self._count(plans, kind)
         return vocabulary.build(self.comm, wanted, counts, pairs, self.say)
+
+    def _warm_up(self, kind: type[Tokenizer]) -> None:
+        for first in (True, False):  # one on each disk compiles, the others find it done
+            with together(self.comm):
+                if first == self.domains.leads:
+                    kind.warm_up()
 
     def _count(self, plans: dict[str, Plan], kind: type[Tokenizer]) -> dict[str, int]:
         """Counts of units in this rank's part of the train text; 0 for those that only its other splits have."""

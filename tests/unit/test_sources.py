@@ -15,10 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dllm.data import formats, source_names, sources, text
+from dllm.comm import runtime
+from dllm.data import formats, preparation, source_names, sources, text
 from dllm.data.new_folder import OLD, NewFolder, left_over
 from dllm.data.sources import Reading, plain_files
-from dllm.data.tokenizers import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+from dllm.data.tokenizer_files import save_tokenizer
+from dllm.data.tokenizers import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
+from dllm.data.vocabulary import Vocabulary
 from dllm.errors import UserError
 
 LINES = [f"wört {number} says {number * 7919 % 1000}" * (number % 7) for number in range(3000)]
@@ -333,6 +336,18 @@ def test_the_place_of_a_byte_that_is_not_utf8_is_that_in_the_file(tmp_path):
     (tmp_path / "t").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\xff")
     with pytest.raises(UserError, match="t is not UTF-8 at byte 9;"):
         encoded(CharTokenizer, [tmp_path / "t"])
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_the_kind_that_is_taken_is_warmed_up_and_no_other(tmp_path, kind, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(runtime, "allgather", lambda comm, mine, kind: [mine])
+    monkeypatch.setattr(Tokenizer, "warm_up", classmethod(lambda cls: warmed.append(cls.kind)))
+    monkeypatch.delattr(BPETokenizer, "warm_up")
+    save_tokenizer(tmp_path, KINDS[kind].build(KINDS[kind].count(b"some text"), 256 + 10))
+    work = preparation._Preparation(ALONE, sources.Domains(0, (0,), ("",)), tmp_path, 0, print, None)
+    assert work.tokenizer({}, Vocabulary(folder=tmp_path)).kind == kind
+    assert warmed == [kind]
 
 
 # a folder that is made aside
