@@ -131,6 +131,8 @@ class _Source:
     def open(self) -> Stream:
         """Its bytes. Raises OSError, UserError."""
         if self.name == STDIN:
+            if sys.stdin is None:
+                raise UserError(f"cannot read {STDIN}: standard input is closed")
             return sys.stdin.buffer
         return open_url(self.name) if "://" in self.name else open(self.name, "rb")
 

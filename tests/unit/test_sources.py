@@ -248,6 +248,13 @@ def test_a_stream_twice_or_for_several_disks_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_closed_standard_input_is_named(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(sources.sys, "stdin", None)  # as Python has it then
+    with pytest.raises(UserError, match=r"^cannot read -: standard input is closed$"):
+        read(tmp_path, [name])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_ranks_share_the_reading_and_each_source_has_one_reader(ranks):
     all_of_them = [sources._Source("train", str(number)) for number in range(7)]
