@@ -16,6 +16,7 @@ from .comm import messages, runtime
 from .data import source_names, text
 from .data.corpus import Corpus
 from .data.new_folder import left_over
+from .data.pair_order import LEAST_SHARE
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
@@ -119,7 +120,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
 
 
 def _add_reading(parser: cli.Parser) -> None:
-    share = cli.at_least(1e-6, float, 0.5)
+    share = cli.at_least(LEAST_SHARE, float, 0.5)
     parser.add_argument("--files-from", metavar="LIST", help="a file that names train text, one a line, behind --train")
     parser.add_argument("--field", default="", metavar="NAME", help="text is JSON lines or Parquet; this field is read")
     parser.add_argument(
@@ -241,7 +242,7 @@ def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[
     for split in SPLITS[1:]:
         if getattr(options, f"{split}_fraction") and (getattr(options, split) or getattr(options, f"{split}_pairs")):
             parser.error(f"--{split}-fraction takes {split} from train: leave out either it or the {split} files")
-    if options.valid_fraction + options.test_fraction >= 1:
+    if options.valid_fraction + options.test_fraction > 1 - LEAST_SHARE:
         parser.error("--valid-fraction and --test-fraction leave nothing to train: they must add up to less than 1")
     suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
     names = {split: split + suffix for split in SPLITS} | ({"train": "pairs"} if options.pairs else {})

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..kernels.types import Array
 
 MOST_LINES = 1 << 28  # of files whose order is told
+LEAST_SHARE = 1e-6  # of the pairs of files that a split can be
 MOST_LEFT_OUT = 100_000  # pairs
 NUMBERS = ("seed", "lines", "start", "stop", "check")
 
@@ -48,20 +49,36 @@ def lines_of(entry: Mapping[str, Any], place: str) -> Array | None:
     try:
         whole = all(type(order[name]) is int and order[name] >= 0 for name in NUMBERS)
         lists = all(type(one) is int and one >= 0 for name in ("empty", "long") for one in order[name])
-        if not (whole and lists and order["start"] <= order["stop"] <= order["lines"] <= MOST_LINES):
+        if not (whole and lists and _plausible(order, entry["pairs"])):
             raise damaged
         found = _lines(order)
     except (KeyError, TypeError, IndexError, ValueError):
         raise damaged from None
-    if len(found) != entry["pairs"] or _check(found) != order["check"]:  # also where another NumPy draws otherwise
+    if _check(found) != order["check"]:  # also where another NumPy draws otherwise
         raise damaged
     return found
 
 
+def _plausible(order: Mapping[str, Any], pairs: int) -> bool:
+    """Whether an order is of so many pairs, and of no more lines than they can be a share of: drawing takes memory."""
+    empty, long = set(order["empty"]), set(order["long"])
+    lines, start, stop = (int(order[name]) for name in ("lines", "start", "stop"))
+    part, whole = stop - start, lines - len(empty)
+    return (
+        lines <= MOST_LINES
+        and max(empty, default=-1) < lines
+        and 0 <= start <= stop <= whole
+        and max(long, default=-1) < part
+        and part - len(long) == pairs
+        and whole * LEAST_SHARE <= part + 2  # both ends are rounded
+    )
+
+
 def _lines(order: Mapping[str, Any]) -> Array:
-    pairs = np.delete(np.arange(order["lines"]), order["empty"])
-    part = drawn(order["seed"], len(pairs))[order["start"] : order["stop"]]
-    found: Array = pairs[np.delete(part, order["long"])]
+    empty = np.unique(np.array(order["empty"], np.int64))
+    part = drawn(order["seed"], order["lines"] - len(empty))[order["start"] : order["stop"]]
+    part = np.delete(part, order["long"])
+    found: Array = part + np.searchsorted(empty - np.arange(len(empty)), part, side="right")  # as many lines on as are empty
     return found
 
 

@@ -171,6 +171,23 @@ def test_an_order_that_is_damaged_is_refused(change):
     assert pair_order.lines_of({"pairs": 58}, "here") is None
 
 
+def test_the_lines_are_those_of_the_whole_files_without_the_empty_ones():
+    for empty in ([], [0], [7, 3, 3, 19], list(range(1, 20))):
+        pairs_of = np.delete(np.arange(20), empty)
+        stop = len(pairs_of)
+        entry = pair_order.described(2, 20, empty, (0, stop), [0][: stop - 1])
+        expected = pairs_of[np.random.default_rng(2).permutation(stop)][min(1, stop - 1) :]
+        np.testing.assert_array_equal(pair_order.lines_of(entry | {"pairs": len(expected)}, "here"), expected)
+
+
+@pytest.mark.parametrize("change", [{}, {"long": [1]}, {"start": 9, "stop": 69}, {"start": 1 << 27, "stop": (1 << 27) + 60}])
+def test_a_few_pairs_of_endless_files_take_no_memory(change, monkeypatch):
+    monkeypatch.setattr(pair_order, "drawn", lambda seed, pairs: pytest.fail(f"{pairs} are drawn"))
+    order = {"seed": 1, "lines": 1 << 28, "start": 0, "stop": 60, "empty": [], "long": [], "check": 0}
+    with pytest.raises(UserError, match="the order of pairs in here is damaged"):
+        pair_order.lines_of({"pairs": 60, "order": order | change}, "here")
+
+
 # lanes
 
 
