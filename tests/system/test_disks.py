@@ -108,11 +108,12 @@ def test_a_checkpoint_larger_than_the_disk_is_a_warning_and_the_one_before_is_wh
     assert done.returncode == NOT_SAVED
     kept, warnings = checkpoints(run), [line for line in complaint(done).splitlines() if line.startswith("dllm: ")]
     assert 1 <= len(kept) < 4
-    *warnings, tried, last = warnings
-    assert len(warnings) == 4 - len(kept)
+    *warnings, last = warnings
+    assert sum("is tried again" in line for line in warnings) == 1
+    warnings = [line for line in warnings if "is tried again" not in line]
+    assert len(warnings) >= 4 - len(kept)
     known = r"dllm: no checkpoint at step \d+: .*; older ones stay"
     assert all(re.fullmatch(known, line) for line in warnings), warnings
-    assert "is tried again" in tried
     known = f"its newest checkpoint is of step {kept[-1]}. Make room, then --resume {run}"
     assert re.fullmatch(f"dllm: the model of step 40 is NOT on disk: .*; {known}", last)
     assert not (run / "DONE").exists()
