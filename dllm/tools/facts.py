@@ -107,13 +107,13 @@ def best(lines: Iterable[Line], newest: Facts) -> Facts | None:
     """The best evaluation of a run on its validation split: loss, perplexity, bits_per_byte, step; None: there was none.
 
     newest : manifest of the newest checkpoint. What it counts as the best may be later than an older, lower loss on another
-    corpus.
+    corpus; it may count none yet.
     """
     found = [line for line in lines if line.get("split") == "valid" and math.isfinite(line["loss"])]
     scalars = newest.get("scalars", {})
     known, step = scalars.get("best_loss", math.inf), scalars.get("step", 0)
     counted = [line for line in found if line["loss"] == known or line["step"] >= step]
-    line = min(counted or found, key=lambda one: one["loss"], default=None)
+    line = min(counted, key=lambda one: one["loss"], default=None)
     if line is None:
         return {"loss": known, "perplexity": perplexity(known)} if math.isfinite(known) else None
     measured = {"loss": line["loss"], "perplexity": perplexity(line["loss"]), "step": line["step"]}

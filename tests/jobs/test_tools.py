@@ -115,6 +115,8 @@ def test_a_best_loss_on_a_corpus_of_before_is_not_the_best():
     assert facts.best(lines, {})["step"] == 10
     assert facts.best([*lines, line(50, math.nan)], {"scalars": scalars})["step"] == 30
     assert facts.best([], {"scalars": {"step": 3, "best_loss": math.inf}}) is None
+    assert facts.best(lines, {"scalars": {"step": 45, "best_loss": math.inf}}) is None  # of another text, not evaluated yet
+    assert facts.best(lines, {"scalars": {"step": 45, "best_loss": 1.5}}) == {"loss": 1.5, "perplexity": math.exp(1.5)}
 
 
 def test_steps_are_counted_by_epochs_where_these_end_first(world, run, capsys):
