@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from ..errors import BAD_INPUT, DONE, STOPPED_EARLY
+from ..errors import BAD_INPUT, DONE, NOT_SAVED, STOPPED_EARLY
 from ..runs import ownership, run_folder
 from .run_disks import RunDisks
 from .run_status import RunStatus
@@ -87,7 +87,7 @@ class TrainingSupervisor(Supervisor):
         if self._has_ended(found):
             return Outcome(DONE)
         if self.job.stops:
-            return Outcome(self.stopped())
+            return Outcome(NOT_SAVED if code == NOT_SAVED else self.stopped())
         fresh, self.fresh = self.fresh, False
         if code == BAD_INPUT and fresh and not self.named and found.there and not self._owns(found):
             self._take_another_name()  # two were started in the same second
@@ -95,6 +95,8 @@ class TrainingSupervisor(Supervisor):
         if found.owner not in self.owners and not self._owns(found):
             self.say(f"another job has taken over {self.run}: this one ends")
             return Outcome(BAD_INPUT)
+        if code == NOT_SAVED:  # what a start would compute anew would find no room either
+            return Outcome(NOT_SAVED)
         place = "from the beginning" if step is None else f"from step {step}"
         if self.ranks != self.ranks_started:
             self.say(f"going on with {self.ranks} ranks {place}")
