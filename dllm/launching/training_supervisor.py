@@ -52,13 +52,14 @@ class TrainingSupervisor(Supervisor):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
         for name, value in (("--max-steps", wanted.max_steps), ("--max-seconds", wanted.max_seconds), ("--data", wanted.data)):
             words += [name, str(value)] if value else []
+        words += ["--trace", ":".join(str(number) for number in wanted.trace if number)] if wanted.trace else []
         for setting in wanted.set:
             words += ["--set", setting]
         if self.options.resume or self.newest is not None:
             return [*words, "--resume", self.run]
         if not self.fresh:  # else what is there now is another job's
             self.disks.begin_anew()
-        for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
+        for name, value in (("--preset", wanted.preset), ("--config", wanted.config), ("--init-from", wanted.init_from)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]
 

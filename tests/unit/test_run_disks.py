@@ -127,6 +127,18 @@ def test_a_disk_that_is_away_for_a_moment_is_no_silent_job(tmp_path):
         assert supervisor.is_due(151.0)
 
 
+def test_a_new_run_gets_its_parent_and_every_start_is_traced(tmp_path):
+    run = str(tmp_path / "run")
+    options = launch.arguments(["-n", "1", "--run", run, "--", "--init-from", "parent", "--trace", "100:105"])
+    with RunDisks(run, {}) as disks:
+        supervisor = TrainingSupervisor(options, train_options(options.train), disks, disks.status())
+        words = train_options(supervisor.arguments())
+        assert (words.init_from, words.trace, words.out) == ("parent", (100, 105), run)
+        supervisor.newest, supervisor.wanted.trace = 50, (0, 5)
+        words = train_options(supervisor.arguments())
+        assert (words.init_from, words.trace, words.resume) == (None, (0, 5), run)
+
+
 def test_a_last_state_that_could_not_be_written_is_not_computed_again(tmp_path):
     options = launch.arguments(["-n", "1", "--run", str(tmp_path / "run")])
     with RunDisks(options.run, {}) as run:
