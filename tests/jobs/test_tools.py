@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def test_info_tells_a_run_that_goes_on_from_one_that_stopped_whatever_this_clock
         found = as_json(info.main, capsys, run)
         assert found["state"] == state
         assert words in found["next"]
-        assert f"{state}, step 20 of 312,500" in said(info.main, capsys, run)[1]
+        out = said(info.main, capsys, run)[1]
+        assert f"{state}, step 20 of 312,500" in out
+        assert age <= int(re.search(r"is ([\d,]+) s old\n", out)[1].replace(",", "")) < age + 20
     shutil.rmtree(run / "checkpoints")
     os.utime(run / "owner", (1, 1))
     assert "--config" in as_json(info.main, capsys, run)["next"]  # there is nothing to resume
