@@ -184,13 +184,14 @@ def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent:
     Trainer.before_step.append(_nothing_to_save)
     try:
         trainer.run(stop=lambda: reporter.diverged)
-        trainer.close()
     except UserError as error:
         if not (error.shared and reporter.lines):
             raise
         reporter.say(f"the test ends: {error}")
+        rank.upkeep.end()
     finally:
         Trainer.before_step.remove(_nothing_to_save)
+    trainer.close()  # such an error comes between two steps, of all ranks alike
 
 
 class _NoFolder(Ownership):

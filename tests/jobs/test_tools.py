@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from helpers.faults import fault
 from helpers.launch import REFUSED, environment, mpirun
 from helpers.run_files import metrics
 from helpers.several_commands import run_several
@@ -270,6 +271,25 @@ def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, 
         name for name in os.listdir(tmp_path) if name.startswith(("ompi", "prte"))
     }
     assert not picture or (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_under_way_where_a_test_of_rates_ends_by_a_loss_that_is_not_finite(world, tmp_path):
+    """The heartbeat of a node's ranks is a thread of each; averaging and the heartbeat end together."""
+    code = """
+import sys, threading
+def judge(lines, before=module.judge):
+    sys.stderr.write(f"threads {[type(thread).__name__ for thread in threading.enumerate()]}\\n")
+    return before(lines)
+module.judge, module.DIVERGED = judge, float("inf")
+"""
+    small = ("model.embedding=16", "model.hidden=16", "train.lanes=8", "train.window=8", "train.clip=0", "train.optimizer=sgd")
+    words = [*(word for one in small for word in ("--set", one)), "--low", 1e-3, "--high", 1e30, "--steps", 80]
+    command = ["-m", "dllm.tools.lr_find", "--data", world / "tiny", *words, "--progress", "plain"]
+    done = mpirun(2, *command, cwd=tmp_path, env=fault(tmp_path, "dllm.tools.lr_find", code))
+    assert "the test ends: " in done.stdout, done
+    assert "not finite" in done.stdout
+    assert done.stderr.count("threads [") == 2
+    assert "Heartbeat" not in done.stderr
 
 
 def test_lr_find_refuses_what_is_trains_alone_and_what_is_no_range(world, tmp_path):
