@@ -58,7 +58,7 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     if options.precision != "fp32" and model.dtype == "float64":
         raise UserError.of_all(f"{options.model} has parameters of float64: --precision {options.precision} is for float32")
-    runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
+    runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})
     measure = _measure_split if options.pairs is None else _measure_pairs
     measure(comm, node, options, model)
     runtime.finish(comm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -37,19 +38,20 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .inference import model_folder
     from .inference.loaded_model import open_parent
     from .runs.gathering import gather_run
-    from .training.options import print_settings, train_config, train_options
+    from .training.options import parent_of, print_settings, train_config, train_options
     from .training.progress import Reporter
 
     begin = time.monotonic()
     with runtime.together(comm):
         options = train_options(argv, comm.rank)
+        origin = parent_of(options)
     reporter = Reporter(comm.rank == 0, options.progress)
     gathered, parent = False, None
     if options.resume and not options.settings:
         runtime.check_same(comm, {"--resume": options.resume})
         gathered = gather_run(comm, options.resume, reporter.warn, best=False)
-    elif options.init_from:
-        parent = open_parent(comm, options.init_from, reporter.warn)
+    elif origin:
+        parent = open_parent(comm, origin, reporter.warn)
     with runtime.together(comm):
         configuration = train_config(options, model_folder.shape(parent.config) if parent else None)
     if options.settings:
@@ -72,7 +74,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, options.init_from)):
+    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, origin)):
         if known:
             runtime.agree(comm, corpus.check_vocabulary, known, name)
     compiling = time.monotonic()
@@ -80,6 +82,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
         warm_up(configuration, node.rank)
     compiling = time.monotonic() - compiling
     trainer = Trainer(set_up(comm, node, configuration, corpus, ownership, reporter, resume or parent))
+    del parent  # whose parameters would stay in memory
     writes = trainer.rank.domains.leads
     with runtime.together(comm):  # only now: a refused command leaves nothing behind and changes nothing
         if writes:
@@ -127,7 +130,8 @@ def _finish(trainer: Trainer, done: bool, summary: dict[str, Any]) -> int:
     trainer.close()
     reporter.end()
     saver, writes = trainer.rank.saver, trainer.rank.domains.leads
-    reporter.summarise(summary, writes)
+    if trainer.taken or not os.path.exists(os.path.join(ownership.run, "summary.json")):
+        reporter.summarise(summary, writes)
     code = NOT_SAVED if not saver.whole else DONE if done else STOPPED_EARLY
     if writes and code == DONE and ownership.is_held():  # before anything is told: telling may fail
         try:

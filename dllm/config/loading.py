@@ -39,8 +39,11 @@ def resolve(
 
     shape : the section `model` of a model to begin with, laid over that of the preset
     """
-    said = merge({} if file is None else load_toml(file), parse_settings(settings))
-    return from_dict(lay_over(merge(load_toml(preset_path(preset)), {"model": shape or {}}), said))
+    below = merge(load_toml(preset_path(preset)), {"model": shape or {}})
+    in_file, said = {} if file is None else load_toml(file), parse_settings(settings)
+    if _get(in_file, "data", "path") is not None:  # that of a run, which belongs to its corpus as a preset does
+        return from_dict(lay_over(lay_over(below, in_file), said))
+    return from_dict(lay_over(below, merge(in_file, said)))
 
 
 def preset_names() -> list[str]:
@@ -87,12 +90,13 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def lay_over(below: Mapping[str, Any], said: Mapping[str, Any], of_run: bool = False) -> dict[str, Any]:
     """What a user said, laid over the sections of a preset, or those of a run that goes on.
 
-    A number of epochs, of a run another one, lifts a limit of steps that was set below. So does a corpus that takes the place
+    A number of epochs, of a run a larger one, lifts a limit of steps that was set below. So does a corpus that takes the place
     of the embedded one, and with that the prompt of the sample goes, too.
     """
     merged = merge(below, said)
     moved = not _get(below, "data", "path") and bool(_get(merged, "data", "path"))
-    longer = _get(said, "train", "epochs") not in (None, _get(below, "train", "epochs") if of_run else None)
+    epochs, before = (_get(sections, "train", "epochs") for sections in (said, below))
+    longer = type(epochs) is int and (not of_run or type(before) is not int or epochs > before)
     lifted = {("train", "max_steps"): moved or longer, ("log", "prompt"): moved}
     for (section, key), gone in lifted.items():
         if gone and _get(said, section, key) is None and _get(merged, section, key) is not None:

@@ -112,8 +112,8 @@ def _trained(training: dict[str, Any]) -> str:
         "corpus, sha256 of its manifest": f"`{corpus}`" if corpus else "unknown",
     }
     for number, entry in enumerate(training.get("earlier", []), 1):
-        name = f"`{entry['corpus']}`" if entry["corpus"] else "unknown"
-        rows[f"trained before on corpus {number}"] = f"{name}, {entry['tokens']:,} of the tokens"
+        name, count = f"`{entry['corpus']}`" if entry["corpus"] else "unknown", entry["tokens"]
+        rows[f"trained before on corpus {number}"] = name + (f", {count:,} of the tokens" if count else "")
     for entry in training["measured"]:
         what = f"perplexity on its {label(entry['split'])} split, {entry['tokens']:,} tokens"
         rows[what] = f"{entry['after']:.4g} ({entry['before']:.4g} as trained)"

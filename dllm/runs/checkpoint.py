@@ -28,7 +28,7 @@ from .state import State
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-COUNTS = ("step", "epoch", "place", "tokens", "stale", "seen", "skipped", "skipped_in_a_row")  # scalars that are whole numbers
+COUNTS = ("step", "epoch", "place", "tokens", "stale", "seen", "order", "skipped", "skipped_in_a_row")  # whole numbers
 OWN = "own."  # before the names of what only one rank has, such as its model where models differ
 LIMITS = {"parameters": 2**48, "moments": 8, "lanes": 2**31, "layers": 2**31, "hidden": 2**31, "ranks": 2**20}
 KEYS = ("format", "dtype", "layout", "scalars", "texts", "tokenizer", "best", "own", "sha256", "seal", *LIMITS)

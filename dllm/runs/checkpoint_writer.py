@@ -282,7 +282,10 @@ class Saver:
         self._in_background(*(prune if self.domains.leads else (lambda: None,)))
 
     def _older_are_gone(self) -> None:
-        allgather(self.comm, True, bool)  # before anybody begins with the next one, which comes later than what is kept
+        problems = allgather(self.comm, self.problem, str | None)  # before anybody begins with the next one
+        if problem := next(filter(None, problems), None):
+            self.warn(f"older checkpoints could not all be removed: {problem}")
+        self.problem = None  # what was written is whole
         self._end()
 
     def _end(self) -> None:

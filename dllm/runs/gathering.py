@@ -34,6 +34,7 @@ class Manifest(NamedTuple):
     step: int
     seal: str
     best: bool
+    valid: str  # names the text for validation
 
 
 class Shelf(NamedTuple):
@@ -105,18 +106,20 @@ def _shelves(comm: MPI.Comm, domains: Domains, run: storage.Path) -> list[Shelf]
 def _shelf(run: storage.Path) -> Shelf:
     sizes = {name: os.path.getsize(path) for name in SMALL if os.path.isfile(path := pathlib.Path(run, name))}
     found, _ = checkpoint.available(run)
-    best = checkpoint.best_ones(found)
-    return Shelf(sizes, [Manifest(one.step, one.manifest["seal"], one in best) for one in found])
+    kept = [Manifest(one.step, one.manifest["seal"], bool(one.manifest["best"]), one.texts[-1].valid) for one in found]
+    return Shelf(sizes, kept)
 
 
 def _candidates(shelves: Sequence[Shelf], best: bool) -> list[tuple[Manifest, int]]:
-    """(manifest, the lowest rank that has it), the newest first; best: those that were the best before all others.
+    """(manifest, the lowest rank that has it), the newest first; best: first those that checkpoint.best_ones would name.
 
     Of two for one step, as there are where a host was cut off and came back, the one that more disks have comes first.
     """
     counts = Counter(manifest for shelf in shelves for manifest in shelf.manifests)
     first = {one: next(rank for rank, shelf in enumerate(shelves) if one in shelf.manifests) for one in counts}
-    order = sorted(counts, key=lambda one: (best and one.best, one.step, counts[one], -first[one]), reverse=True)
+    order = sorted(counts, key=lambda one: (one.step, counts[one], -first[one]), reverse=True)
+    if best and order:
+        order.sort(key=lambda one: one.best and one.valid == order[0].valid, reverse=True)
     return [(one, first[one]) for one in order]
 
 

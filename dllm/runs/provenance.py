@@ -46,10 +46,14 @@ def text_of(comm: MPI.Comm, corpus: Corpus) -> Text:
     return Text("" if corpus.private else corpus.hash, train, valid)
 
 
+def is_same(text: Text, other: Text) -> bool:
+    """Whether both are one corpus, whatever was read of it."""
+    return text == msgspec.structs.replace(other, tokens=text.tokens)
+
+
 def with_text(before: Sequence[Text], text: Text) -> list[Text]:
     """What a model was trained on, and `text` that it is trained on now; how much of it the scalars of its State say."""
-    same = before and before[-1] == msgspec.structs.replace(text, tokens=before[-1].tokens)
-    return [*(before[:-1] if same else before)][1 - MOST :] + [text]
+    return [*before[1 - MOST :], text]
 
 
 def _digest(facts: Any) -> str:

@@ -34,12 +34,13 @@ class State:
     best_loss: float = float("inf")  # validation, nats a token
     stale: int = 0  # evaluations since then
     seen: int = 0  # tokens of this text predicted by all ranks
+    order: int = 0  # seed of the order in which the pairs of an epoch come: the one with which the run began
     skipped: int = 0  # steps that changed nothing, because the gradient was not finite
     skipped_in_a_row: int = 0  # the newest ones of these
 
     SCALARS: ClassVar[tuple[str, ...]] = (
-        "step", "epoch", "place", "tokens", "bytes_sent", "lr_factor", "best_loss", "stale", "seen", "skipped",
-        "skipped_in_a_row",
+        "step", "epoch", "place", "tokens", "bytes_sent", "lr_factor", "best_loss", "stale", "seen", "order",
+        "skipped", "skipped_in_a_row",
     )  # fmt: skip
 
     def empty_like(self) -> State:
@@ -66,6 +67,8 @@ class State:
     def begin_text(self, carry: str) -> None:
         """Begin with another text for training: with its first epoch."""
         self.place = self.epoch = 0
+        self.lane_loss[:] = 0  # a line of metrics is of one text
+        self.tokens = self.bytes_sent = 0
         self._carry(carry)
 
     def begin_validation(self) -> None:

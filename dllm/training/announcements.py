@@ -73,12 +73,14 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
         return
     speed = summary["tokens_per_second"]
     parts = [f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s"]
+    exhausted = trainer.rank.validation.exhausted(trainer.state)
     if not trainer.taken:
-        parts = [f"nothing was left to do, all {summary['steps']} steps were done before; --set train.epochs=N goes further"]
+        further = "a larger train.patience" if exhausted else "--set train.epochs=N"
+        parts = [f"nothing was left to do, all {summary['steps']} steps were done before; {further} goes further"]
     parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
     best = summary["best_valid_perplexity"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
-    if trainer.rank.validation.exhausted(trainer.state):
+    if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
     if trainer.config.log.sample and not trainer.config.data.private:  # it might repeat a text of another site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..config import Config
 from ..data.corpus import Corpus
@@ -16,7 +16,7 @@ from ..model.language_model import LanguageModel
 from ..runs import checkpoint, provenance
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
-from ..runs.provenance import Text, text_of, with_text
+from ..runs.provenance import Text, is_same, text_of, with_text
 from ..runs.state import State
 from .lane_copies import Piece
 from .metrics import Clock
@@ -40,16 +40,28 @@ class Survived:
 Origin: TypeAlias = Checkpoint | Survived | LoadedModel | None
 
 
-def where(comm: MPI.Comm, corpus: Corpus, origin: Origin) -> tuple[list[Text], int, int]:
-    """What the model was and is trained on, and the epoch and the place in it where that goes on. Collective."""
+class Where(NamedTuple):
+    """Where training goes on."""
+
+    texts: list[Text]  # what the model was and is trained on
+    epoch: int
+    place: int
+    order: int  # State.order
+
+
+def where(comm: MPI.Comm, corpus: Corpus, seed: int, origin: Origin) -> Where:
+    """Where training goes on. Collective. seed : of the order of a new run"""
     text = text_of(comm, corpus)
     if isinstance(origin, Survived):
-        return provenance.parse(origin.saver.facts["texts"]), origin.scalars["epoch"], origin.scalars["place"]
-    before = origin.texts if origin else []
-    if isinstance(origin, Checkpoint) and before[-1].train == text.train:
-        scalars = origin.manifest["scalars"]
-        return with_text(before, text), scalars["epoch"], scalars["place"]
-    return with_text(before, text), 0, 0
+        scalars = origin.scalars
+        return Where(provenance.parse(origin.saver.facts["texts"]), scalars["epoch"], scalars["place"], scalars["order"])
+    if isinstance(origin, Checkpoint):
+        scalars, before = origin.manifest["scalars"], origin.texts
+        texts = with_text(before[:-1] if is_same(before[-1], text) else before, text)
+        same = before[-1].train == text.train
+        return Where(texts, scalars["epoch"] if same else 0, scalars["place"] if same else 0, scalars["order"])
+    before = [] if origin is None else origin.texts or [Text("")]  # of an imported model nothing is known
+    return Where(with_text(before, text), 0, 0, seed)
 
 
 def fill(
@@ -71,6 +83,8 @@ def fill(
         _take_parameters(state, model, origin)
     elif origin is None:
         model.initialise(config.train.seed)
+    if origin is None or isinstance(origin, LoadedModel):
+        state.order = config.train.seed
 
 
 def _go_on(state: State, schedule: Schedule, carry: str, resume: Checkpoint, text: Text, warn: Callable[[str], None]) -> None:
@@ -82,20 +96,20 @@ def _go_on(state: State, schedule: Schedule, carry: str, resume: Checkpoint, tex
     if before.valid != text.valid:
         state.begin_validation()
         anew.append("the text for validation is another: the best loss, and what followed from it, begin anew")
-    if before.corpus != text.corpus or anew:
+    if not is_same(before, text):
         state.seen = 0
     if anew:
         warn("; ".join(anew))
     if state.place > schedule.longest:
         raise UserError(f"{resume.folder} is at place {state.place:,} of an epoch, and lanes have {schedule.longest:,} here")
-    if state.place >= schedule.end:  # windows of another width end elsewhere
+    if state.place >= min(schedule.end, schedule.longest):  # windows of another width end elsewhere
         state.place, state.epoch = 0, state.epoch + 1
 
 
 def _take_parameters(state: State, model: LanguageModel, parent: LoadedModel) -> None:
-    theirs = {name: tensor.shape for name, tensor in parent.layout.tensors.items()}
-    for name, tensor in model.layout.tensors.items():
-        if theirs.get(name) != tensor.shape:
-            what = f"{name} is {theirs.get(name)} there, {tensor.shape} here"
+    ours, theirs = ({name: one.shape for name, one in layout.tensors.items()} for layout in (model.layout, parent.layout))
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            what = f"{name} is {theirs.get(name)} there, {ours.get(name)} here"
             raise UserError(f"--init-from {parent.name} is of another shape: {what}")
         model.layout.write(state.theta, name, parent.layout.read(parent.vector, name))

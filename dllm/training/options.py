@@ -69,6 +69,16 @@ def _steps(text: str) -> tuple[int, int]:
     return first, last
 
 
+def parent_of(options: argparse.Namespace) -> str:
+    """The model whose parameters a new run begins with, by --init-from or train.init_from; "": they are drawn."""
+    if options.resume or options.init_from:
+        return options.init_from or ""
+    said = config.merge(config.load_toml(options.config) if options.config else {}, config.parse_settings(options.set))
+    train = said.get("train")
+    name = train.get("init_from") if isinstance(train, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = None) -> config.Config:
     """The Config of the command line, and that of the run which is resumed.
 

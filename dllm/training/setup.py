@@ -39,7 +39,7 @@ from ..runs.gathering import kept_checkpoints
 from ..runs.ownership import Ownership
 from ..runs.state import State, parameters_hash
 from . import optim
-from .beginning import Origin, Survived, fill, where
+from .beginning import Origin, Survived, Where, fill, where
 from .lane_copies import LaneCopies, SentLaneCopies, take_lanes
 from .metrics import Clock, Metrics
 from .progress import Reporter
@@ -121,8 +121,8 @@ def set_up(
     """
     resume = origin if isinstance(origin, Checkpoint) else None
     survived = origin if isinstance(origin, Survived) else None
-    texts, epoch, place = where(comm, corpus, origin)
-    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter, epoch, place)
+    begin = where(comm, corpus, config.train.seed, origin)
+    own, lanes, schedule = _deal_lanes(comm, config, corpus, reporter, begin)
     layout = Layout(config.model, corpus.vocabulary, DTYPES[config.train.precision])
     plain = methods.is_plain(config)
     resilient = survivable(comm) and not config.data.private and plain
@@ -134,7 +134,7 @@ def set_up(
         optimizer = optim.make_optimizer(config.train, layout.table, team)
         state = _make_state(config, layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
-        fill(state, model, own, schedule, config, texts[-1], origin, reporter.warn)
+        fill(state, model, own, schedule, config, begin.texts[-1], origin, reporter.warn)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
     copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
@@ -153,8 +153,8 @@ def set_up(
     metrics = Metrics(comm, node.oversubscribed, averaging, clock, reporter, ownership, domains)
     validation, evaluation = Validation(), _make_evaluation(comm, config, corpus, team, reporter)
     if evaluation is not None:
-        validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive)
-    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, texts, made_by)
+        validation = SplitValidation(evaluation, averaging, config.train, reporter, metrics.show_alive, state.best_loss)
+    facts = checkpoint.facts(layout, config.train.lanes, corpus.tokenizer_hash, begin.texts, made_by)
     saver = Saver(comm, ownership, domains, layout, facts, config, reporter.warn, before)
     saver.step = state.step if resume else -1
     upkeep = Upkeep(comm, _kept(comm, config, corpus, domains, ownership.run if resume or survived else None), reporter.warn)
@@ -189,9 +189,9 @@ def _make_evaluation(comm: MPI.Comm, config: Config, corpus: Corpus, team: Team,
 
 
 def _deal_lanes(
-    comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter, epoch: int, place: int
+    comm: MPI.Comm, config: Config, corpus: Corpus, reporter: Reporter, begin: Where
 ) -> tuple[range, Lanes, Schedule]:
-    """This rank's lanes, their text, and what every rank knows of all of them from a place in an epoch on."""
+    """This rank's lanes, their text, and what every rank knows of all of them from where training goes on."""
     train = config.train
     if comm.size > train.lanes:
         raise UserError.of_all(
@@ -204,8 +204,8 @@ def _deal_lanes(
     mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
     supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
     lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
-    lanes.arrange(train.seed, epoch)
-    return own, lanes, Schedule(lanes, train.last_window, comm, place)
+    lanes.arrange(begin.order, begin.epoch)
+    return own, lanes, Schedule(lanes, train.last_window, comm, begin.place)
 
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:

@@ -21,7 +21,8 @@ from . import optim
 from .setup import Rank
 
 SETTLED = 10  # steps before speed counts
-LAST_NAPS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each further try to write the last checkpoint
+BREATH = 1.0  # seconds between two signs of life
+LAST_NAPS = (1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)  # seconds before each further try to write the last checkpoint
 
 
 class Trainer:
@@ -92,13 +93,13 @@ class Trainer:
         upkeep.end()
         stopped = agreed.stop and self.state.step < end
         best = not stopped and not validation.due(self.state) and validation.run(self.state, final=True)
-        self._save_last(best)
+        self._save_last(best, lambda: not stopped and stop())
         if not stopped and saver.whole and self.config.storage.copies:
             self._spread_checkpoints()
         return not stopped
 
-    def _save_last(self, best: bool) -> None:
-        """Have the last state on disk. A disk that is full may have room again soon: it gets some time. Collective."""
+    def _save_last(self, best: bool, stop: Callable[[], bool]) -> None:
+        """Have the last state on disk. One that is full may have room soon: it gets some time, until stop(). Collective."""
         saver, naps = self.rank.saver, list(LAST_NAPS)
         if saver.step == self.state.step:
             saver.complete()
@@ -109,8 +110,17 @@ class Trainer:
                     return
                 if len(naps) == len(LAST_NAPS):
                     self.rank.reporter.warn(f"the last checkpoint is tried again for {sum(naps):.0f} s: make room for it")
-                time.sleep(naps.pop(0))
+                if self._nap(naps.pop(0), stop):
+                    return
             saver.save(self.averaging.consensus(self.state), best, self.averaging.own_arrays(self.state))
+
+    def _nap(self, seconds: float, stop: Callable[[], bool]) -> bool:
+        """Wait, and show that the run is alive. Returns whether any rank has been asked to stop. Collective."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, BREATH))
+            self.rank.metrics.show_alive()
+        return any(allgather(self.comm, stop(), bool))
 
     def _spread_checkpoints(self) -> None:
         """Leave a model that every host can use. A disk that has no room for it is a warning: the run is done."""
@@ -163,7 +173,7 @@ class Trainer:
         self.state, self.spare = new, state
         model.bind(new.theta, written=True)
         if new.place == 0:
-            self.schedule.begin_epoch(train.seed, new.epoch)
+            self.schedule.begin_epoch(new.order, new.epoch)
         return norm, lr, tokens, finite
 
     def _leave_out_if_spoilt(self, norm: float, tokens: int, finite: bool) -> None:

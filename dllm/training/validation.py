@@ -47,6 +47,8 @@ class SplitValidation(Validation):
         Takes the lines of metrics.
     show_alive : callable
         Called after each window.
+    best : float
+        What the run has reached before.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class SplitValidation(Validation):
         train: TrainConfig,
         reporter: Reporter,
         show_alive: Callable[[], None],
+        best: float = math.inf,
     ) -> None:
         self.evaluation, self.averaging, self.train = evaluation, averaging, train
-        self.reporter, self.show_alive = reporter, show_alive
+        self.reporter, self.show_alive, self.best = reporter, show_alive, best
 
     def due(self, state: State) -> bool:
         every = self.train.eval_every

@@ -84,9 +84,11 @@ def test_a_place_in_an_epoch_is_kept_whatever_the_windows_are(corpora, easy, tmp
     scalars = manifest(run, steps)["scalars"]
     assert (scalars["epoch"], scalars["place"], scalars["seen"]) == (1, 0, 8 * predicted)
 
+    summary = (run / "summary.json").read_text()
     again = mpirun(ranks, "-m", "dllm.train", "--resume", run, "--progress", "plain", check=True)
     assert f"nothing was left to do, all {steps} steps were done before; --set train.epochs=N goes further" in again.stdout
     assert (run / "DONE").read_text() == f"{steps}\n"
+    assert (run / "summary.json").read_text() == summary
 
 
 def test_a_shorter_text_is_read_from_its_beginning_for_as_many_epochs(corpora, easy, tmp_path):
@@ -129,12 +131,13 @@ def test_patience_ends_a_run_on_all_ranks_alike_also_behind_a_resume(corpora, tm
     assert len(metrics(run, "valid")) > len(losses)
 
 
-@pytest.mark.parametrize(("ranks", "exported"), [(1, True), (3, False)])
-def test_a_new_run_begins_with_the_parameters_of_another(corpora, easy, tmp_path, ranks, exported):
+@pytest.mark.parametrize(("ranks", "exported", "text"), [(1, True, "easy"), (3, False, "hard")])
+def test_a_new_run_begins_with_the_parameters_of_another(corpora, easy, tmp_path, ranks, exported, text):
     run, origin = tmp_path / "run", tmp_path / "model" if exported else easy
     if exported:
         mpirun(0, "-m", "dllm.export", easy, "--out", origin, check=True)
-    words = ["--data", corpora["hard"], "--out", run, "--init-from", origin, "--progress", "plain"]
+    named = ("--set", f"train.init_from={origin}") if exported else ("--init-from", origin)  # as config.toml of a run has it
+    words = ["--data", corpora[text], "--out", run, *named, "--progress", "plain"]
     launched = ["-m", "dllm.launch", "-n", ranks, "--", "--preset", "wlm-200", "--set", "model.embedding=16"]  # as the parent's
     words = [*(launched if exported else ["-m", "dllm.train"]), *words, "--max-steps", 2]
     small = ("train.lanes=8", "train.window=8", "train.lr=1e-30", "train.warmup=0", "log.sample=0")
@@ -144,7 +147,8 @@ def test_a_new_run_begins_with_the_parameters_of_another(corpora, easy, tmp_path
     for name, tensor in begun.tensors().items():
         np.testing.assert_allclose(tensor, before.tensors()[name], atol=1e-6)
     assert begun.scalars["step"] == 2
-    assert [text.corpus for text in begun.texts] == [Corpus(corpora[name]).hash for name in ("easy", "hard")]
+    assert [one.corpus for one in begun.texts] == [Corpus(corpora[name]).hash for name in ("easy", text)]
+    assert [one.tokens for one in begun.texts] == [30 * 64, 2 * 64]
     assert config.load_toml(run / "config.toml")["train"]["init_from"] == str(origin)
 
 

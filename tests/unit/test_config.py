@@ -86,6 +86,7 @@ def test_what_belongs_to_the_embedded_corpus_does_not_outlive_it(tmp_path, said,
         ([], 50, "my"),
         (["train.epochs=5"], 50, "my"),  # as many as before: a launcher says it again with each start
         (["train.epochs=6"], 0, "my"),
+        (["train.epochs=4"], 50, "my"),
         (["train.epochs=6", "train.max_steps=60"], 60, "my"),
         (["data.path=/moved"], 50, "my"),
     ],
@@ -99,6 +100,15 @@ def test_a_run_that_goes_on_keeps_its_length_until_another_is_said(said, steps, 
     embedded = config.as_dict(config.resolve("default"))
     moved = config.from_dict(config.lay_over(embedded, {"data": {"path": "/mine"}}, of_run=True))
     assert [config.flat(moved)[name] for name in OF_ONE_TEXT] == [0, ""]
+
+
+def test_the_settings_of_a_run_on_the_embedded_corpus_do_not_bind_another(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(tomli_w.dumps(config.as_dict(config.resolve("default"))))
+    found = config.resolve("default", file, ["data.path=/mine"])
+    assert [config.flat(found)[name] for name in OF_ONE_TEXT] == [0, ""]
+    file.write_text("[train]\nmax_steps = 7\n")  # somebody's own words
+    assert config.resolve("default", file, ["data.path=/mine"]).train.max_steps == 7
 
 
 def test_more_steps_than_before_may_be_asked_for():

@@ -241,7 +241,7 @@ def test_many_small_chunks_are_refused(tmp_path):
         ("scalars", dict.fromkeys(mutated_files.State.SCALARS, "x"), "no numbers"),
         *(
             ("scalars", dict.fromkeys(mutated_files.State.SCALARS, 1) | {name: value}, f"has {name} = ")
-            for name in ("step", "epoch", "place", "tokens", "stale", "seen", "skipped", "skipped_in_a_row")
+            for name in ("step", "epoch", "place", "tokens", "stale", "seen", "order", "skipped", "skipped_in_a_row")
             for value in (1.5, -1, 10**300)
         ),
         *(
