@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import cli
 from .errors import DONE, UserError
@@ -15,7 +16,7 @@ from .launching.run_status import RunStatus
 from .launching.supervisor import say
 from .launching.training_supervisor import TrainingSupervisor
 from .runs import run_folder
-from .training.options import print_settings, train_config, train_options
+from .training.options import parent_of, print_settings, train_config, train_options
 
 EPILOG = """
 examples
@@ -70,10 +71,12 @@ def launch(argv: Sequence[str]) -> int:
         raise UserError("--resume RUN belongs before the --: dllm launch -n N --resume RUN")
     if options.resume and (wanted.preset or wanted.config or wanted.out):
         raise UserError("--resume brings its own configuration and folder: leave out --preset, --config and --out")
+    if options.resume and wanted.init_from:
+        raise UserError("--resume goes on with the parameters that a run has: leave out --init-from, or begin a new run")
     if options.run and (options.resume or wanted.out):
         raise UserError("--run RUN names the folder: leave out --resume and --out")
     if wanted.settings:
-        print_settings(train_config(wanted))
+        print_settings(train_config(wanted, _shape(parent_of(wanted))))
         return DONE
     hosts = mpirun.read_hosts(options.hostfile) if options.hostfile else {}
     run = options.run or options.resume or run_folder.new_name(wanted.out, wanted.preset or "default")
@@ -86,10 +89,21 @@ def launch(argv: Sequence[str]) -> int:
             return DONE
         elif found.there and not options.run:
             raise UserError(f"{run} exists on another host; choose another name, or go on with it by --resume {run}")
-        train_config(wanted)  # what is wrong with its settings is said here, once
+        if not parent_of(wanted):  # else they are to fit that model, which may lie on other hosts alone: the job says it
+            train_config(wanted)  # what is wrong with its settings is said here, once
         if options.resume:
             disks.go_on()  # an older end is not this job's
         return TrainingSupervisor(options, wanted, disks, found).supervise()
+
+
+def _shape(model: str) -> dict[str, Any] | None:
+    """What the model that a new run begins with decides of the settings, if there is one. Raises UserError."""
+    if not model:
+        return None
+    from .inference.loaded_model import LoadedModel
+    from .inference.model_folder import shape  # slow to import
+
+    return shape(LoadedModel.open(model).config)
 
 
 def _check_there(run: str, found: RunStatus, silent: Sequence[str]) -> None:

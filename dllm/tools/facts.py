@@ -1,4 +1,4 @@
-"""What can be said of the folder of a run, a corpus or a model by looking at it: quickly, without MPI, changing nothing."""
+"""What can be said of the folder of a run, a corpus or a model by looking at it: quickly, without MPI, changing none of it."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def of_model(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
 def of_run(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
     """Of a run. Raises UserError where its settings, its tokenizer or its metrics cannot be read."""
     settings, tokenizer = read_settings(folder), load_tokenizer(folder)
+    silent = _seconds_silent(folder)
     lines, (found, wrong) = read_lines(folder / "metrics.jsonl"), checkpoint.available(folder)
     newest = found[0].manifest if found else {}
     summary = _summary(folder)
@@ -83,7 +84,7 @@ def of_run(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
         "tokenizer": tokenizer.kind,
         "pairs": tokenizer.pairs, "vocabulary": tokenizer.size, "model": config.as_dict(settings)["model"],
         "parameters": newest.get("parameters", summary.get("parameters")),
-        "state": _state(folder), "alive": _seconds_silent(folder), "owner": ownership.owner(folder),
+        "state": _state(folder, silent), "alive": silent, "owner": ownership.owner(folder),
         **_progress(settings, train, newest), "best": best(lines, newest), "last_loss": train[-1]["loss"] if train else None,
         "tokens_per_second": _speed(summary, train), "ranks": newest.get("ranks", summary.get("ranks")),
         "wall_seconds": summary.get("wall_seconds"), "skipped": newest.get("scalars", {}).get("skipped"),
@@ -107,13 +108,13 @@ def best(lines: Iterable[Line], newest: Facts) -> Facts | None:
     """The best evaluation of a run on its validation split: loss, perplexity, bits_per_byte, step; None: there was none.
 
     newest : manifest of the newest checkpoint. What it counts as the best may be later than an older, lower loss on another
-    corpus.
+    corpus; it may count none yet.
     """
     found = [line for line in lines if line.get("split") == "valid" and math.isfinite(line["loss"])]
     scalars = newest.get("scalars", {})
     known, step = scalars.get("best_loss", math.inf), scalars.get("step", 0)
     counted = [line for line in found if line["loss"] == known or line["step"] >= step]
-    line = min(counted or found, key=lambda one: one["loss"], default=None)
+    line = min(counted, key=lambda one: one["loss"], default=None)
     if line is None:
         return {"loss": known, "perplexity": perplexity(known)} if math.isfinite(known) else None
     measured = {"loss": line["loss"], "perplexity": perplexity(line["loss"]), "step": line["step"]}
@@ -147,18 +148,19 @@ def _is_epoch(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 2**31
 
 
-def _state(folder: pathlib.Path) -> str:
+def _state(folder: pathlib.Path, silent: float | None) -> str:
     """done, running, stopped or new (no job has written to it), as far as can be told from here."""
     if marks.is_done(folder):
         return "done"
-    silent = _seconds_silent(folder)
     if silent is None:
         return "new"
     return "running" if silent < ALIVE else "stopped"
 
 
 def _seconds_silent(folder: pathlib.Path) -> float | None:
-    """Since the job that owns the run last gave a sign of life, by the clock of the disk where that can be asked."""
+    """Since the job that owns the run last gave a sign of life, by the clock of the disk where that can be asked: by a file
+    that is made there for a moment.
+    """
     silent = ownership.Pulse(folder).silent()
     return None if silent is None else round(silent, 1)
 

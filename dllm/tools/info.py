@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from .. import cli
 from ..errors import DONE, printable
 from ..remote.locate import local_copy
-from .facts import ALIVE, Facts, as_json, look
+from .facts import Facts, as_json, look
 
 EPILOG = """
 examples
@@ -19,7 +19,8 @@ examples
   dllm info ipfs://CID                   a model or a run that somebody has published; it is fetched and checked first
   dllm info RUN --json | jq .best        for scripts
 
-It reads what is on this disk, changes nothing, and needs no MPI. Of a run it compares sizes, not hashes.
+It reads what is on this disk, changes none of it, and needs no MPI. Of a run it compares sizes, not hashes. In a run's
+folder it makes a file for a moment, where it may: its time is the clock of the disk.
 """
 
 
@@ -95,10 +96,7 @@ def _signs(facts: Facts) -> str:
     silent = facts["alive"]
     if facts["state"] == "done" or silent is None:
         return ""
-    job = f"; the last sign of life of job {(facts['owner'] or '?').rpartition('.')[2]:.12} is"
-    if silent < -ALIVE:
-        return f"{job} {-silent:,.0f} s ahead of this machine's clock"
-    return f"{job} {max(0.0, silent):,.0f} s old, by this machine's clock"
+    return f"; the last sign of life of job {(facts['owner'] or '?').rpartition('.')[2]:.12} is {silent:,.0f} s old"
 
 
 def _best(found: Facts | None) -> str:

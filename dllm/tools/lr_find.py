@@ -27,7 +27,7 @@ from ..inference import model_folder
 from ..inference.loaded_model import LoadedModel, open_parent
 from ..runs.ownership import Ownership
 from ..training.curves import Curve, Line, check_picture, draw, write_picture
-from ..training.options import train_config, train_options
+from ..training.options import parent_of, train_config, train_options
 from ..training.progress import Reporter
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def lr_find(argv: list[str], comm: MPI.Comm) -> int:
     """Run the test and print what it says. Collective."""
     with runtime.together(comm):
         options, train = _options(argv, comm.rank)
+        origin = parent_of(train)
     reporter = Watch(comm.rank == 0, train.progress)
-    parent = open_parent(comm, train.init_from, reporter.warn) if train.init_from else None
+    parent = open_parent(comm, origin, reporter.warn) if origin else None
     with runtime.together(comm):
         settings = train_config(train, model_folder.shape(parent.config) if parent else None)
         configuration = _configuration(options, settings)
@@ -184,13 +185,14 @@ def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent:
     Trainer.before_step.append(_nothing_to_save)
     try:
         trainer.run(stop=lambda: reporter.diverged)
-        trainer.close()
     except UserError as error:
         if not (error.shared and reporter.lines):
             raise
         reporter.say(f"the test ends: {error}")
+        rank.upkeep.end()
     finally:
         Trainer.before_step.remove(_nothing_to_save)
+    trainer.close()  # such an error comes between two steps, of all ranks alike
 
 
 class _NoFolder(Ownership):

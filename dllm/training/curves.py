@@ -72,6 +72,10 @@ def check_picture(option: str, path: str | None) -> None:
         return
     if not can_draw():
         raise UserError(f"{option} {path} needs matplotlib: pip install 'dllm[plot]'")
+    try:
+        _pyplot()
+    except Exception as error:
+        raise UserError(f"{option} {path} needs a matplotlib that works: {printable(reason(error))}") from None
     if pathlib.Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{option} {path}: its name must end with .png, .svg or .pdf")
     if not pathlib.Path(os.path.abspath(path)).parent.is_dir():
@@ -84,12 +88,7 @@ def draw(curves: Sequence[Curve], title: str, x: str = "step", log: bool = False
     x : what is measured there
     log : by powers of ten
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
     for curve in curves:
         marker, dashed = "o" if curve.marked else "", curve.marked and _shared(curve, curves)
         points = zip(*curve.points, strict=True)
@@ -116,12 +115,20 @@ def write_picture(option: str, path: str, write: Callable[..., None]) -> None:
 
 
 def _save(figure: Any, path: pathlib.Path, form: str = "png") -> None:
-    from matplotlib import pyplot
-
     try:
         figure.savefig(path, dpi=120, format=form)
     finally:
-        pyplot.close(figure)
+        _pyplot().close(figure)
+
+
+def _pyplot() -> Any:
+    """The part of matplotlib that draws, without a screen. Raises whatever a broken one does."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _shared(curve: Curve, curves: Sequence[Curve]) -> bool:

@@ -6,6 +6,7 @@ are taken again (tensorboard/backend/event_processing/event_accumulator.py).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import os
@@ -14,7 +15,7 @@ import time
 from typing import Any
 
 from ..config import LogConfig
-from ..errors import UserError
+from ..errors import UserError, printable, reason
 from ..inference.evaluation import perplexity
 from .curves import Line
 
@@ -27,9 +28,18 @@ TRAINING = {  # of a line of training: its name -> the chart
 
 
 def check(log: LogConfig) -> None:
-    """Raise UserError where tensorboard is wanted and not installed."""
-    if log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("log.tensorboard = true needs pip install 'dllm[tensorboard]', or --set log.tensorboard=false")
+    """Raise UserError where tensorboard is wanted, and not installed or broken."""
+    if not log.tensorboard:
+        return
+    advice = "pip install 'dllm[tensorboard]', or --set log.tensorboard=false"
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(f"log.tensorboard = true needs {advice}")
+    try:
+        for module in ("compat.proto.event_pb2", "compat.proto.summary_pb2", "summary.writer.record_writer"):
+            importlib.import_module(f"tensorboard.{module}")
+    except Exception as error:  # such as the TypeError of another protobuf
+        why = printable(reason(error))
+        raise UserError(f"log.tensorboard = true needs a tensorboard that works ({why}): {advice}") from None
 
 
 def charts(line: Line) -> dict[str, float]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import reason
+from ..errors import printable, reason
 from ..files import storage
 from ..files.starter import launched_rank
 from ..inference.evaluation import perplexity
@@ -165,8 +165,11 @@ class Reporter:
         """Draw loss.png from metrics.jsonl. Returns its path, or why there is none."""
         if not can_draw():
             return "pip install matplotlib draws loss.png next time"
-        write = draw(curves_of({self.run.name: read_lines(self.run / "metrics.jsonl")}), self.run.name)
-        self._attempt("loss.png", write_whole, self.run / "loss.png", write)
+        try:
+            write = draw(curves_of({self.run.name: read_lines(self.run / "metrics.jsonl")}), self.run.name)
+            self._attempt("loss.png", write_whole, self.run / "loss.png", write)
+        except Exception as error:  # of a broken matplotlib, of metrics that are too large: the run is done nevertheless
+            return f"there is no loss.png: {printable(reason(error) or type(error).__name__)}"
         return "there is no loss.png" if "loss.png" in self.failed else str(self.run / "loss.png")
 
 

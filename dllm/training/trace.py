@@ -49,29 +49,36 @@ class Trace:
     def install(self) -> None:
         """Wait for the first step."""
         Trainer.before_step.append(self._before)
-        self.recorder.put(self.trainer, "close", self._closing(self.trainer.close))
+        self.recorder.put(Trainer, "close", self._closing(Trainer.close))  # of all: after a death another one ends the run
 
-    def _closing(self, close: Callable[[], None]) -> Callable[[], None]:
-        def closing() -> None:
-            if self._before in Trainer.before_step:  # the run ends before the last step that was asked for
+    def _closing(self, close: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+        def closing(trainer: Trainer) -> None:
+            if self._before in Trainer.before_step and self._is_whole(trainer):  # the end comes before the last step
                 self._finish()
-            close()
+            close(trainer)
 
         return closing
 
     def _before(self, trainer: Trainer) -> None:
         """A step begins."""
-        if trainer is not self.trainer:
-            self._leave()
-            trainer.rank.reporter.warn("no trace: a rank has died before its last step")
+        if not self._is_whole(trainer):
             return
         step = trainer.state.step + 1
         if step > self.last:
             self._finish()
         elif step >= self.first:
             if not self._recording:
+                self.first = step  # a run that was resumed may begin behind the step that was asked for
                 self._begin()
             self._begun = time.perf_counter()
+
+    def _is_whole(self, trainer: Trainer) -> bool:
+        """Whether all ranks are there that have begun; else the trace is given up."""
+        if trainer is self.trainer:
+            return True
+        self._leave()
+        trainer.rank.reporter.warn("no trace: a rank has died before its last step")
+        return False
 
     def _whole(self, write_down: Callable[..., None]) -> Callable[..., None]:
         """With a span for the whole step, which ends with it."""
@@ -160,7 +167,7 @@ class Trace:
         if comm.rank > 0:
             return
         path = pathlib.Path(trainer.rank.ownership.run, FILE)
-        told = {"dllm": __version__, "steps": [self.first, self.last], "clocks may be off by seconds": doubt.tolist()}
+        told = {"dllm": __version__, "steps": [self.first, trainer.state.step], "clocks may be off by seconds": doubt.tolist()}
         try:
             storage.write_text(path, json.dumps({"traceEvents": events(everyone, offsets.tolist()), "otherData": told}))
         except OSError as error:

@@ -180,6 +180,7 @@ def test_it_gives_up_on_a_job_that_gets_nowhere(tiny, tmp_path):
         (["--", "--set", "train.lr=fast"], "train.lr"),
         (["--", "--resume", "run"], "belongs before the --"),
         (["--resume", "nowhere"], "is not the folder of a run"),
+        (["--resume", "run", "--", "--init-from", "model"], "leave out --init-from"),
         (["-n", "0"], "not a number of at least 1"),
         (["--hostfile", "nowhere"], "cannot read the hosts in nowhere: No such file or directory"),
         (["--hostfile", "/dev/null"], "cannot read the hosts in /dev/null: it is not a file"),

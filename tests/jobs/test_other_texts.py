@@ -137,9 +137,11 @@ def test_a_new_run_begins_with_the_parameters_of_another(corpora, easy, tmp_path
     if exported:
         mpirun(0, "-m", "dllm.export", easy, "--out", origin, check=True)
     named = ("--set", f"train.init_from={origin}") if exported else ("--init-from", origin)  # as config.toml of a run has it
-    words = ["-m", "dllm.train", "--data", corpora[text], "--out", run, *named, "--progress", "plain"]
+    words = ["--data", corpora[text], "--out", run, *named, "--progress", "plain"]
+    launched = ["-m", "dllm.launch", "-n", ranks, "--", "--preset", "wlm-200", "--set", "model.embedding=16"]  # as the parent's
+    words = [*(launched if exported else ["-m", "dllm.train"]), *words, "--max-steps", 2]
     small = ("train.lanes=8", "train.window=8", "train.lr=1e-30", "train.warmup=0", "log.sample=0")
-    done = mpirun(ranks, *words, *(part for one in small for part in ("--set", one)), "--max-steps", 2, check=True)
+    done = mpirun(0 if exported else ranks, *words, *(part for one in small for part in ("--set", one)), check=True)
     assert f"beginning  the parameters of {origin}" in done.stdout
     before, begun = LoadedModel.open(easy), LoadedModel.open(run)
     for name, tensor in begun.tensors().items():

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers.launch import BIN, REFUSED, environment, flavour, mpirun, mpirun_path
+from helpers.launch import REFUSED, environment, flavour, mpirun
 
-from dllm.files.starter import MPICH_SHARE, shortage
+from dllm.files.starter import MPICH_SHARE, mpirun_beside, shortage
 
 FOREIGN = {  # variables of the mpirun that this MPI does not know
     "mpich": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "{rank}"},
@@ -40,7 +40,7 @@ def test_ranks_that_mpi_does_not_see_are_refused_by_one_of_them(variables, comma
     assert len(lines) == 1
     assert "has started 4 ranks, but MPI (/" in lines[0]
     assert "sees 1:" in lines[0]
-    assert str(BIN / "mpirun") in lines[0] or not (BIN / "mpirun").exists()
+    assert (mpirun_beside() or "the mpirun of this MPI") in lines[0]
     assert "dllm" not in second
 
 
@@ -59,8 +59,19 @@ def test_the_launcher_takes_the_mpirun_beside_its_python(tmp_path):
     variables = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     words = [sys.executable, "-c", program]
     found = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60, check=True)
-    there = mpirun_path() if (BIN / "mpirun").exists() else str(fake)
+    there = mpirun_beside() or str(fake)
     assert found.stdout.split() == [there, there]
+
+
+def test_beside_the_python_of_the_system_is_no_mpirun_of_its_own(tmp_path, monkeypatch):
+    for name in ("python", "mpirun"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for prefix, base, found in (("venv", "usr", True), ("usr", "usr", False), ("conda", "conda", True)):
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / prefix))
+        monkeypatch.setattr(sys, "base_prefix", str(tmp_path / base))
+        (tmp_path / "conda" / "conda-meta").mkdir(parents=True, exist_ok=True)
+        assert mpirun_beside() == (str(tmp_path / "mpirun") if found else None), prefix
 
 
 @pytest.mark.skipif(flavour() == "openmpi", reason="Open MPI takes little shared memory")

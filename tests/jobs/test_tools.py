@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from helpers.faults import fault
 from helpers.launch import REFUSED, environment, mpirun
 from helpers.run_files import metrics
 from helpers.several_commands import run_several
@@ -101,7 +103,9 @@ def test_info_tells_a_run_that_goes_on_from_one_that_stopped_whatever_this_clock
         found = as_json(info.main, capsys, run)
         assert found["state"] == state
         assert words in found["next"]
-        assert f"{state}, step 20 of 312,500" in said(info.main, capsys, run)[1]
+        out = said(info.main, capsys, run)[1]
+        assert f"{state}, step 20 of 312,500" in out
+        assert age <= int(re.search(r"is ([\d,]+) s old\n", out)[1].replace(",", "")) < age + 20
     shutil.rmtree(run / "checkpoints")
     os.utime(run / "owner", (1, 1))
     assert "--config" in as_json(info.main, capsys, run)["next"]  # there is nothing to resume
@@ -115,6 +119,8 @@ def test_a_best_loss_on_a_corpus_of_before_is_not_the_best():
     assert facts.best(lines, {})["step"] == 10
     assert facts.best([*lines, line(50, math.nan)], {"scalars": scalars})["step"] == 30
     assert facts.best([], {"scalars": {"step": 3, "best_loss": math.inf}}) is None
+    assert facts.best(lines, {"scalars": {"step": 45, "best_loss": math.inf}}) is None  # of another text, not evaluated yet
+    assert facts.best(lines, {"scalars": {"step": 45, "best_loss": 1.5}}) == {"loss": 1.5, "perplexity": math.exp(1.5)}
 
 
 def test_steps_are_counted_by_epochs_where_these_end_first(world, run, capsys):
@@ -265,6 +271,25 @@ def test_lr_find_ends_where_the_loss_diverges_and_leaves_a_picture_alone(world, 
         name for name in os.listdir(tmp_path) if name.startswith(("ompi", "prte"))
     }
     assert not picture or (tmp_path / "range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_under_way_where_a_test_of_rates_ends_by_a_loss_that_is_not_finite(world, tmp_path):
+    """The heartbeat of a node's ranks is a thread of each; averaging and the heartbeat end together."""
+    code = """
+import sys, threading
+def judge(lines, before=module.judge):
+    sys.stderr.write(f"threads {[type(thread).__name__ for thread in threading.enumerate()]}\\n")
+    return before(lines)
+module.judge, module.DIVERGED = judge, float("inf")
+"""
+    small = ("model.embedding=16", "model.hidden=16", "train.lanes=8", "train.window=8", "train.clip=0", "train.optimizer=sgd")
+    words = [*(word for one in small for word in ("--set", one)), "--low", 1e-3, "--high", 1e30, "--steps", 80]
+    command = ["-m", "dllm.tools.lr_find", "--data", world / "tiny", *words, "--progress", "plain"]
+    done = mpirun(2, *command, cwd=tmp_path, env=fault(tmp_path, "dllm.tools.lr_find", code))
+    assert "the test ends: " in done.stdout, done
+    assert "not finite" in done.stdout
+    assert done.stderr.count("threads [") == 2
+    assert "Heartbeat" not in done.stderr
 
 
 def test_lr_find_refuses_what_is_trains_alone_and_what_is_no_range(world, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from helpers.launch import ULFM, flavour, mpirun, train_arguments
 from helpers.run_files import column, metrics
 from helpers.several_commands import run_several
 
+from dllm.comm.heartbeat import Heartbeat
 from dllm.comm.shared_memory import READY, SUMMED
 from dllm.comm.tracing import Message, Span
 from dllm.errors import UserError
+from dllm.training import trace
 from dllm.training.event_files import EventFile
 from dllm.training.options import train_config, train_options
 from dllm.training.progress import Reporter
 from dllm.training.trace_events import Told, events, process_of
+from dllm.training.trainer import Trainer
 
 RANKS, FIRST, LAST = 4, 6, 12
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
@@ -64,10 +68,11 @@ def check_format(trace):
 
 
 def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
-    trace = json.loads((traced / "trace.json").read_text())
-    check_format(trace)
+    found = json.loads((traced / "trace.json").read_text())
+    check_format(found)
+    assert found["otherData"]["steps"] == [FIRST, LAST]
     for rank in range(RANKS):
-        of_rank = [event for event in trace["traceEvents"] if event["pid"] == process_of(rank)]
+        of_rank = [event for event in found["traceEvents"] if event["pid"] == process_of(rank)]
         spans = [event for event in of_rank if event["ph"] == "X"]
         names = [event["name"] for event in spans]
         assert [name for name in names if name.startswith("step ")] == [f"step {step}" for step in range(FIRST, LAST + 1)]
@@ -82,7 +87,7 @@ def test_a_trace_of_four_ranks_shows_messages_under_the_backward(traced):
         assert len(buckets) >= 3 * (LAST - FIRST + 1)
         assert len(under) == len(buckets)
         assert all(one["args"]["bytes"] > 0 for one in buckets)
-    hosts = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
+    hosts = [event["args"]["name"] for event in found["traceEvents"] if event["name"] == "process_name"]
     assert [name.partition(" on ")[0] for name in hosts] == [f"rank {rank}" for rank in range(RANKS)]
 
 
@@ -93,16 +98,18 @@ def test_a_trace_changes_nothing(traced, world):
     assert json.loads((traced / "summary.json").read_text())["steps"] == 20
 
 
-def test_a_run_that_ends_early_leaves_the_steps_that_it_took_and_one_that_never_came_so_far_says_so(world, tmp_path):
+def test_a_trace_has_the_steps_that_were_taken_and_a_run_that_never_came_so_far_says_so(world, tmp_path):
     tries = {"run": ("--max-steps", 4, "--trace", "3:9"), "other": ("--max-steps", 2, "--trace", 5)}
     words = [list(map(str, train_arguments("tiny", tmp_path / name, extra=extra)[1:])) for name, extra in tries.items()]
+    words.append(["dllm.train", "--resume", tmp_path / "other", "--max-steps", 5, "--trace", "1:4", "--progress", "none"])
     ends = run_several(tmp_path / "said", 0, words, cwd=world, check=True)
-    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
-    check_format(trace)
-    steps = [event["name"] for event in trace["traceEvents"] if event["name"].startswith("step ")]
-    assert steps == ["step 3", "step 4"]
+    for name in ("run", "other"):  # one ends before the last step that was asked for, one goes on behind the first
+        found = json.loads((tmp_path / name / "trace.json").read_text())
+        check_format(found)
+        steps = [event["name"] for event in found["traceEvents"] if event["name"].startswith("step ")]
+        assert steps == ["step 3", "step 4"]
+        assert found["otherData"]["steps"] == [3, 4]
     assert "dllm: no trace: step 11 is none of those that this start has taken\n" in ends[1].text
-    assert not (tmp_path / "other" / "trace.json").exists()
 
 
 @pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies")
@@ -113,6 +120,18 @@ def test_a_death_while_a_trace_is_taken_costs_the_trace_alone(world, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 14, done.stderr
     assert "dllm: no trace: a rank has died before its last step" in done.stderr
     assert not (tmp_path / "run" / "trace.json").exists()
+
+
+def test_a_death_behind_which_no_step_follows_costs_the_trace_and_is_told(capsys):
+    dead = SimpleNamespace(state=SimpleNamespace(step=5))
+    averaging = SimpleNamespace(model=np.copy, end=lambda: None)
+    rank = SimpleNamespace(reporter=Reporter(True, "none"), heartbeat=Heartbeat())
+    survivor = SimpleNamespace(state=SimpleNamespace(theta=np.zeros(2)), averaging=averaging, rank=rank)
+    hooks, close = list(Trainer.before_step), Trainer.close
+    trace.install(dead, (5, 9))
+    Trainer.close(survivor)
+    assert capsys.readouterr().err == "dllm: no trace: a rank has died before its last step\n"
+    assert (Trainer.before_step, Trainer.close) == (hooks, close)
 
 
 @pytest.mark.parametrize("text", ["0", "5:4", "0:3", "-1", "a", "1:1001", "1001", "1:2:3", "", "9" * 20])

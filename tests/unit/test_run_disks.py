@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm import launch
-from dllm.errors import UserError
+from dllm.errors import BAD_INPUT, NOT_SAVED, UserError
 from dllm.launching import mpirun
 from dllm.launching.run_disks import PROGRAM, RunDisks
 from dllm.launching.run_status import LONGEST, MARK, RunStatus, together
@@ -125,6 +125,35 @@ def test_a_disk_that_is_away_for_a_moment_is_no_silent_job(tmp_path):
         (tmp_path / "run").rename(tmp_path / "away")
         assert not supervisor.is_due(140.0)
         assert supervisor.is_due(151.0)
+
+
+def test_a_new_run_gets_its_parent_and_every_start_is_traced(tmp_path):
+    run = str(tmp_path / "run")
+    options = launch.arguments(["-n", "1", "--run", run, "--", "--init-from", "parent", "--trace", "100:105"])
+    with RunDisks(run, {}) as disks:
+        supervisor = TrainingSupervisor(options, train_options(options.train), disks, disks.status())
+        words = train_options(supervisor.arguments())
+        assert (words.init_from, words.trace, words.out) == ("parent", (100, 105), run)
+        supervisor.newest, supervisor.wanted.trace = 50, (0, 5)
+        words = train_options(supervisor.arguments())
+        assert (words.init_from, words.trace, words.resume) == (None, (0, 5), run)
+
+
+def test_a_last_state_that_could_not_be_written_is_not_computed_again(tmp_path):
+    options = launch.arguments(["-n", "1", "--run", str(tmp_path / "run")])
+    with RunDisks(options.run, {}) as run:
+        supervisor = TrainingSupervisor(options, train_options([]), run, run.status())
+        make_run(tmp_path / "run", f"{supervisor.job.mark}.1", 0)
+        assert supervisor.judge(1, 5.0).code is None  # a crash is
+        supervisor.begin()
+        assert supervisor.judge(NOT_SAVED, 5.0).code == NOT_SAVED
+        supervisor.ranks += 1  # dllm resize
+        assert supervisor.judge(NOT_SAVED, 5.0).code == NOT_SAVED
+        supervisor.job.stop()
+        assert supervisor.judge(NOT_SAVED, 5.0).code == NOT_SAVED
+        (tmp_path / "run" / "owner").write_text("another.1")
+        supervisor.job.stops = 0
+        assert supervisor.judge(NOT_SAVED, 5.0).code == BAD_INPUT
 
 
 def test_other_hosts_are_asked_listened_to_and_told(disks):

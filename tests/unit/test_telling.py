@@ -10,7 +10,10 @@ import sys
 import pytest
 from helpers.launch import environment
 
-from dllm.training import progress
+from dllm.config import LogConfig
+from dllm.errors import UserError
+from dllm.files import storage
+from dllm.training import curves, event_files, progress
 
 SPEAK = """
 import json, sys
@@ -128,3 +131,25 @@ def test_a_picture_that_finds_no_room_is_not_promised(tmp_path, monkeypatch, cap
     assert reporter.plot() == ("there is no loss.png" if error else str(tmp_path / "loss.png"))
     assert [path.name for path in tmp_path.iterdir()] == ([] if error else ["loss.png"])
     assert ("cannot write" in capsys.readouterr().err) == bool(error)
+
+
+@pytest.mark.parametrize(("broken", "large"), [(ImportError, False), (TypeError, True)])
+def test_a_picture_that_cannot_be_drawn_costs_a_finished_run_nothing(tmp_path, monkeypatch, broken, large):
+    for name in ("matplotlib", "tensorboard"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise {broken.__name__}('of another time')")
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    reporter = progress.Reporter(True, "none")
+    reporter.run = tmp_path
+    why = "of another time"
+    if large:
+        (tmp_path / "metrics.jsonl").write_text("{}\n" * 9)
+        monkeypatch.setattr(storage, "LARGEST_METRICS", 9)
+        why = f"{tmp_path}/metrics.jsonl is too large: "
+    assert reporter.plot().startswith(f"there is no loss.png: {why}")
+    with pytest.raises(UserError, match=r"log\.tensorboard = true needs a tensorboard that works \(of another time\): pip"):
+        event_files.check(LogConfig(tensorboard=True))
+    with pytest.raises(UserError, match=r"--out a\.png needs a matplotlib that works: of another time"):
+        curves.check_picture("--out", "a.png")
