@@ -119,7 +119,8 @@ def _candidates(shelves: Sequence[Shelf], best: bool) -> list[tuple[Manifest, in
     first = {one: next(rank for rank, shelf in enumerate(shelves) if one in shelf.manifests) for one in counts}
     order = sorted(counts, key=lambda one: (one.step, counts[one], -first[one]), reverse=True)
     if best and order:
-        order.sort(key=lambda one: one.best and one.valid == order[0].valid, reverse=True)
+        text = order[0].valid
+        order.sort(key=lambda one: one.best and one.valid == text, reverse=True)
     return [(one, first[one]) for one in order]
 
 

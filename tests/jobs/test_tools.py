@@ -153,7 +153,7 @@ def test_what_a_hostile_run_says_of_itself_does_no_harm(run, capsys):
     lines = [
         f'{{"step": {huge}, "loss": 1.0}}', f'{{"step": 3, "loss": {huge}}}', deep, '{"step": 4, "loss": 2.0, "epoch": 1e308}',
         '{"step": 5, "loss": NaN, "epoch": NaN, "tokens_per_second": "fast"}', '{"step": -1, "loss": 1}', "\x1b[2J",
-        '{"step": 6, "loss": 1.5, "split": "valid", "bits_per_byte": "\\u001b[2J"}',
+        '{"step": 60, "loss": 1.5, "split": "valid", "bits_per_byte": "\\u001b[2J"}',
         '{"step": 7, "loss": 1.0, "epoch": 1e-300}',
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("\n".join(lines))
@@ -163,7 +163,7 @@ def test_what_a_hostile_run_says_of_itself_does_no_harm(run, capsys):
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "owner").write_bytes(b"\x1b[2J")
     found = as_json(info.main, capsys, run)
-    assert found["best"] == {"loss": 1.5, "perplexity": math.exp(1.5), "step": 6}
+    assert found["best"] == {"loss": 1.5, "perplexity": math.exp(1.5), "step": 60}
     assert "is damaged" in found["problems"][0]
     for command in (info.main, compare.main):
         code, out, err = said(command, capsys, run)
@@ -284,7 +284,7 @@ module.judge, module.DIVERGED = judge, float("inf")
 """
     small = ("model.embedding=16", "model.hidden=16", "train.lanes=8", "train.window=8", "train.clip=0", "train.optimizer=sgd")
     words = [*(word for one in small for word in ("--set", one)), "--low", 1e-3, "--high", 1e30, "--steps", 80]
-    command = ["-m", "dllm.tools.lr_find", "--data", world / "tiny", *words, "--progress", "plain"]
+    command = ["-m", "dllm", "lr-find", "--data", world / "tiny", *words, "--progress", "plain"]
     done = mpirun(2, *command, cwd=tmp_path, env=fault(tmp_path, "dllm.tools.lr_find", code))
     assert "the test ends: " in done.stdout, done
     assert "not finite" in done.stdout
