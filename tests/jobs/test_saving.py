@@ -170,3 +170,18 @@ def test_a_disk_that_has_room_again_gets_the_last_state(tiny, undisturbed, tmp_p
     assert checkpoints(run)[-1] == 40
     assert (run / "DONE").exists()
     check(run, undisturbed)
+
+
+def test_older_checkpoints_that_cannot_be_removed_cost_a_warning_alone(tiny, undisturbed, tmp_path):
+    bad = """
+def prune(*words):
+    raise OSError(5, "Input/output error")
+module.prune = prune
+"""
+    run = tmp_path / "run"
+    settings = *SETTINGS, "checkpoint.keep=1"
+    done = mpirun(3, *train_arguments(tiny, run, *settings), env=fault(tmp_path, "dllm.runs.checkpoint", bad), check=True)
+    assert set(complaint(done).splitlines()) == {"dllm: older checkpoints could not all be removed: Input/output error"}
+    assert checkpoints(run) == [10, 20, 30, 40]
+    assert (run / "DONE").exists()
+    check(run, undisturbed)
