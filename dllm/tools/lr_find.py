@@ -21,7 +21,6 @@ from .. import cli, config
 from ..comm import runtime
 from ..comm.messages import broadcast
 from ..comm.node_info import find_node, leader_first
-from ..data.tokenizer_files import tokenizer_hash
 from ..errors import DONE, UserError
 from ..inference import model_folder
 from ..inference.loaded_model import LoadedModel, open_parent
@@ -176,7 +175,7 @@ def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent:
     node = find_node(comm, configuration.train.threads)
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if parent:
-        runtime.agree(comm, corpus.check_vocabulary, tokenizer_hash(parent.tokenizer), configuration.train.init_from)
+        runtime.agree(comm, corpus.check_vocabulary, parent.vocabulary, configuration.train.init_from)
     with leader_first(node):
         warm_up(configuration)
     nowhere = os.path.join(tempfile.gettempdir(), f"dllm-lr-find-{os.urandom(8).hex()}")
