@@ -25,7 +25,7 @@ examples
   mpirun -n 8 python -m dllm.evaluate RUN --split valid --checkpoint last
   python -m dllm.evaluate MODEL --data DIR          a model folder, or a run on another corpus of the same vocabulary
   python -m dllm.evaluate MODEL --precision int8    perplexity of what dllm.serve --precision int8 gives, and that of fp32
-  mpirun -n 8 python -m dllm.evaluate MODEL --pairs                        exact match, BLEU and ROUGE of the test split
+  mpirun -n 8 python -m dllm.evaluate MODEL --pairs                        exact match, BLEU, chrF and ROUGE of the test split
   python -m dllm.evaluate MODEL --pairs news.en news.de --write out.de     the same of other files; what the model says
 
 The loss is in nats a token; perplexity is its exponential. State is carried over the whole split, in as many lanes as
@@ -33,8 +33,10 @@ train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end
 that of the products that dllm.serve and dllm.generate take with it, and perplexity_fp32 stands beside it.
 
 --pairs is for models of pairs: the likeliest target of every source, each alone, compared with the target that belongs to it,
-of the split or of two files. exact_match, bleu and rougeL are in per cent; the loss is that of targets with their end. It
-needs pip install 'dllm[tasks]'.
+of the split or of two files. exact_match, bleu, chrf and rougeL are in per cent; the loss is that of targets with their end.
+It needs pip install 'dllm[tasks]'. BLEU counts words, which --bleu-tokenize cuts as sacrebleu does: 13a where spaces stand
+between words, zh for Chinese, ja-mecab and ko-mecab for Japanese and Korean, char for any other. A score that is not defined
+is null, and bleu_reason or the like says why. bleu_signature is what to quote with the figure.
 """
 
 
@@ -66,6 +68,8 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
 
 def _options(argv: list[str], rank: int) -> argparse.Namespace:
+    from .inference.scores import BLEU_TOKENIZERS
+
     parser = cli.Parser("evaluate", __doc__, EPILOG, rank)
     parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export; or ipfs://CID")
     parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare (default: the run's)")
@@ -74,12 +78,17 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
     parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, line i for line i of SRC")
+    parser.add_argument(
+        "--bleu-tokenize", choices=BLEU_TOKENIZERS, help="with --pairs: what cuts texts into words for BLEU (default 13a)"
+    )
     cli.add_precision(parser)
     options = parser.parse_args(argv)
     if options.pairs is not None and len(options.pairs) not in (0, 2):
         parser.error("argument --pairs: it takes SRC and TGT, or nothing")
-    if options.write and options.pairs is None:
-        parser.error("--write goes with --pairs")
+    for name in ("write", "bleu_tokenize"):
+        if getattr(options, name) is not None and options.pairs is None:
+            parser.error(f"--{name.replace('_', '-')} goes with --pairs")
+    options.bleu_tokenize = options.bleu_tokenize or BLEU_TOKENIZERS[0]
     return options
 
 
@@ -122,7 +131,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     """Print how good the targets are that the model gives, and write them to a file where that is wanted."""
     from .data.supply import supply
     from .files import storage
-    from .inference import answering
+    from .inference import answering, scores
     from .inference.evaluation import corpus_of
     from .kernels.team import Team
     from .model.precision import described, products_of
@@ -130,7 +139,8 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
 
     tokenizer, train = model.tokenizer, model.settings.train
     with runtime.together(comm):
-        answering.check_scorers()
+        if comm.rank == 0:
+            scores.check(options.bleu_tokenize)
         if not tokenizer.pairs:
             raise UserError(f"{options.model} was not trained on pairs: dllm.prepare --pairs makes data for that")
         if not options.pairs and is_private(options.data or model.data or ""):
@@ -170,7 +180,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
                     f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each"
                 )
             )
-            measured: dict[str, Any] = {"split": what, **answering.measure(pairs, texts, losses)}
+            measured: dict[str, Any] = {"split": what, **answering.measure(pairs, texts, losses, options.bleu_tokenize)}
             if options.precision != "fp32":
                 print(described(options.precision))
                 measured["precision"] = products_of(options.precision, model.dtype)

@@ -5,7 +5,6 @@ Every pair is alone, from zero states, and what comes out does not depend on the
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +23,7 @@ from ..kernels.types import Array
 from ..model.batch import Batch
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
+from . import scores
 from .decoded_losses import DecodedLosses
 from .evaluation import perplexity
 from .generation import beam_search, greedy, source_prompt
@@ -143,30 +143,11 @@ def solve(
     return [text for _, text, _ in answered], np.array([loss for _, _, loss in answered])
 
 
-def check_scorers() -> None:
-    """Raise UserError where what measures texts is not installed."""
-    missing = [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install 'dllm[tasks]'")
+def measure(pairs: Sequence[Pair], texts: Sequence[str], losses: Array, tokenize: str = "13a") -> dict[str, Any]:
+    """{"pairs", "exact_match", "bleu", ..., "loss", "perplexity"}: scores.measure, and the loss in nats a token.
 
-
-def measure(pairs: Sequence[Pair], texts: Sequence[str], losses: Array) -> dict[str, Any]:
-    """{"pairs", "exact_match", "bleu", "rougeL", "loss", "perplexity"}: the first three in per cent, loss in nats a token.
-
-    Texts match exactly where they differ in white space at most; BLEU is sacrebleu's (Post 2018) of the whole; rougeL the mean
-    of rouge-score's F (Lin 2004), which knows words of a to z and digits.
+    tokenize : what cuts words for BLEU, one of scores.BLEU_TOKENIZERS
     """
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
-    wanted = [" ".join(pair[2].split()) for pair in pairs]
-    scorer = RougeScorer(["rougeL"])
     loss = float(losses.sum()) / sum(len(pair[1]) + 1 for pair in pairs)
-    return {
-        "pairs": len(pairs),
-        "exact_match": 100 * float(np.mean([text == right for text, right in zip(texts, wanted, strict=True)])),
-        "bleu": sacrebleu.corpus_bleu(texts, [wanted]).score,
-        "rougeL": 100 * float(np.mean([scorer.score(*both)["rougeL"].fmeasure for both in zip(wanted, texts, strict=True)])),
-        "loss": loss,
-        "perplexity": perplexity(loss),
-    }
+    measured = scores.measure([pair[2] for pair in pairs], texts, tokenize)
+    return {"pairs": len(pairs), **measured, "loss": loss, "perplexity": perplexity(loss)}
