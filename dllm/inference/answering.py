@@ -81,17 +81,10 @@ def as_text(tokenizer: Tokenizer, tokens: Sequence[int] | Array) -> str:
 
 
 def answers(
-    decoder: Decoder, tokenizer: Tokenizer, sources: Sequence[Array], tokens: int, beams: int | None = None
-) -> list[list[int]]:
-    """The target (n,) that the model gives to each source, at most `tokens` tokens, without its <end>.
-
-    beams : continuations that a search keeps for each source; None: the most likely token each time
-    """
-    prompts = [source_prompt(tokenizer, source) for source in sources]
-    if beams is None:
-        return greedy(decoder, prompts, tokens, tokenizer.end)
-    found = [text for text, _ in beam_search(decoder, prompts, tokens, beams, end=tokenizer.end)]
-    return [text[:-1] if text[-1:] == [tokenizer.end] else text for text in found]
+    decoder: Decoder, tokenizer: Tokenizer, sources: Sequence[Array], tokens: int, beam: Beam = Beam()
+) -> list[list[Found]]:
+    """The best targets that the model gives to each source, at most `tokens` tokens each, the best first."""
+    return search(DecoderStreams(decoder, tokenizer), sources, tokens, beam, tokenizer.end, banned(tokenizer))
 
 
 def pair_losses(model: LanguageModel | DecodedLosses, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
