@@ -1,5 +1,5 @@
-"""Texts that a trained model continues: sampling, and the streams of a search. All of it runs on a Decoder, so that what a text becomes
-does not depend on what else is continued at the same time, to the bit.
+"""Texts that a trained model continues: sampling, and the streams of a search. What a text becomes does not depend on what else
+is continued at the same time, to the bit.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import numpy as np
 
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
-from ..kernels.sample import BAD, Choice
+from ..kernels.sample import Choice
 from ..kernels.types import Array
-from ..model.decoder import Decoder
+from ..model.base import Model
+from ..model.decoder import Decoder, check_finite
+from ..model.language_model import LanguageModel
+from ..model.seq2seq import Seq2Seq
+from ..model.source_decoder import SourceDecoder
 from .loaded_model import LoadedModel
-from .search import Beam, search
+from .search import GREEDY, Beam, Streams, search
 
-NOT_FINITE = "the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr"
 WINDOW = 64  # tokens of a prompt that are read at a time
 
 
@@ -43,24 +46,38 @@ def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
     return tokens
 
 
+def source_tokens(tokenizer: Tokenizer, source: str) -> Array:
+    """Token numbers (n,) of a source. Raises UserError where there are none."""
+    tokens = tokenizer.encode(source.encode(), end=False)
+    if len(tokens) == 0:
+        raise UserError("the source is empty: it takes a word at least")
+    return tokens
+
+
 def source_prompt(tokenizer: Tokenizer, source: str | Array) -> Array:
-    """Token numbers (n,) that ask a model of pairs for the target of a source, a text or its tokens."""
+    """Token numbers (n,) that ask a language model of pairs for the target of a source, a text or its tokens."""
     tokens = tokenizer.encode(source.encode(), end=False) if isinstance(source, str) else source
     return np.concatenate([[tokenizer.end], tokens, [tokenizer.sep]]).astype(np.int64)
 
 
 def continuation(
-    model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beam: Beam | None = None, precision: str = "fp32"
+    model: LoadedModel, text: Array, tokens: int, sampling: Sampling, beam: Beam | None = None, precision: str = "fp32"
 ) -> Iterator[int]:
-    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or the best that a search finds.
+    """Yield at most `tokens` tokens that continue a text (n,), or answer a source: drawn, or the best that a search finds.
 
     precision : "fp32", "bf16" or "int8", of products
     """
-    decoder = Decoder(model.model(WINDOW), beam.width if beam else 1, precision)
-    if beam:
-        ((found, *_),) = search(DecoderStreams(decoder), [prompt], tokens, beam, model.tokenizer.end, banned(model.tokenizer))
-        return iter(found.tokens)
-    return sample(decoder, prompt, tokens, sampling)
+    tokenizer, window = model.tokenizer, WINDOW
+    if model.config.kind == "seq2seq":
+        if sampling.temperature and beam is None:
+            raise UserError(f"{model.name} searches for targets, and draws none: leave --temperature, or give --beam")
+        beam, window = beam or GREEDY, len(text)
+    if beam is None:
+        prompt = source_prompt(tokenizer, text) if tokenizer.pairs else text
+        return sample(Decoder(model.model(window), 1, precision), prompt, tokens, sampling)
+    streams = streams_of(model.of_any_kind(window, 1), tokenizer, beam.width, precision)
+    ((found, *_),) = search(streams, [text], tokens, beam, tokenizer.end, banned(tokenizer))
+    return iter(found.tokens)
 
 
 def banned(tokenizer: Tokenizer) -> list[int]:
@@ -112,17 +129,17 @@ class DecoderStreams:
     Parameters
     ----------
     decoder : Decoder
-    tokenizer : Tokenizer, optional
-        Of a model of pairs, whose texts are targets of sources; none: texts continue what they are given.
+    tokenizer : Tokenizer
+        Of pairs: the texts are targets of sources. Else they continue what they are given.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.vocabulary, self._decoder, self._tokenizer = decoder.vocabulary, decoder, tokenizer
         self._choice, self._rows = Choice(len(decoder.states)), np.empty(0, np.int64)
 
     def begin(self, sources: Sequence[Array]) -> None:
         """Read the sources, or prompts of at least one token."""
-        if self._tokenizer is not None:
+        if self._tokenizer.pairs:
             sources = [source_prompt(self._tokenizer, source) for source in sources]
         self._rows = np.arange(len(sources))
         _begin(self._decoder, sources, self._rows)
@@ -146,11 +163,19 @@ class DecoderStreams:
         self._decoder.read(tokens[None], self._rows)
 
 
+def streams_of(model: Model, tokenizer: Tokenizer, rows: int, precision: str = "fp32") -> Streams:
+    """The texts of a search, at most so many rows: by a language model, or targets of sources by a Seq2Seq."""
+    if isinstance(model, Seq2Seq):
+        assert tokenizer.sep is not None
+        return SourceDecoder(model, rows, tokenizer.sep, precision)
+    assert isinstance(model, LanguageModel)
+    return DecoderStreams(Decoder(model, rows, precision), tokenizer)
+
+
 def choose(decoder: Decoder, choice: Choice, wants: Array, rows: Array | None = None) -> None:
     """`Decoder.choose`, but a UserError where a stream has no distribution."""
     decoder.choose(choice, wants, rows)
-    if (choice.token[wants] == BAD).any():
-        raise UserError(NOT_FINITE)
+    check_finite(choice, wants)
 
 
 def _begin(decoder: Decoder, prompts: Sequence[Array], slots: Array) -> None:

@@ -19,6 +19,8 @@ from ..errors import UserError, printable
 from ..kernels.team import Team
 from ..kernels.types import Array
 from ..model import torch_weights
+from ..model.base import Model
+from ..model.kinds import make_model
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..remote.locate import local_copy
@@ -116,6 +118,10 @@ class LoadedModel:
     def window(self) -> int:
         """T of training."""
         return self.settings.train.window
+
+    def of_any_kind(self, window: int, lanes: int, team: Team | None = None) -> Model:
+        """The model, of any kind of text, for inference over windows of at most `window` steps and `lanes` lanes."""
+        return make_model(self.layout, window, lanes, theta=self.vector, training=False, team=team)
 
     def model(self, window: int, lanes: int = 1, team: Team | None = None) -> LanguageModel:
         """A LanguageModel for inference over windows of at most `window` steps and `lanes` lanes."""

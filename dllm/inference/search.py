@@ -1,11 +1,11 @@
 r"""Beam search for many sources at once: the likeliest texts that a model gives to each, with their scores (Graves 2012).
 
-    s(Y) = log P(Y) / ((5 + n) / 6)^alpha + beta sum_i log min(sum_t a_ti, 1)          Wu et al. 2016, n tokens of Y with its end
+    s(Y) = log P(Y) / ((5 + n) / 6)^alpha + beta sum_i log min(sum_t a_ti, 1)       Wu et al. 2016, n tokens with the end
 
 A beam is a row: all kept texts of all sources are rows of one step. Of what goes on from the rows of a source the most likely
 `width` are taken; those that end leave the beam. A search is over when no row can beat the last of the wanted texts any more:
-log P only falls, and the longest text possible has the largest divisor, so log P / ((5 + longest) / 6)^alpha bounds what becomes
-of a row. What a source gets does not depend on the others, to the bit, as long as rows of `Streams` do not.
+log P only falls, and the longest text possible has the largest divisor, so log P / ((5 + longest) / 6)^alpha bounds what
+becomes of a row. What a source gets does not depend on the others, to the bit, as long as rows of `Streams` do not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Beam:
     def divisor(self, length: int) -> float:
         """What log P of a text of so many tokens is divided by."""
         return float(((5 + length) / 6) ** self.length_penalty)
+
+
+GREEDY = Beam()
 
 
 class Found(NamedTuple):
@@ -123,7 +126,7 @@ class _Search:
     def step(self, position: int) -> Array:
         """Take every row a token further, `position` tokens behind its beginning. Returns the rows they come from."""
         next_tokens, logprobs = self.streams.choose(self.most)
-        not_now = [*self.banned, *([self.end] if position < self.beam.least else [])]
+        not_now = [*self.banned, self.end] if self.end is not None and position < self.beam.least else self.banned
         totals = np.where(np.isin(next_tokens, not_now), -np.inf, self.total[:, None] + logprobs)
         parents, columns = self._best(totals)
         self.owner, self.total, chosen = self.owner[parents], totals[parents, columns], next_tokens[parents, columns]
@@ -134,14 +137,16 @@ class _Search:
             self.places = np.concatenate([self.places, attention.argmax(axis=1)[:, None]], axis=1)
             self.cover = self.cover + attention
         going = np.ones(len(parents), bool) if self.end is None else chosen != self.end
-        for row in np.flatnonzero(~going):
+        for row in np.flatnonzero(~going).tolist():
             self.ended[self.owner[row]].append(self._found(row, True))
-        for source, first in zip(*np.unique(self.owner[going], return_index=True), strict=True):
-            if self._is_over(source, float(self.total[going][first])):
+        sources, first = np.unique(self.owner[going], return_index=True)
+        for source, most in zip(sources.tolist(), self.total[going][first].tolist(), strict=True):
+            if self._is_over(source, most):
                 going[self.owner == source] = False
         self.owner, self.total, self.text = self.owner[going], self.total[going], self.text[going]
         self.places, self.cover = self.places[going], self.cover[going]
-        return parents[going]
+        came_from: Array = parents[going]
+        return came_from
 
     def found(self) -> list[list[Found]]:
         """What is wanted of each source."""

@@ -108,6 +108,11 @@ class Seq2Seq(Model):
         tanh_rows(self._first)
         return m
 
+    @property
+    def first(self) -> Array:
+        """The decoder's first states (H/R,B,R) of the sources encoded last."""
+        return self._first
+
     def _place(self, layer: int) -> int:
         """Of the dropout behind a layer of the decoder."""
         return MEMORY + self.config.encoder_layers + layer
