@@ -1,4 +1,4 @@
-"""The kinds of models by name. To add one: a class of Model, its tensors in blocks.py, a line in KINDS, its name in the config."""
+"""The kinds of models by name. A new one: a class of Model, its tensors in blocks.py, a line here, its name in the config."""
 
 from __future__ import annotations
 
