@@ -107,7 +107,7 @@ class Lanes:
         return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
     def window(self, place: int, width: int) -> Batch:
-        """Tokens and targets (width,B) int64 of the window that begins at `place`; targets are -1 where none is predicted."""
+        """The window that begins at `place`, of `width` steps."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
         for lane in range(len(self.starts)):

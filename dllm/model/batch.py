@@ -1,27 +1,36 @@
-"""What lanes give and models take: a window of every lane of a rank."""
+"""What lanes give to a model in a step."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from ..kernels.types import Array
 
 
 class Batch(NamedTuple):
-    """A window of B lanes, time-major. What lies behind a lane's length counts for nothing.
+    """Steps of B lanes: what a model reads, and what it is to predict. A target of -1 is none.
 
     Attributes
     ----------
-    inputs : (S,B) int64 tokens, or (S,B,F) float32 frames
-    targets : (T,B) int64 tokens or labels
-        -1 (IGNORE) where nothing is predicted. lm and tagger: T = S; classifier: T = 1; ctc: the most labels of a transcript.
+    inputs : (S,B) int64 or (S,B,F) float32
+        Tokens, or frames of sound.
+    targets : (T,B) int64
+        Tokens or labels. T is S where each step predicts one, and 1 where a lane has one label.
     lengths : (B,) int64, optional
-        Steps of inputs that count. None: all, as of running text. 0: the lane has nothing in this window.
+        Steps of the inputs that count, of a lane that has nothing 0; none: all.
     before : (T,B) int64, optional
-        Of seq2seq, what the decoder reads: <sep> and the target; targets are the target and <end>.
+        What a decoder reads to predict the targets.
     """
 
     inputs: Array
     targets: Array
     lengths: Array | None = None
     before: Array | None = None
+
+    @property
+    def tokens(self) -> Array:
+        """All tokens (n,) that are looked up in the embedding."""
+        parts = [part.reshape(-1) for part in (self.inputs, self.before) if part is not None and part.dtype.kind == "i"]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)

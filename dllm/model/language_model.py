@@ -28,6 +28,7 @@ from ..kernels.operands import Operands
 from ..kernels.softmax import GROUP, Chunk, softmax_cross_entropy
 from ..kernels.team import Team
 from ..kernels.types import Array
+from .batch import Batch
 from .factors import Factors
 from .layout import Layout
 
@@ -148,8 +149,7 @@ class LanguageModel:
 
     def forward(
         self,
-        tokens: Array,
-        targets: Array,
+        batch: Batch,
         h: Array,
         c: Array,
         scale: float = 0.0,
@@ -160,8 +160,8 @@ class LanguageModel:
 
         Parameters
         ----------
-        tokens, targets : (T,B) int64
-            A target of -1 is padding.
+        batch : Batch
+            Tokens and targets, (T,B) both.
         h, c : (L,B,H), in and out
             The state before and after the window.
         scale : float
@@ -175,6 +175,7 @@ class LanguageModel:
         -------
         (T,B) losses in nats, valid until the next call.
         """
+        tokens, targets, *_ = batch
         T, B = tokens.shape
         self.factors.ready()
         y, row = self._hidden(tokens, h, c, mask, between)
