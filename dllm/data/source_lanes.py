@@ -1,8 +1,9 @@
 """Lanes of pairs for an encoder and a decoder: the source is read by one, the target by the other.
 
 Both have a width of their own, those of the longest source and target of a rank's lanes in a window. So pairs are sorted by
-the source's length, and those of one length by the target's. Of 45,000 pairs of short sentences in 64 lanes 4 % of the sources'
-rows are padding then, and 10 % of the targets'.
+the source's length, and those of one length by the target's: upwards, those of the next downwards, so that lanes which are not
+quite as far as others still have pairs alike. Of 45,927 pairs of short sentences (Tatoeba, BPE) 4 % of the sources' rows are
+padding in 64 lanes and 6 % in 128, of the targets' 14 % and 19 % (19 % and 24 % with all of them upwards).
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class SourceLanes(PairLanes):
 
     def _check(self, places: Array) -> None:
         begin, sep, stop = places
-        for side, lengths in (("source", sep - begin - 1), ("target", stop - 1 - sep)):
+        for side, lengths in (("source", sep - begin - 1), ("target, with its <end>,", stop - 1 - sep)):
             longest = int(lengths.max(initial=0))
             if longest > self.T:
                 raise UserError(
-                    f"{self._where} has a {side} of {longest} tokens{', with its <end>' * (side == 'target')} and a window must "
-                    f"hold it: --set train.window={longest}, or leave long ones out with dllm.prepare --longest"
+                    f"{self._where} has a {side} of {longest} tokens and a window must hold it: "
+                    f"--set train.window={longest}, or leave long ones out with dllm.prepare --longest"
                 )
 
     def _sizes(self, places: Array) -> tuple[Array, Array]:
@@ -42,8 +43,8 @@ class SourceLanes(PairLanes):
         begin, sep, stop = places
         draws = rng.random((2, places.shape[1]))
         source = np.floor((sep - begin) * (1 + NOISE * draws[0]))
-        target = (stop - sep) * (1 + NOISE * draws[1])
-        lengths: Array = source * MOST + np.minimum(target, MOST - 1)
+        target = np.minimum((stop - sep) * (1 + NOISE * draws[1]), MOST / 2)
+        lengths: Array = source * MOST + np.where(source % 2, -target, target)
         return lengths
 
     def window(self, place: int, width: int) -> Batch:
