@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Model
+from .both_ways import BothWays
+from .encoder_model import Classifier, Tagger
 from .language_model import LanguageModel
 from .layout import Layout
 from .seq2seq import Seq2Seq
 
-KINDS: dict[str, type[Model]] = {"lm": LanguageModel, "seq2seq": Seq2Seq}
+KINDS: dict[str, type[Model]] = {
+    "lm": LanguageModel,
+    "bilm": BothWays,
+    "seq2seq": Seq2Seq,
+    "tagger": Tagger,
+    "classifier": Classifier,
+}
 
 
 def make_model(layout: Layout, window: int, lanes: int, **options: Any) -> Model:
