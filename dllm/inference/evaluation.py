@@ -13,8 +13,8 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
+from ..data.lane_kinds import lane_files, read_lanes
 from ..data.lanes import Schedule, deal
-from ..data.pair_lanes import lane_files, read_lanes
 from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
@@ -132,10 +132,10 @@ class Evaluation:
         totals = np.zeros(schedule.windows)
         with together(self.comm):
             for number, place in enumerate(schedule.places if B else ()):
-                tokens, targets = self.lanes.window(place, schedule.width(place))
+                batch = self.lanes.window(place, schedule.width(place))
                 if self.fresh:
                     h[:], c[:] = 0, 0
-                totals[number] = model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                totals[number] = model.forward(batch, h, c).sum(dtype=np.float64)
                 between()
         count = schedule.per_epoch
         everyones = total(self.comm, totals)
