@@ -120,7 +120,7 @@ class Seq2Seq(Model):
 
     def _step(self, layer: int, x: Array, row: int, T: int, B: int) -> Array:
         memory = self.decoder[layer].memory
-        memory.h[:, :B], memory.c[:, :B] = self._first, 0
+        memory.h[:, :B], memory.c[:, :B] = self._first[:, :B], 0
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
 
