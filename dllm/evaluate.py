@@ -173,7 +173,7 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         answering.warm_up(model, how)
     window = max(train.window, *(max(len(source), len(target) + 1) for source, target, _ in pairs))
     with runtime.together(comm):
-        whole = model.of_any_kind(window, lanes, Team(node.threads))
+        whole = model.network(window, lanes, Team(node.threads))
     texts, losses = answering.solve(comm, whole, how, pairs)
     with runtime.together(comm):
         if comm.rank == 0:

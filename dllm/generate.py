@@ -127,7 +127,7 @@ def answer_file(argv: list[str], comm: MPI.Comm) -> int:
     sources = runtime.agree(comm, source_files.tokens_of, model.tokenizer, lines, name, 0 if whole else window, say)
     with leader_first(node):
         warm_up(model, how)
-    trained = runtime.agree(comm, model.of_any_kind, window, TOGETHER, Team(node.threads))
+    trained = runtime.agree(comm, model.network, window, TOGETHER, Team(node.threads))
     targets = source_files.translate(comm, trained, how, lines, sources, say)
     with runtime.together(comm):
         if comm.rank == 0:
@@ -200,7 +200,7 @@ def _draw_attention(path: str, model: LoadedModel, source: Array, target: list[i
     from .inference.answering import alignment, as_text
     from .training.curves import draw_matrix, write_picture
 
-    weights = alignment(model.of_any_kind(len(source), 1), model.tokenizer, source, target)
+    weights = alignment(model.network(len(source), 1), model.tokenizer, source, target)
     rows, columns = ([as_text(model.tokenizer, [token]) for token in side] for side in (target, source))
     write_picture("--attention", path, draw_matrix(weights, [*rows, "<end>"], columns, "what each token looked at"))
 

@@ -25,7 +25,7 @@ from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..model.base import Model
 from ..model.batch import Batch
-from ..model.language_model import LanguageModel
+from ..model.kinds import language_model
 from ..model.seq2seq import Seq2Seq
 from ..model.source_decoder import SourceDecoder
 from . import scores
@@ -177,8 +177,7 @@ def _scorer(model: Model, streams: Streams, how: Answering) -> Callable[[Sequenc
         return lambda pairs: pair_losses(model, how.tokenizer, pairs)
     if isinstance(streams, SourceDecoder):
         return lambda pairs: decoded_pair_losses(streams, how.tokenizer, pairs)
-    assert isinstance(model, LanguageModel)
-    scorer = DecodedLosses(model, how.lanes, how.precision)
+    scorer = DecodedLosses(language_model(model), how.lanes, how.precision)
     return lambda pairs: pair_losses(scorer, how.tokenizer, pairs)
 
 
@@ -197,7 +196,7 @@ def decoded_pair_losses(decoder: SourceDecoder, tokenizer: Tokenizer, pairs: Seq
 def warm_up(model: LoadedModel, how: Answering) -> None:
     """Answer a source of one token, so that what a search needs is compiled, or loaded from the cache."""
     small = dataclasses.replace(how, lanes=1, limit=2)
-    small.search(streams_of(model.of_any_kind(1, 1), how.tokenizer, how.beam.width, how.precision), [np.zeros(1, np.int64)])
+    small.search(streams_of(model.network(1, 1), how.tokenizer, how.beam.width, how.precision), [np.zeros(1, np.int64)])
 
 
 def alignment(model: Model, tokenizer: Tokenizer, source: Array, target: Sequence[int]) -> Array:

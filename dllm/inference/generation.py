@@ -16,7 +16,7 @@ from ..kernels.sample import Choice
 from ..kernels.types import Array
 from ..model.base import Model
 from ..model.decoder import Decoder, check_finite
-from ..model.language_model import LanguageModel
+from ..model.kinds import language_model
 from ..model.seq2seq import Seq2Seq
 from ..model.source_decoder import SourceDecoder
 from .loaded_model import LoadedModel
@@ -75,7 +75,7 @@ def continuation(
     if beam is None:
         prompt = source_prompt(tokenizer, text) if tokenizer.pairs else text
         return sample(Decoder(model.model(window), 1, precision), prompt, tokens, sampling)
-    streams = streams_of(model.of_any_kind(window, 1), tokenizer, beam.width, precision)
+    streams = streams_of(model.network(window, 1), tokenizer, beam.width, precision)
     ((found, *_),) = search(streams, [text], tokens, beam, tokenizer.end, banned(tokenizer))
     return iter(found.tokens)
 
@@ -168,8 +168,7 @@ def streams_of(model: Model, tokenizer: Tokenizer, rows: int, precision: str = "
     if isinstance(model, Seq2Seq):
         assert tokenizer.sep is not None
         return SourceDecoder(model, rows, tokenizer.sep, precision)
-    assert isinstance(model, LanguageModel)
-    return DecoderStreams(Decoder(model, rows, precision), tokenizer)
+    return DecoderStreams(Decoder(language_model(model), rows, precision), tokenizer)
 
 
 def choose(decoder: Decoder, choice: Choice, wants: Array, rows: Array | None = None) -> None:
