@@ -42,7 +42,7 @@ class Seq2Seq(Model):
         ]
         self.attention = Attention(plan, M, H, config.attention == "general")
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
-        self.output = Output(plan, blocks.top(config), self.vocabulary, self.smoothing)
+        self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
         self.layers = [self.embedding, self.encoder, *self.decoder, self.attention, self.bridge, self.combine, self.output]
         self._x, self._y = plan.panels(config.embedding), plan.panels(config.embedding)
         self._ends, self._first = plan.panels(M, B), plan.panels(H, B)
@@ -145,8 +145,7 @@ class Seq2Seq(Model):
                 dh[:, rows] = dx[:, rows]
             else:
                 dh, dc[:, rows] = self._dhc[:P], dc[:, rows] + self._dhc[P:, rows]
-        h1 = self.decoder[0].memory.h
-        self.attention.backward(self._dh1, self._dm, dc, h1, B, self._m, lengths, S, T)
+        self.attention.backward(self._dh1, self._dm, dc)
         if "keys" in self.layout.blocks:
             self._ready("keys")
         self._dh1[:, rows] += dh[:, rows]
