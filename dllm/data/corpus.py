@@ -66,6 +66,8 @@ class Corpus:
         "text", "pairs", "tags" or "classes".
     labels : list of str
         Names of labels by number; none of text and pairs.
+    features : int
+        Numbers in a frame of sound; 0: records are made of tokens.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Corpus:
         self.tokenizer = load_tokenizer(self.folder)
         self.content: str = self.manifest.get("content", "pairs" if self.tokenizer.pairs else "text")
         self.labels: list[str] = self.manifest.get("labels", [])
+        self.features = 0
         self._check(path)
         self.columns = columns(self.content, self.manifest["dtype"])
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])

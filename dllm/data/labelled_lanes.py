@@ -83,7 +83,7 @@ class ClassLanes(LabelledLanes):
         return ones, ones
 
     def window(self, place: int, width: int) -> Batch:
-        """Tokens (S,B) and classes (1,B) of the window at `place`, as long as the longest text of this rank. width : no matter"""
+        """Tokens (S,B) and classes (1,B) at `place`, as long as the longest text of this rank. width : no matter"""
         found, lengths = list(self._records(place)), np.zeros(len(self.starts), np.int64)
         S = max((len(text) for _, _, _, text in found), default=1)
         tokens = np.zeros((min(S, self.T), len(self.starts)), np.int64)
