@@ -58,6 +58,7 @@ class Tokenizer:
     exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
     text_size = 0
     pairs = False
+    unknown: int | None = None  # the token that stands for what the vocabulary lacks
 
     @property
     def size(self) -> int:

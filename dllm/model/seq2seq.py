@@ -110,13 +110,18 @@ class Seq2Seq(Model):
         tanh_rows(self._first)
         return m
 
+    @property
+    def first(self) -> Array:
+        """The decoder's first states (H/R,B,R) of the sources encoded last."""
+        return self._first
+
     def _place(self, layer: int) -> int:
         """Of the dropout behind a layer of the decoder."""
         return MEMORY + self.config.encoder_layers + layer
 
     def _step(self, layer: int, x: Array, row: int, T: int, B: int) -> Array:
         memory = self.decoder[layer].memory
-        memory.h[:, :B], memory.c[:, :B] = self._first, 0
+        memory.h[:, :B], memory.c[:, :B] = self._first[:, :B], 0
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
 
