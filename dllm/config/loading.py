@@ -17,6 +17,7 @@ from ..errors import UserError, reason, shown
 from ..files import storage
 from .bounds import KINDS, LARGEST, RULES, choices_in_words, demand
 from .sections import FIELDS, SECTIONS, Config, flat
+from .together import check_together
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 LONGEST_WORD = 4096  # characters of a setting that is a word, as many as a path has: all of them fit into storage.SMALL
@@ -173,15 +174,7 @@ def _check_word(name: str, value: str) -> None:
 def _check(config: Config) -> None:
     for name, value in flat(config).items():
         _check_value(name, value)
-    model, train = config.model, config.train
-    if model.tied and model.embedding != model.hidden:
-        raise UserError(f"model.tied needs model.embedding = model.hidden, but they are {model.embedding} and {model.hidden}")
-    if train.nesterov and train.momentum == 0:
-        raise UserError("train.nesterov needs train.momentum above 0")
-    if train.schedule == "range" and not 0 < train.min_lr < train.lr:
-        raise UserError("train.schedule = range rises from train.min_lr to train.lr: it needs 0 < train.min_lr < train.lr")
-    if train.schedule == "plateau" and train.decay <= 1:
-        raise UserError("train.schedule = plateau divides lr by train.decay, which must be above 1, for example 4")
+    check_together(config)
 
 
 def _check_value(name: str, value: Any) -> None:

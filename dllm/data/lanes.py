@@ -14,6 +14,7 @@ from ..comm.messages import largest, total
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.batch import Batch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -99,8 +100,8 @@ class Lanes:
         inside = np.maximum(np.minimum(steps, ends[:, None]) - places[:, None], 0)
         return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
-    def window(self, place: int, width: int) -> tuple[Array, Array]:
-        """Tokens and targets (width,B) int64 of the window that begins at `place`; targets are -1 where none is predicted."""
+    def window(self, place: int, width: int) -> Batch:
+        """The window that begins at `place`, of `width` steps."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
         for lane in range(len(self.starts)):
@@ -109,7 +110,7 @@ class Lanes:
             if there > 0:
                 text = self._read(lane, begin, begin + there + 1)
                 tokens[:there, lane], targets[:there, lane] = text[:-1], text[1:]
-        return tokens, targets
+        return Batch(tokens, targets)
 
     def _read(self, lane: int, begin: int, end: int) -> Array:
         """Tokens [begin, end) of a lane, from a buffer that is filled AHEAD."""

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.batch import Batch
 from .lanes import NOTHING, Lanes
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class PairLanes(Lanes):
             widths[there] = np.maximum(widths[there], (end - begin)[pairs])
         return tokens, widths
 
-    def window(self, place: int, width: int) -> tuple[Array, Array]:
+    def window(self, place: int, width: int) -> Batch:
         """As those of Lanes; of each pair only the target's tokens and its end are predicted."""
         tokens = np.zeros((width, len(self.starts)), np.int64)
         targets = np.full_like(tokens, IGNORE)
@@ -113,7 +114,7 @@ class PairLanes(Lanes):
                 text = self._group(lane, int(begins[first]), int(ends[last - 1]) + 1)[begin - int(begins[first]) :]
                 tokens[: end - begin, lane] = text[: end - begin]
                 targets[sep - begin : end - begin, lane] = text[sep + 1 - begin : end + 1 - begin]
-        return tokens, targets
+        return Batch(tokens, targets)
 
     def _group(self, lane: int, start: int, stop: int) -> Array:
         """Tokens [start, stop) of the split: those of a group of pairs, which the lane reads one by one."""

@@ -21,6 +21,7 @@ from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.batch import Batch
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 from .decoded_losses import DecodedLosses
@@ -106,7 +107,7 @@ def pair_losses(model: LanguageModel | DecodedLosses, tokenizer: Tokenizer, pair
     c, losses = np.zeros_like(h), np.zeros((width, len(rows)))
     for start in range(0, width, model.window):
         part = slice(start, start + model.window)
-        losses[part] = model.forward(tokens[part], targets[part], h, c)
+        losses[part] = model.forward(Batch(tokens[part], targets[part]), h, c)
     return np.array([math.fsum(lane) for lane in losses.T])  # exact, so that the padding of a batch changes nothing
 
 

@@ -132,10 +132,10 @@ class Evaluation:
         totals = np.zeros(schedule.windows)
         with together(self.comm):
             for number, place in enumerate(schedule.places if B else ()):
-                tokens, targets = self.lanes.window(place, schedule.width(place))
+                batch = self.lanes.window(place, schedule.width(place))
                 if self.fresh:
                     h[:], c[:] = 0, 0
-                totals[number] = model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                totals[number] = model.forward(batch, h, c).sum(dtype=np.float64)
                 between()
         count = schedule.per_epoch
         everyones = total(self.comm, totals)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
+from ..kernels.panel_rows import take_rows
 from ..kernels.sample import Choice, Scratch, draw
-from ..kernels.slots import load_states, store_states, take_rows
+from ..kernels.slots import load_states, store_states
 from ..kernels.types import Array
 from .language_model import LanguageModel
 from .precision import products_of

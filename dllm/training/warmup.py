@@ -18,6 +18,7 @@ from ..kernels import rows as rows_kernels
 from ..kernels.gemm import zero_panels
 from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
+from ..model.batch import Batch
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..model.precision import DTYPES, uses_bf16
@@ -83,6 +84,6 @@ def _one_step(config: Config, dtype: DType) -> None:
     start = P if table is None else table.start
     optimizer.step(state, Gradient([(0, model.gradient[:start]), (start, model.gradient[start:])], rows), 0.0)
     tokens = np.zeros((2, 1), np.int64)
-    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
+    model.forward(Batch(tokens, tokens), h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
     model.backward()
-    LanguageModel(model.layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)
+    LanguageModel(model.layout, 2, 1, theta=state.theta, training=False).forward(Batch(tokens, tokens), h, c)

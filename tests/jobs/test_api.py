@@ -13,6 +13,7 @@ from helpers.numerics import reference
 import dllm
 from dllm.data.corpus import Corpus
 from dllm.inference.loaded_model import LoadedModel
+from dllm.model.batch import Batch
 
 TEXT = "To be, or not to be: that is the question. " * 4
 
@@ -55,7 +56,7 @@ def test_a_score_is_that_of_a_forward_pass_and_of_the_equations(model, folder):
     assert n > 64  # more than a window
     assert score.logprobs.shape == (n - 1,)
     h = np.zeros((loaded.config.layers, 1, loaded.config.hidden), loaded.dtype)
-    forward = loaded.model(n - 1).forward(score.tokens[:-1, None], score.tokens[1:, None], h, np.zeros_like(h))[:, 0]
+    forward = loaded.model(n - 1).forward(Batch(score.tokens[:-1, None], score.tokens[1:, None]), h, np.zeros_like(h))[:, 0]
     np.testing.assert_allclose(-score.logprobs, forward, atol=1e-5)
     logits = reference(loaded.model(1), score.tokens[:-1, None])[0][:, 0]
     exact = logits[np.arange(n - 1), score.tokens[1:]] - np.log(np.exp(logits).sum(axis=1))

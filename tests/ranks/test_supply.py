@@ -174,7 +174,7 @@ def lanes_of(comm, corpus, split, count, ranks=None):
 
 def windows(corpus, split, lanes, of):
     reader = read_lanes(corpus, split, lanes, of, WINDOW)
-    return [reader.window(number, WINDOW) for number in range(12)]
+    return [reader.window(number, WINDOW)[:2] for number in range(12)]
 
 
 def read_as_reference(comm, corpus, reference, split="train", count=None):

@@ -14,6 +14,7 @@ from dllm.kernels import operands as kernels
 from dllm.kernels import processor
 from dllm.kernels.operands import Operands, Weight
 from dllm.kernels.team import Team
+from dllm.model.batch import Batch
 from dllm.model.factors import Factors
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
@@ -197,6 +198,6 @@ def test_steps_with_factors_by_the_optimiser_are_those_with_new_ones_to_the_bit(
             taken.clear()
             state, spare = spare, state
             model.bind(state.theta, written=written)
-        results.append((state.theta.tobytes(), model.forward(tokens, targets, h.copy(), c.copy()).tobytes()))
+        results.append((state.theta.tobytes(), model.forward(Batch(tokens, targets), h.copy(), c.copy()).tobytes()))
     assert results[0] == results[1]
     assert np.isfinite(state.theta).all()
