@@ -8,6 +8,7 @@ m are triangles between points that are equally far apart in mel(f) = 2595 log10
 The mean of a recording holds what a microphone and a throat add to every frame (Viikki and Laurila 1998).
 """
 
+import functools
 import math
 
 import numpy as np
@@ -26,6 +27,7 @@ def mel(frequency: Array | float) -> Array:
     return 2595 * np.log10(1 + np.asarray(frequency) / 700)
 
 
+@functools.lru_cache
 def mel_filters(rate: int, size: int, bands: int) -> Array:
     """Weights (size/2 + 1, bands) float64 of the frequencies of an FFT of `size` samples, `rate` of them a second."""
     points = 700 * (10 ** (np.linspace(0, mel(rate / 2), bands + 2) / 2595) - 1)

@@ -21,9 +21,7 @@ class LanguageModel(Model):
         # Without training all layers share memory: a layer reads its input whole before it writes its output.
         shared = None if plan.training else LstmMemory(plan, H, B)
         scratch = LstmScratch(plan, H, B) if plan.training else None
-        self._lstms = [
-            Lstm(plan, f"lstm.{layer}", shared or LstmMemory(plan, H, B), scratch) for layer in range(config.layers)
-        ]
+        self._lstms = [Lstm(plan, f"lstm.{layer}", shared or LstmMemory(plan, H, B), scratch) for layer in range(config.layers)]
         self._x = plan.panels(config.embedding)  # the embedded window, after dropout
         self._dropped = [plan.panels(H) for _ in range(config.layers if config.dropout and plan.training else 0)]
         self._dx = plan.panels(config.embedding if plan.training else 0)
