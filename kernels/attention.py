@@ -20,8 +20,10 @@ import math
 import numpy as np
 
 from .compile import kernel
-from .gemm import width, zero_panels
+from .gemm import aligned, width, zero_panels
+from .row_tiles import SIDE, dots_tile, sums_tile
 from .team import Team
+from .tiles import ROW
 from .types import Array, DType
 
 
@@ -46,8 +48,8 @@ def attend(
     team : team.Team
         Shares the lanes.
     """
-    lanes = lambda first, last: attend_lanes(c, A, h, h_row, k, m, lengths, S, T, B, first, last)
-    team.share(lanes, B)
+    arguments = c, A, h, h_row, k, m, lengths, S, T, B
+    team.share(lambda first, last: attend_lanes(*arguments, lane_memory(h, m, T, S), first, last), B)
 
 
 def attend_backward(
@@ -84,7 +86,7 @@ def attend_backward(
     add : bool
     """
     arguments = dh, dk, dm, A, dA, dc, h, h_row, k, m, lengths, S, T, B, add
-    team.share(lambda first, last: attend_lanes_backward(*arguments, first, last), B)
+    team.share(lambda first, last: attend_lanes_backward(*arguments, lane_memory(h, m, T, S), first, last), B)
 
 
 def attend_rows(
@@ -106,8 +108,8 @@ def attend_rows(
     S, B, team
         As in `attend`.
     """
-    rows = lambda first, last: attend_some_rows(c, A, h, h_row, k, m, source, lengths, S, B, first, last)
-    team.share(rows, len(source))
+    arguments = c, A, h, h_row, k, m, source, lengths, S, B
+    team.share(lambda first, last: attend_some_rows(*arguments, lane_memory(h, m, 1, 1), first, last), len(source))
 
 
 @kernel
@@ -122,12 +124,19 @@ def attend_lanes(
     S: int,
     T: int,
     B: int,
+    own: Array,
     first: int,
     last: int,
 ) -> None:
-    """`attend` of lanes first to last - 1."""
+    """`attend` of lanes first to last - 1. own: `lane_memory`."""
+    H, M = h.shape[0], m.shape[0]
+    hn, kn, mn = own[:H], own[H : 2 * H], own[2 * H : 2 * H + M]
     for n in range(first, last):
-        attend_lane(c, n, B, A[n, :T, :S], h, h_row + n, B, k, m, n, B, lengths[n])
+        length = lengths[n]
+        gather(hn, h, h_row + n, B, T)
+        gather(kn, k, n, B, length)
+        gather(mn, m, n, B, length)
+        attend_lane(c, n, B, A[n, :T, :S], hn, 0, kn, mn, 0, 1, length, own)
 
 
 @kernel
@@ -142,13 +151,14 @@ def attend_some_rows(
     lengths: Array,
     S: int,
     B: int,
+    own: Array,
     first: int,
     last: int,
 ) -> None:
-    """`attend_rows` of rows first to last - 1."""
+    """`attend_rows` of rows first to last - 1. own: `lane_memory`."""
     for n in range(first, last):
         lane = source[n]
-        attend_lane(c, n, 1, A[n : n + 1, :S], h, h_row + n, 1, k, m, lane, B, lengths[lane])
+        attend_lane(c, n, 1, A[n : n + 1, :S], h, h_row + n, k, m, lane, B, lengths[lane], own)
 
 
 @kernel
@@ -159,20 +169,20 @@ def attend_lane(
     A: Array,
     h: Array,
     h_row: int,
-    h_step: int,
     k: Array,
     m: Array,
     m_row: int,
     m_step: int,
     length: int,
+    own: Array,
 ) -> None:
     """Rows c_row, c_row + c_step, ... of c, and A (T,S), of T rows of h and of `length` rows of k and m."""
     seen = A[:, :length]
-    products(seen, h, h_row, h_step, k, m_row, m_step, False)
+    products(seen, h, h_row, 1, k, m_row, m_step, own[-1], False)
     A[:, length:] = 0
     if length > 0:
         softmax_rows(seen)
-    weighted_sums(c, c_row, c_step, seen, m, m_row, m_step)
+    weighted_sums(c, c_row, c_step, seen.shape, seen, seen.strides, m, m_row, m_step)
 
 
 @kernel
@@ -192,42 +202,91 @@ def attend_lanes_backward(
     T: int,
     B: int,
     add: bool,
+    own: Array,
     first: int,
     last: int,
 ) -> None:
-    """`attend_backward` of lanes first to last - 1."""
+    """`attend_backward` of lanes first to last - 1. own: `lane_memory`."""
+    H, M = h.shape[0], m.shape[0]
+    hn, kn, mn, gn = own[:H], own[H : 2 * H], own[2 * H : 2 * H + M], own[2 * H + M : 2 * H + 2 * M]
     for n in range(first, last):
-        seen, dZ = A[n, :T, : lengths[n]], dA[n, :T, : lengths[n]]
-        products(dZ, dc, n, B, m, n, B, add)
+        length = lengths[n]
+        seen, dZ = A[n, :T, :length], dA[n, :T, :length]
+        gather(hn, h, h_row + n, B, T)
+        gather(kn, k, n, B, length)
+        gather(mn, m, n, B, length)
+        gather(gn, dc, n, B, T)
+        products(dZ, gn, 0, 1, mn, 0, 1, own[-1], add)
         softmax_rows_backward(dZ, seen)
-        dA[n, :T, lengths[n] : S] = 0
-        weighted_sums(dh, n, B, dZ, k, n, B)
-        weighted_sums(dk, n, B, dA[n, :T, :S].T, h, h_row + n, B)
-        weighted_sums(dm, n, B, A[n, :T, :S].T, dc, n, B)
+        dA[n, :T, length:S] = 0
+        turned, strides = (length, T), (A.strides[2], A.strides[1])
+        weighted_sums(dh, n, B, dZ.shape, dZ, dZ.strides, kn, 0, 1)
+        weighted_sums(dk, n, B, turned, dZ, strides, hn, 0, 1)
+        weighted_sums(dm, n, B, turned, seen, strides, gn, 0, 1)
+        for s in range(length, S):
+            dk[:, s * B + n], dm[:, s * B + n] = 0, 0
+
+
+def lane_memory(h: Array, m: Array, T: int, S: int) -> Array:
+    """Where a thread keeps the rows of one lane together: h, k, m and g, and last a tile of `products`.
+
+    In h, k and m the rows of a lane are B apart, and where that is a power of two a cache has few places for all of them. So
+    the panels here have an odd number of rows.
+    """
+    return aligned((2 * len(h) + 2 * len(m) + 1, max(T, S, SIDE) | 1, h.shape[2]), h.dtype)
 
 
 @kernel
-def products(out: Array, x: Array, x_row: int, x_step: int, y: Array, y_row: int, y_step: int, add: bool) -> None:
-    """out (I,J) = or, where `add`, += x y^T, of rows x_row, x_row + x_step, ... of x (P,:,R), and rows of y alike."""
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            total = out[i, j] if add else out.dtype.type(0)
-            for panel in range(x.shape[0]):
-                for r in range(width(x)):
-                    total += x[panel, x_row + i * x_step, r] * y[panel, y_row + j * y_step, r]
-            out[i, j] = total
+def gather(out: Array, x: Array, row: int, step: int, count: int) -> None:
+    """Rows 0 to count - 1 of out (P,:,R) = rows row, row + step, ... of x (P,:,R)."""
+    for panel in range(x.shape[0]):
+        for i in range(count):
+            for r in range(width(x)):
+                out[panel, i, r] = x[panel, row + i * step, r]
 
 
 @kernel
-def weighted_sums(out: Array, out_row: int, out_step: int, w: Array, x: Array, x_row: int, x_step: int) -> None:
-    """Rows out_row, out_row + out_step, ... of out (P,:,R) = w (I,J) x, of rows x_row, x_row + x_step, ... of x (P,:,R)."""
-    for panel in range(out.shape[0]):
-        for i in range(w.shape[0]):
-            target = out[panel, out_row + i * out_step]
-            target[:] = 0
-            for j in range(w.shape[1]):
-                for r in range(width(x)):
-                    target[r] += w[i, j] * x[panel, x_row + j * x_step, r]
+def products(out: Array, x: Array, x_row: int, x_step: int, y: Array, y_row: int, y_step: int, tile: Array, add: bool) -> None:
+    """out (I,J) = or, where `add`, += x y^T, of rows x_row, x_row + x_step, ... of x (P,:,R), and rows of y alike.
+
+    tile : (:,R), scratch of SIDE^2 numbers or more
+    """
+    zero, R = out.dtype.type(0), width(x)
+    for i in range(0, out.shape[0], SIDE):
+        rows = min(SIDE, out.shape[0] - i)
+        for j in range(0, out.shape[1], SIDE):
+            columns = min(SIDE, out.shape[1] - j)
+            dots_tile(
+                zero, rows, columns, x.shape[0],
+                x.ctypes.data + (x_row + i * x_step) * ROW, x_step * ROW, x.strides[0],
+                y.ctypes.data + (y_row + j * y_step) * ROW, y_step * ROW, y.strides[0],
+                tile.ctypes.data,
+            )  # fmt: skip
+            for a in range(rows):
+                for b in range(columns):
+                    place = a * SIDE + b
+                    total = tile[place // R, place % R]
+                    out[i + a, j + b] = out[i + a, j + b] + total if add else total
+
+
+@kernel
+def weighted_sums(
+    out: Array, out_row: int, out_step: int, shape: tuple[int, ...], w: Array, strides: tuple[int, ...], x: Array, x_row: int,
+    x_step: int,
+) -> None:  # fmt: skip
+    """Rows out_row, out_row + out_step, ... of out (P,:,R) = w x, of rows x_row, x_row + x_step, ... of x (P,:,R).
+
+    w is (I,J) of `shape`, whose elements are `strides` bytes apart: it may be a transpose.
+    """
+    zero = out.dtype.type(0)
+    for i in range(0, shape[0], SIDE):
+        for panel in range(0, out.shape[0], SIDE):
+            sums_tile(
+                zero, min(SIDE, shape[0] - i), min(SIDE, out.shape[0] - panel), shape[1],
+                w.ctypes.data + i * strides[0], strides[0], strides[1],
+                x.ctypes.data + panel * x.strides[0] + x_row * ROW, x_step * ROW, x.strides[0],
+                out.ctypes.data + panel * out.strides[0] + (out_row + i * out_step) * ROW, out_step * ROW, out.strides[0],
+            )  # fmt: skip
 
 
 @kernel

@@ -70,6 +70,7 @@ class Corpus:
             raise UserError(f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; prepare it anew")
         self.tokenizer = load_tokenizer(self.folder)
         self._check(path, self.tokenizer.pairs)
+        self.content = "pairs" if self.tokenizer.pairs else "text"
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)

@@ -73,6 +73,12 @@ class Lanes:
         length = cls._length(corpus, split, of)
         return corpus.files(split, lanes.start * length, lanes.stop * length) if lanes else []
 
+    @classmethod
+    def most(cls, corpus: Corpus, split: str) -> int:
+        """The most lanes into which a split can be cut."""
+        tokens: int = corpus.split(split)["tokens"]
+        return tokens // 2
+
     @staticmethod
     def _length(corpus: Corpus, split: str, of: int) -> int:
         """Tokens of a lane. Raises UserError."""

@@ -13,8 +13,8 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
+from ..data.lane_kinds import lane_files, read_lanes
 from ..data.lanes import Schedule, deal
-from ..data.pair_lanes import lane_files, read_lanes
 from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError

@@ -1,15 +1,23 @@
-"""The kinds of models by name. To add one: a class of Model, its tensors in blocks.py, a line in KINDS, its name in the config."""
+"""The kinds of models by name. A new one: a class of Model, its tensors in blocks.py, a line here, its name in the config."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .base import Model
+from .both_ways import BothWays
+from .encoder_model import Classifier, Tagger
 from .language_model import LanguageModel
 from .layout import Layout
 from .seq2seq import Seq2Seq
 
-KINDS: dict[str, type[Model]] = {"lm": LanguageModel, "seq2seq": Seq2Seq}
+KINDS: dict[str, type[Model]] = {
+    "lm": LanguageModel,
+    "bilm": BothWays,
+    "seq2seq": Seq2Seq,
+    "tagger": Tagger,
+    "classifier": Classifier,
+}
 
 
 def make_model(layout: Layout, window: int, lanes: int, **options: Any) -> Model:

@@ -7,7 +7,7 @@ time t. A layer's backward overwrites the gradients of its weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from ..kernels.embedding import (
 from ..kernels.gemm import zero_panels
 from ..kernels.lstm import lstm_backward, lstm_forward
 from ..kernels.operands import Operands, Weight
-from ..kernels.reverse import reverse_rows
 from ..kernels.panel_rows import put_rows, take_rows
+from ..kernels.reverse import reverse_rows
 from ..kernels.softmax import IGNORE, Chunk, softmax_cross_entropy
 from ..kernels.types import Array
 from . import blocks
@@ -273,17 +273,23 @@ class Encoder(Layer):
 
 
 class Output(Layer):
-    """Softmax and losses of rows that have a target; others never reach it."""
+    """Softmax and losses of rows that have a target; others never reach it.
+
+    Attributes
+    ----------
+    dy : (columns/R,rows,R) array
+        The gradient of what was read; of no rows where nothing is trained.
+    """
 
     def __init__(self, plan: Plan, columns: int, classes: int, smoothing: float = 0.0) -> None:
         rows, operands, itemsize = plan.rows, plan.operands, plan.layout.dtype.itemsize
-        self.training, self.columns, self.smoothing = plan.training, columns, smoothing
+        self.training, self.smoothing = plan.training, smoothing
         size = 2 if operands.bf16 else itemsize
         tokens = tokens_of_chunk(rows, classes, operands.R, size) if plan.training else rows
         self._chunk = Chunk(tokens, columns, classes, operands, plan.training)
-        self._losses, self._of_rows = np.zeros((2, rows), plan.layout.dtype)
-        self._plan, self._y, self._dy = plan, None, None
-        self.dy = plan.panels(columns) if plan.training else None  # the gradient of what was read
+        self._losses: Array = np.zeros(rows, plan.layout.dtype)
+        self._shape, self._operands = (-(-columns // operands.R), rows, operands.R), operands
+        self.dy = plan.panels(columns if plan.training else 0)
 
     def bind(self, parameters: Mapping[str, Array], factors: Mapping[str, Weight]) -> None:
         self._W = parameters["output"]
@@ -291,33 +297,32 @@ class Output(Layer):
     def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
         self._dW = gradients["output"]
 
-    def forward(
-        self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None, **options: Any
-    ) -> Array:
+    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
         """Losses of targets (T,B), nats, of as many rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
         flat, some = targets.reshape(-1), np.flatnonzero(targets != IGNORE)
-        losses = self._losses[: flat.size]
-        arguments = self._W, flat, scale, between
+        losses: Array = self._losses[: flat.size]
         if len(some) == flat.size:
-            self._run(losses, self.dy, y, row, *arguments)
+            self._run(losses, self.dy, y, row, flat, scale, between)
             return losses.reshape(targets.shape)
-        if self._y is None:
-            self._y = self._plan.panels(self.columns)
-            self._dy = self._plan.panels(self.columns) if self.training else None
-        take_rows(self._y, y, row, some)
+        dtype = self._losses.dtype
+        packed, dy = (self._operands.empty(name, self._shape, dtype) for name in ("rows with a target", "their gradient"))
+        take_rows(packed, y, row, some)
+        found = self._operands.empty("their losses", (len(some),), dtype)
+        self._run(found, dy, packed, 0, flat[some], scale, between)
         losses[:] = 0
-        packed = self._of_rows[: len(some)]
-        self._run(packed, self._dy, self._y, 0, self._W, flat[some], scale, between)
-        losses[some] = packed
-        if self.dy is not None:
+        losses[some] = found
+        if self.training:
             self.dy[:, : flat.size] = 0
-            put_rows(self.dy, 0, self._dy, some)
+            put_rows(self.dy, 0, dy, some)
         return losses.reshape(targets.shape)
 
-    def _run(self, losses: Array, dy: Array | None, y: Array, row: int, *arguments: Any) -> None:
-        W, targets, scale, between = arguments
-        dW = self._dW if self.training else None
-        softmax_cross_entropy(losses, dy, dW, self._chunk, y, row, W, targets, scale, between)
+    def _run(
+        self, losses: Array, dy: Array, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None
+    ) -> None:
+        if self.training and not len(targets):
+            self._dW[:] = 0
+        into, dW = (dy, self._dW) if self.training else (None, None)
+        softmax_cross_entropy(losses, into, dW, self._chunk, y, row, self._W, targets, scale, between)
 
 
 def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:

@@ -61,7 +61,8 @@ class Seq2Seq(Model):
     ) -> Array:
         self._take_mask(mask)
         self.factors.ready()
-        assert batch.before is not None and batch.lengths is not None
+        assert batch.before is not None
+        assert batch.lengths is not None
         self._batch, self._lengths = batch, batch.lengths
         (S, B), T = batch.inputs.shape, len(batch.targets)
         self._m = self.encode(batch.inputs, batch.lengths, between)

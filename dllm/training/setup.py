@@ -19,8 +19,8 @@ from ..comm.shared_memory import SharedMemory, share
 from ..comm.upkeep import Kept, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
+from ..data.lane_kinds import lane_files, read_lanes
 from ..data.lanes import Lanes, Schedule, deal
-from ..data.pair_lanes import lane_files, read_lanes
 from ..data.placing import kept_shards
 from ..data.supply import supply
 from ..errors import UserError
