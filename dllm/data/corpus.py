@@ -71,6 +71,8 @@ class Corpus:
         self.tokenizer = load_tokenizer(self.folder)
         self._check(path, self.tokenizer.pairs)
         self.content = "pairs" if self.tokenizer.pairs else "text"
+        self.labels: list[str] = []
+        self.features = 0
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)

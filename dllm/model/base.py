@@ -136,6 +136,10 @@ class Model(ABC):
     def _backward(self, between: Between | None) -> None:
         """Fill the gradients; `_ready` is called with the name of each block, or the last one of some, in order."""
 
+    @abstractmethod
+    def example(self) -> Batch:
+        """Zeros of one lane that such a model takes, two steps of which one has no target; they reach every kernel."""
+
     def backward(self, on_ready: Ready | None = None, between: Between | None = None) -> None:
         """The rest of the gradient of the last `forward`, into `self.gradient` (size,).
 

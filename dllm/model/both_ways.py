@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels.gemm import from_panels, to_panels
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from .base import Between, Mask, Model
 from .batch import Batch
@@ -72,6 +73,10 @@ class BothWays(Model):
         targets = np.concatenate(np.split(batch.targets, 2, axis=1))
         losses: Array = self._output.forward(self._top, 0, targets, scale, between).reshape(2, T, B).sum(axis=0)
         return losses
+
+    def example(self) -> Batch:
+        nothing = np.zeros((2, 2), np.int64)
+        return Batch(nothing, nothing + [[0], [IGNORE]])
 
     def _backward(self, between: Between | None) -> None:
         (T, B), L = self._shape, self.config.layers

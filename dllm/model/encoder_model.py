@@ -13,6 +13,7 @@ import numpy as np
 from ..kernels import pool
 from ..kernels.dense import tanh_backward, tanh_rows
 from ..kernels.gemm import to_panels
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import blocks
 from .base import Between, Mask, Model
@@ -69,6 +70,10 @@ class EncoderModel(Model):
                 self._drop(y, self._top, 0, rows // B, TOP)
         return self.output.forward(y, 0, batch.targets, scale, between)
 
+    def example(self) -> Batch:
+        inputs = np.zeros((2, 1, self.config.features), np.float32) if self.config.features else np.zeros((2, 1), np.int64)
+        return Batch(inputs, np.array([[0], [IGNORE]]), np.array([2]))
+
     def _backward(self, between: Between | None) -> None:
         S, B = self._shape
         rows, dm = self._rows(), self.output.dy
@@ -111,6 +116,9 @@ class Classifier(EncoderModel):
         self._how, self._directions = pool.HOW[self.config.pool], len(blocks.directions(self.config))
         self._pooled = plan.panels(blocks.memory(self.config), self.lanes)
         self._where = np.zeros(self._pooled.shape, np.int32)
+
+    def example(self) -> Batch:
+        return super().example()._replace(targets=np.zeros((1, 1), np.int64))
 
     def _make_output(self, plan: Plan) -> Output:
         return super()._make_output(plan._replace(rows=self.lanes))

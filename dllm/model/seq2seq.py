@@ -16,6 +16,7 @@ import numpy as np
 
 from ..kernels.dense import tanh_backward, tanh_rows
 from ..kernels.pool import LAST, pool_backward, pool_forward
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import blocks
 from .attention import Attention
@@ -118,6 +119,10 @@ class Seq2Seq(Model):
         memory.h[:, :B], memory.c[:, :B] = self._first, 0
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
+
+    def example(self) -> Batch:
+        nothing = np.zeros((2, 1), np.int64)
+        return Batch(nothing, np.array([[0], [IGNORE]]), np.array([2]), nothing)
 
     def _backward(self, between: Between | None) -> None:
         batch, lengths, P = self._batch, self._lengths, self._P

@@ -68,6 +68,7 @@ def not_saved(trainer: Trainer) -> str:
 def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     """The end: what came out, a sample, the plot, and what to type next."""
     reporter, run, ranks = trainer.rank.reporter, trainer.rank.ownership.run, summary["ranks"]
+    settings = trainer.config
     if not done:
         reporter.say(f"stopped at step {summary['steps']}; go on with  mpirun -n {ranks} python -m dllm.train --resume {run}")
         return
@@ -83,7 +84,7 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
-    if trainer.config.log.sample and not trainer.config.data.private:  # it might repeat a text of another site
+    if settings.log.sample and settings.model.kind == "lm" and not settings.data.private:  # it might repeat another site's
         reporter.say("sample\n" + _sample(trainer))
     reporter.say(f"plot       {reporter.plot()}")
     if trainer.corpus.tokenizer.pairs:

@@ -12,7 +12,7 @@ from ..data.lanes import Schedule
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..kernels.types import Array
-from ..model.language_model import LanguageModel
+from ..model.base import Model
 from ..runs import checkpoint, provenance
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
@@ -65,7 +65,7 @@ def where(comm: MPI.Comm, corpus: Corpus, seed: int, origin: Origin) -> Where:
 
 
 def fill(
-    state: State, model: LanguageModel, own: range, schedule: Schedule, config: Config, text: Text, origin: Origin,
+    state: State, model: Model, own: range, schedule: Schedule, config: Config, text: Text, origin: Origin,
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Fill the state as the run begins. What survived is there already.
@@ -106,7 +106,7 @@ def _go_on(state: State, schedule: Schedule, carry: str, resume: Checkpoint, tex
         state.place, state.epoch = 0, state.epoch + 1
 
 
-def _take_parameters(state: State, model: LanguageModel, parent: LoadedModel) -> None:
+def _take_parameters(state: State, model: Model, parent: LoadedModel) -> None:
     ours, theirs = ({name: one.shape for name, one in layout.tensors.items()} for layout in (model.layout, parent.layout))
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):

@@ -12,10 +12,13 @@ from typing import Any
 
 from .. import cli, config
 from ..comm import methods, topology
+from ..data.corpus import Corpus
+from ..errors import UserError
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
 from . import event_files
 
+LABELLED = "tagger", "classifier", "ctc"  # kinds of models that have labels
 MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
 EPILOG = """
@@ -97,6 +100,17 @@ def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = 
     methods.check(settings)
     event_files.check(settings.log)
     return settings
+
+
+def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
+    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
+    labels = len(corpus.labels) if settings.model.kind in LABELLED else 0
+    there = {"labels": labels, "features": corpus.features}
+    for name, count in there.items():
+        said = getattr(settings.model, name)
+        if said not in (0, count):
+            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {said}")
+    return config.from_dict(config.merge(config.as_dict(settings), {"model": there}))
 
 
 def print_settings(settings: config.Config, rank: int = 0) -> None:
