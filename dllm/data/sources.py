@@ -26,6 +26,7 @@ from ..comm.replicas import Domains
 from ..comm.runtime import together
 from ..errors import UserError, reason
 from .formats import BLOCK, Stream, TextError, is_plain, texts
+from .label_files import LabelledFile
 from .sound_tokenizers import levels
 from .source_names import STDIN, is_stream, open_url, readable_everywhere
 from .text import TextFile
@@ -33,7 +34,7 @@ from .text import TextFile
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Names: TypeAlias = Mapping[str, Sequence[Any]]  # split -> names of files, or pairs of such
+Names: TypeAlias = Mapping[str, Sequence[Any]]  # split -> names of files, pairs of such, or LabelledFiles
 
 RESERVE = 0.02  # of a disk that is left free, at most `MOST_RESERVED` bytes
 MOST_RESERVED = 1 << 28
@@ -61,7 +62,7 @@ class Reading:
 def plain_files(
     comm: MPI.Comm, names: Names, near: pathlib.Path, reading: Reading, private: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, list[Any]]]:
-    """{split: TextFiles, or pairs of them} for the time of a `with`. Collective. Raises UserError on all ranks.
+    """{split: TextFiles, pairs of them, or LabelledFiles} for the time of a `with`. Collective. Raises UserError on all ranks.
 
     near : a folder, there or not; what is unpacked lies in it meanwhile
     private : the names are this rank's own
@@ -92,10 +93,12 @@ def plain_files(
 
 
 def flat(paths: Iterable[Any]) -> Iterator[Any]:
-    """Names out of names and pairs of names."""
+    """Names out of names, pairs of names, and LabelledFiles."""
     for path in paths:
         if isinstance(path, list | tuple) and not isinstance(path, TextFile):
             yield from path
+        elif isinstance(path, LabelledFile):
+            yield path.file
         else:
             yield path
 
@@ -177,7 +180,10 @@ def _as_named(
     for split, paths in names.items():
         for path in paths:
             both = [place(next(numbers), split) for _ in flat([path])]
-            files[split].append(both[0] if isinstance(path, str | os.PathLike) else tuple(both))
+            if isinstance(path, LabelledFile):
+                files[split].append(LabelledFile(both[0], path.label))
+            else:
+                files[split].append(both[0] if isinstance(path, str | os.PathLike) else tuple(both))
     for split in reading.held_out:
         files[split] = [place(number, split) for number, source in enumerate(sources) if source.split == "train"]
     return files

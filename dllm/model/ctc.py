@@ -1,6 +1,6 @@
 """Frames to a transcript, of which nobody says where each of its labels is (kernels/ctc.py).
 
-    m = encoder(frames)          u = m, or tanh(m Wp)          z = u W^T + b, a logit a frame for each label and, last, the blank
+    m = encoder(frames)      u = m, or tanh(m Wp)      z = u W^T + b: of each frame a logit for each label, and last the blank
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dllm import prepare
 from dllm.config import ModelConfig
-from dllm.data import pair_order, pairs
+from dllm.data import drawing, lines, pair_order, pairs
 from dllm.data.tokenizer_files import tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
@@ -65,8 +65,8 @@ def test_lines_are_those_between_newlines(tmp_path_factory, data):
     path.write_bytes(data)
     expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs.text, "PIECE", 7)
-        found = pairs.Lines(path)
+        patch.setattr(lines.text, "PIECE", 7)
+        found = lines.Lines(path)
     assert [found[number] for number in range(len(found))] == [line.removesuffix(b"\r") for line in expected]
 
 
@@ -75,8 +75,8 @@ EXAMPLES = [(f"q{number}" * (1 + number % 3), "ß" * (number % 5 + 1) + str(numb
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     tokenizer = built(kind, " ".join(map(" ".join, EXAMPLES)).encode())
     files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
     streams = []
@@ -101,7 +101,7 @@ def test_marks_and_ends_of_lines_of_other_systems_are_no_part_of_a_pair(tmp_path
     with pytest.raises(UserError, match="u begins with the byte-order mark of UTF-16"):
         pairs.PairFiles(tmp_path / "u", tmp_path / "u").apply(bytes.decode, 0)
     (tmp_path / "mark").write_bytes(b"\xef\xbb\xbf")
-    assert pairs.Lines(tmp_path / "mark")[0] == b""
+    assert lines.Lines(tmp_path / "mark")[0] == b""
 
 
 HELD_OUT = {"valid": 0.2, "test": 0.1}
@@ -110,8 +110,8 @@ HELD_OUT = {"valid": 0.2, "test": 0.1}
 @pytest.mark.parametrize("held_out", [{}, HELD_OUT])
 @pytest.mark.parametrize("longest", [0, 8])
 def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, held_out, longest, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     examples = [*EXAMPLES[:20], ("", "x"), *EXAMPLES[20:50], ("y", " "), *EXAMPLES[50:]]
     files = [write_pairs(tmp_path, examples[:33], "a"), write_pairs(tmp_path, examples[33:], "b")]
     tokenizer, pairing, seen = (
