@@ -272,14 +272,24 @@ class Encoder(Layer):
         return dx
 
 
-class Output(Layer):
-    """Softmax and losses of rows that have a target; others never reach it.
+class Head(Layer):
+    """The layer that says what a model's losses are.
 
     Attributes
     ----------
     dy : (columns/R,rows,R) array
-        The gradient of what was read; of no rows where nothing is trained.
+        The gradient of what was read; of no columns where nothing is trained.
     """
+
+    dy: Array
+
+    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
+        """Losses of targets (T,B), nats, of rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
+        raise NotImplementedError
+
+
+class Output(Head):
+    """Softmax and losses of rows that have a target, as many as targets; others never reach it."""
 
     def __init__(self, plan: Plan, columns: int, classes: int, smoothing: float = 0.0) -> None:
         rows, operands, itemsize = plan.rows, plan.operands, plan.layout.dtype.itemsize
@@ -298,7 +308,6 @@ class Output(Layer):
         self._dW = gradients["output"]
 
     def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
-        """Losses of targets (T,B), nats, of as many rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
         flat, some = targets.reshape(-1), np.flatnonzero(targets != IGNORE)
         losses: Array = self._losses[: flat.size]
         if len(some) == flat.size:
@@ -322,7 +331,9 @@ class Output(Layer):
         if self.training and not len(targets):
             self._dW[:] = 0
         into, dW = (dy, self._dW) if self.training else (None, None)
-        softmax_cross_entropy(losses, into, dW, self._chunk, y, row, self._W, targets, scale, between)
+        softmax_cross_entropy(
+            losses, into, dW, self._chunk, y, row, self._W, targets, scale, between, smoothing=self.smoothing
+        )  # fmt: skip
 
 
 def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:
