@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dllm import prepare
 from dllm.config import ModelConfig
-from dllm.data import pair_order, pairs
+from dllm.data import drawing, lines, pair_order, pairs
 from dllm.data.tokenizer_files import tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
@@ -67,8 +67,8 @@ def test_lines_are_those_between_newlines(tmp_path_factory, data):
     path.write_bytes(data)
     expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs.text, "PIECE", 7)
-        found = pairs.Lines(path)
+        patch.setattr(lines.text, "PIECE", 7)
+        found = lines.Lines(path)
     assert [found[number] for number in range(len(found))] == [line.removesuffix(b"\r") for line in expected]
 
 
@@ -77,8 +77,8 @@ EXAMPLES = [(f"q{number}" * (1 + number % 3), "ß" * (number % 5 + 1) + str(numb
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     tokenizer = built(kind, " ".join(map(" ".join, EXAMPLES)).encode())
     files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
     streams = []
@@ -103,7 +103,7 @@ def test_marks_and_ends_of_lines_of_other_systems_are_no_part_of_a_pair(tmp_path
     with pytest.raises(UserError, match="u begins with the byte-order mark of UTF-16"):
         pairs.PairFiles(tmp_path / "u", tmp_path / "u").apply(bytes.decode, 0)
     (tmp_path / "mark").write_bytes(b"\xef\xbb\xbf")
-    assert pairs.Lines(tmp_path / "mark")[0] == b""
+    assert lines.Lines(tmp_path / "mark")[0] == b""
 
 
 HELD_OUT = {"valid": 0.2, "test": 0.1}
@@ -112,8 +112,8 @@ HELD_OUT = {"valid": 0.2, "test": 0.1}
 @pytest.mark.parametrize("held_out", [{}, HELD_OUT])
 @pytest.mark.parametrize("longest", [0, 8])
 def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, held_out, longest, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     examples = [*EXAMPLES[:20], ("", "x"), *EXAMPLES[20:50], ("y", " "), *EXAMPLES[50:]]
     files = [write_pairs(tmp_path, examples[:33], "a"), write_pairs(tmp_path, examples[33:], "b")]
     tokenizer, pairing, seen = (
@@ -297,7 +297,7 @@ def test_an_answer_ends_before_its_end_token_and_more_beams_find_no_worse(model,
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("lanes", [1, 7])
 def test_pairs_are_solved_alike_in_any_batches_by_any_number_of_ranks(model, tokenizer, examples, ranks, lanes, monkeypatch):
-    pairs = [(np.array(source), np.array(target), "") for source, target in examples]
+    pairs = [answering.Pair(np.array(source), np.array(target), "") for source, target in examples]
     comm = lambda rank, size: SimpleNamespace(rank=rank, size=size)
     how = lambda lanes: Answering(tokenizer=tokenizer, lanes=lanes, limit=9)
     alone = [answering.solve(comm(0, 1), model, how(1), [pair]) for pair in pairs]
@@ -327,8 +327,8 @@ def test_a_model_that_is_not_finite_gives_no_answer(model, tokenizer):
 
 def test_the_first_pairs_of_a_split_are_read_alone(tmp_path, examples):
     corpus = make_corpus(tmp_path, examples)
-    found = [(source.tolist(), target.tolist()) for source, target, _ in answering.read_split(corpus, "train")]
+    found = [(source.tolist(), target.tolist()) for source, target, *_ in answering.read_split(corpus, "train")]
     assert found == examples
     for most in (1, 3, 40):
         some = answering.read_split(corpus, "train", most)
-        assert [(source.tolist(), target.tolist()) for source, target, _ in some] == examples[:most]
+        assert [(source.tolist(), target.tolist()) for source, target, *_ in some] == examples[:most]
