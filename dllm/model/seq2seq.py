@@ -102,7 +102,7 @@ class Seq2Seq(Model):
         weigh = None
         if self.copying is not None:
             weigh = self.copying.forward(
-                self._top, self.attention.weights, batch.inputs, batch.targets, self._lengths, scale
+                self._top, self.attention.weights, batch.inputs, batch.targets, self._lengths, scale * (1 - self.learning.smoothing)
             )  # fmt: skip
         return self.output.forward(u, 0, batch.targets, scale, between, weigh)
 
