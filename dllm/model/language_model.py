@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..kernels.gemm import from_panels, to_panels
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from .base import Between, Mask, Model
 from .batch import Batch
@@ -17,7 +20,7 @@ class LanguageModel(Model):
     def _make(self, plan: Plan) -> None:
         config, B = self.config, self.lanes
         H = config.hidden
-        self._embedding, self._output = Embedding(plan), Output(plan, H, self.vocabulary, self.smoothing)
+        self._embedding, self._output = Embedding(plan), Output(plan, H, self.vocabulary, self.learning.smoothing)
         # Without training all layers share memory: a layer reads its input whole before it writes its output.
         shared = None if plan.training else LstmMemory(plan, H, B)
         scratch = LstmScratch(plan, H, B) if plan.training else None
@@ -34,6 +37,9 @@ class LanguageModel(Model):
         self.factors.ready()
         y, row = self._hidden(batch.inputs, h, c, between)
         return self._output.forward(y, row, batch.targets, scale, between)
+
+    def example(self) -> Batch:
+        return Batch(np.zeros((2, 1), np.int64), np.array([[0], [IGNORE]]))
 
     def _backward(self, between: Between | None) -> None:
         T, B = self._tokens.shape
