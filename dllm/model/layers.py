@@ -272,14 +272,27 @@ class Encoder(Layer):
         return dx
 
 
-class Output(Layer):
-    """Softmax and losses of rows that have a target; others never reach it.
+Weigh = Callable[[Array, Array], Array]  # rows (n,) and their losses, which it may replace -> their weights (n,)
+
+
+class Head(Layer):
+    """The layer that says what a model's losses are.
 
     Attributes
     ----------
     dy : (columns/R,rows,R) array
-        The gradient of what was read; of no rows where nothing is trained.
+        The gradient of what was read; of no columns where nothing is trained.
     """
+
+    dy: Array
+
+    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
+        """Losses of targets (T,B), nats, of rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
+        raise NotImplementedError
+
+
+class Output(Head):
+    """Softmax and losses of rows that have a target, as many as targets; others never reach it."""
 
     def __init__(self, plan: Plan, columns: int, classes: int, smoothing: float = 0.0) -> None:
         rows, operands, itemsize = plan.rows, plan.operands, plan.layout.dtype.itemsize
@@ -297,18 +310,27 @@ class Output(Layer):
     def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
         self._dW = gradients["output"]
 
-    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
-        """Losses of targets (T,B), nats, of as many rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
+    def forward(
+        self,
+        y: Array,
+        row: int,
+        targets: Array,
+        scale: float,
+        between: Callable[[], object] | None = None,
+        weigh: Weigh | None = None,
+    ) -> Array:
+        """As Head has it. weigh : of rows that have a target, as softmax.py asks it of tokens"""
         flat, some = targets.reshape(-1), np.flatnonzero(targets != IGNORE)
         losses: Array = self._losses[: flat.size]
+        of_rows = None if weigh is None else lambda part, found: weigh(some[part], found)
         if len(some) == flat.size:
-            self._run(losses, self.dy, y, row, flat, scale, between)
+            self._run(losses, self.dy, (y, row), flat, scale, between, of_rows)
             return losses.reshape(targets.shape)
         dtype = self._losses.dtype
         packed, dy = (self._operands.empty(name, self._shape, dtype) for name in ("rows with a target", "their gradient"))
         take_rows(packed, y, row, some)
         found = self._operands.empty("their losses", (len(some),), dtype)
-        self._run(found, dy, packed, 0, flat[some], scale, between)
+        self._run(found, dy, (packed, 0), flat[some], scale, between, of_rows)
         losses[:] = 0
         losses[some] = found
         if self.training:
@@ -317,12 +339,20 @@ class Output(Layer):
         return losses.reshape(targets.shape)
 
     def _run(
-        self, losses: Array, dy: Array, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None
+        self,
+        losses: Array,
+        dy: Array,
+        read: tuple[Array, int],
+        targets: Array,
+        scale: float,
+        between: Callable[[], object] | None,
+        weigh: Callable[[slice, Array], Array] | None,
     ) -> None:
         if self.training and not len(targets):
             self._dW[:] = 0
         into, dW = (dy, self._dW) if self.training else (None, None)
-        softmax_cross_entropy(losses, into, dW, self._chunk, y, row, self._W, targets, scale, between)
+        arguments = self._chunk, *read, self._W, targets, scale, between, self.smoothing, weigh
+        softmax_cross_entropy(losses, into, dW, *arguments)
 
 
 def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:
