@@ -1,5 +1,6 @@
 """Targets of sources step by step against the model's window, and searches for them in any company."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from helpers.numerics import DTYPES
 
 from dllm.config import ModelConfig
 from dllm.data.tokenizers import KINDS as TOKENIZERS
+from dllm.errors import UserError
 from dllm.inference import answering, source_files
 from dllm.inference.answering import Answering
 from dllm.inference.search import Beam
@@ -155,6 +157,19 @@ def test_a_file_is_answered_in_order(tmp_path, tokenizer, pairs):
     objects = [json.loads(line) for line in source_files.as_lines(targets, True).splitlines()]
     assert [one["line"] for one in objects] == sorted([*range(1, 33), *(set(range(1, 33)) - {4, 5})])
     assert [one for one in objects if one["line"] == 4] == [{"line": 4, "text": "", "score": None, "logprob": None}]
+
+
+def test_standard_input_is_read_as_a_file_is(monkeypatch):
+    read = lambda data: monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    read("\ufeffa b\r\n\nß".encode())
+    assert source_files.read_lines(COMM, "-") == ["a b", "", "ß"]
+    for data, problem in ((b"", "standard input is empty"), (b"a\n\xff\n", "standard input line 2 is not UTF-8; convert it")):
+        read(data)
+        with pytest.raises(UserError, match=problem):
+            source_files.read_lines(COMM, "-")
+    read(b"x" * (source_files.LONGEST_LINE + 1))
+    with pytest.raises(UserError, match="standard input line 1 has over 1,048,576 bytes"):
+        source_files.read_lines(COMM, "-")
 
 
 def test_the_alignment_is_what_each_step_looked_at(tokenizer, pairs):
