@@ -13,7 +13,7 @@ import numpy as np
 
 from . import cli, config
 from .comm import messages, runtime
-from .data import source_names, text
+from .data import audio, source_names, text
 from .data.corpus import Corpus
 from .data.drawing import Drawing
 from .data.label_files import LabelledFile, problem_of_label
@@ -25,6 +25,7 @@ from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
 from .data.sources import Reading, plain_files
+from .data.tokenizer_files import load_tokenizer
 from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
-    "valid_fraction", "test_fraction", "longest", "seed", "tag_column",
+    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate",
 )  # fmt: skip
 LONGEST_LIST = 500  # characters of labels that are shown
 FORMS = ("text", "pairs", "tags", "classes", "class")
@@ -49,6 +50,7 @@ examples
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
   python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
+  python -m dllm.prepare --audio recordings --valid-audio held-out --tokenizer mulaw --out data/sound
   python -m dllm.prepare --tags train.conllu --valid-tags dev.conllu --tokenizer bpe --out data/tags
   python -m dllm.prepare --class pos=pos.txt --class neg=neg.txt --valid-fraction 0.1 --tokenizer-from RUN --out data/reviews
 
@@ -93,6 +95,7 @@ tokenizers
   char   one token a character of the train text
   word   words between white space and an <eos> a line; rare ones become <unk> where --vocab-size limits them
   bpe    byte-pair encoding over bytes, exact; --vocab-size from 256, default 4096
+  mulaw  256 levels of sound: WAV files, or FLAC with pip install 'dllm[audio]', at --rate, one behind the other
 """
 
 
@@ -100,7 +103,10 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     """The options, and {split: paths}, with --pairs {split: (source, target) paths}. Raises UserError."""
     parser = cli.Parser("prepare", __doc__, EPILOG, rank)
     for split in SPLITS:
-        parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
+        sound = "--audio" if split == "train" else f"--{split}-audio"
+        parser.add_argument(
+            f"--{split}", sound, nargs="+", default=[], metavar="FILE", help=f"{split} text, or recordings for mulaw"
+        )
     _add_reading(parser)
     for split in SPLITS:
         parser.add_argument(
@@ -171,6 +177,8 @@ def _add_reading(parser: cli.Parser) -> None:
         action="store_true",
         help="keep byte-order marks, CR LF and a missing last line end, as byte always does",
     )
+    rate = cli.at_least(audio.LEAST_RATE, most=audio.MOST_RATE)
+    parser.add_argument("--rate", type=rate, metavar="HZ", help=f"of mulaw: samples a second (default {audio.RATE})")
     for split in SPLITS[1:]:
         parser.add_argument(
             f"--{split}-fraction", type=share, default=0.0, metavar="F",
@@ -200,7 +208,8 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     held_out = {"valid": options.valid_fraction, "test": options.test_fraction}
     held_out = {name: share for name, share in held_out.items() if share}
     drawing = _drawing(options, held_out)
-    reading = Reading(options.field, options.keep_bytes, {} if drawing else held_out, options.seed)
+    rate = runtime.agree(comm, _rate, options, comm.rank)
+    reading = Reading(options.field, options.keep_bytes, {} if drawing else held_out, options.seed, rate)
     above = pathlib.Path(os.path.abspath(out if alone else options.out)).parents
     near = next((path for path in above if not config.is_private(str(path))), pathlib.Path(os.sep))
 
@@ -257,18 +266,34 @@ def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
     if options.epsilon:
         counting = PrivateCounting(options.epsilon, options.words_per_line or UNITS_PER_EXAMPLE)
     folder = config.path_of_rank(options.tokenizer_from or "", rank)
-    return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting)
+    rate = (options.rate or audio.RATE) if options.tokenizer == "mulaw" else 0
+    return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting, rate)
+
+
+def _rate(options: argparse.Namespace, rank: int) -> int:
+    """Samples a second of the sound that is read; 0: text is. Raises UserError."""
+    if not options.tokenizer_from:
+        return _vocabulary(options, rank).rate
+    rate = load_tokenizer(config.path_of_rank(options.tokenizer_from, rank)).rate
+    for name in ("pairs", "field"):
+        if rate and getattr(options, name):
+            raise UserError(f"the vocabulary of {options.tokenizer_from} is of sound: leave out --{name}")
+    return rate
 
 
 def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
     """Raises UserError where a vocabulary of private text would tell of it and nobody has said so."""
-    counted = options.tokenizer not in (None, "byte")
+    counted = not (options.tokenizer is None or KINDS[options.tokenizer].fixed)
     private = config.is_private(options.out) and not options.deal
     chosen = [name for name in ("epsilon", "share_vocabulary") if getattr(options, name)]
     if options.tokenizer_from == "":
         parser.error("--tokenizer-from names no folder")
     if options.tokenizer_from and options.vocab_size:
         parser.error("--vocab-size goes with --tokenizer: that of --tokenizer-from is taken as it is")
+    if options.rate and options.tokenizer != "mulaw":
+        parser.error("--rate goes with --tokenizer mulaw")
+    if options.tokenizer == "mulaw" and (options.pairs or options.field):
+        parser.error("--tokenizer mulaw reads recordings: leave out --pairs and --field")
     if options.words_per_line and not options.epsilon:
         parser.error("--words-per-line goes with --epsilon")
     if len(chosen) > 1:

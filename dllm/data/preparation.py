@@ -169,7 +169,7 @@ class _Preparation:
             self._warm_up(type(tokenizer))
             return tokenizer
         self._warm_up(KINDS[wanted.kind])
-        if wanted.kind == "byte":
+        if KINDS[wanted.kind].fixed:
             return agree(self.comm, wanted.of_counts, {}, pairs)
         with together(self.comm):
             kind, counting = KINDS[wanted.kind], wanted.counting

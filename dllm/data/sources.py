@@ -25,8 +25,9 @@ from ..comm import messages
 from ..comm.replicas import Domains
 from ..comm.runtime import together
 from ..errors import UserError, reason
-from .formats import BLOCK, Stream, is_plain, texts
+from .formats import BLOCK, Stream, TextError, is_plain, texts
 from .label_files import LabelledFile
+from .sound_tokenizers import levels
 from .source_names import STDIN, is_stream, open_url, readable_everywhere
 from .text import TextFile
 
@@ -47,12 +48,14 @@ class Reading:
     exact : bytes are kept as they are
     held_out : split -> the share of the train text's documents, or lines, that becomes this split
     seed : draws which
+    rate : of recordings, samples a second: each becomes the bytes of its levels; 0: there are none
     """
 
     field: str = ""
     exact: bool = False
     held_out: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 1
+    rate: int = 0
 
 
 @contextlib.contextmanager
@@ -122,7 +125,7 @@ class _Source:
             raise UserError(f"cannot read {self.name}: {reason(error)}{hint}") from None
         grows = found.st_size == 0 and len(head) > 0  # as what lies below /proc
         held_out = self.split == "train" and bool(reading.held_out)
-        return bool(grows or held_out or reading.field or not is_plain(head))
+        return bool(grows or held_out or reading.field or reading.rate or not is_plain(head))
 
     @property
     def size(self) -> int:
@@ -258,7 +261,7 @@ def _write(source: _Source, number: int, folder: pathlib.Path, reading: Reading)
             files.callback(writer.file.close)
         try:
             with source.open() as stream:
-                parts = texts(stream, reading.field, folder, bool(held_out))
+                parts = _levels(stream, reading.rate) if reading.rate else texts(stream, reading.field, folder, bool(held_out))
                 if held_out:
                     _deal(parts, writers, [*held_out.values()], [reading.seed, number])
                 else:
@@ -272,6 +275,13 @@ def _write(source: _Source, number: int, folder: pathlib.Path, reading: Reading)
             raise UserError(f"cannot read {source.name}: {_why(error)}") from None
         for writer in writers:
             writer.close()
+
+
+def _levels(stream: Stream, rate: int) -> Iterator[bytes]:
+    try:
+        yield levels(stream.read(), rate)
+    except UserError as error:
+        raise TextError(str(error)) from None
 
 
 def _why(error: Exception) -> str:
