@@ -18,6 +18,7 @@ from .data.corpus import Corpus
 from .data.drawing import Drawing
 from .data.label_files import LabelledFile, problem_of_label
 from .data.labelling import Classing, Tagging
+from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
 from .data.pair_order import LEAST_SHARE
 from .data.pairs import Pairing
@@ -38,7 +39,6 @@ OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
     "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate",
 )  # fmt: skip
-PRESETS = {"pairs": "pairs", "tags": "tagger", "classes": "classifier"}  # content -> that which trains on it
 LONGEST_LIST = 500  # characters of labels that are shown
 FORMS = ("text", "pairs", "tags", "classes", "class")
 EPILOG = """

@@ -23,15 +23,17 @@ LANES: dict[tuple[str, str], type[Lanes]] = {  # (Corpus.content, model.kind)
     ("tags", "tagger"): TagLanes,
     ("classes", "classifier"): ClassLanes,
 }
+PRESETS = {"pairs": "pairs", "tags": "tagger", "classes": "classifier"}  # content -> that which trains on it
 
 
 def lanes_of(corpus: Corpus, kind: str) -> type[Lanes]:
     """The class of Lanes of a corpus for a kind of model. Raises UserError where such a model cannot learn from it."""
     found = LANES.get((corpus.content, kind))
     if found is None:
-        reads = " or ".join(content for content, other in LANES if other == kind)
-        fits = " or ".join(other for content, other in LANES if content == corpus.content)
-        raise UserError(f"{corpus.folder} holds {corpus.content}, for {fits}; model.kind = {kind} reads {reads or 'nothing'}")
+        reads = " or ".join(content for content, other in LANES if other == kind) or "nothing"
+        fits = PRESETS.get(corpus.content)
+        hint = f"--preset {fits}" if fits else "--set model.kind=lm, or another preset"
+        raise UserError(f"{corpus.folder} holds {corpus.content}, and model.kind = {kind} reads {reads}: {hint}")
     return found
 
 
