@@ -1,6 +1,6 @@
 """Frames to a transcript, of which nobody says where each of its labels is (kernels/ctc.py).
 
-    m = encoder(frames)      u = m, or tanh(m Wp)      z = u W^T + b: of each frame a logit for each label, and last the blank
+m = encoder(frames)      u = m, or tanh(m Wp)      z = u W^T + b: of each frame a logit for each label, and last the blank
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class CtcOutput(Layer):
 class Ctc(EncoderModel):
     """See CtcOutput. Targets (U,B) are labels; a loss is that of a transcript, which all its labels share."""
 
-    output: CtcOutput
+    output: CtcOutput  # type: ignore[assignment]
 
     def _make_output(self, plan: Plan) -> CtcOutput:  # type: ignore[override]
         return CtcOutput(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary))
