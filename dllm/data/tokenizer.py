@@ -24,6 +24,7 @@ class Tokenizer:
     rate = 0  # samples a second of the sound that its tokens say; 0: they are of text
     bands = 0  # numbers of the frames that stand for tokens; 0: there are tokens
     pairs = False
+    unknown: int | None = None  # the token that stands for what the vocabulary lacks
 
     @property
     def size(self) -> int:
