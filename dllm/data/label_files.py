@@ -56,6 +56,11 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def name(self) -> str:
+        """What the user calls the file."""
+        return self.lines.name
+
     def __getitem__(self, number: int) -> Record:
         """Raises UserError, which names the line."""
         raise NotImplementedError
@@ -84,6 +89,11 @@ def problem_of_label(label: str) -> str:
     if len(label) > LONGEST_LABEL:
         return f"has more than {LONGEST_LABEL} characters"
     return "" if label.isprintable() else "has characters that cannot be shown"
+
+
+def problem_of_letter(letter: str) -> str:
+    """What is wrong with a label of a transcript, in words; "" where nothing is: it is a letter, or a space."""
+    return "" if len(letter) == 1 and letter.isprintable() else "is no letter"
 
 
 class ClassFile(RecordFile):

@@ -163,10 +163,12 @@ class Labelling(Drawing):
         places = [np.stack([np.full(len(file), number), np.arange(len(file))], axis=1) for number, file in enumerate(files)]
         numbers, sizes = np.concatenate(places), np.concatenate([file.sizes for file in files])
         if not len(numbers):
-            raise UserError(f"there is no {self.unit} in {', '.join(file.lines.name for file in files[:3])}")
-        return self.in_pieces(
-            split, numbers, sizes, lambda part, size, first: self.piece(files, part, size, self.longest, self.numbers)
-        )
+            raise UserError(f"there is no {self.unit} in {', '.join(file.name for file in files[:3])}")
+        return self.in_pieces(split, numbers, sizes, lambda part, size, first: self.make(files, part, size, split))
+
+    def make(self, files: Sequence[RecordFile], numbers: Array, size: int, split: str) -> LabelledPiece:
+        """A piece of a split. numbers, size : as `in_pieces` gives them"""
+        return self.piece([*files], numbers, size, self.longest, self.numbers)
 
     def examples(self, pieces: Iterable[LabelledPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
         return ({*units} for piece in pieces for units in piece.units(tokenizer))
