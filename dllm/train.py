@@ -38,7 +38,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .inference import model_folder
     from .inference.loaded_model import open_parent
     from .runs.gathering import gather_run
-    from .training.options import parent_of, print_settings, train_config, train_options
+    from .training.options import of_corpus, parent_of, print_settings, train_config, train_options
     from .training.progress import Reporter
 
     begin = time.monotonic()
@@ -53,7 +53,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     elif origin:
         parent = open_parent(comm, origin, reporter.warn)
     with runtime.together(comm):
-        configuration = train_config(options, model_folder.shape(parent.config) if parent else None)
+        configuration = train_config(options, model_folder.shape_for(parent.config if parent else None))
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE
@@ -74,6 +74,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
+    configuration = runtime.agree(comm, of_corpus, configuration, corpus)
     for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, origin)):
         if known:
             runtime.agree(comm, corpus.check_vocabulary, known, name)

@@ -146,6 +146,18 @@ def cell_backward_row(typingctx, gates, jump, db, c, c_next, dc, dh_next, dh):
     return types.void(*[types.int64] * 8), generate
 
 
+@intrinsic
+@no_type_check
+def tanh_row(typingctx, y):
+    """16 float32 at y become their tanh."""
+
+    def generate(context, builder, signature, arguments):
+        store(builder, arguments[0], 0, tanh(builder, load(builder, arguments[0])))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e^x."""
     # Far out r would be rounding errors; without AVX-512 the power of two is put together by hand and must be one.

@@ -109,6 +109,7 @@ def lstm_backward(
     T: int,
     B: int,
     between: Callable[[], object] | None = None,
+    ends: bool = False,
 ) -> None:
     """The gradients of `lstm_forward`; no gradient flows into the window from behind it (truncated, Williams and Peng 1990).
 
@@ -121,6 +122,7 @@ def lstm_backward(
     gates : (4H/R,TB,R), in and out
         The saved activations; becomes da.
     dh_next, dc : (H/R,B,R), scratch
+        Where `ends`, out: the gradients of slot 0 of h and of c.
     operands : operands.Operands
     dh : (H/R,TB,R)
         Gradient of slots 1 to T of h from the layers above.
@@ -128,21 +130,23 @@ def lstm_backward(
         As in the forward.
     between : callable, optional
         Called every millisecond or time step, whichever is longer, so that the caller can keep communication moving.
+    ends : bool
+        True: the state before the window has a gradient too, for a product more.
     """
     H, all_gates = Wh.rows, operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
-    right = Wh.transposed()
+    right = Wh.transposed(operands)
     da, team = operands.like("da", gates), operands.team
     stride = max(1, STRIDE * team.size // (8 * B * H * H))
     for last in range(T, 0, -stride):
         steps = max(0, last - stride), last, B
-        arguments = dh_next, dc, db, gates, da, dh, c, right, all_gates, *steps, new_barrier(), team.size
+        arguments = dh_next, dc, db, gates, da, dh, c, right, all_gates, *steps, ends, new_barrier(), team.size
         team.run(lambda part: backward_steps(*arguments, part))
         if between is not None:
             between()
     da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
     if x is not None and Wx is not None and dx is not None and dWx is not None:
-        operands.multiply(dx, 0, da, 0, Wx.transposed(), T * B, all_gates, False)
+        operands.multiply(dx, 0, da, 0, Wx.transposed(operands), T * B, all_gates, False)
         operands.multiply_transposed(dWx, "x", x, x_row, da_pairs, da_row, T * B)
     operands.multiply_transposed(dWh, "x", h, 0, da_pairs, da_row, T * B)
 
@@ -222,14 +226,16 @@ def backward_steps(
     begin: int,
     end: int,
     B: int,
+    ends: bool,
     barrier: Array,
     threads: int,
     part: int,
 ) -> None:
     """Time steps end - 1 down to begin of `lstm_backward`, of one thread's share of the units.
 
-    Slot t of gates becomes da, and left with it; dh_next and dc are those of t - 1. Every other step takes the units the other
-    way round, as in `forward_steps`: two panels of WhT at a time, each pair of them a product of its own.
+    Slot t of gates becomes da, and left with it; dc is that of t - 1, and dh_next too where that is a step, or `ends`. Every
+    other step takes the units the other way round, as in `forward_steps`: two panels of WhT at a time, each pair of them a
+    product of its own.
     """
     first, last = share_in_pairs(dc.shape[0], threads, part)
     tiles = 0
@@ -238,7 +244,7 @@ def backward_steps(
             cell_backward(gates[4 * u : 4 * u + 4], db[4 * u : 4 * u + 4], dc[u], dh_next[u], dh[u], c[u], t, B)
         keep_left(left[2 * first : 2 * last], gates[4 * first : 4 * last], t * B, B)
         meet(barrier, threads, end - t)
-        if t > 0:
+        if t > 0 or ends:
             for n in range(first, last, 2):
                 u = n if t % 2 == 0 else first + (last - 1 - n) // 2 * 2
                 two = min(u + 2, last)
@@ -300,8 +306,8 @@ def lstm_forward_reference(x: Array, h0: Array, c0: Array, Wx: Array, Wh: Array,
 
 def lstm_backward_reference(
     dh: Array, gates: Array, x: Array, h: Array, c: Array, Wx: Array, Wh: Array
-) -> tuple[Array, Array, Array, Array]:
-    """The gradients as they stand. Returns dx (T,B,D), dWx, dWh, db."""
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """The gradients as they stand. Returns dx (T,B,D), dWx, dWh, db, dh0 (B,H), dc0."""
     dx, dWx, dWh, db = np.empty_like(x), np.zeros_like(Wx), np.zeros_like(Wh), np.zeros_like(Wh[0])
     dh_next, dc = np.zeros_like(h[0]), np.zeros_like(h[0])
     for t in reversed(range(len(x))):
@@ -322,4 +328,4 @@ def lstm_backward_reference(
         dWx += x[t].T @ da
         dWh += h[t].T @ da
         db += da.sum(axis=0)
-    return dx, dWx, dWh, db
+    return dx, dWx, dWh, db, dh_next, dc

@@ -27,12 +27,3 @@ def store_states(states: Array, h: Array, c: Array, slots: Array, lengths: Array
             for j in range(h.shape[2]):
                 states[slots[n], layer, 0, panel, j] = h[panel, row, j]
                 states[slots[n], layer, 1, panel, j] = c[panel, row, j]
-
-
-@kernel
-def take_rows(out: Array, x: Array, first: int, rows: Array) -> None:
-    """out (P,N,R) = rows first + rows[n] of x (P,:,R)."""
-    for panel in range(x.shape[0]):
-        for n in range(rows.size):
-            for j in range(x.shape[2]):
-                out[panel, n, j] = x[panel, first + rows[n], j]

@@ -25,10 +25,32 @@ def path_of_rank(path: str, rank: int) -> str:
 class ModelConfig:
     """The network."""
 
+    kind: str = setting(
+        "lm",
+        "lm: the next token; bilm: the next and the one before; seq2seq: a target of a source; tagger: a label a word; "
+        "classifier: a label a text; ctc: text of sound",
+        choices=("lm", "bilm", "seq2seq", "tagger", "classifier", "ctc"),
+    )
     embedding: int = setting(256, "width of the embedding; 0: one-hot inputs, as in char-rnn")
-    hidden: int = setting(256, "units of each layer", at_least=1)
-    layers: int = setting(1, "LSTM layers", at_least=1, at_most=1000)
-    tied: bool = setting(False, "one matrix for embedding and output (Press and Wolf 2017); needs embedding = hidden")
+    hidden: int = setting(256, "units of each layer, in each direction", at_least=1)
+    layers: int = setting(1, "LSTM layers; of seq2seq those of the decoder", at_least=1, at_most=1000)
+    bidirectional: bool = setting(False, "whether what is read whole is read in both directions: not by lm and bilm")
+    encoder_layers: int = setting(1, "seq2seq: layers that read the source", at_least=1, at_most=1000)
+    attention: str = setting(
+        "general",
+        "seq2seq: scores h k with keys k = m W of the memory m, or with m itself (Luong et al. 2015)",
+        choices=("general", "dot"),
+    )
+    pool: str = setting(
+        "max", "classifier: what of all steps is looked at; last: the end of each direction", choices=("max", "mean", "last")
+    )
+    projection: int = setting(0, "units of the tanh layer before the output; 0: none, of seq2seq as many as the embedding has")
+    copy: bool = setting(False, "seq2seq: tokens of the source can be copied (See et al. 2017)")
+    labels: int = setting(0, "tagger, classifier, ctc: labels; 0: those of the corpus")
+    features: int = setting(0, "numbers in a frame of sound; 0: those of the corpus, whose text has none")
+    tied: bool = setting(
+        False, "one matrix for embedding and output (Press and Wolf 2017); needs embedding = hidden, of seq2seq = projection"
+    )
     dropout: float = setting(0.0, "on embeddings, between layers and before the output, never on the recurrence", below=1)
     biases: int = setting(
         1,
@@ -87,6 +109,12 @@ class TrainConfig:
         "token",
         "token: the loss is the mean over tokens; window: its sum over the window, mean over lanes",
         choices=("token", "window"),
+    )
+    smoothing: float = setting(
+        0.0, "the part of a target that all tokens share alike (Szegedy et al. 2016); losses shown are without it", below=1
+    )
+    unfreeze: int = setting(
+        0, "not 0, with --init-from: so many steps the output alone learns, then a layer more each time (Howard and Ruder 2018)"
     )
     precision: str = setting(
         "fp32", "bf16: products of bfloat16 added up in fp32, all else fp32", choices=("fp32", "fp64", "bf16")

@@ -14,6 +14,7 @@ from ..comm.messages import largest, total
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.batch import Batch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -72,6 +73,12 @@ class Lanes:
         length = cls._length(corpus, split, of)
         return corpus.files(split, lanes.start * length, lanes.stop * length) if lanes else []
 
+    @classmethod
+    def most(cls, corpus: Corpus, split: str) -> int:
+        """The most lanes into which a split can be cut."""
+        tokens: int = corpus.split(split)["tokens"]
+        return tokens // 2
+
     @staticmethod
     def _length(corpus: Corpus, split: str, of: int) -> int:
         """Tokens of a lane. Raises UserError."""
@@ -99,17 +106,20 @@ class Lanes:
         inside = np.maximum(np.minimum(steps, ends[:, None]) - places[:, None], 0)
         return inside.sum(axis=1), inside.max(axis=1, initial=0)
 
-    def window(self, place: int, width: int) -> tuple[Array, Array]:
-        """Tokens and targets (width,B) int64 of the window that begins at `place`; targets are -1 where none is predicted."""
-        tokens = np.zeros((width, len(self.starts)), np.int64)
+    def window(self, place: int, width: int) -> Batch:
+        """The window that begins at `place`, of `width` steps."""
+        return self._window(place, width, self.steps)
+
+    def _window(self, place: int, width: int, steps: list[int]) -> Batch:
+        """steps : of each column, how many tokens are predicted in an epoch"""
+        tokens = np.zeros((width, len(steps)), np.int64)
         targets = np.full_like(tokens, IGNORE)
-        for lane in range(len(self.starts)):
-            begin = place
-            there = min(width, self.steps[lane] - begin)
+        for lane, most in enumerate(steps):
+            there = min(width, most - place)
             if there > 0:
-                text = self._read(lane, begin, begin + there + 1)
+                text = self._read(lane, place, place + there + 1)
                 tokens[:there, lane], targets[:there, lane] = text[:-1], text[1:]
-        return tokens, targets
+        return Batch(tokens, targets)
 
     def _read(self, lane: int, begin: int, end: int) -> Array:
         """Tokens [begin, end) of a lane, from a buffer that is filled AHEAD."""

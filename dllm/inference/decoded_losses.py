@@ -6,6 +6,7 @@ import numpy as np
 
 from ..kernels.sample import Choice
 from ..kernels.types import Array
+from ..model.batch import Batch
 from ..model.decoder import Decoder
 from ..model.language_model import LanguageModel
 
@@ -28,8 +29,9 @@ class DecodedLosses:
         self.config, self.dtype, self.window = model.config, model.dtype, model.window
         self._decoder, self._choice = Decoder(model, lanes, precision), Choice(TOGETHER)
 
-    def forward(self, tokens: Array, targets: Array, h: Array, c: Array) -> Array:
+    def forward(self, batch: Batch, h: Array, c: Array) -> Array:
         """The losses (T,B) of a window, in nats; all is as `LanguageModel.forward` has it."""
+        tokens, targets, *_ = batch
         (T, B), (L, _, H), decoder = tokens.shape, h.shape, self._decoder
         slots, states = np.arange(B), decoder.states[:B].reshape(B, L, 2, -1)
         states[..., :H] = np.stack([h, c]).transpose(2, 1, 0, 3)

@@ -13,14 +13,14 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
+from ..data.lane_kinds import lane_files, most_lanes, read_lanes
 from ..data.lanes import Schedule, deal
-from ..data.pair_lanes import lane_files, read_lanes
 from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
-from ..model.language_model import LanguageModel
+from ..model.kinds import language_model, make_model
 from ..model.layout import Layout
 from .decoded_losses import DecodedLosses
 from .loaded_model import LoadedModel
@@ -101,20 +101,21 @@ class Evaluation:
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
         wanted = config.train.eval_lanes or config.train.lanes
-        most = entry["pairs"] if corpus.tokenizer.pairs else entry["tokens"] // 2
+        kind = config.model.kind
+        most = most_lanes(corpus, split, kind)
         count = max(1, min(wanted // comm.size if private else wanted, most))
         window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
         mine = deal(count, ranks, rank)
-        supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count), say)
-        self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window)
+        supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count, kind), say)
+        self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window, None, kind)
         self.schedule = Schedule(self.lanes, comm=comm)
-        self.fresh = corpus.tokenizer.pairs or config.train.carry == "window"
+        self.fresh = corpus.content != "text" or config.train.carry == "window"
         tokens, size = total(comm if private else None, np.array([entry["tokens"], entry["bytes"]]))
         self.bytes_per_token = size / tokens
         width = len(self.lanes.starts)
         layout = Layout(config.model, corpus.vocabulary, dtype)
         with together(comm):
-            self.model = LanguageModel(layout, window, width, training=False, team=team)
+            self.model = make_model(layout, window, width, training=False, team=team)
 
     def run(self, theta: Array, between: Callable[[], object] = lambda: None, precision: str = "") -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
@@ -122,20 +123,20 @@ class Evaluation:
         loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
         papers have it. between() is called after each window. precision: that of a Decoder that does it.
         """
-        B, config = len(self.lanes.starts), self.model.config
+        B, layout = len(self.lanes.starts), self.model.layout
         self.model.bind(theta)
         with together(self.comm):
-            model = DecodedLosses(self.model, B, precision) if precision else self.model
-        h = np.zeros((config.layers, B, config.hidden), self.model.dtype)
+            model = DecodedLosses(language_model(self.model), B, precision) if precision else self.model
+        h = np.zeros((layout.carried, B, layout.config.hidden), self.model.dtype)
         c = np.zeros_like(h)
         schedule = self.schedule
         totals = np.zeros(schedule.windows)
         with together(self.comm):
             for number, place in enumerate(schedule.places if B else ()):
-                tokens, targets = self.lanes.window(place, schedule.width(place))
+                batch = self.lanes.window(place, schedule.width(place))
                 if self.fresh:
                     h[:], c[:] = 0, 0
-                totals[number] = model.forward(tokens, targets, h, c).sum(dtype=np.float64)
+                totals[number] = model.forward(batch, h, c).sum(dtype=np.float64)
                 between()
         count = schedule.per_epoch
         everyones = total(self.comm, totals)

@@ -19,6 +19,8 @@ from ..errors import UserError, printable
 from ..kernels.team import Team
 from ..kernels.types import Array
 from ..model import torch_weights
+from ..model.base import Model
+from ..model.kinds import language_model, make_model
 from ..model.language_model import LanguageModel
 from ..model.layout import Layout
 from ..remote.locate import local_copy
@@ -117,9 +119,13 @@ class LoadedModel:
         """T of training."""
         return self.settings.train.window
 
+    def network(self, window: int, lanes: int = 1, team: Team | None = None) -> Model:
+        """A Model of its kind for inference over windows of at most `window` steps and `lanes` lanes."""
+        return make_model(self.layout, window, lanes, theta=self.vector, training=False, team=team)
+
     def model(self, window: int, lanes: int = 1, team: Team | None = None) -> LanguageModel:
-        """A LanguageModel for inference over windows of at most `window` steps and `lanes` lanes."""
-        return LanguageModel(self.layout, window, lanes, theta=self.vector, training=False, team=team)
+        """The same of one that continues text. Raises UserError where it is of another kind."""
+        return language_model(self.network(window, lanes, team))
 
     def tensors(self) -> torch_weights.Tensors:
         """The parameters under PyTorch's names, float32."""

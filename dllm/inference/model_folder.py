@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -29,7 +30,7 @@ from ..errors import UserError, reason, shown
 from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
-from ..model import torch_weights
+from ..model import inheriting, torch_weights
 from ..model.layout import Layout
 from ..runs.provenance import MOST, Text
 from . import model_card
@@ -157,6 +158,11 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
 def shape(model: config.ModelConfig) -> dict[str, Any]:
     """What of the settings `model` a trained model depends on."""
     return {name: value for name, value in asdict(model).items() if name in SHAPE}
+
+
+def shape_for(parent: config.ModelConfig | None) -> Callable[[str], dict[str, Any]] | None:
+    """What a model to begin with decides of the settings `model` of another one, of a kind."""
+    return None if parent is None else lambda kind: inheriting.shape(parent, kind, shape(parent))
 
 
 def check_windows(train: config.TrainConfig) -> None:

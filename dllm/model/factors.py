@@ -33,7 +33,7 @@ class Factors:
 
     def __init__(self, layout: Layout, operands: Operands, theta: Array) -> None:
         self.layout, self.kept = layout, operands.bf16
-        blocks = {name: block for name, block in layout.blocks.items() if name.startswith("lstm.") and name[-1] in "xh"}
+        blocks = {name: layout.blocks[name] for name in layout.factors}
         arrays = layout.arrays(theta)
         self.weights: Mapping[str, Weight] = {name: Weight(operands, arrays[name]) for name in blocks}
         self._spans: list[tuple[int, Weight]] = []  # the first element of a weight and the weight, ascending

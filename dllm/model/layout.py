@@ -3,11 +3,14 @@
 The flat vectors are laid out in the order in which the backward finishes them (output layer first, embedding last), so that
 what is final is always a prefix and can leave while the rest is still computed. Their blocks are arrays for the kernels:
 
-    output       (ceil((H+1)/R),V,R)    the output weights, with the bias as column H; tied: the embedding too, and last
-    lstm.l.x     (4H/R,D,R)             in panels of gates (kernels/lstm.py); not with one-hot inputs
-    lstm.l.h     (4H/R,H,R)
-    lstm.l.b     (4H/R,biases,R)
+    output       (ceil((W+1)/R),O,R)    of O classes, with the bias as column W; tied: the embedding too, and last
+    NAME.x       (4H/R,D,R)             of an LSTM, in panels of gates (kernels/lstm.py); not with one-hot inputs
+    NAME.h       (4H/R,H,R)
+    NAME.b       (4H/R,biases,R)
+    NAME         (N/R,D,R)              of a dense layer
     embedding    (V,E)                  row-major; one-hot inputs: Wx of layer 0, (V,4H)
+
+Which tensors a kind of model has stands in blocks.py.
 
 Panels (kernels/gemm.py) are padded with zeros, which no gradient touches. Outside, a tensor has its usual shape and order
 under its name, and the standard vector holds one after the other.
@@ -25,6 +28,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..kernels.gemm import width
 from ..kernels.types import Array, DType
+from . import blocks
 
 PART = 1 << 18  # elements, or a row, that are converted at a time
 
@@ -65,7 +69,12 @@ class Layout:
     parameters, size : int
         Length of the standard vector and of the flat vectors.
     table : Extent or None
-        The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied.
+        The embedding (V,E) at the end of the flat vectors, of which a step may use few rows; None where it is tied, and where
+        frames are read.
+    factors : list of str
+        Blocks that are right factors of products.
+    carried : int
+        LSTM layers whose state goes on from window to window.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: int, dtype: DType) -> None:
@@ -74,33 +83,47 @@ class Layout:
         self.R: int = width(dtype)
         self.tensors: dict[str, Extent] = {}
         self.blocks: dict[str, Extent] = {}
-        self._where: dict[str, tuple[str, str]] = {}
-        V, E, H, R = vocabulary, config.embedding, config.hidden, self.R
-        P = -(-H // R)
-        output = -(-(H + 1) // R), V, R
+        self._where: dict[str, tuple[str, str, int]] = {}
+        self.factors: list[str] = []
+        self.carried = blocks.carried(config)
+        R = self.R
         if not config.tied:
-            block = _append(self.blocks, "output", *output)
-            self._tensor("output.weight", (V, H), block, "columns")
-        self._tensor("output.bias", (V,), "output", "last column")
-        for layer in reversed(range(config.layers)):
-            D = H if layer else E
-            for kind, rows in (("weight_x", D), ("weight_h", H), ("bias", config.biases)):
-                if rows:
-                    block = _append(self.blocks, f"lstm.{layer}.{kind[-1] if kind != 'bias' else 'b'}", 4 * P, rows, R)
-                    self._tensor(f"lstm.{layer}.{kind}", (rows, 4 * H), block, "gates")
-        if config.tied:
-            block = _append(self.blocks, "output", *output)
-            self._tensor("embedding.weight", (V, E), block, "columns")
+            self._output(blocks.outputs(config, vocabulary), blocks.top(config))
         else:
-            block = _append(self.blocks, "embedding", V, E or 4 * H)
-            self._tensor("embedding.weight", (V, E or 4 * H), block, "whole")
-        self.parameters = self.tensors["embedding.weight"].stop
-        self.size = self.blocks[block].stop
-        self.table = None if config.tied else self.blocks[block]
+            self._tensor("output.bias", (vocabulary,), "output", "last column", blocks.top(config))
+        for block in blocks.between(config):
+            if isinstance(block, blocks.Gates):
+                for kind, rows in (("x", block.inputs), ("h", block.units), ("b", config.biases)):
+                    if rows:
+                        name = _append(self.blocks, f"{block.name}.{kind}", 4 * -(-block.units // R), rows, R)
+                        tensor = "bias" if kind == "b" else f"weight_{kind}"
+                        self._tensor(f"{block.name}.{tensor}", (rows, 4 * block.units), name, "gates", block.units)
+                        self.factors += [name] * (kind != "b")
+            else:
+                self.factors.append(_append(self.blocks, block.name, -(-block.units // R), block.inputs, R))
+                shape = block.inputs, block.units
+                self._tensor(f"{block.name}.weight", shape, block.name, "columns", block.units)
+        self.table: Extent | None = None
+        if config.tied:
+            _append(self.blocks, "output", -(-(config.embedding + 1) // R), vocabulary, R)
+            self._tensor("embedding.weight", (vocabulary, config.embedding), "output", "columns", config.embedding)
+        elif not config.features:
+            columns = config.embedding or 4 * config.hidden
+            _append(self.blocks, "embedding", vocabulary, columns)
+            self._tensor("embedding.weight", (vocabulary, columns), "embedding", "whole", columns)
+            self.table = self.blocks["embedding"]
+        self.parameters = next(reversed(self.tensors.values())).stop
+        self.size = next(reversed(self.blocks.values())).stop
 
-    def _tensor(self, name: str, shape: tuple[int, ...], block: str, kind: str) -> None:
+    def _output(self, classes: int, columns: int) -> None:
+        _append(self.blocks, "output", -(-(columns + 1) // self.R), classes, self.R)
+        self._tensor("output.weight", (classes, columns), "output", "columns", columns)
+        self._tensor("output.bias", (classes,), "output", "last column", columns)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], block: str, kind: str, columns: int) -> None:
+        """columns : of a gate, or of the block"""
         _append(self.tensors, name, *shape)
-        self._where[name] = block, kind
+        self._where[name] = block, kind, columns
 
     def arrays(self, vector: Array) -> dict[str, Array]:
         """name -> view of the flat vector (size,) as a block."""
@@ -186,7 +209,7 @@ class Layout:
 
     def _pieces(self, block: Array, name: str) -> Iterator[tuple[Array, Any]]:
         """(view of a block, or of some of its rows, its place in the tensor) for all that the tensor consists of."""
-        H, R, kind = self.config.hidden, self.R, self._where[name][1]
+        (_, kind, H), R = self._where[name], self.R
         if kind == "whole":
             yield block, np.s_[:]
         elif kind == "last column":
@@ -201,6 +224,6 @@ class Layout:
 
     def active(self) -> int:
         """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""
-        products = sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(("weight_x", "weight_h")))
-        output = self.tensors.get("output.weight", self.tensors["embedding.weight"])
-        return products + math.prod(output.shape)
+        matrices = (math.prod(t.shape) for name, t in self.tensors.items() if len(t.shape) == 2 and not name.endswith("bias"))
+        looked_up = 0 if self.table is None else math.prod(self.table.shape)
+        return sum(matrices) - looked_up

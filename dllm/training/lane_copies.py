@@ -12,7 +12,8 @@ from ..comm import survivors
 from ..comm.messages import allgather
 from ..config import Config
 from ..data.lanes import deal
-from ..kernels.types import Array, DType
+from ..kernels.types import Array
+from ..model.layout import Layout
 from ..runs.state import State
 
 if TYPE_CHECKING:
@@ -54,14 +55,14 @@ class SentLaneCopies(LaneCopies):
     ----------
     comm : MPI.Comm
     config : Config
-    dtype : numpy dtype
-        Of the states.
+    layout : Layout
+        Of the model.
     """
 
-    def __init__(self, comm: MPI.Comm, config: Config, dtype: DType) -> None:
-        self.config, self.dtype = config, np.dtype(dtype)
+    def __init__(self, comm: MPI.Comm, config: Config, layout: Layout) -> None:
+        self.config, self.layout = config, layout
         self.lanes = [deal(config.train.lanes, comm.size, rank) for rank in range(comm.size)]
-        bytes_of_lane = 2 * config.model.layers * config.model.hidden * self.dtype.itemsize + 8
+        bytes_of_lane = 2 * layout.carried * config.model.hidden * layout.dtype.itemsize + 8
         self.buddies = survivors.Buddies(comm, [len(lanes) * bytes_of_lane for lanes in self.lanes])
 
     def send(self, step: int, h: Array, c: Array, lane_loss: Array) -> None:
@@ -79,8 +80,9 @@ class SentLaneCopies(LaneCopies):
         packed = self.buddies.kept(state.step)
         if previous in alive or packed is None:
             return found
-        model, lanes = self.config.model, self.lanes[previous]
-        h, c = packed[: -8 * len(lanes)].view(self.dtype).reshape(2, model.layers, len(lanes), model.hidden)
+        layout, lanes = self.layout, self.lanes[previous]
+        shape = 2, layout.carried, len(lanes), layout.config.hidden
+        h, c = packed[: -8 * len(lanes)].view(layout.dtype).reshape(shape)
         lane_loss = packed[-8 * len(lanes) :].view(np.float64)
         # What became of them on their own rank after they were sent.
         if state.step % self.config.log.every == 0:

@@ -6,16 +6,19 @@ import argparse
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .. import cli, config
 from ..comm import methods, topology
+from ..data.corpus import Corpus
+from ..errors import UserError
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
 from . import event_files
 
+LABELLED = "tagger", "classifier", "ctc"  # kinds of models that have labels
 MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
 EPILOG = """
@@ -79,10 +82,10 @@ def parent_of(options: argparse.Namespace) -> str:
     return name if isinstance(name, str) else ""
 
 
-def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = None) -> config.Config:
+def train_config(options: argparse.Namespace, shape: Callable[[str], Mapping[str, Any]] | None = None) -> config.Config:
     """The Config of the command line, and that of the run which is resumed.
 
-    shape : what --init-from decides of the section `model`
+    shape : what --init-from decides of the section `model`, for a kind of model
     """
     extra = [_lasting(setting) for setting in options.set]
     for key, value in (("data.path", options.data), ("train.init_from", options.init_from)):
@@ -97,6 +100,17 @@ def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = 
     methods.check(settings)
     event_files.check(settings.log)
     return settings
+
+
+def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
+    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
+    labels = len(corpus.labels) if settings.model.kind in LABELLED else 0
+    there = {"labels": labels, "features": corpus.features}
+    for name, count in there.items():
+        said = getattr(settings.model, name)
+        if said not in (0, count):
+            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {said}")
+    return config.from_dict(config.merge(config.as_dict(settings), {"model": there}))
 
 
 def print_settings(settings: config.Config, rank: int = 0) -> None:

@@ -19,8 +19,8 @@ from ..comm.shared_memory import SharedMemory, share
 from ..comm.upkeep import Kept, Upkeep
 from ..config import Config
 from ..data.corpus import Corpus
+from ..data.lane_kinds import lane_files, read_lanes
 from ..data.lanes import Lanes, Schedule, deal
-from ..data.pair_lanes import lane_files, read_lanes
 from ..data.placing import kept_shards
 from ..data.supply import supply
 from ..errors import UserError
@@ -29,7 +29,8 @@ from ..kernels.gemm import aligned
 from ..kernels.processor import VECTOR
 from ..kernels.team import Team
 from ..kernels.types import Array
-from ..model.language_model import LanguageModel
+from ..model.base import Learning, Model
+from ..model.kinds import make_model
 from ..model.layout import Layout
 from ..model.precision import DTYPES, described, uses_bf16
 from ..runs import checkpoint
@@ -79,7 +80,7 @@ class Rank:
     lanes: Lanes
     schedule: Schedule
     layout: Layout
-    model: LanguageModel
+    model: Model
     optimizer: optim.Optimizer
     state: State
     spare: State
@@ -132,12 +133,12 @@ def set_up(
         threadpool_limits(node.threads, "blas")  # more than there are cores stand in each other's way
         model = _make_model(config, layout, len(own), team, memory if plain else None)
         optimizer = optim.make_optimizer(config.train, layout.table, team)
-        state = _make_state(config, layout, len(own), optimizer.moments, survived)
+        state = _make_state(layout, len(own), optimizer.moments, survived)
         model.bind(state.theta)
         fill(state, model, own, schedule, config, begin.texts[-1], origin, reporter.warn)
     if survived is not None:
         take_lanes(comm, survived.lanes, state, own, config, reporter.warn)
-    copies = SentLaneCopies(comm, config, layout.dtype) if resilient else LaneCopies()
+    copies = SentLaneCopies(comm, config, layout) if resilient else LaneCopies()
     copies.send(state.step, state.h, state.c, state.lane_loss)
     copies.complete()
     _check_ranks_agree(comm, config, corpus, state)
@@ -198,25 +199,28 @@ def _deal_lanes(
             f"{comm.size} ranks share train.lanes = {train.lanes}: start at most {train.lanes} ranks, "
             f"or --set train.lanes={comm.size} or more"
         )
-    if corpus.tokenizer.pairs and train.carry != "window":
+    if corpus.content == "pairs" and config.model.kind == "lm" and train.carry != "window":
         raise UserError.of_all("pairs begin from zero states: --preset pairs, or --set train.carry=window")
     own = deal(train.lanes, comm.size, comm.rank)
     mine, of = (range(len(own)), len(own)) if config.data.private else (own, train.lanes)
-    supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of), reporter.warn)
-    lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start)
+    supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of, config.model.kind), reporter.warn)
+    lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start, config.model.kind)
     lanes.arrange(begin.order, begin.epoch)
     return own, lanes, Schedule(lanes, train.last_window, comm, begin.place)
 
 
-def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> LanguageModel:
+def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> Model:
     """memory : where the gradient lies, if the ranks of a node add theirs up there."""
-    gradient = None if memory is None else memory.mine
-    bf16 = uses_bf16(config.train.precision)
-    return LanguageModel(layout, config.train.window, lanes, bf16=bf16, gradient=gradient, team=team)
+    train = config.train
+    learning = Learning(train.smoothing, train.unfreeze if train.init_from else 0)
+    model = make_model(layout, train.window, lanes, bf16=uses_bf16(train.precision), team=team, learning=learning)
+    if memory is not None:
+        model.bind_gradient(memory.mine)
+    return model
 
 
-def _make_state(config: Config, layout: Layout, lanes: int, moments: int, survived: Survived | None) -> State:
-    shape = config.model.layers, lanes, config.model.hidden
+def _make_state(layout: Layout, lanes: int, moments: int, survived: Survived | None) -> State:
+    shape = layout.carried, lanes, layout.config.hidden
     states = np.zeros(shape, layout.dtype), np.zeros(shape, layout.dtype), np.zeros(lanes)
     if survived is not None:
         state = State(survived.theta, survived.moments, *states)

@@ -140,15 +140,15 @@ class Trainer:
         state, new, model, averaging, train = self.state, self.spare, self.model, self.averaging, self.config.train
         lanes, copies = self.rank.lanes, self.rank.copies
         width, tokens = self.schedule.width(state.place), self.schedule.tokens(state.place)
-        inputs, targets = lanes.window(state.place, width)
+        batch = lanes.window(state.place, width)
         scale = averaging.scale * (width if train.loss_norm == "window" else 1) / tokens
         mask = (train.seed, state.step, lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
 
         sent = averaging.bytes_sent
-        averaging.begin(inputs.reshape(-1), control)
+        averaging.begin(batch.tokens, control)
         self._h[:], self._c[:] = state.h, state.c
-        losses = model.forward(inputs, targets, self._h, self._c, scale, mask, averaging.progress)
+        losses = model.forward(batch, self._h, self._c, scale, mask, averaging.progress)
         lane_loss = state.lane_loss + losses.sum(axis=0, dtype=np.float64)
         copies.send(state.step + 1, self._h, self._c, lane_loss)
         model.backward(averaging.ready, averaging.progress)

@@ -12,13 +12,14 @@ import numpy as np
 
 from ..comm import compression
 from ..comm.averaging import Gradient
-from ..config import Config
+from ..config import SIDE_BY_SIDE, TEXT, Config
 from ..kernels import reduce
 from ..kernels import rows as rows_kernels
 from ..kernels.gemm import zero_panels
 from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
-from ..model.language_model import LanguageModel
+from ..model.base import Learning, Model
+from ..model.kinds import make_model
 from ..model.layout import Layout
 from ..model.precision import DTYPES, uses_bf16
 from ..runs.state import State
@@ -63,11 +64,16 @@ def _output_layer(config: Config, dtype: DType) -> None:
     softmax_cross_entropy(np.zeros(2, dtype), dy, gradients, chunk, y, 0, weights, np.zeros(2, np.int64), 1.0)
 
 
-def _model(config: Config, dtype: DType) -> LanguageModel:
+def _model(config: Config, dtype: DType, training: bool = True) -> Model:
     """One with few weights that has every part of the real one."""
-    small = dataclasses.replace(config.model, embedding=min(2, config.model.embedding), hidden=2, layers=2)
-    small = dataclasses.replace(small, tied=config.model.tied and small.embedding == 2)
-    return LanguageModel(Layout(small, 5, dtype), 2, 1, bf16=uses_bf16(config.train.precision))
+    real, units = config.model, 2 if config.model.kind in TEXT else SIDE_BY_SIDE
+    small = dataclasses.replace(real, embedding=min(2, real.embedding), hidden=units, layers=2, encoder_layers=1)
+    small = dataclasses.replace(
+        small, tied=real.tied and small.embedding in (0, units, real.projection), projection=min(2, real.projection)
+    )
+    layout = Layout(small, 5, dtype)
+    bf16, learning = training and uses_bf16(config.train.precision), Learning(config.train.smoothing)
+    return make_model(layout, 2, 1, bf16=bf16, training=training, learning=learning)
 
 
 def _one_step(config: Config, dtype: DType) -> None:
@@ -75,14 +81,15 @@ def _one_step(config: Config, dtype: DType) -> None:
     model = _model(config, dtype)
     P, table = model.layout.size, model.layout.table
     optimizer = optim.make_optimizer(config.train, table)
-    h, c = np.zeros((2, 1, 2), dtype), np.zeros((2, 1, 2), dtype)
+    h, c = np.zeros((2, model.layout.carried, 1, model.config.hidden), dtype)
     moments = [np.zeros(P, dtype) for _ in range(optimizer.moments)]
     state = State(np.zeros(P, dtype), moments, h, c, np.zeros(1))
     model.bind(state.theta)
     rows = None if table is None else np.zeros(1, np.int64)
     start = P if table is None else table.start
     optimizer.step(state, Gradient([(0, model.gradient[:start]), (start, model.gradient[start:])], rows), 0.0)
-    tokens = np.zeros((2, 1), np.int64)
-    model.forward(tokens, tokens, h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
+    model.forward(model.example(), h, c, 1.0, (1, 1, np.zeros(1, np.int64)))
     model.backward()
-    LanguageModel(model.layout, 2, 1, theta=state.theta, training=False).forward(tokens, tokens, h, c)
+    measured = _model(config, dtype, training=False)
+    measured.bind(state.theta)
+    measured.forward(measured.example(), h, c)

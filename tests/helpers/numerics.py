@@ -11,6 +11,7 @@ import pytest
 from dllm.config import ModelConfig
 from dllm.kernels import compress, gemm
 from dllm.kernels.operands import Operands
+from dllm.model.batch import Batch
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
 
@@ -197,7 +198,7 @@ def run(model, tokens, targets, h, c, scale=1.0, mask=None, **callbacks):
     model.gradient[:] = np.nan  # whatever is there must be overwritten ...
     if model.layout.table is not None:
         model.gradient[model.layout.table.start :] = 0  # ... but for rows of the embedding, which the caller zeroes
-    losses = model.forward(tokens, targets, h.copy(), c.copy(), scale, mask).copy()
+    losses = model.forward(Batch(tokens, targets), h.copy(), c.copy(), scale, mask).copy()
     model.backward(**callbacks)
     return losses, model.gradient.copy()
 

@@ -17,8 +17,8 @@ from helpers.spy import NODES, sent
 
 from dllm.comm import methods
 from dllm.data.corpus import Corpus
+from dllm.data.lane_kinds import read_lanes
 from dllm.data.lanes import deal
-from dllm.data.pair_lanes import read_lanes
 from dllm.data.tokenizer_files import load_tokenizer
 
 RANKS, LANES, WINDOW, PAIRS_WINDOW = 4, 8, 8, 256

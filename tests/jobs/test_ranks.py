@@ -45,10 +45,10 @@ from dllm.training import setup
 class Probe(LanguageModel):
     seen = []
 
-    def forward(self, tokens, targets, *rest, **options):
+    def forward(self, batch, *rest, **options):
         if self.training and self.vocabulary > 5:  # 5: the kernels' warm-up
-            self.seen.append(targets[targets >= 0].tolist())
-        return super().forward(tokens, targets, *rest, **options)
+            self.seen.append(batch.targets[batch.targets >= 0].tolist())
+        return super().forward(batch, *rest, **options)
 
 setup.LanguageModel = Probe
 code = train.main(sys.argv[2:])

@@ -89,12 +89,12 @@ def test_on_four_three_and_six_ranks_every_token_of_the_epochs_is_seen_once(corp
     """Each rank writes down which window of which lane it reads, and what stands there."""
     log = """
 def window(self, number, width, before=module.Lanes.window):
-    tokens, targets = before(self, number, width)
+    batch = before(self, number, width)
     if self.split == "train":
         with open({folder!r} + f"/{{os.getpid()}}.txt", "a") as file:
-            for lane, text in zip(self.numbers, tokens.T):
+            for lane, text in zip(self.numbers, batch.inputs.T):
                 file.write(f"{{lane}} {{number}} {{' '.join(map(str, text))}}\\n")
-    return tokens, targets
+    return batch
 module.Lanes.window = window
 """
     (tmp_path / "seen").mkdir()

@@ -22,8 +22,8 @@ from dllm.comm.replicas import Domains
 from dllm.config import StorageConfig
 from dllm.data import placing, text
 from dllm.data.corpus import Corpus, open_corpus
+from dllm.data.lane_kinds import lane_files, read_lanes
 from dllm.data.lanes import deal
-from dllm.data.pair_lanes import lane_files, read_lanes
 from dllm.data.pairs import Pairing
 from dllm.data.preparation import prepare_corpus
 from dllm.data.supply import supply
@@ -174,7 +174,7 @@ def lanes_of(comm, corpus, split, count, ranks=None):
 
 def windows(corpus, split, lanes, of):
     reader = read_lanes(corpus, split, lanes, of, WINDOW)
-    return [reader.window(number, WINDOW) for number in range(12)]
+    return [reader.window(number, WINDOW)[:2] for number in range(12)]
 
 
 def read_as_reference(comm, corpus, reference, split="train", count=None):

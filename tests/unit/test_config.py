@@ -158,7 +158,7 @@ BAD = {  # section.key=value: what the message says
     "modle.hidden=5": "unknown section 'modle'; did you mean 'model'",
     "nothing.hidden=5": "unknown section 'nothing'; there are model, train",
     "model.hiden=5": "unknown key 'model.hiden'; did you mean 'model.hidden'",
-    "model.qqq=5": "unknown key 'model.qqq'; there are model.embedding, model.hidden",
+    "model.qqq=5": "unknown key 'model.qqq'; there are model.kind, model.embedding, model.hidden",
     "model.hidden.x=5": "unknown key 'model.hidden.x'; did you mean 'model.hidden'",
     "train.lr=fast": "train.lr = 'fast': it takes a number",
     "train.lr=": "train.lr = '': it takes a number",

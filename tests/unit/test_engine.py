@@ -13,6 +13,7 @@ from dllm.kernels.int8 import HOW
 from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
+from dllm.model.batch import Batch
 from dllm.model.decoder import Decoder
 from dllm.serving.engine import Engine
 from dllm.serving.requests import Finished, Full, Request, Stopped, Token
@@ -201,11 +202,11 @@ def test_scores_are_the_losses_of_the_model(start, model):
     whole = build(CONFIG, dtype=np.float32, training=False, window=300, lanes=1)
     h = np.zeros((CONFIG.layers, 1, CONFIG.hidden), np.float32)
     c = np.zeros_like(h)
-    losses = whole.forward(tokens[:-1, None], tokens[1:, None], h, c)[:, 0].copy()
+    losses = whole.forward(Batch(tokens[:-1, None], tokens[1:, None]), h, c)[:, 0].copy()
     assert events[0] == Token(tokens[0], None, [], True)
     np.testing.assert_allclose([-event.logprob for event in events[1:-1]], losses, atol=1e-5)
     assert all(event.prompt and len(event.alternatives) == 2 for event in events[1:-1])
-    whole.forward(tokens[-1:, None], tokens[-1:, None], h, c)
+    whole.forward(Batch(tokens[-1:, None], tokens[-1:, None]), h, c)
     np.testing.assert_allclose(events[-1].state, h[-1, 0], atol=1e-6)
 
 

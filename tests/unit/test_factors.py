@@ -14,6 +14,7 @@ from dllm.kernels import operands as kernels
 from dllm.kernels import processor
 from dllm.kernels.operands import Operands, Weight
 from dllm.kernels.team import Team
+from dllm.model.batch import Batch
 from dllm.model.factors import Factors
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
@@ -87,7 +88,7 @@ def test_factors_of_a_weight_are_those_of_its_matrix_in_whatever_parts_they_are_
         parts = list(itertools.pairwise(edges))
         make()
         np.testing.assert_array_equal(weight.factor, pairs_of(x))
-        np.testing.assert_array_equal(weight.transposed(), pairs_of(x.T))
+        np.testing.assert_array_equal(weight.transposed(weight.operands), pairs_of(x.T))
 
 
 # factors of a model
@@ -113,7 +114,7 @@ def check(factors, layout, theta):
     for name, weight in factors.weights.items():
         x = arrays[name].transpose(1, 0, 2).reshape(arrays[name].shape[1], -1)
         np.testing.assert_array_equal(weight.factor, pairs_of(x))
-        np.testing.assert_array_equal(weight.transposed(), pairs_of(x.T))
+        np.testing.assert_array_equal(weight.transposed(weight.operands), pairs_of(x.T))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "one-hot"])
@@ -197,6 +198,6 @@ def test_steps_with_factors_by_the_optimiser_are_those_with_new_ones_to_the_bit(
             taken.clear()
             state, spare = spare, state
             model.bind(state.theta, written=written)
-        results.append((state.theta.tobytes(), model.forward(tokens, targets, h.copy(), c.copy()).tobytes()))
+        results.append((state.theta.tobytes(), model.forward(Batch(tokens, targets), h.copy(), c.copy()).tobytes()))
     assert results[0] == results[1]
     assert np.isfinite(state.theta).all()

@@ -14,6 +14,7 @@ from dllm.inference.decoded_losses import DecodedLosses
 from dllm.kernels import gemm, int8, processor
 from dllm.kernels.sample import BAD, Choice
 from dllm.model import torch_weights
+from dllm.model.batch import Batch
 from dllm.model.decoder import Decoder
 from dllm.model.precision import described, products_of
 
@@ -220,7 +221,7 @@ def learnt(steps=300, lanes=16, window=12):
         text = texts()
         h[:], c[:] = 0, 0
         model.gradient[:] = 0
-        model.forward(text[:-1], text[1:], h, c, 1 / (window * lanes))
+        model.forward(Batch(text[:-1], text[1:]), h, c, 1 / (window * lanes))
         model.backward()
         m, v = 0.9 * m + 0.1 * model.gradient, 0.99 * v + 0.01 * model.gradient.astype(float) ** 2
         model.theta -= (0.01 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.99**step)) + 1e-8)).astype(np.float32)
@@ -233,10 +234,10 @@ def test_a_trained_model_loses_a_hundredth_of_its_perplexity_at_most():
     loss = {}
     for precision in ("fp32", "int8"):
         h, c = np.zeros((2, 2, text.shape[1], 24), np.float32)
-        losses = DecodedLosses(model, text.shape[1], precision).forward(text[:-1], text[1:], h, c)
+        losses = DecodedLosses(model, text.shape[1], precision).forward(Batch(text[:-1], text[1:]), h, c)
         loss[precision] = losses.mean()
     h, c = np.zeros((2, 2, text.shape[1], 24), np.float32)
-    plain = model.forward(text[:-1], text[1:], h, c)
+    plain = model.forward(Batch(text[:-1], text[1:]), h, c)
     assert loss["fp32"] == pytest.approx(plain.mean(), rel=1e-5)
     assert loss["fp32"] < 0.75  # of log(11) = 2.4: it has learnt
     assert loss["int8"] != loss["fp32"]

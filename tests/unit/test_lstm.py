@@ -35,7 +35,7 @@ def lstm_arrays(shape, dtype, seed):
     return arrays, rng.standard_normal((T, B, H)).astype(dtype), rng
 
 
-def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False, bf16=False, threads=1):
+def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False, bf16=False, threads=1, ends=True):
     """Forward, and where dh is given backward, with outputs full of NaN before; ready: with the input product done."""
     (T, B, D), H, dtype = x.shape, h0.shape[1], x.dtype
     operands = SpoiltOperands(dtype, bf16, Team(threads))
@@ -62,8 +62,10 @@ def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False, bf16
     dx, db = nan(inputs), nan(bias)
     scratch = nan_panels(B, H, dtype), nan_panels(B, H, dtype)
     dh_panels = in_panels(dh.reshape(T * B, H))
-    lstm.lstm_backward(dx, dWx, dWh, db, gates, *scratch, operands, dh_panels, inputs, 0, h, c, *weights, T, B, between)
+    lstm.lstm_backward(dx, dWx, dWh, db, gates, *scratch, operands, dh_panels, inputs, 0, h, c, *weights, T, B, between, ends)
     gradients = {"Wh": out_of_gate_panels(dWh, H), "b": out_of_gate_panels(db[:, None], H)[0]}
+    if ends:
+        gradients |= {name: out_of_panels(state, H) for name, state in zip(("h0", "c0"), scratch, strict=True)}
     if ready:
         gradients["a"] = out_of_gate_panels(gates, H)
     else:
@@ -75,7 +77,7 @@ def lstm_compiled(x, h0, c0, Wx, Wh, b, dh=None, between=None, ready=False, bf16
 def lstm_reference(x, h0, c0, Wx, Wh, b, dh):
     h, c, gates = lstm.lstm_forward_reference(x, h0, c0, Wx, Wh, b)
     gradients = lstm.lstm_backward_reference(dh, gates, x, h, c, Wx, Wh)
-    return h, c, gates, dict(zip(("x", "Wx", "Wh", "b"), gradients, strict=True))
+    return h, c, gates, dict(zip(("x", "Wx", "Wh", "b", "h0", "c0"), gradients, strict=True))
 
 
 @DTYPES
@@ -145,3 +147,20 @@ def test_lstm_takes_a_ready_input_product():
     np.testing.assert_allclose(again, h, rtol=1e-13)
     assert relative(others["Wh"], gradients["Wh"]) <= 1e-12
     assert relative(arrays["x"].reshape(-1, D).T @ others["a"], gradients["Wx"]) <= 1e-12  # gates became da
+
+
+def test_the_gradients_of_the_first_state_are_those_of_pytorch_and_change_no_other():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    arrays, dh, _ = lstm_arrays((4, 3, 11, 7), np.float64, 10)
+    found, without = (lstm_compiled(**arrays, dh=dh, ends=ends)[3] for ends in (True, False))
+    for name, gradient in without.items():
+        np.testing.assert_array_equal(found[name], gradient)
+    module = torch.nn.LSTM(11, 7, dtype=torch.float64)
+    ours = arrays["Wx"].T, arrays["Wh"].T, arrays["b"], 0 * arrays["b"]
+    with torch.no_grad():
+        for parameter, array in zip(module.parameters(), ours, strict=True):
+            parameter.copy_(torch.tensor(array))
+    states = [torch.tensor(arrays[name][None], requires_grad=True) for name in ("h0", "c0")]
+    (module(torch.tensor(arrays["x"]), tuple(states))[0] * torch.tensor(dh)).sum().backward()
+    for name, state in zip(("h0", "c0"), states, strict=True):
+        assert relative(found[name], state.grad[0].numpy()) <= 1e-9

@@ -10,6 +10,7 @@ from dllm.comm.averaging import Gradient
 from dllm.config import TrainConfig
 from dllm.kernels import lstm, processor
 from dllm.kernels.team import Team
+from dllm.model.batch import Batch
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
 from dllm.runs.state import State
@@ -61,7 +62,7 @@ def test_gradient_by_central_differences_with_dropout_on(kind):
     (tokens, targets, rng), (h, c), mask = text(), states(model.config), (7, 3, np.arange(B) + 5)
     targets[-1, 0] = -1
     theta, scale = standard(model, model.theta), 0.1
-    loss = lambda: scale * model.forward(tokens, targets, h.copy(), c.copy(), mask=mask).sum()
+    loss = lambda: scale * model.forward(Batch(tokens, targets), h.copy(), c.copy(), mask=mask).sum()
     gradient = standard(model, run(model, tokens, targets, h, c, scale, mask)[1])
     for name, tensor in {"all": slice(0, theta.size), **model.layout.tensors}.items():
         part = slice(tensor.start, tensor.stop)
@@ -86,7 +87,7 @@ def test_taylor_remainder_falls_with_slope_two(kind):
     remainders = []
     for step in steps:
         model.layout.load(model.theta, 0, theta + step * direction)
-        ahead = model.forward(tokens, targets, h.copy(), c.copy(), mask=mask).sum()
+        ahead = model.forward(Batch(tokens, targets), h.copy(), c.copy(), mask=mask).sum()
         remainders.append(abs(0.1 * (ahead - losses.sum()) - step * (gradient @ direction)))
     slopes = np.diff(np.log(remainders)) / np.diff(np.log(steps))
     assert (abs(slopes - 2) < 0.05).all(), slopes
@@ -187,10 +188,10 @@ def test_dropout_changes_the_losses_and_no_mask_means_none():
     tokens, targets, _ = text()
     dropped, plain = build(configured(dropout=0.3)), build(configured())
     h, c = states(plain.config)
-    without = plain.forward(tokens, targets, h.copy(), c.copy()).copy()
-    np.testing.assert_array_equal(dropped.forward(tokens, targets, h.copy(), c.copy()), without)
+    without = plain.forward(Batch(tokens, targets), h.copy(), c.copy()).copy()
+    np.testing.assert_array_equal(dropped.forward(Batch(tokens, targets), h.copy(), c.copy()), without)
     masks = [(1, 2, np.arange(B)), (1, 3, np.arange(B)), (2, 2, np.arange(B)), (1, 2, np.arange(B) + 1)]
-    all_losses = [dropped.forward(tokens, targets, h.copy(), c.copy(), mask=mask).copy() for mask in masks]
+    all_losses = [dropped.forward(Batch(tokens, targets), h.copy(), c.copy(), mask=mask).copy() for mask in masks]
     assert len({losses.tobytes() for losses in [without, *all_losses]}) == 5
 
 
@@ -203,9 +204,9 @@ def test_two_windows_carried_on_equal_one_long_window(kind, training):
     config = configured(kind)
     tokens, targets, _ = text(width=2 * T)
     h, c = states(config)
-    whole = build(config, window=2 * T, training=training).forward(tokens, targets, h.copy(), c.copy())
+    whole = build(config, window=2 * T, training=training).forward(Batch(tokens, targets), h.copy(), c.copy())
     model = build(config, training=training)
-    halves = [model.forward(tokens[part], targets[part], h, c).copy() for part in (slice(0, T), slice(T, None))]
+    halves = [model.forward(Batch(tokens[part], targets[part]), h, c).copy() for part in (slice(0, T), slice(T, None))]
     assert relative(np.concatenate(halves), whole) <= 1e-13
 
 
@@ -216,7 +217,7 @@ def test_losses_do_not_depend_on_training(kind):
     after, losses = [], []
     for training in (True, False):
         state = h.copy(), c.copy()
-        losses.append(build(config, training=training).forward(tokens, targets, *state))
+        losses.append(build(config, training=training).forward(Batch(tokens, targets), *state))
         after.append(state)
     np.testing.assert_array_equal(*losses)
     np.testing.assert_array_equal(*after)
@@ -230,7 +231,9 @@ def test_losses_and_states_are_those_of_the_equations(kind, lanes):
     model = build(config, lanes=lanes, training=False)
     logits, last_h, last_c = reference(model, tokens, h, c)
     chosen = np.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
-    np.testing.assert_allclose(model.forward(tokens, targets, h, c), np.log(np.exp(logits).sum(axis=2)) - chosen, rtol=1e-12)
+    np.testing.assert_allclose(
+        model.forward(Batch(tokens, targets), h, c), np.log(np.exp(logits).sum(axis=2)) - chosen, rtol=1e-12
+    )
     np.testing.assert_allclose([h, c], [last_h, last_c], rtol=1e-12, atol=1e-14)
 
 
@@ -242,9 +245,9 @@ def test_the_losses_of_a_lane_do_not_depend_on_those_beside_it_to_the_bit(kind, 
     model.theta *= 60
     tokens, targets, rng = text(lanes=9)
     h, c = states(model.config, 9).astype(dtype)
-    losses = model.forward(tokens, targets, h.copy(), c.copy()).copy()
+    losses = model.forward(Batch(tokens, targets), h.copy(), c.copy()).copy()
     assert np.isfinite(losses).all()
     for _ in range(20):
         some = rng.permutation(9)[: rng.integers(1, 10)]
-        parts = [np.ascontiguousarray(array[:, some]) for array in (tokens, targets, h, c)]
-        np.testing.assert_array_equal(model.forward(*parts), losses[:, some])
+        here, there, *states_there = (np.ascontiguousarray(array[:, some]) for array in (tokens, targets, h, c))
+        np.testing.assert_array_equal(model.forward(Batch(here, there), *states_there), losses[:, some])

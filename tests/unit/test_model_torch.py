@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from helpers.numerics import EVERY_KIND, B, T, V, build, configured, relative, run, states, tensors, text
 
+from dllm.model.batch import Batch
+
 
 def torch_model(torch, config, tensors):
     """nn.Embedding, nn.LSTM and nn.Linear with our tensors. Returns forward(tokens, state) and gradients() by name."""
@@ -61,13 +63,13 @@ def test_losses_and_all_gradients_equal_pytorchs_in_a_window_that_carries_state(
     losses = torch.nn.functional.cross_entropy(*flat, ignore_index=-1, reduction="none")
     (losses.sum() * 0.1).backward()
 
-    model.forward(first, targets, h, c)  # h and c are carried on
+    model.forward(Batch(first, targets), h, c)  # h and c are carried on
     ours, gradient = run(model, second, second_targets, h, c, scale=0.1)
     assert relative(ours.reshape(-1), losses.detach().numpy()) <= 1e-12
     found, expected = tensors(model, gradient), gradients()
     assert found.keys() == expected.keys()
     for name in found:
         assert relative(found[name], expected[name]) <= 1e-9, name
-    model.forward(second, second_targets, h, c)
+    model.forward(Batch(second, second_targets), h, c)
     assert relative(h, state[0].detach().numpy()) <= 1e-12
     assert relative(c, state[1].detach().numpy()) <= 1e-12

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dllm.comm.averaging import Gradient
 from dllm.config import ModelConfig, TrainConfig
+from dllm.model.batch import Batch
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Extent, Layout
 from dllm.runs.state import State
@@ -228,7 +229,7 @@ def golden_losses():
     for step in range(10):
         window = stream[step * 5 : step * 5 + 6]
         tokens, targets = np.ascontiguousarray(window[:-1]), np.ascontiguousarray(window[1:])
-        found = model.forward(tokens, targets, state.h, state.c, 1 / 20, (1, step, np.arange(4)))
+        found = model.forward(Batch(tokens, targets), state.h, state.c, 1 / 20, (1, step, np.arange(4)))
         losses.append(found.mean())
         model.backward()
         optimizer.step(state, Gradient([(0, model.gradient)]), optim.learning_rate(train, step, 0, 1.0, 10))

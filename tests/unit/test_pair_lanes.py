@@ -9,8 +9,9 @@ from helpers.schedules import schedule_of_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.data import pair_lanes
+from dllm.data import lane_kinds
 from dllm.data.lanes import deal
+from dllm.data.pair_lanes import PairLanes
 from dllm.errors import UserError
 from dllm.files import storage
 
@@ -28,8 +29,8 @@ def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_aske
     window = corpus.split("train")["longest"] + data.draw(st.integers(0, 3))
     ranks = data.draw(st.integers(1, count + 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_lanes, "GROUP", 4)
-        parts = [pair_lanes.read_lanes(corpus, "train", deal(count, ranks, rank), count, window) for rank in range(ranks)]
+        patch.setattr(PairLanes, "group", 4)
+        parts = [lane_kinds.read_lanes(corpus, "train", deal(count, ranks, rank), count, window) for rank in range(ranks)]
         schedule = schedule_of_ranks(parts)
         assert schedule.windows == -(-len(examples) // count)
         assert schedule.per_epoch == sum(len(target) + 1 for _, target in examples)
@@ -58,7 +59,7 @@ def test_a_window_of_a_lane_is_a_pair_each_comes_once_and_targets_alone_are_aske
 def test_the_pairs_of_a_window_are_about_equally_long(tmp_path):
     rng = np.random.default_rng(3)
     corpus = make_corpus(tmp_path, [([1] * rng.integers(1, 40), [2] * rng.integers(1, 40)) for _ in range(2000)])
-    reader = pair_lanes.read_lanes(corpus, "train", range(8), 8, 100)
+    reader = lane_kinds.read_lanes(corpus, "train", range(8), 8, 100)
     for epoch in range(3):
         reader.arrange(1, epoch)
         _, widths = reader.shapes(np.arange(250))
@@ -67,13 +68,13 @@ def test_the_pairs_of_a_window_are_about_equally_long(tmp_path):
 
 
 def test_each_epoch_brings_other_pairs_together_in_another_order_whatever_rank_has_a_lane(tmp_path, monkeypatch):
-    monkeypatch.setattr(pair_lanes, "GROUP", 16)
+    monkeypatch.setattr(PairLanes, "group", 16)
     rng = np.random.default_rng(3)
     corpus = make_corpus(tmp_path, [([k % 10] * rng.integers(1, 9), [k // 10 % 10, k // 100]) for k in range(203)])
 
     def batches(epoch, seed=1, ranks=1):
         """Window by window the pairs of all lanes."""
-        parts = [pair_lanes.read_lanes(corpus, "train", deal(4, ranks, rank), 4, 30) for rank in range(ranks)]
+        parts = [lane_kinds.read_lanes(corpus, "train", deal(4, ranks, rank), 4, 30) for rank in range(ranks)]
         for part in parts:
             part.arrange(seed, epoch)
         found = [np.concatenate([part.window(place, 30)[0] for part in parts], axis=1) for place in range(51)]
@@ -93,12 +94,12 @@ def test_lanes_of_pairs_read_just_the_shards_that_they_name(tmp_path, count, ran
     for rank in range(ranks):
         mine = deal(count, ranks, rank)
         first, last = 24 * mine.start // count, 24 * mine.stop // count
-        named = [file.name for file in pair_lanes.lane_files(corpus, "train", mine, count)]
+        named = [file.name for file in lane_kinds.lane_files(corpus, "train", mine, count)]
         assert named == [f"train-{k:05d}.h5" for k in range(first // pairs, -(-last // pairs))]
         others = {path for path in tmp_path.glob("*.h5") if path.name not in named}
         for path in others:
             path.rename(path.with_suffix(".away"))
-        reader = pair_lanes.read_lanes(corpus, "train", mine, count, 12)
+        reader = lane_kinds.read_lanes(corpus, "train", mine, count, 12)
         for number in range(max(len(order) for order in reader._orders)):
             reader.window(number, 12)
         for path in others:
@@ -108,13 +109,13 @@ def test_lanes_of_pairs_read_just_the_shards_that_they_name(tmp_path, count, ran
 def test_a_window_must_hold_the_longest_pair_and_lanes_need_pairs(tmp_path):
     corpus = make_corpus(tmp_path, [([1], [2, 3]), ([4] * 5, [6] * 5)])
     with pytest.raises(UserError, match=r"has a pair of 12 tokens .* --set train.window=12"):
-        pair_lanes.read_lanes(corpus, "train", range(1), 1, 11)
+        lane_kinds.read_lanes(corpus, "train", range(1), 1, 11)
     with pytest.raises(UserError, match=r"has 2 pairs: too few for 3 lanes"):
-        pair_lanes.read_lanes(corpus, "train", range(3), 3, 20)
-    pair_lanes.read_lanes(corpus, "train", range(2), 2, 12)
+        lane_kinds.read_lanes(corpus, "train", range(3), 3, 20)
+    lane_kinds.read_lanes(corpus, "train", range(2), 2, 12)
 
 
 def test_a_stream_that_is_not_made_of_pairs_is_refused(tmp_path):
     corpus = make_corpus(tmp_path, [([1], [2, 3]), ([4] * 5, [6, 11, 6])])  # 11: an <end> inside a target
     with pytest.raises(UserError, match="is not made of pairs"):
-        pair_lanes.read_lanes(corpus, "train", range(1), 1, 30)
+        lane_kinds.read_lanes(corpus, "train", range(1), 1, 30)

@@ -1,0 +1,139 @@
+"""Kinds of models that read something as a whole and say something of it: labels of words, a label of a text.
+
+    m = encoder(emb(x)), or of frames x          u = m, or tanh(m Wp) with a projection          logits = u W^T + b
+
+A tagger does so for each step, a classifier for max, mean or ends of all steps of m (Collobert and Weston 2008, Conneau et al.
+2017). The mission's own example, Embedding, Bidirectional(LSTM), Dense with a softmax, is a classifier with pool = last.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..kernels import pool
+from ..kernels.dense import tanh_backward, tanh_rows
+from ..kernels.gemm import to_panels
+from ..kernels.softmax import IGNORE
+from ..kernels.types import Array
+from . import blocks
+from .base import Between, Mask, Model
+from .batch import Batch
+from .layers import Dense, Embedding, Encoder, Head, Output, Plan
+
+INPUTS, TOP, LAYERS = range(3)  # places of dropout; the layers of the encoder come behind LAYERS
+
+
+class EncoderModel(Model):
+    """What a tagger has; others change what is between encoder and output, or the output."""
+
+    output: Head
+
+    def _make(self, plan: Plan) -> None:
+        config, M = self.config, blocks.memory(self.config)
+        self._embedding = None if config.features else Embedding(plan)
+        self.encoder = Encoder(plan, config.layers, self.lanes)
+        self._projection = Dense(plan, "projection") if config.projection else None
+        self.output = self._make_output(plan)
+        parts = self._embedding, self.encoder, self._projection, self.output
+        self.layers = [part for part in parts if part is not None]
+        self._x = plan.panels(config.features or config.embedding)
+        self._top = plan.panels(blocks.top(config))  # what the output reads
+        if plan.training:
+            self._dm, self._dtop = plan.panels(M), plan.panels(M)
+        if plan.training and config.dropout:
+            self._before_drop = plan.panels(blocks.top(config))
+
+    def _make_output(self, plan: Plan) -> Head:
+        return Output(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary), self.learning.smoothing)
+
+    def forward(
+        self, batch: Batch, h: Array, c: Array, scale: float = 0.0, mask: Mask | None = None, between: Between | None = None
+    ) -> Array:
+        self._take_mask(mask)
+        self.factors.ready()
+        S, B = batch.inputs.shape[:2]
+        self._inputs = batch.inputs
+        self._shape: tuple[int, int] = S, B
+        self._lengths = np.full(B, S) if batch.lengths is None else batch.lengths
+        if self._embedding is None:
+            to_panels(self._x, 0, batch.inputs.reshape(S * B, -1))
+        else:
+            self._embedding.forward(self._x, batch.inputs.reshape(-1))
+        self._drop(self._x, self._x, 0, S, INPUTS)
+        drop = lambda x, layer: self._drop(x, x, 0, S, LAYERS + layer)
+        self._m = self._looked_at(self.encoder.forward(self._x, self._lengths, S, B, drop, between))
+        y, rows = self._m, self._rows()
+        if self._projection is not None:
+            self._projection.forward(self._top, self._m, 0, rows)
+            tanh_rows(self._top[:, :rows])
+            y = self._top
+            if self._mask is not None:
+                y = self._before_drop
+                self._drop(y, self._top, 0, rows // B, TOP)
+        return self.output.forward(y, 0, batch.targets, scale, between)
+
+    def example(self) -> Batch:
+        inputs = np.zeros((2, 1, self.config.features), np.float32) if self.config.features else np.zeros((2, 1), np.int64)
+        return Batch(inputs, np.array([[0], [IGNORE]]), np.array([2]))
+
+    def _backward(self, between: Between | None) -> None:
+        S, B = self._shape
+        rows, dm = self._rows(), self.output.dy
+        self._ready("output")
+        if self._projection is not None:
+            self._drop(dm, dm, 0, rows // B, TOP)
+            tanh_backward(dm[:, :rows], self._top[:, :rows])
+            self._projection.backward(self._dtop, dm, self._m, 0, rows)
+            dm = self._dtop
+            self._ready("projection")
+        drop = lambda x, layer: self._drop(x, x, 0, S, LAYERS + layer)
+        dx = self.encoder.backward(self._spread(dm), self._lengths, S, B, drop, self._ready, between)
+        if self._embedding is not None:
+            self._drop(dx, dx, 0, S, INPUTS)
+            self._embedding.backward(self._inputs.reshape(-1), dx)
+            self._ready("embedding")
+
+    def _rows(self) -> int:
+        """Of what is looked at."""
+        return self._shape[0] * self._shape[1]
+
+    def _looked_at(self, m: Array) -> Array:
+        """What of the encoder's output (M/R,SB,R) goes on."""
+        return m
+
+    def _spread(self, d: Array) -> Array:
+        """The gradient of the encoder's output, of that of `_looked_at`."""
+        return d
+
+
+class Tagger(EncoderModel):
+    """A label for each step that has a target."""
+
+
+class Classifier(EncoderModel):
+    """A label for each lane."""
+
+    def _make(self, plan: Plan) -> None:
+        super()._make(plan)
+        self._how, self._directions = pool.HOW[self.config.pool], len(blocks.directions(self.config))
+        self._pooled = plan.panels(blocks.memory(self.config), self.lanes)
+        self._where = np.zeros(self._pooled.shape, np.int32)
+
+    def example(self) -> Batch:
+        return super().example()._replace(targets=np.zeros((1, 1), np.int64))
+
+    def _make_output(self, plan: Plan) -> Head:
+        return super()._make_output(plan._replace(rows=self.lanes))
+
+    def _rows(self) -> int:
+        return self._shape[1]
+
+    def _looked_at(self, m: Array) -> Array:
+        S, B = self._shape
+        pool.pool_forward(self._pooled, self._where, m, 0, self._lengths, S, B, self._how, self._directions)
+        return self._pooled
+
+    def _spread(self, d: Array) -> Array:
+        S, B = self._shape
+        pool.pool_backward(self._dm, 0, d, self._where, self._lengths, S, B, self._how, self._directions)
+        return self._dm
