@@ -194,7 +194,10 @@ class Encoder(Layer):
         plans = [plan._replace(operands=Operands(plan.layout.dtype, plan.operands.bf16, one)) for one in teams]
         shared = [LstmMemory(plan, H, lanes) for _ in self.directions if not plan.training]
         back = [LstmScratch(plan, H, lanes) if plan.training else None for _ in self.directions]
-        memory = lambda part: shared[part] if shared else LstmMemory(plan, H, lanes)
+
+        def memory(part: int) -> LstmMemory:
+            return shared[part] if shared else LstmMemory(plan, H, lanes)
+
         self.layers = [
             [Lstm(plans[part], f"encoder.{layer}.{way}", memory(part), back[part]) for part, way in enumerate(self.directions)]
             for layer in range(layers)

@@ -65,7 +65,7 @@ def test_no_text_is_encoded_as_what_stands_between_and_behind_the_sides(kind):
 def test_lines_are_those_between_newlines(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "lines"
     path.write_bytes(data)
-    expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
+    expected = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines.text, "PIECE", 7)
         found = lines.Lines(path)
