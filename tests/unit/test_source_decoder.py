@@ -177,3 +177,16 @@ def test_the_alignment_is_what_each_step_looked_at(tokenizer, pairs):
     found = answering.alignment(model, tokenizer, source, target.tolist())
     model.forward(answering._as_batch(tokenizer, pairs[:1]), *np.zeros((2, 0, 1, 16)))
     np.testing.assert_allclose(found, model.attention.weights[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("asked", ["", "xyb"])
+def test_letters_are_replaced_by_those_of_the_source_or_stay_unknown(asked):
+    tokenizer = TOKENIZERS["char"](["<unk>", *"abcdefghi"])
+    tokenizer.pairs = True
+    model = build()
+    model.layout.write(model.theta, "output.bias", np.where(np.arange(V) == tokenizer.unknown, 30.0, 0.0))
+    how = Answering(tokenizer=tokenizer, lanes=1, limit=4, replace=True)
+    pair = answering.Pair(tokenizer.encode(b"xyb", False), np.array([1]), "", asked)
+    ((text,), _) = answering.solve(COMM, model, how, [pair])
+    ((found,),) = how.search(SourceDecoder(model, 1, tokenizer.sep), [pair.source])
+    assert text == "".join((asked or ["<unk>", "<unk>", "b"])[place] for place in found.places)
