@@ -18,6 +18,7 @@ from .data.corpus import Corpus
 from .data.drawing import Drawing
 from .data.forms import RECORDED, SPLITS, files_of, form_of, named, named_file, option
 from .data.labelling import Classing, Tagging
+from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
 from .data.pair_order import LEAST_SHARE
 from .data.pairs import Pairing
@@ -38,12 +39,6 @@ OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
     "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate", "augment",
 )  # fmt: skip
-PRESETS = {
-    "pairs": "pairs",
-    "tags": "tagger",
-    "classes": "classifier",
-    "transcripts": "speech-to-text",
-}  # content -> that which trains on it
 LONGEST_LIST = 500  # characters of labels that are shown
 EPILOG = """
 examples

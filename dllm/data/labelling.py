@@ -18,7 +18,7 @@ from ..kernels.types import Array
 from . import vocabulary
 from .drawing import Drawing
 from .label_files import ClassFile, LabelledFile, Record, RecordFile, TagFile
-from .shards import MOST_LABELS
+from .shards import LABEL_DTYPE, MOST_LABELS
 from .text import Encoded
 from .tokenizers import Tokenizer, UnknownUnitError
 
@@ -76,11 +76,9 @@ class LabelledPiece:
             numbers = [self._number(file, record, number) for number in range(len(record.units))]
             labels += self._labels(parts, numbers)
             ends.append(length)
-        joined = [np.concatenate([np.empty(0, np.int64), *some]) for some in (tokens, labels)]
-        figures = len(ends), longest
-        return Encoded(
-            joined[0], self.size, tuple(left_out), figures, np.cumsum(ends, dtype=np.int64), joined[1].astype(np.int32)
-        )
+        text, names = (np.concatenate([np.empty(0, np.int64), *some]) for some in (tokens, labels))
+        figures, stops = (len(ends), longest), np.cumsum(ends, dtype=np.int64)
+        return Encoded(text, size, tuple(left_out), figures, stops, names.astype(LABEL_DTYPE))
 
     @staticmethod
     def _labels(parts: Sequence[Array], numbers: Sequence[int]) -> list[Array]:

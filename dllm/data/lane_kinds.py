@@ -26,6 +26,12 @@ LANES: dict[tuple[str, str], type[Lanes]] = {  # (what a corpus holds, model.kin
     ("recordings with classes", "classifier"): FrameClassLanes,
     ("recordings with transcripts", "ctc"): TranscriptLanes,
 }
+PRESETS = {  # content -> that which trains on it
+    "pairs": "seq2seq",
+    "tags": "tagger",
+    "classes": "classifier",
+    "transcripts": "speech-to-text",
+}
 
 
 def lanes_of(corpus: Corpus, kind: str) -> type[Lanes]:
@@ -33,9 +39,10 @@ def lanes_of(corpus: Corpus, kind: str) -> type[Lanes]:
     content = f"recordings with {corpus.content}" if corpus.features else corpus.content
     found = LANES.get((content, kind))
     if found is None:
-        reads = " or ".join(one for one, other in LANES if other == kind)
-        fits = " or ".join(other for one, other in LANES if one == content)
-        raise UserError(f"{corpus.folder} holds {content}, for {fits}; model.kind = {kind} reads {reads or 'nothing'}")
+        reads = " or ".join(one for one, other in LANES if other == kind) or "nothing"
+        fits = PRESETS.get(corpus.content)
+        hint = f"--preset {fits}" if fits else "--set model.kind=lm, or another preset"
+        raise UserError(f"{corpus.folder} holds {content}, and model.kind = {kind} reads {reads}: {hint}")
     return found
 
 
