@@ -154,12 +154,11 @@ class Evaluation:
         }  # fmt: skip
 
     def _of_speech(self, between: Callable[[], object]) -> dict[str, Any]:
-        """Error rates of words and of letters of all ranks, in per cent, where the model writes down what it hears. Collective."""
+        """Error rates of words and letters of all ranks, in per cent, where the model writes down what it hears. Collective."""
         if not isinstance(self.model, Ctc):
             return {}
         with together(self.comm):
             counts = errors_of_split(self.model, self.labels, self.lanes, self.schedule, between)
         everyones = total(self.comm, counts.reshape(-1)).reshape(2, 2)
-        return {
-            name: 100 * int(wrong) / max(1, int(count)) for name, (wrong, count) in zip(("wer", "cer"), everyones, strict=True)
-        }
+        rates = (100 * int(wrong) / max(1, int(count)) for wrong, count in everyones)
+        return dict(zip(("wer", "cer"), rates, strict=True))
