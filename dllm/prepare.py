@@ -14,9 +14,10 @@ import numpy as np
 from . import cli, config
 from .comm import messages, runtime
 from .data import audio, source_names, text
+from .data.checked_tokens import problem_of_label
 from .data.corpus import Corpus
 from .data.drawing import Drawing
-from .data.label_files import LabelledFile, problem_of_label
+from .data.label_files import LabelledFile
 from .data.labelling import Classing, Tagging
 from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
@@ -221,7 +222,7 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         cli.warn_once(comm)(f"a prepare that crashed has left {path} more than a day ago; it may be removed")
     with plain_files(comm, splits, near, reading, alone, say) as files:
         if options.deal:
-            files = runtime.agree(comm, _deal, files, comm.size, options)[comm.rank]
+            files = runtime.agree(comm, text.deal, files, comm.size, options.deal, options.alpha, options.seed)[comm.rank]
         prepare_corpus(comm, files, _vocabulary(options, comm.rank), out, private, say, drawing, options.copies)
     corpus = runtime.agree(comm, Corpus, out)
     entries = corpus.manifest["splits"]
@@ -292,8 +293,8 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         parser.error("--vocab-size goes with --tokenizer: that of --tokenizer-from is taken as it is")
     if options.rate and options.tokenizer != "mulaw":
         parser.error("--rate goes with --tokenizer mulaw")
-    if options.tokenizer == "mulaw" and (options.pairs or options.field):
-        parser.error("--tokenizer mulaw reads recordings: leave out --pairs and --field")
+    if options.tokenizer == "mulaw" and (options.field or any(_files(options, form, "train") for form in FORMS[1:])):
+        parser.error("--tokenizer mulaw reads recordings: leave out --pairs, --tags, --classes and --field")
     if options.words_per_line and not options.epsilon:
         parser.error("--words-per-line goes with --epsilon")
     if len(chosen) > 1:
@@ -380,24 +381,6 @@ def _named(words: list[Any], rank: int) -> list[Any]:
     if words and not isinstance(words[0], str):
         return [tuple(source_names.one(config.path_of_rank(word, rank)) for word in both) for both in words]
     return source_names.named(config.path_of_rank(word, rank) for word in words)
-
-
-def _deal(splits: dict[str, list[Any]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
-    """For each rank {split: spans}. Raises UserError."""
-    dealt = {}
-    for name, paths in splits.items():
-        if name != "train" or options.deal == "evenly":
-            shares = text.evenly(paths, ranks)
-        elif options.deal == "files":
-            shares = text.by_file(paths, ranks)
-        else:
-            shares = text.by_dirichlet(paths, ranks, options.alpha, options.seed)
-        dealt[name] = text.deal_out(paths, shares)
-        empty = next((rank for rank, spans in enumerate(dealt[name]) if not spans), None)
-        if empty is not None:
-            hint = {"evenly": "", "files": ", or more files", "dirichlet": ", or a larger --alpha"}[options.deal]
-            raise UserError(f"rank {empty} of {ranks} gets no {name} text: take fewer ranks{hint}")
-    return [{name: parts[rank] for name, parts in dealt.items()} for rank in range(ranks)]
 
 
 if __name__ == "__main__":

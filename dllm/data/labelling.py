@@ -16,9 +16,10 @@ from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import vocabulary
+from .checked_tokens import MOST_LABELS
 from .drawing import Drawing
 from .label_files import ClassFile, LabelledFile, Record, RecordFile, TagFile
-from .shards import LABEL_DTYPE, MOST_LABELS
+from .shards import LABEL_DTYPE
 from .text import Encoded
 from .tokenizers import Tokenizer, UnknownUnitError
 

@@ -100,6 +100,7 @@ def prepare_corpus(
                 folder.make()
         facts = work.facts(plans)
         tokenizer = work.tokenizer(plans, wanted)
+        tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
         with together(comm):
             written = work.write_shards(plans, tokenizer)
         everyones = [written] if private else messages.allgather(comm, written, list[_Shard])

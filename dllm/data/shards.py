@@ -20,7 +20,6 @@ from ..kernels.types import Array, DType
 
 FORMAT, LABELS_FORMAT = 1, 2  # of a corpus, and of one with labels
 LABELLED = ("tags", "classes")  # contents
-MOST_LABELS = 1 << 15
 LABEL_DTYPE, END_DTYPE = np.dtype(np.int32), np.dtype(np.int64)
 
 

@@ -98,7 +98,7 @@ def test_a_sentence_must_fit_a_window_and_of_a_text_its_end_is_read(labelled):
         lanes = read_lanes(corpus, "train", range(1), 1, 3, kind=kind)
         found = [as_counted(lanes.window(place, 0))[0] for place in range(len(wanted))]
         assert sorted(found) == sorted((tokens[-3:], label) for tokens, label in wanted)
-    with pytest.raises(UserError, match="reads text or pairs: --preset (tagger|classifier)"):
+    with pytest.raises(UserError, match=r"reads text or pairs: --preset (tagger|classifier)"):
         read_lanes(corpus, "train", range(1), 1, 90)
     with pytest.raises(UserError, match=f"has {len(wanted)} records: too few for 99 lanes"):
         read_lanes(corpus, "train", range(1), 99, 90, kind=kind)
