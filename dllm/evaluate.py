@@ -105,7 +105,7 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
 def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print the loss of a split."""
     from .inference.evaluation import Evaluation, corpus_of
-    from .inference.labelling import measure_labels
+    from .inference.labelling import KINDS, measure_labels
     from .kernels.team import Team
     from .model.precision import described, products_of
     from .training.curves import check_picture
@@ -113,7 +113,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
 
     with runtime.together(comm):
         check_picture("--plot", options.plot)
-        if options.plot and not model.tokenizer.labels:
+        if options.plot and model.config.kind not in KINDS:
             raise UserError(f"--plot draws which labels are taken for others, and {options.model} says no labels")
     settings, split, warn = model.settings, options.split, cli.warn_once(comm)
     if options.lanes:
@@ -127,7 +127,7 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     if options.precision != "fp32":
         plain, result = result["perplexity"], evaluation.run(model.vector, precision=options.precision)
         result |= {"precision": products_of(options.precision, model.dtype), "perplexity_fp32": plain}
-    if model.tokenizer.labels:
+    if model.config.kind in KINDS:
         result |= measure_labels(evaluation, model.vector, model.tokenizer.labels)
     with runtime.together(comm):
         if comm.rank == 0 and options.plot:

@@ -23,11 +23,16 @@ def problem_of_label(label: str) -> str:
     return "" if label.isprintable() else "has characters that cannot be shown"
 
 
+def problem_of_letter(letter: str) -> str:
+    """What is wrong with a label of a transcript, in words; "" where nothing is: it is a letter, or a space."""
+    return "" if len(letter) == 1 and letter.isprintable() else "is no letter"
+
+
 def checked_labels(labels: Any) -> tuple[str, ...]:
     """Labels as `prepare` orders them. Raises ValueError where these are none."""
     if not (isinstance(labels, list) and 2 <= len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
         raise ValueError("its labels are no list of names")
-    if any(map(problem_of_label, labels)) or labels != sorted(set(labels)):
+    if any(problem_of_label(label) and problem_of_letter(label) for label in labels) or labels != sorted(set(labels)):
         raise ValueError("its labels are not in order, or one is none")
     return tuple(labels)
 

@@ -56,6 +56,11 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def name(self) -> str:
+        """What the user calls the file."""
+        return self.lines.name
+
     def __getitem__(self, number: int) -> Record:
         """Raises UserError, which names the line."""
         raise NotImplementedError

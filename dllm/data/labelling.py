@@ -164,10 +164,12 @@ class Labelling(Drawing):
         places = [np.stack([np.full(len(file), number), np.arange(len(file))], axis=1) for number, file in enumerate(files)]
         numbers, sizes = np.concatenate(places), np.concatenate([file.sizes for file in files])
         if not len(numbers):
-            raise UserError(f"there is no {self.unit} in {', '.join(file.lines.name for file in files[:3])}")
-        return self.in_pieces(
-            split, numbers, sizes, lambda part, size, first: self.piece(files, part, size, self.longest, self.numbers)
-        )
+            raise UserError(f"there is no {self.unit} in {', '.join(file.name for file in files[:3])}")
+        return self.in_pieces(split, numbers, sizes, lambda part, size, first: self.make(files, part, size, split))
+
+    def make(self, files: Sequence[RecordFile], numbers: Array, size: int, split: str) -> LabelledPiece:
+        """A piece of a split. numbers, size : as `in_pieces` gives them"""
+        return self.piece([*files], numbers, size, self.longest, self.numbers)
 
     def examples(self, pieces: Iterable[LabelledPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
         return ({*units} for piece in pieces for units in piece.units(tokenizer))
@@ -179,10 +181,7 @@ class Labelling(Drawing):
         """
         with together(comm):
             mine: set[str] = set().union(*(piece.labels() for piece in pieces))
-            if len(mine) > MOST_LABELS:
-                raise UserError(
-                    f"the train text has {len(mine):,} labels, at most {MOST_LABELS:,} can be: is it the right column?"
-                )
+            _check_count(len(mine))
         merged = vocabulary.merge(comm, dict.fromkeys(mine, 1))
         labels = messages.broadcast(comm, sorted(merged), list[str])
         if len(labels) < 2:

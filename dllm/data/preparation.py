@@ -98,15 +98,13 @@ def prepare_corpus(
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if domains.leads:
                 folder.make()
-        facts = work.facts(plans)
+        facts = work.facts(plans, wanted)
         tokenizer = work.tokenizer(plans, wanted)
         tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
         with together(comm):
             written = work.write_shards(plans, tokenizer)
         everyones = [written] if private else messages.allgather(comm, written, list[_Shard])
         with together(comm):
-            if wanted.counting:
-                facts["counts"] = wanted.counting.described(drawing.unit if drawing else "line")
             manifest = work.manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
         if not domains.shared:
             work.copy(manifest, {shard.name for shard in written})
@@ -155,12 +153,14 @@ class _Preparation:
         """Of a split, the same on every rank. Raises UserError."""
         return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
 
-    def facts(self, plans: dict[str, Plan]) -> dict[str, Any]:
-        """What the manifest says of labels. Collective. Raises UserError."""
+    def facts(self, plans: dict[str, Plan], wanted: Vocabulary) -> dict[str, Any]:
+        """What the manifest says of labels and of private counts. Collective. Raises UserError."""
+        example = self.drawing.unit if self.drawing else "line"
+        facts = {"counts": wanted.counting.described(example)} if wanted.counting else {}
         if not isinstance(self.drawing, Labelling):
-            return {}
+            return facts
         mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
-        return {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
+        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
@@ -201,11 +201,12 @@ class _Preparation:
 
     def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> list[_Shard]:
         """Encode and write this rank's shards. Raises UserError, OSError."""
-        written, dtype = [], shards.token_dtype(tokenizer.size)
+        written, dtype = [], shards.dtype_of(tokenizer)
         for split, plan in plans.items():
             for number, pieces in self._my_share(split, plan, "encoding"):
                 path, found, left_out, size = self.out / _name(split, number), [], [], 0
-                with shards.ShardWriter(path, dtype, self.drawing.content if self.drawing else "text") as shard:
+                content = self.drawing.content if self.drawing else "text"
+                with shards.ShardWriter(path, dtype, content, tokenizer.bands) as shard:
                     for piece in pieces:
                         encoded = piece.encode(tokenizer)
                         size += encoded.size
@@ -271,26 +272,22 @@ class _Preparation:
                 splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers], self.drawing)
                 long = [places for number in range(len(plan)) for places in written[split, number].left_out]
                 splits[split] |= self.drawing.facts(plan, long, split)
-        if self.drawing and self.drawing.longest:
-            self._tell_left_out(plans, splits, self.drawing)
+                self._tell_left_out(split, plan, sum(map(len, long)), self.drawing)
         return {
             "format": shards.LABELS_FORMAT if "labels" in facts else shards.FORMAT,
             "kind": tokenizer.kind,
             "vocabulary": tokenizer.size,
-            "dtype": shards.token_dtype(tokenizer.size).name,
+            "dtype": shards.dtype_of(tokenizer).name,
             "tokenizer": tokenizer_hash(tokenizer),
+            **({"features": tokenizer.bands} if tokenizer.bands else {}),
             **facts,
             "splits": splits,
         }
 
-    def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], drawing: Drawing) -> None:
-        for split, plan in plans.items():
-            planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if not isinstance(piece, TextPiece))
-            left_out, unit = planned - splits[split][drawing.counted], f"{drawing.unit}s"
-            if left_out:
-                self.say(
-                    f"{left_out:,} of {planned:,} {split} {unit} are left out: they have more than {drawing.longest} tokens"
-                )
+    def _tell_left_out(self, split: str, plan: Plan, left_out: int, drawing: Drawing) -> None:
+        planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if not isinstance(piece, TextPiece))
+        if left_out:
+            self.say(f"{left_out:,} of {planned:,} {split} {drawing.unit}s are left out: they have {drawing.wrong_size}")
 
 
 def _name(split: str, number: int) -> str:

@@ -23,6 +23,7 @@ class Tokenizer:
     fixed = False  # its tokens are known before any text: nothing is counted
     text_size = 0
     rate = 0  # samples a second of the sound that its tokens say; 0: they are of text
+    bands = 0  # numbers of the frames that stand for tokens; 0: there are tokens
     pairs = False
     labels: tuple[str, ...] = ()  # what a model says of text, where it does; they are no tokens
     unknown: int | None = None  # the token that stands for what the vocabulary lacks

@@ -30,6 +30,7 @@ from .loaded_model import LoadedModel
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+KINDS = "tagger", "classifier"  # of models that say them; a transcript's letters are none
 OUTSIDE = "O"
 OF_A_SPAN = re.compile("([BIES])-(.+)")
 MOST_SHOWN = 100  # labels whose confusion is counted
@@ -38,7 +39,7 @@ MOST_SHOWN = 100  # labels whose confusion is counted
 def labels_of(model: LoadedModel, name: str) -> tuple[str, ...]:
     """The names of a model's labels. Raises UserError where it is none that says labels. name : what the user calls it"""
     labels, kind = model.tokenizer.labels, model.config.kind
-    if kind not in ("tagger", "classifier") or model.config.features:
+    if kind not in KINDS or model.config.features:
         raise UserError(f"{name} is a model of kind {kind}: a tagger or a classifier of text says labels")
     if len(labels) != model.config.labels:
         raise UserError(f"{name} has {model.config.labels} labels, and its tokenizer.json names {len(labels)}")
