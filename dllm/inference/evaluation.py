@@ -66,6 +66,7 @@ def corpus_of(
     corpus = open_corpus(comm, node, path, lambda text: None, model.settings.storage)
     with together(comm):
         corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
+        corpus.check_labels(model.tokenizer.labels, name)
         corpus.split(split)
     return corpus, is_private(path)
 

@@ -178,10 +178,14 @@ def test_a_manifest_of_labels_is_checked_and_files_of_others_are_refused(tmp_pat
         with pytest.raises(UserError, match="prepare"):
             Corpus(out)
     storage.write_json(out / "manifest.json", manifest | {"labels": ["x", "y", "z"]})
-    Corpus(out)
-    for change, message in (({"longest": 1, "tokens": 2}, None), ({"bytes": 7}, None)):
-        storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | change}})
-        assert message or records(Corpus(out))
+    with pytest.raises(UserError, match="tokenizer.json is not the one its manifest names"):
+        Corpus(out)
+    storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"longest": 2}}})
+    assert len(records(Corpus(out))) == 2
+    longer = entry["shards"][0] | {"records": 1}
+    storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"records": 1, "shards": [longer]}}})
+    with pytest.raises(UserError, match="expected"):
+        records(Corpus(out))
 
 
 OPTIONS = {
