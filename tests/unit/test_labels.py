@@ -178,7 +178,7 @@ def test_a_manifest_of_labels_is_checked_and_files_of_others_are_refused(tmp_pat
         with pytest.raises(UserError, match="prepare"):
             Corpus(out)
     storage.write_json(out / "manifest.json", manifest | {"labels": ["x", "y", "z"]})
-    with pytest.raises(UserError, match="tokenizer.json is not the one its manifest names"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the one its manifest names"):
         Corpus(out)
     storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"longest": 2}}})
     assert len(records(Corpus(out))) == 2
@@ -186,7 +186,6 @@ def test_a_manifest_of_labels_is_checked_and_files_of_others_are_refused(tmp_pat
     storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"records": 1, "shards": [longer]}}})
     with pytest.raises(UserError, match="expected"):
         records(Corpus(out))
-
 
 
 OPTIONS = {
