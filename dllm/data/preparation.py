@@ -77,8 +77,7 @@ def prepare_corpus(
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
     domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, os.path.realpath(out))
-    token = os.urandom(8).hex()
-    token = token if private else messages.broadcast(comm, token, str)
+    token = os.urandom(8).hex() if private else messages.broadcast(comm, os.urandom(8).hex(), str)
     if not private:
         readable_everywhere(comm, domains.hosts, (file for paths in splits.values() for file in _paths(paths)))
     if drawing:
@@ -154,13 +153,13 @@ class _Preparation:
         return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
 
     def facts(self, plans: dict[str, Plan], wanted: Vocabulary) -> dict[str, Any]:
-        """What the manifest says of labels and of private counts. Collective. Raises UserError."""
-        example = self.drawing.unit if self.drawing else "line"
-        facts = {"counts": wanted.counting.described(example)} if wanted.counting else {}
+        """What the manifest says of private counts and of labels. Collective. Raises UserError."""
+        unit = self.drawing.unit if self.drawing else "line"
+        counts = {"counts": wanted.counting.described(unit)} if wanted.counting else {}
         if not isinstance(self.drawing, Labelling):
-            return facts
+            return counts
         mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
-        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
+        return {**counts, "content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""

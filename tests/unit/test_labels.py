@@ -189,7 +189,7 @@ def test_a_manifest_of_labels_is_checked_and_files_of_others_are_refused(tmp_pat
 
 
 OPTIONS = {
-    "two forms": ("--tags a --classes b", "give either --train or --pairs, --tags, --classes, --class"),
+    "two forms": ("--tags a --classes b", "give either --train or --pairs, --tags, --classes, --class or --transcripts"),
     "text and classes": ("--train a --class x=b", "give either"),
     "valid of others": ("--tags a --valid-classes b", "--valid-classes goes with --classes, which is not given"),
     "column of classes": ("--classes a --tag-column 2", "--tag-column goes with --tags"),
