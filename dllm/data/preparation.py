@@ -75,8 +75,7 @@ def prepare_corpus(
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
     domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, os.path.realpath(out))
-    token = os.urandom(8).hex()
-    token = token if private else messages.broadcast(comm, token, str)
+    token = os.urandom(8).hex() if private else messages.broadcast(comm, os.urandom(8).hex(), str)
     if not private:
         readable_everywhere(comm, domains.hosts, (file for paths in splits.values() for file in _paths(paths)))
     if drawing:
