@@ -18,6 +18,7 @@ from ..kernels import rows as rows_kernels
 from ..kernels.gemm import zero_panels
 from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
+from ..model import blocks
 from ..model.base import Learning, Model
 from ..model.kinds import make_model
 from ..model.layout import Layout
