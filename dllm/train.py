@@ -74,7 +74,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    configuration = runtime.agree(comm, of_corpus, configuration, corpus)
+    configuration = runtime.agree(comm, of_corpus, configuration, corpus, options.resume)
     for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, origin)):
         if known:
             runtime.agree(comm, corpus.check_vocabulary, known, name)

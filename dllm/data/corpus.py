@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,7 @@ class Corpus:
         self._check(path, self.tokenizer.pairs)
         self.content = "pairs" if self.tokenizer.pairs else "text"
         self.labels: list[str] = []
+        self.tokenizer.labels = self.labels
         self.features = 0
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
@@ -131,6 +132,14 @@ class Corpus:
                 f"the vocabulary of {self.folder} is not the one that {other} was trained with; "
                 f"dllm.prepare --tokenizer-from {other} makes a corpus that has it"
             )
+
+    def check_labels(self, labels: Sequence[str], other: str | os.PathLike[str]) -> None:
+        """Raise UserError where these are not the labels, in their order, of `other`, a model that says some."""
+        if list(labels) != self.labels:
+            there, known = ({*self.labels}, {*labels})
+            odd = next(iter(sorted(there ^ known)), "")
+            what = f"only one of the two has {odd!r:.60}" if odd else "they are in another order"
+            raise UserError(f"the labels of {self.folder} are not those that {other} was trained with: {what}")
 
     def files(self, split: str | None = None, start: int = 0, stop: int = MOST) -> list[ShardFile]:
         """The shards that hold tokens [start, stop) of a split; None: those of all splits. Raises UserError."""

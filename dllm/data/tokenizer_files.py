@@ -1,4 +1,7 @@
-"""tokenizer.json in the folder of a corpus, a run or a model, and the hash that names a vocabulary."""
+"""tokenizer.json in the folder of a corpus, a run or a model, and the hash that names a vocabulary.
+
+A model of labels has their names there, too, in the order of their numbers: "labels" beside what the tokenizer says of itself.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,44 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
+from ..errors import UserError
 from ..files import storage
 from ..remote import locate
 from . import tokenizers
 
+MOST_LABELS, LONGEST_LABEL = 1 << 15, 200  # labels of a corpus, and characters of one
+
 
 def save_tokenizer(folder: str | os.PathLike[str], tokenizer: tokenizers.Tokenizer) -> None:
     """Write tokenizer.json. Raises OSError; UserError where `load_tokenizer` would refuse it."""
-    storage.write_json(pathlib.Path(folder, "tokenizer.json"), tokenizer.to_json(), storage.LARGEST_JSON)
+    value = tokenizer.to_json() | ({"labels": [*tokenizer.labels]} if tokenizer.labels else {})
+    storage.write_json(pathlib.Path(folder, "tokenizer.json"), value, storage.LARGEST_JSON)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """The tokenizer of a folder, which may be an URL. Raises UserError."""
     path = locate.local_copy(locate.join(folder, "tokenizer.json"))
-    return tokenizers.load(storage.read_json(path, ["kind"]), path)
+    return of_json(storage.read_json(path, ["kind"]), path)
+
+
+def of_json(value: Mapping[str, Any], source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of what tokenizer.json holds, which `source` names, with its labels. Raises UserError."""
+    tokenizer, labels = tokenizers.load(value, source), value.get("labels", [])
+    if not (isinstance(labels, list) and len(labels) <= MOST_LABELS and all(map(_is_label, labels))):
+        raise UserError(f"{source} has labels that are none")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{source} has a label twice")
+    tokenizer.labels = labels
+    return tokenizer
+
+
+def _is_label(label: Any) -> bool:
+    return isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL and label.isprintable()
 
 
 def tokenizer_hash(tokenizer: tokenizers.Tokenizer) -> str:
-    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same."""
+    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same. Labels are not in it."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()

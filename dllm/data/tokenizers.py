@@ -58,6 +58,7 @@ class Tokenizer:
     exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
     text_size = 0
     pairs = False
+    labels: Sequence[str] = ()  # of a model that says them of text (tokenizer_files.py); no part of the vocabulary
 
     @property
     def size(self) -> int:

@@ -20,6 +20,7 @@ from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
+from ..model import blocks
 from ..model.kinds import language_model, make_model
 from ..model.layout import Layout
 from .decoded_losses import DecodedLosses
@@ -64,6 +65,8 @@ def corpus_of(
     corpus = open_corpus(comm, node, path, lambda text: None, model.settings.storage)
     with together(comm):
         corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
+        if model.config.kind in blocks.LABELLED:
+            corpus.check_labels(model.tokenizer.labels, name)
         corpus.split(split)
     return corpus, is_private(path)
 

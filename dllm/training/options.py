@@ -13,12 +13,13 @@ from typing import Any
 from .. import cli, config
 from ..comm import methods, topology
 from ..data.corpus import Corpus
+from ..data.tokenizer_files import load_tokenizer
 from ..errors import UserError
+from ..model import blocks
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
 from . import event_files
 
-LABELLED = "tagger", "classifier", "ctc"  # kinds of models that have labels
 MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
 EPILOG = """
@@ -102,9 +103,14 @@ def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = 
     return settings
 
 
-def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
-    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
-    labels = len(corpus.labels) if settings.model.kind in LABELLED else 0
+def of_corpus(settings: config.Config, corpus: Corpus, resumed: str | None = None) -> config.Config:
+    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others.
+
+    resumed : the folder of the run that goes on
+    """
+    if resumed and settings.model.kind in blocks.LABELLED:
+        corpus.check_labels(load_tokenizer(resumed).labels, resumed)
+    labels = len(corpus.labels) if settings.model.kind in blocks.LABELLED else 0
     there = {"labels": labels, "features": corpus.features}
     for name, count in there.items():
         said = getattr(settings.model, name)
