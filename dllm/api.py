@@ -27,8 +27,9 @@ from .data.tokenizers import Tokenizer
 from .errors import UserError
 from .files import storage
 from .inference.evaluation import perplexity
-from .inference.generation import WINDOW, Sampling, choose, continuation, decode, source_prompt, start_tokens
+from .inference.generation import WINDOW, Sampling, choose, continuation, decode, source_tokens, start_tokens
 from .inference.loaded_model import LoadedModel
+from .inference.search import Beam
 from .kernels.sample import Choice
 from .kernels.types import Array
 from .model.decoder import Decoder
@@ -98,7 +99,7 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 1,
-        beams: int | None = None,
+        beam: int | None = None,
     ) -> str:
         """The text that continues a prompt, as `dllm generate` prints it behind the prompt.
 
@@ -116,7 +117,7 @@ class Model:
             Choose among the most likely tokens that together have this probability (Holtzman et al. 2020).
         seed : int
             The same seed gives the same text.
-        beams : int, optional
+        beam : int, optional
             Nothing is drawn: the likeliest text that a search finds which keeps so many.
 
         Raises
@@ -126,13 +127,13 @@ class Model:
         """
         if self.pairs:
             raise UserError(f"{self.name} was trained on pairs: ask it by answer(source)")
-        _check_range(tokens=(tokens, 1), beams=(beams, 1), temperature=(temperature, 0), top_k=(top_k, 0))
+        _check_range(tokens=(tokens, 1), beam=(beam, 1), temperature=(temperature, 0), top_k=(top_k, 0))
         if not 0 <= top_p <= 1:
             raise UserError(f"top_p is {top_p}: it is a probability, from 0 to 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beams)
+        return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beam)
 
-    def answer(self, source: str, tokens: int = 200, *, beams: int | None = None) -> str:
+    def answer(self, source: str, tokens: int = 200, *, beam: int | None = None) -> str:
         """The target that a model of pairs gives to a source, as `dllm generate --source` prints it.
 
         Parameters
@@ -140,7 +141,7 @@ class Model:
         source : str
         tokens : int
             At most.
-        beams : int, optional
+        beam : int, optional
             The likeliest target that a search finds which keeps so many; default: the most likely token each time.
 
         Raises
@@ -150,9 +151,8 @@ class Model:
         """
         if not self.pairs:
             raise UserError(f"{self.name} was not trained on pairs: let it continue a text by generate(prompt)")
-        _check_range(tokens=(tokens, 1), beams=(beams, 1))
-        prompt = source_prompt(self.tokenizer, source)
-        return self._continue(prompt, tokens, Sampling(temperature=0), beams)
+        _check_range(tokens=(tokens, 1), beam=(beam, 1))
+        return self._continue(source_tokens(self.tokenizer, source), tokens, Sampling(temperature=0), beam)
 
     def score(self, text: str) -> Score:
         """How likely a text is: log-probabilities of its tokens, loss and perplexity.
@@ -202,8 +202,8 @@ class Model:
         """Token numbers (n,) int64 of a text that may go on."""
         return np.ascontiguousarray(self.tokenizer.encode(text.encode(), False), np.int64)
 
-    def _continue(self, prompt: Array, tokens: int, sampling: Sampling, beams: int | None) -> str:
-        found = continuation(self._loaded, prompt, tokens, sampling, beams)
+    def _continue(self, prompt: Array, tokens: int, sampling: Sampling, beam: int | None) -> str:
+        found = continuation(self._loaded, prompt, tokens, sampling, Beam(width=beam) if beam else None)
         return "".join(text for _, text in decode(self.tokenizer, found))
 
 

@@ -12,7 +12,7 @@ from . import cli
 from .comm import runtime
 from .comm.node_info import NodeInfo, find_node, leader_first
 from .config import is_private
-from .errors import DONE, UserError, printable, reason
+from .errors import DONE, UserError, printable
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,16 +25,19 @@ examples
   mpirun -n 8 python -m dllm.evaluate RUN --split valid --checkpoint last
   python -m dllm.evaluate MODEL --data DIR          a model folder, or a run on another corpus of the same vocabulary
   python -m dllm.evaluate MODEL --precision int8    perplexity of what dllm.serve --precision int8 gives, and that of fp32
-  mpirun -n 8 python -m dllm.evaluate MODEL --pairs                        exact match, BLEU and ROUGE of the test split
+  mpirun -n 8 python -m dllm.evaluate MODEL --pairs                        exact match, BLEU, chrF and ROUGE of the test split
   python -m dllm.evaluate MODEL --pairs news.en news.de --write out.de     the same of other files; what the model says
+  python -m dllm.evaluate MODEL --pairs --beam 5                           by a search
 
 The loss is in nats a token; perplexity is its exponential. State is carried over the whole split, in as many lanes as
 train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end to end). With --precision bf16 or int8 it is
 that of the products that dllm.serve and dllm.generate take with it, and perplexity_fp32 stands beside it.
 
 --pairs is for models of pairs: the likeliest target of every source, each alone, compared with the target that belongs to it,
-of the split or of two files. exact_match, bleu and rougeL are in per cent; the loss is that of targets with their end. It
-needs pip install 'dllm[tasks]'.
+of the split or of two files. exact_match, bleu, chrf and rougeL are in per cent; the loss is that of targets with their end.
+It needs pip install 'dllm[tasks]'. BLEU counts words, which --bleu-tokenize cuts as sacrebleu does: 13a where spaces stand
+between words, zh for Chinese, ja-mecab and ko-mecab for Japanese and Korean, char for any other. A score that is not defined
+is null, and bleu_reason or the like says why. bleu_signature is what to quote with the figure.
 """
 
 
@@ -66,6 +69,9 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
 
 def _options(argv: list[str], rank: int) -> argparse.Namespace:
+    from .inference.scores import BLEU_TOKENIZERS
+    from .inference.search_options import add_search, beam_of
+
     parser = cli.Parser("evaluate", __doc__, EPILOG, rank)
     parser.add_argument("model", metavar="MODEL", help="folder of a run, or of a model made by dllm export; or ipfs://CID")
     parser.add_argument("--data", metavar="DIR", help="folder made by dllm.prepare (default: the run's)")
@@ -74,12 +80,19 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
     parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, line i for line i of SRC")
+    parser.add_argument(
+        "--bleu-tokenize", choices=BLEU_TOKENIZERS, help="with --pairs: what cuts texts into words for BLEU (default 13a)"
+    )
+    add_search(parser, "with --pairs: ")
     cli.add_precision(parser)
     options = parser.parse_args(argv)
     if options.pairs is not None and len(options.pairs) not in (0, 2):
         parser.error("argument --pairs: it takes SRC and TGT, or nothing")
-    if options.write and options.pairs is None:
-        parser.error("--write goes with --pairs")
+    for name in ("write", "bleu_tokenize", "beam", "min_tokens"):
+        if getattr(options, name) is not None and options.pairs is None:
+            parser.error(f"--{name.replace('_', '-')} goes with --pairs")
+    options.bleu_tokenize = options.bleu_tokenize or BLEU_TOKENIZERS[0]
+    options.search = beam_of(parser, options, always=options.pairs is not None)
     return options
 
 
@@ -121,16 +134,19 @@ def _warm_up_decoder(model: LoadedModel, precision: str) -> None:
 def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print how good the targets are that the model gives, and write them to a file where that is wanted."""
     from .data.supply import supply
-    from .files import storage
-    from .inference import answering
+    from .inference import answering, scores, source_files
     from .inference.evaluation import corpus_of
+    from .inference.search_options import check_attention
     from .kernels.team import Team
     from .model.precision import described, products_of
     from .training.warmup import warm_up
 
     tokenizer, train = model.tokenizer, model.settings.train
     with runtime.together(comm):
-        answering.check_scorers()
+        if comm.rank == 0:
+            scores.check(options.bleu_tokenize)
+            source_files.check_place("--write", options.write)
+        check_attention(model, options.model, {"--coverage": options.coverage})
         if not tokenizer.pairs:
             raise UserError(f"{options.model} was not trained on pairs: dllm.prepare --pairs makes data for that")
         if not options.pairs and is_private(options.data or model.data or ""):
@@ -148,29 +164,29 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
             cli.warn_once(comm)(
                 f"{corpus.folder} does not say which line each pair was: --write has its own order; prepare it anew"
             )
+    lanes = options.lanes or train.eval_lanes or train.lanes
+    how = answering.Answering(
+        tokenizer=tokenizer, lanes=lanes, limit=train.window, beam=options.search, precision=options.precision
+    )
     with leader_first(node):
         warm_up(model.settings)
-        _warm_up_decoder(model, options.precision)
-    lanes = options.lanes or train.eval_lanes or train.lanes
+        answering.warm_up(model, how)
+    window = max(train.window, *(max(len(source), len(target) + 1) for source, target, _ in pairs))
     with runtime.together(comm):
-        language_model = model.model(train.window, lanes, Team(node.threads))
-    solved = answering.solve(comm, language_model, tokenizer, pairs, lanes, limit=train.window, precision=options.precision)
-    texts, losses = solved
+        whole = model.network(window, lanes, Team(node.threads))
+    texts, losses = answering.solve(comm, whole, how, pairs)
     with runtime.together(comm):
         if comm.rank == 0:
             if options.write:
-                try:
-                    lines = texts if in_order is None else in_order(texts)
-                    storage.write_text(options.write, "".join(text + "\n" for text in lines))
-                except OSError as error:
-                    raise UserError(f"cannot write --write {options.write}: {reason(error)}") from None
+                lines = texts if in_order is None else in_order(texts)
+                source_files.write("--write", options.write, "".join(text + "\n" for text in lines))
             what = options.pairs[0] if options.pairs else options.split
             print(
                 printable(
                     f"{options.model}, {model.origin}, {len(pairs):,} pairs of {what}, at most {train.window} tokens each"
                 )
             )
-            measured: dict[str, Any] = {"split": what, **answering.measure(pairs, texts, losses)}
+            measured: dict[str, Any] = {"split": what, **answering.measure(pairs, texts, losses, options.bleu_tokenize)}
             if options.precision != "fp32":
                 print(described(options.precision))
                 measured["precision"] = products_of(options.precision, model.dtype)

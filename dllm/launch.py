@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import cli
@@ -96,14 +96,14 @@ def launch(argv: Sequence[str]) -> int:
         return TrainingSupervisor(options, wanted, disks, found).supervise()
 
 
-def _shape(model: str) -> dict[str, Any] | None:
+def _shape(model: str) -> Callable[[str], dict[str, Any]] | None:
     """What the model that a new run begins with decides of the settings, if there is one. Raises UserError."""
     if not model:
         return None
     from .inference.loaded_model import LoadedModel
-    from .inference.model_folder import shape  # slow to import
+    from .inference.model_folder import shape_for  # slow to import
 
-    return shape(LoadedModel.open(model).config)
+    return shape_for(LoadedModel.open(model).config)
 
 
 def _check_there(run: str, found: RunStatus, silent: Sequence[str]) -> None:

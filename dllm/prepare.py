@@ -1,4 +1,4 @@
-"""Turn text, or pairs of texts, into a corpus: manifest.json, tokenizer.json, HDF5 shards. Under mpirun ranks share it."""
+"""Turn text, pairs of texts, or texts with labels into a corpus of tokens in HDF5 shards. Under mpirun ranks share it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ import numpy as np
 
 from . import cli, config
 from .comm import messages, runtime
-from .data import source_names, text
+from .data import audio, source_names, text
 from .data.corpus import Corpus
+from .data.drawing import Drawing
+from .data.label_files import LabelledFile, problem_of_label
+from .data.labelling import Classing, Tagging
 from .data.new_folder import left_over
 from .data.pair_order import LEAST_SHARE
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
 from .data.sources import Reading, plain_files
+from .data.tokenizer_files import load_tokenizer
 from .data.tokenizers import KINDS
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
@@ -32,8 +36,11 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
-    "valid_fraction", "test_fraction",
+    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate",
 )  # fmt: skip
+PRESETS = {"pairs": "pairs", "tags": "tagger", "classes": "classifier"}  # content -> that which trains on it
+LONGEST_LIST = 500  # characters of labels that are shown
+FORMS = ("text", "pairs", "tags", "classes", "class")
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
@@ -43,6 +50,9 @@ examples
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
   python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
+  python -m dllm.prepare --audio recordings --valid-audio held-out --tokenizer mulaw --out data/sound
+  python -m dllm.prepare --tags train.conllu --valid-tags dev.conllu --tokenizer bpe --out data/tags
+  python -m dllm.prepare --class pos=pos.txt --class neg=neg.txt --valid-fraction 0.1 --tokenizer-from RUN --out data/reviews
 
 With {rank} in --out every rank prepares its own private text, and only its owner can read what is written. All folders get
 one vocabulary. Rare words may be names or numbers of people, so say where it comes from:
@@ -73,11 +83,19 @@ Pairs are for translation, summaries, questions and answers: line i of SRC belon
 --seed, and only targets are predicted. Pairs of which a side is empty are left out. --vocab-size counts tokens of text; two
 more, between and behind the two sides, have no spelling: text with <sep> in it is text.
 
+Tags are of words, in CoNLL-U or in columns between tabs or white space: a word a line, an empty line behind each sentence.
+--tag-column counts from 1; without it, it is 4 of CoNLL-U (UPOS) and else the last. Words of a sentence are joined by single
+spaces, and the tag stands on a word's first token. Classes are of texts, one a line: --classes has a label and a tab before
+each, --class LABEL=FILE one label for a file. Both are shuffled by --seed, and --tokenizer-from RUN takes the vocabulary of a
+language model that is to lie beneath. Labels are those of the train text of all ranks. The names of labels, without how often
+they are there, are told to all ranks, of private text too.
+
 tokenizers
   byte   256 tokens; exact for any file: marks, CR LF and ends of files stay as they are
   char   one token a character of the train text
   word   words between white space and an <eos> a line; rare ones become <unk> where --vocab-size limits them
   bpe    byte-pair encoding over bytes, exact; --vocab-size from 256, default 4096
+  mulaw  256 levels of sound: WAV files, or FLAC with pip install 'dllm[audio]', at --rate, one behind the other
 """
 
 
@@ -85,13 +103,17 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     """The options, and {split: paths}, with --pairs {split: (source, target) paths}. Raises UserError."""
     parser = cli.Parser("prepare", __doc__, EPILOG, rank)
     for split in SPLITS:
-        parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"{split} text")
+        sound = "--audio" if split == "train" else f"--{split}-audio"
+        parser.add_argument(
+            f"--{split}", sound, nargs="+", default=[], metavar="FILE", help=f"{split} text, or recordings for mulaw"
+        )
     _add_reading(parser)
     for split in SPLITS:
-        name = "--pairs" if split == "train" else f"--{split}-pairs"
         parser.add_argument(
-            name, nargs=2, action="append", default=[], metavar=("SRC", "TGT"), help=f"{split} pairs; may be repeated"
-        )
+            _option("pairs", split), nargs=2, action="append", default=[], metavar=("SRC", "TGT"),
+            help=f"{split} pairs; may be repeated",
+        )  # fmt: skip
+    _add_labels(parser)
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", choices=list(KINDS), help="the kind of one that is made here")
     tokenizer.add_argument("--tokenizer-from", metavar="DIR", help="take that of a corpus, a run or a model, as it is")
@@ -104,9 +126,13 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     parser.add_argument("--share-vocabulary", action="store_true", help="private text: send all words and counts to rank 0")
     parser.add_argument("--deal", choices=("evenly", "files", "dirichlet"), help="whose text is whose, with {rank} in --out")
     parser.add_argument("--alpha", type=cli.at_least(1e-3, float), default=1.0, help="dirichlet; small: uneven (default 1)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, pairs, fractions (default 1)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="dirichlet, order, fractions (default 1)")
     parser.add_argument(
-        "--longest", type=cli.at_least(3), default=0, metavar="N", help="leave out pairs of more than N tokens in all"
+        "--longest",
+        type=cli.at_least(3),
+        default=0,
+        metavar="N",
+        help="leave out pairs or texts of more than N tokens",
     )
     parser.add_argument(
         "--copies", type=cli.at_least(0, most=1000), default=config.StorageConfig.copies, metavar="K",
@@ -119,6 +145,29 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     return options, splits
 
 
+def _option(form: str, split: str) -> str:
+    """Names files of a split."""
+    return f"--{split}" if form == "text" else f"--{form}" if split == "train" else f"--{split}-{form}"
+
+
+def _files(options: argparse.Namespace, form: str, split: str) -> list[Any]:
+    found: list[Any] = getattr(options, _option(form, split)[2:].replace("-", "_"))
+    return found
+
+
+def _add_labels(parser: cli.Parser) -> None:
+    for split in SPLITS:
+        for form, what in (("tags", "words with tags"), ("classes", "lines of LABEL TAB TEXT")):
+            parser.add_argument(_option(form, split), nargs="+", default=[], metavar="FILE", help=f"{split} text, {what}")
+        parser.add_argument(
+            _option("class", split), action="append", default=[], metavar="LABEL=FILE",
+            help=f"{split} text of a class, one a line; may be repeated",
+        )  # fmt: skip
+    parser.add_argument(
+        "--tag-column", type=cli.at_least(1), default=0, metavar="N", help="where tags stand (default: UPOS, or last)"
+    )
+
+
 def _add_reading(parser: cli.Parser) -> None:
     share = cli.at_least(LEAST_SHARE, float, 0.5)
     parser.add_argument("--files-from", metavar="LIST", help="a file that names train text, one a line, behind --train")
@@ -128,6 +177,8 @@ def _add_reading(parser: cli.Parser) -> None:
         action="store_true",
         help="keep byte-order marks, CR LF and a missing last line end, as byte always does",
     )
+    rate = cli.at_least(audio.LEAST_RATE, most=audio.MOST_RATE)
+    parser.add_argument("--rate", type=rate, metavar="HZ", help=f"of mulaw: samples a second (default {audio.RATE})")
     for split in SPLITS[1:]:
         parser.add_argument(
             f"--{split}-fraction", type=share, default=0.0, metavar="F",
@@ -156,8 +207,9 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     out = config.path_of_rank(options.out, comm.rank)
     held_out = {"valid": options.valid_fraction, "test": options.test_fraction}
     held_out = {name: share for name, share in held_out.items() if share}
-    pairing = Pairing(options.seed, options.longest, held_out) if options.pairs else None
-    reading = Reading(options.field, options.keep_bytes, {} if pairing else held_out, options.seed)
+    drawing = _drawing(options, held_out)
+    rate = runtime.agree(comm, _rate, options, comm.rank)
+    reading = Reading(options.field, options.keep_bytes, {} if drawing else held_out, options.seed, rate)
     above = pathlib.Path(os.path.abspath(out if alone else options.out)).parents
     near = next((path for path in above if not config.is_private(str(path))), pathlib.Path(os.sep))
 
@@ -170,7 +222,7 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     with plain_files(comm, splits, near, reading, alone, say) as files:
         if options.deal:
             files = runtime.agree(comm, _deal, files, comm.size, options)[comm.rank]
-        prepare_corpus(comm, files, _vocabulary(options, comm.rank), out, private, say, pairing, options.copies)
+        prepare_corpus(comm, files, _vocabulary(options, comm.rank), out, private, say, drawing, options.copies)
     corpus = runtime.agree(comm, Corpus, out)
     entries = corpus.manifest["splits"]
     counts = ", ".join(f"{name} {entry['tokens']:,}" for name, entry in entries.items())
@@ -183,16 +235,30 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
             of_each = f" a rank {least:,} to {most:,},"
         say(f"train tokens:{of_each} {messages.total(comm, size)[0]:,} in all")
     recipe = ""
-    if options.pairs:
-        say("pairs: " + ", ".join(f"{name} {entry['pairs']:,}" for name, entry in entries.items()))
+    if drawing:
+        unit = drawing.unit
+        say(f"{unit}s: " + ", ".join(f"{name} {entry[drawing.counted]:,}" for name, entry in entries.items()))
         longest = int(messages.largest(comm, np.array([max(entry["longest"] for entry in entries.values())]))[0])
-        recipe = " --preset pairs"
-        if longest > config.resolve("pairs").train.window:
-            say(f"the longest pair has {longest:,} tokens, and a window must hold it; --longest leaves long ones out")
+        preset = PRESETS[corpus.content]
+        recipe = f" --preset {preset}"
+        if corpus.labels:
+            say(f"{len(corpus.labels)} labels: {', '.join(corpus.labels)}"[:LONGEST_LIST])
+        if longest > config.resolve(preset).train.window and corpus.content != "classes":
+            say(f"the longest {unit} has {longest:,} tokens, and a window must hold it; --longest leaves long ones out")
             recipe += f" --set train.window={longest}"
     say(f"train with  mpirun -n {comm.size if private else 8} python -m dllm.train --data '{options.out}'{recipe}")
     runtime.finish(comm)
     return DONE
+
+
+def _drawing(options: argparse.Namespace, held_out: dict[str, float]) -> Drawing | None:
+    """What to do with records; None: it is running text."""
+    seed, longest = options.seed, options.longest
+    if options.pairs:
+        return Pairing(seed, longest, held_out)
+    if options.tags:
+        return Tagging(seed, longest, held_out, column=options.tag_column)
+    return Classing(seed, longest, held_out) if options.classes or getattr(options, "class") else None
 
 
 def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
@@ -200,18 +266,34 @@ def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
     if options.epsilon:
         counting = PrivateCounting(options.epsilon, options.words_per_line or UNITS_PER_EXAMPLE)
     folder = config.path_of_rank(options.tokenizer_from or "", rank)
-    return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting)
+    rate = (options.rate or audio.RATE) if options.tokenizer == "mulaw" else 0
+    return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting, rate)
+
+
+def _rate(options: argparse.Namespace, rank: int) -> int:
+    """Samples a second of the sound that is read; 0: text is. Raises UserError."""
+    if not options.tokenizer_from:
+        return _vocabulary(options, rank).rate
+    rate = load_tokenizer(config.path_of_rank(options.tokenizer_from, rank)).rate
+    for name in ("pairs", "field"):
+        if rate and getattr(options, name):
+            raise UserError(f"the vocabulary of {options.tokenizer_from} is of sound: leave out --{name}")
+    return rate
 
 
 def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
     """Raises UserError where a vocabulary of private text would tell of it and nobody has said so."""
-    counted = options.tokenizer not in (None, "byte")
+    counted = not (options.tokenizer is None or KINDS[options.tokenizer].fixed)
     private = config.is_private(options.out) and not options.deal
     chosen = [name for name in ("epsilon", "share_vocabulary") if getattr(options, name)]
     if options.tokenizer_from == "":
         parser.error("--tokenizer-from names no folder")
     if options.tokenizer_from and options.vocab_size:
         parser.error("--vocab-size goes with --tokenizer: that of --tokenizer-from is taken as it is")
+    if options.rate and options.tokenizer != "mulaw":
+        parser.error("--rate goes with --tokenizer mulaw")
+    if options.tokenizer == "mulaw" and (options.pairs or options.field):
+        parser.error("--tokenizer mulaw reads recordings: leave out --pairs and --field")
     if options.words_per_line and not options.epsilon:
         parser.error("--words-per-line goes with --epsilon")
     if len(chosen) > 1:
@@ -230,43 +312,71 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         )
 
 
+def _form(parser: cli.Parser, options: argparse.Namespace) -> str:
+    """That of the files. Raises UserError where there are several, or options do not go with it."""
+    given = [form for form in FORMS if _files(options, form, "train") or (form == "text" and options.files_from)]
+    if not given or len({form.removesuffix("es") for form in given}) > 1:
+        parser.error("give either --train or --pairs, --tags, --classes or --class")
+    form = given[-1]
+    for other, split in ((other, split) for other in FORMS if other not in given for split in SPLITS[1:]):
+        if _files(options, other, split) and {form, other} != {"class", "classes"}:
+            parser.error(f"{_option(other, split)} goes with {_option(other, 'train')}, which is not given")
+    for name in ("field", "keep_bytes"):
+        if form != "text" and getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')} goes with --train: {_option(form, 'train')} reads lines of plain text")
+    if options.longest and form == "text":
+        parser.error("--longest goes with --pairs, --tags and --classes")
+    if options.tag_column and form != "tags":
+        parser.error("--tag-column goes with --tags")
+    return form
+
+
 def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[str, list[Any]]:
     """Raises UserError where options contradict each other."""
-    if bool(options.train or options.files_from) == bool(options.pairs):
-        parser.error("give either --train or --pairs")
-    for name in ("field", "keep_bytes"):
-        if options.pairs and getattr(options, name):
-            parser.error(
-                f"--{name.replace('_', '-')} goes with --train: line i of one file of pairs belongs to line i of the other"
-            )
+    form = _form(parser, options)
+    forms = ("classes", "class") if form in ("classes", "class") else (form,)
     for split in SPLITS[1:]:
-        if getattr(options, f"{split}_fraction") and (getattr(options, split) or getattr(options, f"{split}_pairs")):
+        if getattr(options, f"{split}_fraction") and any(_files(options, one, split) for one in forms):
             parser.error(f"--{split}-fraction takes {split} from train: leave out either it or the {split} files")
     if options.valid_fraction + options.test_fraction > 1 - LEAST_SHARE:
         parser.error("--valid-fraction and --test-fraction leave nothing to train: they must add up to less than 1")
-    suffix, other = ("_pairs", "") if options.pairs else ("", "_pairs")
-    names = {split: split + suffix for split in SPLITS} | ({"train": "pairs"} if options.pairs else {})
-    if any(getattr(options, split + other) for split in SPLITS[1:]):
-        parser.error("--valid and --test go with --train, --valid-pairs and --test-pairs with --pairs")
-    if options.longest and not options.pairs:
-        parser.error("--longest goes with --pairs")
-    splits = {split: getattr(options, name) for split, name in names.items() if getattr(options, name)}
+    splits = {
+        split: [_named_file(parser, one, word) for one in forms for word in _files(options, one, split)] for split in SPLITS
+    }
     if options.files_from:
-        splits["train"] = [*options.train, *source_names.listed(config.path_of_rank(options.files_from, rank))]
+        splits["train"] += source_names.listed(config.path_of_rank(options.files_from, rank))
+    splits = {split: words for split, words in splits.items() if words}
     private = {split: [*paths, *([options.files_from] if split == "train" else [])] for split, paths in splits.items()}
     ranks = [split for split, paths in private.items() if config.is_private(str(paths))]
     if "train" in ranks and not config.is_private(options.out):
-        option = "--pairs" if options.pairs else "--train"
-        parser.error(f"{option} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
-    if options.deal and (ranks or options.pairs):
+        parser.error(f"{_option(form, 'train')} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
+    if options.deal and (ranks or form != "text"):
         parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test, and --pairs")
     if options.deal and not config.is_private(options.out):
         parser.error("--deal gives each rank a folder of its own: put {rank} in --out")
     return splits
 
 
+def _named_file(parser: cli.Parser, form: str, word: Any) -> Any:
+    """A word of a form's option, of labels with the label that it gives. Raises UserError."""
+    if form == "class":
+        label, sign, name = word.partition("=")
+        if not (sign and name):
+            parser.error(f"--class {word}: it takes LABEL=FILE")
+        if problem := problem_of_label(label):
+            parser.error(f"--class {word}: the label {problem}")
+        return LabelledFile(name, label.strip())
+    return LabelledFile(word) if form in ("tags", "classes") else word
+
+
 def _named(words: list[Any], rank: int) -> list[Any]:
-    """The names that words have on a rank: of sources, or pairs of such. Raises UserError."""
+    """The names that words have on a rank: of sources, pairs of such, or LabelledFiles. Raises UserError."""
+    if words and isinstance(words[0], LabelledFile):
+        return [
+            LabelledFile(name, word.label)
+            for word in words
+            for name in source_names.named([config.path_of_rank(str(word.file), rank)])
+        ]
     if words and not isinstance(words[0], str):
         return [tuple(source_names.one(config.path_of_rank(word, rank)) for word in both) for both in words]
     return source_names.named(config.path_of_rank(word, rank) for word in words)

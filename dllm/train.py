@@ -53,7 +53,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     elif origin:
         parent = open_parent(comm, origin, reporter.warn)
     with runtime.together(comm):
-        configuration = train_config(options, model_folder.shape(parent.config) if parent else None)
+        configuration = train_config(options, model_folder.shape_for(parent.config if parent else None))
     if options.settings:
         print_settings(configuration, comm.rank)
         return DONE

@@ -61,6 +61,7 @@ def tanh_backward_reference(dy: Array, y: Array) -> Array:
 
 def warm_up(dtype: DType) -> None:
     """Run every kernel of this file once, for panels of `dtype`: all are compiled then, or loaded from the cache."""
-    y = zero_panels(1, 1, dtype)
-    tanh_rows(y)
-    tanh_backward(y.copy(), y)
+    whole = zero_panels(2, 2 * width(dtype), dtype)
+    for y in (whole, whole[:, :1]):  # panels that lie together, and apart, are two types to Numba
+        tanh_rows(y)
+        tanh_backward(y, y)

@@ -12,9 +12,10 @@ s_n = sum_v exp(z_nv) and f_n = scale / s_n, dz_nv = f_n p_nv where p_nv = exp(z
 
     dy_n = f_n (p @ W)_n        dW = p^T @ (f y)        db = p^T @ f, one more column of f y
 
-and the factors go to the narrow y and dy instead of the wide p. exp(z) needs no shift while its sums stay well within
-float32's range; where one does not, the chunk is done again with the largest logit of that token taken off first. So a
-token's loss is the same whatever tokens are beside it.
+and the factors go to the narrow y and dy instead of the wide p. Smoothing and weights of tokens change f_n, what is taken off
+at the target, and what dy and dW begin with (smoothing.py). exp(z) needs no shift while its sums stay well within float32's
+range; where one does not, the chunk is done again with the largest logit of that token taken off first. So a token's loss is
+the same whatever tokens are beside it.
 
 All matrices lie in panels (gemm.py). The chunk is kept as p^T (V,N): then all three products take W (V,H) as it lies, and
 only the small y is transposed. The bias is the last column of W: (H+1)/R panels of V rows. In bfloat16 dy^T = W^T p^T is
@@ -34,6 +35,7 @@ from .amx import SPAN
 from .compile import OPTIONS, kernel
 from .gemm import aligned, multiply, multiply_transposed, width, zero_panels
 from .operands import Operands, bf16, to_words, transpose_to_words
+from .smoothing import even_part, row_factors
 from .team import share_in_pairs
 from .tiles import ROW
 from .types import Array
@@ -66,7 +68,8 @@ class Chunk:
             self.dyT, self.dy = zero_panels(H, tokens, dtype), zero_panels(P * operands.R, H, dtype)
         self.fy = zero_panels(tokens, H + 1, dtype)
         self.b, self.none = np.zeros(V, dtype), zero_panels(0, 1, dtype)
-        self.sums, self.shift, self.factor = (np.zeros(P * operands.R, dtype) for _ in range(3))
+        self.sums, self.shift, self.factor, self.taken = (np.zeros(P * operands.R, dtype) for _ in range(4))
+        self.weights, self.even = np.ones(P * operands.R, dtype), np.zeros((panels, operands.R), dtype)
 
 
 def softmax_cross_entropy(
@@ -80,13 +83,15 @@ def softmax_cross_entropy(
     targets: Array,
     scale: float,
     between: Callable[[], object] | None = None,
+    smoothing: float = 0.0,
+    weigh: Callable[[slice, Array], Array] | None = None,
 ) -> None:
     """Losses and, for training, all gradients of the output layer.
 
     Parameters
     ----------
     loss : (N,), out
-        Nats a token.
+        Nats a token, whatever the smoothing.
     dy, dW : (H/R,N,R), ((H+1)/R,V,R), out
         Overwritten. Both None: only the losses are computed.
     chunk : Chunk
@@ -100,10 +105,17 @@ def softmax_cross_entropy(
         Factor on the gradients: one over the number of tokens that share the loss.
     between : callable, optional
         Called after each chunk, so that the caller can keep communication moving.
+    smoothing : float
+        eps of smoothing.py.
+    weigh : callable, optional
+        weigh(part, losses) of each chunk, some tokens `part` and their losses, which it may replace, gives their weights (n,).
     """
     s, operands, N, H = chunk, chunk.operands, len(targets), chunk.H
     V = W.shape[1]
     s.b[:] = W[H // operands.R, :, H % operands.R]
+    s.weights[:], s.even[:] = 1, 0
+    if dW is not None and smoothing:
+        even_part(s.even, dW, W, y, y_row, H, targets, scale * smoothing / V, operands.team)
     for start in range(0, N, s.tokens):
         count = min(s.tokens, N - start)
         part, here = slice(start, start + count), targets[start : start + count]
@@ -114,15 +126,18 @@ def softmax_cross_entropy(
         if not all(_by_team(s, exponentials, out, W, yT, here)):
             _by_team(s, largest_logits, (), W, yT, here)
             _by_team(s, exponentials, out, W, yT, here)
+        if weigh is not None:
+            s.weights[:count] = weigh(part, loss[part])
         if dy is None or dW is None:
             continue
         words, (p_W, row) = s.words[: -(-P // 2) if operands.bf16 else P], (dy, start)
         if operands.bf16:
             p_W, row = s.dy, 0
             operands.transpose(s.dy, s.dyT[:P], 0, H)
-        finish_chunk(s.fy, s.factor, dy, start, p_W, row, words, W, y, y_row + start, H, s.sums, here, scale)
+        row_factors(s.factor, s.taken, s.sums, here, s.weights, scale, smoothing)
+        finish_chunk(s.fy, s.factor, dy, start, p_W, row, words, W, y, y_row + start, H, s.taken, s.even, here)
         fy, _ = operands.pairs("fy", s.fy, 0, count)
-        operands.multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0)
+        operands.multiply(dW, 0, words, 0, fy, V, operands.depth(count), start > 0 or smoothing > 0)
         if between is not None:
             between()
 
@@ -294,20 +309,20 @@ def _add_to_dy(dy, row, pairs, W, of_transpose, first, count, N):
     return bfloat16 if pairs.dtype == types.uint32 else plain
 
 
-def subtract_targets(words: Array, sums: Array, targets: Array) -> None:
-    """Take s_n off p at each target."""
+def subtract_targets(words: Array, taken: Array, targets: Array) -> None:
+    """Take taken_n off p at each target."""
 
 
 @overload(subtract_targets, jit_options=OPTIONS)
 @no_type_check
-def _subtract_targets(words, sums, targets):
-    def plain(words, sums, targets):
+def _subtract_targets(words, taken, targets):
+    def plain(words, taken, targets):
         R = width(words)
         for n in range(targets.size):
             if targets[n] >= 0:
-                words[n // R, targets[n], n % R] -= sums[n]
+                words[n // R, targets[n], n % R] -= taken[n]
 
-    def bfloat16(words, sums, targets):
+    def bfloat16(words, taken, targets):
         R = 16
         left = words.view(np.uint16)
         bits = np.empty(1, np.uint32)
@@ -316,7 +331,7 @@ def _subtract_targets(words, sums, targets):
             if t >= 0:
                 column = n // R % 2 * R + n % R
                 bits[0] = np.uint32(left[n // R // 2, t, column]) << np.uint32(16)
-                left[n // R // 2, t, column] = bf16(bits.view(np.float32)[0] - sums[n])
+                left[n // R // 2, t, column] = bf16(bits.view(np.float32)[0] - taken[n])
 
     return bfloat16 if words.dtype == types.uint32 else plain
 
@@ -334,17 +349,15 @@ def finish_chunk(
     y: Array,
     y_row: int,
     H: int,
-    sums: Array,
+    taken: Array,
+    even: Array,
     targets: Array,
-    scale: float,
 ) -> None:
-    """exp(z)^T in words becomes p^T; factor (N,) = f; fy = f y with f as column H; dy = f p @ W of p_W =
-    exp(z) @ W, from row p_row on, which may be dy itself.
+    """exp(z)^T in words becomes p^T; fy = f y with f, factor (N,), as column H; dy = f p @ W - even of p_W = exp(z) @ W, from
+    row p_row on, which may be dy itself.
     """
-    subtract_targets(words, sums, targets)
+    subtract_targets(words, taken, targets)
     R = width(y)
-    for n in range(targets.size):
-        factor[n] = y.dtype.type(scale) / sums[n] if targets[n] >= 0 else 0
     for panel in range(y.shape[0]):
         for n in range(targets.size):
             for j in range(R):
@@ -355,14 +368,14 @@ def finish_chunk(
             for j in range(R):
                 value = p_W[panel, p_row + n, j]
                 if targets[n] >= 0:
-                    value -= sums[n] * W[panel, targets[n], j]
-                dy[panel, row + n, j] = value * factor[n]
+                    value = (value - taken[n] * W[panel, targets[n], j]) * factor[n] - even[panel, j]
+                dy[panel, row + n, j] = value if targets[n] >= 0 else 0
         for j in range(H % R, R if H % R else 0):  # W has the bias there, and dy nothing
             dy[H // R, row + n, j] = 0
 
 
 def softmax_cross_entropy_reference(
-    y: Array, W: Array, b: Array, targets: Array, scale: float
+    y: Array, W: Array, b: Array, targets: Array, scale: float, smoothing: float = 0.0, weights: Array | float = 1.0
 ) -> tuple[Array, Array, Array, Array]:
     """The equations as they stand, any dtype, complex too. Returns loss (N,), dy, dW, db."""
     z = y @ W.T + b
@@ -370,7 +383,8 @@ def softmax_cross_entropy_reference(
     total = np.exp(z).sum(axis=1, keepdims=True)
     real = targets != IGNORE
     loss = np.where(real, np.log(total[:, 0]) - z[np.arange(len(z)), targets], 0)
-    dz = np.exp(z) / total
-    dz[np.arange(len(z)), targets] -= 1
+    own = (1 - smoothing) * weights * np.ones(len(z))
+    dz = (own + smoothing)[:, None] * np.exp(z) / total - smoothing / W.shape[0]
+    dz[np.arange(len(z)), targets] -= own
     dz = dz * scale * real[:, None]
     return loss, dz @ W, dz.T @ y, dz.sum(axis=0)

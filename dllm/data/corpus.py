@@ -2,7 +2,8 @@
 
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
 tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split. A split of
-pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>. Where the
+pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>. Text with
+labels has content, "tags" or "classes", labels, their names in the order of their numbers, and records for pairs. Where the
 vocabulary was made of private counts, `counts` says how (private_counts.py).
 """
 
@@ -26,12 +27,14 @@ from ..comm.runtime import agree, check_same, together
 from ..config import StorageConfig, is_private, path_of_rank
 from ..errors import UserError, shown
 from ..files import storage
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..remote.locate import RemoteFolder, cache_folder, is_url, open_folder
 from .embedded import embedded_corpus
+from .label_files import problem_of_label
 from .placing import ShardFile, shard_file
 from .private_counts import check_described
-from .shards import FORMAT, read_shard
+from .shards import FORMAT, LABELLED, LABELS_FORMAT, MOST_LABELS, columns, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -56,6 +59,15 @@ class Corpus:
         Of this rank alone: nothing of it is told, given to others or asked for.
     store : callable, optional
         Opens the store that the folder comes from.
+
+    Attributes
+    ----------
+    content : str
+        "text", "pairs", "tags" or "classes".
+    labels : list of str
+        Names of labels by number; none of text and pairs.
+    features : int
+        Numbers in a frame of sound; 0: records are made of tokens.
     """
 
     def __init__(
@@ -66,14 +78,16 @@ class Corpus:
             raise UserError(f"there is no prepared corpus at {folder}; make one with python -m dllm.prepare")
         path = self.folder / "manifest.json"
         self.manifest: dict[str, Any] = storage.read_json(path, KEYS)
-        if self.manifest["format"] != FORMAT:
-            raise UserError(f"{path} has format {self.manifest['format']}, this version reads {FORMAT}; prepare it anew")
+        reads = LABELS_FORMAT if "content" in self.manifest else FORMAT
+        if self.manifest["format"] != reads:
+            raise UserError(f"{path} has format {self.manifest['format']}, this version reads {reads}; prepare it anew")
         self.tokenizer = load_tokenizer(self.folder)
-        self._check(path, self.tokenizer.pairs)
-        self.content = "pairs" if self.tokenizer.pairs else "text"
-        self.labels: list[str] = []
+        self.content: str = self.manifest.get("content", "pairs" if self.tokenizer.pairs else "text")
+        self.labels: list[str] = self.manifest.get("labels", [])
         self.tokenizer.labels = self.labels
         self.features = 0
+        self._check(path)
+        self.columns = columns(self.content, self.manifest["dtype"])
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
@@ -82,9 +96,16 @@ class Corpus:
         self.hash = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
         self._sound: dict[str, tuple[int, ...]] = {}  # name of a shard -> what its file looked like when it was sound
 
-    def _check(self, path: pathlib.Path, pairs: bool) -> None:
-        """The manifest's inner structure; pairs: it is one of pairs."""
+    @property
+    def unit(self) -> str:
+        """What the manifest calls records; "": it is running text."""
+        return "" if self.content == "text" else "pairs" if self.content == "pairs" else "records"
+
+    def _check(self, path: pathlib.Path) -> None:
+        """The manifest's inner structure."""
         try:
+            if "content" in self.manifest:
+                _check_labels(self.content, self.labels, self.tokenizer.pairs)
             if self.manifest["dtype"] not in ("uint8", "uint16", "uint32"):
                 raise ValueError(f"its dtype is {self.manifest['dtype']}")
             np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
@@ -94,14 +115,14 @@ class Corpus:
                 raise ValueError("its vocabulary is no whole number")
             for split, entry in self.manifest["splits"].items():
                 shards = entry["shards"]
-                _check_counts(split, entry, "tokens", "bytes", *(("pairs", "longest") if pairs else ()))
+                _check_counts(split, entry, "tokens", "bytes", *((self.unit, "longest") if self.unit else ()))
                 for part in shards:
-                    _check_counts(split, part, "start", "stop", *(("pairs",) if pairs else ()))
+                    _check_counts(split, part, "start", "stop", *((self.unit,) if self.unit else ()))
                 starts, stops = ([part[key] for part in shards] for key in ("start", "stop"))
                 if [*starts, entry["tokens"]] != [0, *stops] or entry["bytes"] < 0:
                     raise ValueError(f"split '{split}' does not add up")
-                if pairs:
-                    self._check_pairs(split, entry)
+                if self.unit:
+                    _check_records(split, entry, self.unit)
                 for part in shards:
                     plain = re.fullmatch(r"[\w-][\w.-]{,199}", part["name"]) and re.fullmatch("[0-9a-f]{64}", part["sha256"])
                     if not (plain and 0 <= part["start"] <= part["stop"]):
@@ -110,12 +131,6 @@ class Corpus:
             raise UserError(f"{path} has no {error}; prepare the data anew") from None
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not a manifest of dllm.prepare ({error}); prepare the data anew") from None
-
-    @staticmethod
-    def _check_pairs(split: str, entry: dict[str, Any]) -> None:
-        count = sum(part["pairs"] for part in entry["shards"])
-        if not (entry["pairs"] == count > 0 and 0 < entry["longest"] < entry["tokens"]):
-            raise ValueError(f"the pairs of split '{split}' do not add up")
 
     def split(self, name: str) -> dict[str, Any]:
         """The manifest's entry of a split. Raises UserError where there is none."""
@@ -144,7 +159,7 @@ class Corpus:
     def files(self, split: str | None = None, start: int = 0, stop: int = MOST) -> list[ShardFile]:
         """The shards that hold tokens [start, stop) of a split; None: those of all splits. Raises UserError."""
         splits = self.manifest["splits"] if split is None else [split]
-        return [shard_file(part, self.dtype.name) for name in splits for part in self._shards(name, start, stop)]
+        return [shard_file(part, self.columns) for name in splits for part in self._shards(name, start, stop)]
 
     def verify(self, split: str, start: int, stop: int) -> None:
         """Check every shard that holds tokens of [start, stop), as `check` does. Raises UserError."""
@@ -167,15 +182,47 @@ class Corpus:
 
     def read(self, split: str, start: int, stop: int) -> Array:
         """Tokens [start, stop) of a split, (n,) int64. Opens only the shards that hold them. Raises UserError."""
-        parts = []
-        for shard in self._shards(split, start, stop):
-            length = shard["stop"] - shard["start"]
-            first, last = max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"]
-            parts.append(read_shard(self.folder / shard["name"], self.dtype, length, first, last))
-        tokens: Array = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        tokens = self._read(split, start, stop, "tokens")
         if tokens.size and tokens.max() >= self.vocabulary:
             raise UserError(f"{self.folder}: split '{split}' has a token beyond its vocabulary of {self.vocabulary}")
         return tokens
+
+    def read_tags(self, split: str, start: int, stop: int) -> Array:
+        """Labels of tokens [start, stop) of a split, (n,) int64, -1 for none. Raises UserError."""
+        return self._checked_labels(split, self._read(split, start, stop, "labels"))
+
+    def read_records(self, split: str, shard: Mapping[str, Any]) -> tuple[Array, Array]:
+        """Of the records of a shard where in the split each begins and ends, (2,n) int64, and classes, (n,) int64, else none.
+
+        shard : as the manifest has it
+
+        Raises UserError.
+        """
+        path, count = self.folder / shard["name"], shard["records"]
+        ends = read_shard(path, self.columns, shard, "ends", 0, count)
+        lengths = np.diff(ends, prepend=0)
+        if count and not (lengths.min() > 0 and lengths.max() <= self.split(split)["longest"]):
+            raise UserError(f"{path}: its records are not as long as the manifest says; prepare the data anew")
+        if (ends[-1] if count else 0) != shard["stop"] - shard["start"]:
+            raise UserError(f"{path}: its records do not add up; prepare the data anew")
+        labels: Array = np.empty(0, np.int64)
+        if self.content == "classes":
+            labels = read_shard(path, self.columns, shard, "labels", 0, count).astype(np.int64)
+        return np.stack([ends - lengths, ends]) + shard["start"], self._checked_labels(split, labels)
+
+    def _checked_labels(self, split: str, labels: Array) -> Array:
+        if labels.size and not (labels.min() >= IGNORE and labels.max() < len(self.labels)):
+            raise UserError(f"{self.folder}: split '{split}' has a label that is none of its {len(self.labels)}")
+        return labels
+
+    def _read(self, split: str, start: int, stop: int, name: str) -> Array:
+        """Rows of a dataset that has one for each token, (n,) int64. Opens only the shards that hold them. Raises UserError."""
+        parts = []
+        for shard in self._shards(split, start, stop):
+            first, last = max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"]
+            parts.append(read_shard(self.folder / shard["name"], self.columns, shard, name, first, last))
+        found: Array = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        return found
 
     def _shards(self, split: str, start: int, stop: int) -> list[dict[str, Any]]:
         return [part for part in self.split(split)["shards"] if part["start"] < stop and part["stop"] > start]
@@ -186,6 +233,22 @@ def _check_counts(split: str, entry: dict[str, Any], *names: str) -> None:
     for name in names:
         if type(entry[name]) is not int or not 0 <= entry[name] <= MOST:
             raise ValueError(f"{name} of split '{split:.40}' is {shown(entry[name])}")
+
+
+def _check_labels(content: Any, labels: Any, pairs: bool) -> None:
+    """Raise ValueError where a manifest's content and labels are none that prepare writes."""
+    if content not in LABELLED or pairs:
+        raise ValueError(f"its content is {shown(content)}")
+    if not (isinstance(labels, list) and 2 <= len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
+        raise ValueError("its labels are no list of names")
+    if any(map(problem_of_label, labels)) or labels != sorted(set(labels)):
+        raise ValueError("its labels are not in order, or one is none")
+
+
+def _check_records(split: str, entry: dict[str, Any], unit: str) -> None:
+    count = sum(part[unit] for part in entry["shards"])
+    if not (entry[unit] == count > 0 and 0 < entry["longest"] <= entry["tokens"] - (unit == "pairs")):
+        raise ValueError(f"the {unit} of split '{split}' do not add up")
 
 
 def _looks(path: pathlib.Path) -> tuple[int, ...] | None:

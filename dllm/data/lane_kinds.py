@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .both_ways_lanes import BothWaysLanes
+from .labelled_lanes import ClassLanes, TagLanes
 from .lanes import Lanes
 from .pair_lanes import PairLanes
 from .source_lanes import SourceLanes
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
 
 LANES: dict[tuple[str, str], type[Lanes]] = {  # (Corpus.content, model.kind)
     ("text", "lm"): Lanes,
+    ("text", "bilm"): BothWaysLanes,
     ("pairs", "lm"): PairLanes,
     ("pairs", "seq2seq"): SourceLanes,
+    ("tags", "tagger"): TagLanes,
+    ("classes", "classifier"): ClassLanes,
 }
 
 

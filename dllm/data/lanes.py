@@ -108,13 +108,16 @@ class Lanes:
 
     def window(self, place: int, width: int) -> Batch:
         """The window that begins at `place`, of `width` steps."""
-        tokens = np.zeros((width, len(self.starts)), np.int64)
+        return self._window(place, width, self.steps)
+
+    def _window(self, place: int, width: int, steps: list[int]) -> Batch:
+        """steps : of each column, how many tokens are predicted in an epoch"""
+        tokens = np.zeros((width, len(steps)), np.int64)
         targets = np.full_like(tokens, IGNORE)
-        for lane in range(len(self.starts)):
-            begin = place
-            there = min(width, self.steps[lane] - begin)
+        for lane, most in enumerate(steps):
+            there = min(width, most - place)
             if there > 0:
-                text = self._read(lane, begin, begin + there + 1)
+                text = self._read(lane, place, place + there + 1)
                 tokens[:there, lane], targets[:there, lane] = text[:-1], text[1:]
         return Batch(tokens, targets)
 

@@ -6,70 +6,24 @@ behind an <end>, which tells the model to forget, and ends with one, which it ha
 
 from __future__ import annotations
 
-import codecs
 import collections
 import itertools
-import mmap
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..errors import UserError, reason
-from ..files import storage
+from ..errors import UserError
 from ..kernels.types import Array
-from . import pair_order, text
-from .pair_order import drawn
+from . import pair_order
+from .drawing import Drawing
+from .lines import Lines
 from .text import Encoded, Path, TextFile
 from .tokenizers import Tokenizer, UnknownUnitError
 
-BLOCK = 2048  # pairs that are encoded at a time
 T = TypeVar("T")
-
-
-class Lines:
-    """The lines of a file by number, without their ends and a byte-order mark; only where they begin is in memory."""
-
-    def __init__(self, path: Path | TextFile) -> None:
-        file_of = text.as_file(path)
-        self.name, places = file_of.name, [np.zeros(1, np.int64)]
-        self._bytes: mmap.mmap | bytes
-        try:
-            storage.check_regular(file_of.path)
-            with open(file_of.path, "rb") as file:
-                size, at = os.fstat(file.fileno()).st_size, 0
-                while block := file.read(text.PIECE):
-                    places.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
-                    at += len(block)
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.name}: {reason(error)}") from None
-        self._starts = np.concatenate(places)
-        if self._starts[-1] != size:
-            self._starts = np.append(self._starts, size)
-        if self._bytes[:3] == codecs.BOM_UTF8 and len(self._starts) > 1:
-            self._starts[0] = 3
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, number: int) -> bytes:
-        """The bytes of line `number`, counted from 0; CR LF ends a line too."""
-        line = self._bytes[self._starts[number] : self._starts[number + 1]]
-        return line.removesuffix(b"\n").removesuffix(b"\r")
-
-    def place(self, number: int) -> str:
-        """Of a line, for messages."""
-        return f"{self.name} line {number + 1}"
-
-    def not_utf8(self, number: int) -> str:
-        """What is wrong with a line that is not UTF-8, for messages."""
-        if self._bytes[:2] in text.UTF16:
-            return f"{self.name} begins with the byte-order mark of UTF-16, and is not UTF-8"
-        return f"{self.place(number)} is not UTF-8"
 
 
 class PairFiles:
@@ -139,7 +93,8 @@ class PairPiece:
                 left_out.append(place)
             else:
                 parts += [source, sep, target, end]
-        return Encoded(np.concatenate(parts or [np.empty(0, np.int64)]), self.size, tuple(left_out))
+        tokens = np.concatenate(parts or [np.empty(0, np.int64)])
+        return Encoded(tokens, self.size, tuple(left_out), figures(tokens, tokenizer))
 
 
 def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
@@ -150,21 +105,22 @@ def examples_of_pairs(pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -
             yield set().union(*units)
 
 
-class Pairing(NamedTuple):
+@dataclass(frozen=True)
+class Pairing(Drawing):
     """What to do with pairs."""
 
-    seed: int  # draws their order
-    longest: int = 0  # pairs of more tokens are left out; 0: none
-    held_out: Mapping[str, float] = {}  # split -> its share of the train pairs
+    content: ClassVar[str] = "pairs"
+    unit: ClassVar[str] = "pair"
+    counted: ClassVar[str] = "pairs"
 
-    def part(self, split: str, pairs: int) -> tuple[int, int]:
-        """From where to where a split takes so many pairs of its files in drawn order; others may be of the same files."""
-        stop = 1.0
-        for name, share in self.held_out.items():
-            if name == split:
-                return round((stop - share) * pairs), round(stop * pairs)
-            stop -= share
-        return 0, round(stop * pairs) if split == "train" else pairs
+    def plan(self, paths: Sequence[Any], split: str, say: Callable[[str], None]) -> list[list[PairPiece]]:
+        return plan_pairs(paths, self, say, split)
+
+    def examples(self, pieces: Iterable[PairPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
+        return examples_of_pairs(pieces, tokenizer)
+
+    def facts(self, plan: Sequence[Sequence[PairPiece]], left_out: Sequence[Sequence[int]], split: str) -> dict[str, Any]:
+        return order_of_split(plan, left_out, self, split)
 
 
 def order_of_split(
@@ -207,19 +163,9 @@ def plan_pairs(
     numbers, sizes = np.concatenate(places), np.concatenate(lengths_of)
     if not len(numbers):
         raise UserError(f"there are no pairs in {', '.join(side.name for side in files[0].sides)}")
-    start, stop = pairing.part(split, len(numbers))
-    if start == stop:
-        raise UserError(f"the {split} share of {len(numbers):,} pairs is none: it takes more pairs, or another fraction")
-    order = drawn(pairing.seed, len(numbers))[start:stop]
-    numbers, sizes = numbers[order], sizes[order]
-    shards = []
-    for shard in np.array_split(np.arange(len(order)), -(-int(sizes.sum()) // text.SHARD)):
-        starts = range(0, len(shard), BLOCK)
-        parts = [shard[start : start + BLOCK] for start in starts]
-        shards.append(
-            [PairPiece(files, numbers[part], int(sizes[part].sum()), part[0] == 0, pairing.longest) for part in parts]
-        )
-    return shards
+    return pairing.in_pieces(
+        split, numbers, sizes, lambda part, size, first: PairPiece(files, part, size, first, pairing.longest)
+    )
 
 
 def figures(tokens: Array, tokenizer: Tokenizer) -> tuple[int, int]:

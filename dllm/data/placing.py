@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..comm.replicas import Domains, File
 from ..comm.upkeep import Kept
 from ..files import hdf5
+from .shards import Column, columns, rows
 
 SMALL = 64 << 20  # bytes of tokens: a split of no more lies on every disk, so that a host alone can go on and measure
 
@@ -23,17 +22,18 @@ class ShardFile(File):
     least: int  # bytes that it has at least
 
 
-def shard_file(part: Mapping[str, Any], dtype: str) -> ShardFile:
-    """That of a shard as a manifest describes it; its tokens have `dtype`."""
-    size = _bytes([part], dtype)
+def shard_file(part: Mapping[str, Any], table: Mapping[str, Column]) -> ShardFile:
+    """That of a shard as a manifest describes it. table : its datasets"""
+    size = _bytes([part], table)
     return ShardFile(part["name"], part["sha256"], hdf5.most_bytes(size), size)
 
 
 def shard_files(manifest: Mapping[str, Any]) -> Iterator[tuple[ShardFile, bool]]:
     """Those of a corpus, and of each whether it belongs on every disk, as those of small splits do."""
+    table = columns(manifest.get("content", "text"), manifest["dtype"])
     for entry in manifest["splits"].values():
-        small = _bytes(entry["shards"], manifest["dtype"]) <= SMALL
-        yield from ((shard_file(part, manifest["dtype"]), small) for part in entry["shards"])
+        small = _bytes(entry["shards"], table) <= SMALL
+        yield from ((shard_file(part, table), small) for part in entry["shards"])
 
 
 def wanted_here(manifest: Mapping[str, Any], domains: Domains, copies: int) -> set[str]:
@@ -48,6 +48,5 @@ def kept_shards(folder: pathlib.Path, manifest: Mapping[str, Any], domains: Doma
     return Kept(domains, folder, files, [len(domains.leaders) if every else copies for every in everywhere])
 
 
-def _bytes(parts: Iterable[Mapping[str, Any]], dtype: str) -> int:
-    tokens: int = sum(part["stop"] - part["start"] for part in parts)
-    return tokens * np.dtype(dtype).itemsize
+def _bytes(parts: Iterable[Mapping[str, Any]], table: Mapping[str, Column]) -> int:
+    return sum(rows(part, column) * column.dtype.itemsize for part in parts for column in table.values())

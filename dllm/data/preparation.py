@@ -1,4 +1,4 @@
-"""Text, or pairs of texts, to a prepared corpus, the work shared by all ranks.
+"""Text, pairs of texts, or texts with labels, to a prepared corpus, the work shared by all ranks.
 
 Every rank reads all text and writes its shards to the disk that it sees. Where ranks do not share one, the leader of each disk
 makes the folder there, shards are copied, and in the end each disk has the manifest and the vocabulary.
@@ -26,8 +26,11 @@ from ..config import StorageConfig
 from ..errors import UserError
 from ..files import storage
 from . import shards, vocabulary
+from .drawing import Drawing
+from .label_files import LabelledFile
+from .labelling import LabelledPiece, Labelling
 from .new_folder import NewFolder
-from .pairs import Pairing, PairPiece, examples_of_pairs, figures, order_of_split, plan_pairs
+from .pairs import Pairing, PairPiece
 from .placing import shard_files, wanted_here
 from .private_counts import PrivateCounting
 from .source_names import readable_everywhere
@@ -39,7 +42,8 @@ from .vocabulary import Vocabulary
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Plan = list[list[TextPiece]] | list[list[PairPiece]]  # of a split: the pieces of each shard
+Pieces = list[TextPiece] | list[PairPiece] | list[LabelledPiece]  # of a shard
+Plan = list[list[TextPiece]] | list[list[PairPiece]] | list[list[LabelledPiece]]  # of a split
 
 
 def prepare_corpus(
@@ -49,7 +53,7 @@ def prepare_corpus(
     out: str | os.PathLike[str],
     private: bool = False,
     progress: Callable[[str], None] = lambda message: None,
-    pairing: Pairing | None = None,
+    drawing: Drawing | None = None,
     copies: int = StorageConfig.copies,
 ) -> None:
     """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
@@ -59,16 +63,16 @@ def prepare_corpus(
     Parameters
     ----------
     splits : dict
-        split -> paths, TextFiles or Spans, with `pairing` (source, target) paths or TextFiles; with private=True this
-        rank's own.
+        split -> paths, TextFiles or Spans; of pairs (source, target) paths or TextFiles, of labels LabelledFiles; with
+        private=True this rank's own.
     wanted
         Where the vocabulary comes from.
     out
         A folder that is empty or not there, on each disk; with private=True this rank's own.
     progress : callable
         Told a line on what is being done.
-    pairing
-        Of pairs.
+    drawing
+        Of pairs, or of texts with labels.
     copies
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
@@ -77,12 +81,12 @@ def prepare_corpus(
     token = token if private else messages.broadcast(comm, token, str)
     if not private:
         readable_everywhere(comm, domains.hosts, (file for paths in splits.values() for file in _paths(paths)))
-    if pairing:
-        splits = {**splits, **dict.fromkeys(pairing.held_out, splits["train"])}
+    if drawing:
+        splits = {**splits, **dict.fromkeys(drawing.held_out, splits["train"])}
     with contextlib.ExitStack() as undo:
         with together(comm):
             folder = NewFolder(pathlib.Path(out), token)
-            work = _Preparation(comm, domains, folder.place, 0 if private else copies, progress, pairing)
+            work = _Preparation(comm, domains, folder.place, 0 if private else copies, progress, drawing)
             plans = {split: work.plan(split, paths) for split, paths in splits.items()}
             empty = next((split for split, plan in plans.items() if not plan), None)
             if empty:
@@ -94,12 +98,14 @@ def prepare_corpus(
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if domains.leads:
                 folder.make()
+        facts = work.facts(plans)
         tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
             written = work.write_shards(plans, tokenizer)
         everyones = [written] if private else messages.allgather(comm, written, list[_Shard])
         with together(comm):
-            facts = {"counts": wanted.counting.described("pair" if pairing else "line")} if wanted.counting else {}
+            if wanted.counting:
+                facts["counts"] = wanted.counting.described(drawing.unit if drawing else "line")
             manifest = work.manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
         if not domains.shared:
             work.copy(manifest, {shard.name for shard in written})
@@ -123,8 +129,8 @@ class _Shard(NamedTuple):
     tokens: int
     sha256: str
     bytes: int  # of text
-    figures: list[tuple[int, int]]  # of each piece of pairs: how many, tokens of the longest
-    left_out: list[list[int]]  # of each piece of pairs the places of those that are too long
+    figures: list[tuple[int, int]]  # of each piece of records: how many, tokens of the longest
+    left_out: list[list[int]]  # of each piece of records the places of those that are too long
 
 
 class _Preparation:
@@ -140,23 +146,30 @@ class _Preparation:
         out: pathlib.Path,
         copies: int,
         say: Callable[[str], None],
-        pairing: Pairing | None,
+        drawing: Drawing | None,
     ) -> None:
-        self.comm, self.domains, self.out, self.copies, self.say, self.pairing = comm, domains, out, copies, say, pairing
+        self.comm, self.domains, self.out, self.copies, self.say, self.drawing = comm, domains, out, copies, say, drawing
 
     def plan(self, split: str, paths: Sequence[Any]) -> Plan:
         """Of a split, the same on every rank. Raises UserError."""
-        return plan_text(paths) if self.pairing is None else plan_pairs(paths, self.pairing, self.say, split)
+        return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
+
+    def facts(self, plans: dict[str, Plan]) -> dict[str, Any]:
+        """What the manifest says of labels. Collective. Raises UserError."""
+        if not isinstance(self.drawing, Labelling):
+            return {}
+        mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
+        return {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""
-        pairs = self.pairing is not None
+        pairs = isinstance(self.drawing, Pairing)
         if wanted.folder:
             tokenizer = vocabulary.take(self.comm, wanted.folder, pairs, self.say)
             self._warm_up(type(tokenizer))
             return tokenizer
         self._warm_up(KINDS[wanted.kind])
-        if wanted.kind == "byte":
+        if KINDS[wanted.kind].fixed:
             return agree(self.comm, wanted.of_counts, {}, pairs)
         with together(self.comm):
             kind, counting = KINDS[wanted.kind], wanted.counting
@@ -181,7 +194,7 @@ class _Preparation:
 
     def _count_privately(self, plan: Plan, kind: type[Tokenizer], counting: PrivateCounting) -> dict[str, int]:
         """What this rank may tell of the units of its train text. Its other splits are not looked at."""
-        examples = examples_of_text if self.pairing is None else examples_of_pairs
+        examples = examples_of_text if self.drawing is None else self.drawing.examples
         pieces: Iterator[Any] = (piece for _, pieces in self._my_share("train", plan, "counting") for piece in pieces)
         return counting.release(counting.count(examples(pieces, kind)))
 
@@ -191,18 +204,18 @@ class _Preparation:
         for split, plan in plans.items():
             for number, pieces in self._my_share(split, plan, "encoding"):
                 path, found, left_out, size = self.out / _name(split, number), [], [], 0
-                with shards.ShardWriter(path, dtype) as shard:
+                with shards.ShardWriter(path, dtype, self.drawing.content if self.drawing else "text") as shard:
                     for piece in pieces:
-                        tokens, length, long = piece.encode(tokenizer)
-                        size += length
-                        shard.append(tokens.astype(dtype))
-                        if tokenizer.pairs:
-                            found.append(figures(tokens, tokenizer))
-                            left_out.append([*long])
+                        encoded = piece.encode(tokenizer)
+                        size += encoded.size
+                        shard.append(encoded.tokens.astype(dtype), encoded.ends, encoded.labels)
+                        if self.drawing:
+                            found.append(encoded.figures)
+                            left_out.append([*encoded.left_out])
                 written.append(_Shard(split, number, path.name, shard.tokens, storage.sha256(path), size, found, left_out))
         return written
 
-    def _my_share(self, split: str, plan: Plan, doing: str) -> Iterator[tuple[int, list[TextPiece] | list[PairPiece]]]:
+    def _my_share(self, split: str, plan: Plan, doing: str) -> Iterator[tuple[int, Pieces]]:
         for number, rank in enumerate(self._writers(split, len(plan))):
             if rank == self.domains.rank:
                 self.say(f"{doing} {split}: {number + 1} of {len(plan)}")
@@ -250,18 +263,17 @@ class _Preparation:
                 start = stop
             size = sum(written[split, number].bytes for number in range(len(plan)))
             splits[split] = {"tokens": start, "bytes": size, "shards": parts}
-            if tokenizer.pairs:
+            if self.drawing:
                 found = [written[split, number].figures for number in range(len(plan))]
                 for part, numbers in zip(parts, found, strict=True):
-                    part["pairs"] = sum(pairs for pairs, _ in numbers)
-                splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers])
+                    part[self.drawing.counted] = sum(records for records, _ in numbers)
+                splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers], self.drawing)
                 long = [places for number in range(len(plan)) for places in written[split, number].left_out]
-                pieces: list[Any] = plan
-                splits[split] |= order_of_split(pieces, long, self.pairing, split) if self.pairing else {}
-        if self.pairing and self.pairing.longest:
-            self._tell_left_out(plans, splits, self.pairing.longest)
+                splits[split] |= self.drawing.facts(plan, long, split)
+        if self.drawing and self.drawing.longest:
+            self._tell_left_out(plans, splits, self.drawing)
         return {
-            "format": shards.FORMAT,
+            "format": shards.LABELS_FORMAT if "labels" in facts else shards.FORMAT,
             "kind": tokenizer.kind,
             "vocabulary": tokenizer.size,
             "dtype": shards.token_dtype(tokenizer.size).name,
@@ -270,12 +282,14 @@ class _Preparation:
             "splits": splits,
         }
 
-    def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], longest: int) -> None:
+    def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], drawing: Drawing) -> None:
         for split, plan in plans.items():
-            planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if isinstance(piece, PairPiece))
-            left_out = planned - splits[split]["pairs"]
+            planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if not isinstance(piece, TextPiece))
+            left_out, unit = planned - splits[split][drawing.counted], f"{drawing.unit}s"
             if left_out:
-                self.say(f"{left_out:,} of {planned:,} {split} pairs are left out: they have more than {longest} tokens")
+                self.say(
+                    f"{left_out:,} of {planned:,} {split} {unit} are left out: they have more than {drawing.longest} tokens"
+                )
 
 
 def _name(split: str, number: int) -> str:
@@ -284,14 +298,14 @@ def _name(split: str, number: int) -> str:
 
 
 def _paths(parts: Iterable[Any]) -> Iterator[Path]:
-    """Where the files of text lie, be they paths, TextFiles, Spans or pairs."""
+    """Where the files of text lie, be they paths, TextFiles, Spans, pairs or LabelledFiles."""
     for part in parts:
-        file = part.file if isinstance(part, Span) else part
+        file = part.file if isinstance(part, Span | LabelledFile) else part
         yield from [as_file(file).path] if isinstance(file, str | os.PathLike | TextFile) else _paths(file)
 
 
 def _nothing(split: str, parts: Sequence[Any]) -> str:
-    files = [part.file if isinstance(part, Span) else part for part in parts[:3]]
+    files = [part.file if isinstance(part, Span | LabelledFile) else part for part in parts[:3]]
     return f"the {split} text is empty: {', '.join(as_file(file).name for file in files)}"
 
 
@@ -301,9 +315,9 @@ def _described(plan: Plan) -> str:
     return f"{sum(sizes):,} bytes in {len(sizes):,} pieces ({hashlib.sha256(str(sizes).encode()).hexdigest()[:8]})"
 
 
-def _figures_of_split(split: str, found: list[tuple[int, int]]) -> dict[str, int]:
-    """What the manifest says of a split's pairs. Raises UserError where there are none."""
+def _figures_of_split(split: str, found: list[tuple[int, int]], drawing: Drawing) -> dict[str, int]:
+    """What the manifest says of a split's records. Raises UserError where there are none."""
     counts, lengths = zip(*found, strict=True)
     if sum(counts) == 0:
-        raise UserError(f"no pair of the {split} files is short enough: --longest must be larger")
-    return {"pairs": sum(counts), "longest": max(lengths)}
+        raise UserError(f"no {drawing.unit} of the {split} files is short enough: --longest must be larger")
+    return {drawing.counted: sum(counts), "longest": max(lengths)}

@@ -43,6 +43,7 @@ from ..kernels.types import Array
 DELTA = 1e-6  # the probability that the promise of epsilon does not hold, at most
 LEAST_EPSILON, LARGEST_EPSILON = 0.001, 100.0  # no count passes below; above it promises nothing: a factor of 1e43
 UNITS_PER_EXAMPLE = 20
+EXAMPLES = ("line", "pair", "sentence", "text")
 MOST_UNITS = 1_000_000  # of an example
 METHOD = "noise of Balle and Wang 2018, Theorem 8; threshold of Gopi et al. 2020, Theorem 5.1, with weights of 1"
 NUMBERS = ("epsilon", "delta", "units_per_example", "sigma", "threshold")
@@ -91,16 +92,14 @@ class PrivateCounting:
         return {units[place]: round(noisy[place]) for place in told}
 
     def described(self, example: str) -> dict[str, Any]:
-        """What the manifest of a corpus says. `example`: what one is, "line" or "pair"."""
+        """What the manifest of a corpus says. `example`: what one is, one of EXAMPLES."""
         return {"method": METHOD, **{name: getattr(self, name) for name in NUMBERS}, "example": example}
 
 
 def check_described(value: Any) -> None:
     """Raise ValueError, TypeError or KeyError where a manifest's entry is not one of `described`."""
     numbers = [value[name] for name in NUMBERS]
-    if not (
-        all(isinstance(one, int | float) and 0 < one < math.inf for one in numbers) and value["example"] in ("line", "pair")
-    ):
+    if not (all(isinstance(one, int | float) and 0 < one < math.inf for one in numbers) and value["example"] in EXAMPLES):
         raise ValueError("its private counts are not described")
 
 

@@ -25,14 +25,16 @@ from ..comm import messages
 from ..comm.replicas import Domains
 from ..comm.runtime import together
 from ..errors import UserError, reason
-from .formats import BLOCK, Stream, is_plain, texts
+from .formats import BLOCK, Stream, TextError, is_plain, texts
+from .label_files import LabelledFile
+from .sound_tokenizers import levels
 from .source_names import STDIN, is_stream, open_url, readable_everywhere
 from .text import TextFile
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Names: TypeAlias = Mapping[str, Sequence[Any]]  # split -> names of files, or pairs of such
+Names: TypeAlias = Mapping[str, Sequence[Any]]  # split -> names of files, pairs of such, or LabelledFiles
 
 RESERVE = 0.02  # of a disk that is left free, at most `MOST_RESERVED` bytes
 MOST_RESERVED = 1 << 28
@@ -46,19 +48,21 @@ class Reading:
     exact : bytes are kept as they are
     held_out : split -> the share of the train text's documents, or lines, that becomes this split
     seed : draws which
+    rate : of recordings, samples a second: each becomes the bytes of its levels; 0: there are none
     """
 
     field: str = ""
     exact: bool = False
     held_out: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 1
+    rate: int = 0
 
 
 @contextlib.contextmanager
 def plain_files(
     comm: MPI.Comm, names: Names, near: pathlib.Path, reading: Reading, private: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, list[Any]]]:
-    """{split: TextFiles, or pairs of them} for the time of a `with`. Collective. Raises UserError on all ranks.
+    """{split: TextFiles, pairs of them, or LabelledFiles} for the time of a `with`. Collective. Raises UserError on all ranks.
 
     near : a folder, there or not; what is unpacked lies in it meanwhile
     private : the names are this rank's own
@@ -89,10 +93,12 @@ def plain_files(
 
 
 def flat(paths: Iterable[Any]) -> Iterator[Any]:
-    """Names out of names and pairs of names."""
+    """Names out of names, pairs of names, and LabelledFiles."""
     for path in paths:
         if isinstance(path, list | tuple) and not isinstance(path, TextFile):
             yield from path
+        elif isinstance(path, LabelledFile):
+            yield path.file
         else:
             yield path
 
@@ -119,7 +125,7 @@ class _Source:
             raise UserError(f"cannot read {self.name}: {reason(error)}{hint}") from None
         grows = found.st_size == 0 and len(head) > 0  # as what lies below /proc
         held_out = self.split == "train" and bool(reading.held_out)
-        return bool(grows or held_out or reading.field or not is_plain(head))
+        return bool(grows or held_out or reading.field or reading.rate or not is_plain(head))
 
     @property
     def size(self) -> int:
@@ -174,7 +180,10 @@ def _as_named(
     for split, paths in names.items():
         for path in paths:
             both = [place(next(numbers), split) for _ in flat([path])]
-            files[split].append(both[0] if isinstance(path, str | os.PathLike) else tuple(both))
+            if isinstance(path, LabelledFile):
+                files[split].append(LabelledFile(both[0], path.label))
+            else:
+                files[split].append(both[0] if isinstance(path, str | os.PathLike) else tuple(both))
     for split in reading.held_out:
         files[split] = [place(number, split) for number, source in enumerate(sources) if source.split == "train"]
     return files
@@ -252,7 +261,7 @@ def _write(source: _Source, number: int, folder: pathlib.Path, reading: Reading)
             files.callback(writer.file.close)
         try:
             with source.open() as stream:
-                parts = texts(stream, reading.field, folder, bool(held_out))
+                parts = _levels(stream, reading.rate) if reading.rate else texts(stream, reading.field, folder, bool(held_out))
                 if held_out:
                     _deal(parts, writers, [*held_out.values()], [reading.seed, number])
                 else:
@@ -266,6 +275,13 @@ def _write(source: _Source, number: int, folder: pathlib.Path, reading: Reading)
             raise UserError(f"cannot read {source.name}: {_why(error)}") from None
         for writer in writers:
             writer.close()
+
+
+def _levels(stream: Stream, rate: int) -> Iterator[bytes]:
+    try:
+        yield levels(stream.read(), rate)
+    except UserError as error:
+        raise TextError(str(error)) from None
 
 
 def _why(error: Exception) -> str:

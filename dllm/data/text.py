@@ -48,7 +48,10 @@ class Encoded(NamedTuple):
 
     tokens: Array  # (n,) int64
     size: int  # bytes of the text that they say
-    left_out: tuple[int, ...] = ()  # places in the piece of pairs that are too long
+    left_out: tuple[int, ...] = ()  # places in the piece of records that are too long
+    figures: tuple[int, int] = (0, 0)  # how many records, tokens of the longest
+    ends: Array | None = None  # (r,) int64, behind the last token of each record, of those with labels
+    labels: Array | None = None  # int32, of each token (-1: none) or of each record
 
 
 @dataclass(frozen=True)

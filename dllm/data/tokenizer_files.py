@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..files import storage
 from ..remote import locate
 from . import tokenizers
-
-MOST_LABELS, LONGEST_LABEL = 1 << 15, 200  # labels of a corpus, and characters of one
+from .label_files import problem_of_label
+from .shards import MOST_LABELS
 
 
 def save_tokenizer(folder: str | os.PathLike[str], tokenizer: tokenizers.Tokenizer) -> None:
@@ -35,16 +35,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 def of_json(value: Mapping[str, Any], source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """The tokenizer of what tokenizer.json holds, which `source` names, with its labels. Raises UserError."""
     tokenizer, labels = tokenizers.load(value, source), value.get("labels", [])
-    if not (isinstance(labels, list) and len(labels) <= MOST_LABELS and all(map(_is_label, labels))):
-        raise UserError(f"{source} has labels that are none")
+    if not (isinstance(labels, list) and len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
+        raise UserError(f"{source} has labels that are no list of names")
+    for problem in filter(None, map(problem_of_label, labels)):
+        raise UserError(f"{source} has a label that {problem}")
     if len(set(labels)) < len(labels):
         raise UserError(f"{source} has a label twice")
     tokenizer.labels = labels
     return tokenizer
-
-
-def _is_label(label: Any) -> bool:
-    return isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL and label.isprintable()
 
 
 def tokenizer_hash(tokenizer: tokenizers.Tokenizer) -> str:

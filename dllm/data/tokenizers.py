@@ -4,9 +4,9 @@ A tokenizer is built from counts of units (characters, words or pre-tokens), so 
 merge counts; text itself never has to travel. Round trips are exact for byte and bpe, and for char where every character
 is known.
 
-To add one: a class with the methods of Tokenizer, its name in KINDS, its line in the help of prepare.py. `encode` sees a text
-in pieces that are cut behind a line or white space. The bytes of single tokens, one behind the other, must be those of all
-together.
+To add one: a class with the methods of Tokenizer (tokenizer.py), its name in KINDS, its line in the help of prepare.py.
+`encode` sees a text in pieces that are cut behind a line or white space. The bytes of single tokens, one behind the other, must
+be those of all together.
 
 For pairs of texts every tokenizer has two tokens more, behind those of text: `sep` between source and target, `end` behind the
 target. They have no spelling, so that no text is ever encoded as one of them.
@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from ..errors import UserError
 from ..kernels.types import Array
 from .checked_tokens import LONGEST_TOKEN, MOST_TOKENS, check_tokens, checked_merges
 from .pretokens import BLOCK, Pretokens, find_merges, letters
+from .sound_tokenizers import MulawTokenizer
+from .tokenizer import Tokenizer as Tokenizer
+from .tokenizer import Tokens
 
-Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 FEW = 1 << 22  # pre-tokens of which the library builds a vocabulary sooner than our kernel is compiled
 
@@ -49,90 +51,10 @@ class UnknownUnitError(UserError):
         )
 
 
-class Tokenizer:
-    """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
-
-    kind = ""
-    unit = ""  # what is counted, in a word
-    of_every_text: tuple[str, ...] = ()  # units that every text has: they say nothing of it, and need no counting
-    exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
-    text_size = 0
-    pairs = False
-    labels: Sequence[str] = ()  # of a model that says them of text (tokenizer_files.py); no part of the vocabulary
-
-    @property
-    def size(self) -> int:
-        """The vocabulary size V."""
-        return self.text_size + 2 * self.pairs
-
-    @property
-    def sep(self) -> int | None:
-        """The token between a source and its target; None where there are no pairs."""
-        return self.text_size if self.pairs else None
-
-    @property
-    def end(self) -> int | None:
-        """The token behind a target, and before the next source; None where there are no pairs."""
-        return self.text_size + 1 if self.pairs else None
-
-    @staticmethod
-    def count(data: bytes, end: bool = True) -> Counter[str]:
-        """Counter of the units in `data`, bytes; `end` as in `encode`. Raises UnicodeDecodeError."""
-        return Counter()
-
-    @classmethod
-    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
-        """The tokenizer of these counts with at most `size` tokens (0: as many as there are).
-
-        unseen : other splits have units that the counts lack.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def warm_up(cls) -> None:
-        """Load what `count` and `encode` need for much text."""
-
-    def encode(self, data: bytes, end: bool = True) -> Array:
-        """Token numbers of `data`, (n,) int64. `end`: the text ends here, it is not a piece of a longer one."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Tokens) -> bytes:
-        """The bytes of token numbers; `sep` shows as a tab, `end` as a line's end."""
-        if not self.pairs:
-            return self.decode_text(tokens)
-        shown = {self.sep: b"\t", self.end: b"\n"}
-        groups = itertools.groupby(tokens, lambda token: shown.get(int(token)))
-        return b"".join(self.decode_text(list(group)) if mark is None else mark * len([*group]) for mark, group in groups)
-
-    def decode_text(self, tokens: Tokens) -> bytes:
-        """The bytes of token numbers of text."""
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict from which `load` makes the tokenizer again."""
-        return {"kind": self.kind, **self.vocabulary(), **({"pairs": True} if self.pairs else {})}
-
-    def vocabulary(self) -> dict[str, Any]:
-        """What `to_json` says of the tokens of text."""
-        return {}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of what `to_json` gave; `load` is for a file that may be damaged."""
-        tokenizer = cls.of_vocabulary(value)
-        tokenizer.pairs = value.get("pairs", False) is True
-        return tokenizer
-
-    @classmethod
-    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of what `vocabulary` said."""
-        raise NotImplementedError
-
-
 class ByteTokenizer(Tokenizer):
     """256 tokens; any file at all."""
 
-    kind, exact, text_size = "byte", True, 256
+    kind, exact, fixed, text_size = "byte", True, True, 256
 
     @classmethod
     def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
@@ -356,7 +278,9 @@ def _blocks(text: str, size: int = BLOCK) -> Iterator[str]:
         start = stop
 
 
-KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer)}
+KINDS: dict[str, type[Tokenizer]] = {
+    cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer, MulawTokenizer)
+}
 
 
 def load(value: Mapping[str, Any], source: str | os.PathLike[str]) -> Tokenizer:

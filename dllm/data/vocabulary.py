@@ -40,6 +40,7 @@ class Vocabulary:
     size: int = 0
     folder: str | os.PathLike[str] = ""
     counting: PrivateCounting | None = None  # None: exact counts
+    rate: int = 0  # samples a second, of a tokenizer of sound
 
     def of_counts(self, counts: Mapping[str, int], pairs: bool) -> Tokenizer:
         """The tokenizer. Raises UserError.
@@ -57,7 +58,7 @@ class Vocabulary:
             most, unseen = max(found.values()), True  # nobody has looked at the other splits
             found |= {unit: most + 1 for unit in kind.of_every_text if not pairs}
         tokenizer = kind.build(found, self.size, unseen and kind.kind != "bpe")
-        tokenizer.pairs = pairs
+        tokenizer.pairs, tokenizer.rate = pairs, self.rate
         return tokenizer
 
 

@@ -5,9 +5,11 @@ Every pair is alone, from zero states, and what comes out does not depend on the
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,16 +23,22 @@ from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.base import Model
 from ..model.batch import Batch
-from ..model.decoder import Decoder
-from ..model.language_model import LanguageModel
+from ..model.kinds import language_model
+from ..model.seq2seq import Seq2Seq
+from ..model.source_decoder import SourceDecoder
+from . import scores
 from .decoded_losses import DecodedLosses
 from .evaluation import perplexity
-from .generation import beam_search, greedy, source_prompt
+from .generation import banned, source_prompt, streams_of
+from .loaded_model import LoadedModel
+from .search import GREEDY, Beam, Found, Streams, search
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+Answer: TypeAlias = tuple[list[str], list[float]]  # texts for a source, and numbers of them
 Pair: TypeAlias = tuple[Array, Array, str]  # tokens (n,) of the source, tokens (n,) of the target, the target's text
 
 
@@ -80,22 +88,40 @@ def as_text(tokenizer: Tokenizer, tokens: Sequence[int] | Array) -> str:
     return tokenizer.decode(tokens).decode(errors="replace")
 
 
-def answers(
-    decoder: Decoder, tokenizer: Tokenizer, sources: Sequence[Array], tokens: int, beams: int | None = None
-) -> list[list[int]]:
-    """The target (n,) that the model gives to each source, at most `tokens` tokens, without its <end>.
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How sources get their targets."""
 
-    beams : continuations that a search keeps for each source; None: the most likely token each time
-    """
-    prompts = [source_prompt(tokenizer, source) for source in sources]
-    if beams is None:
-        return greedy(decoder, prompts, tokens, tokenizer.end)
-    found = [text for text, _ in beam_search(decoder, prompts, tokens, beams, end=tokenizer.end)]
-    return [text[:-1] if text[-1:] == [tokenizer.end] else text for text in found]
+    tokenizer: Tokenizer
+    lanes: int  # sources of a batch, at most as many as the model's lanes
+    limit: int  # tokens of a target at most
+    beam: Beam = GREEDY
+    precision: str = "fp32"  # of products; the losses of targets have it, too
+    replace: bool = False  # <unk> is said, and replaced by the word of the source that it attended to most
+
+    def search(self, streams: Streams, sources: Sequence[Array]) -> list[list[Found]]:
+        """The best targets of each source, the best first."""
+        tokenizer = self.tokenizer
+        never = [token for token in banned(tokenizer) if not (self.replace and token == tokenizer.unknown)]
+        return search(streams, sources, self.limit, self.beam, tokenizer.end, never)
+
+    def text(self, found: Found, source: str = "") -> str:
+        """A target in one line. source : where words are to be replaced"""
+        tokenizer, words = self.tokenizer, list[str]()
+        if not (self.replace and tokenizer.unknown in found.tokens):
+            return " ".join(as_text(tokenizer, found.tokens).split())
+        units = source.split() if tokenizer.kind == "word" else list(source)
+        for token, place in zip(found.tokens, found.places, strict=True):
+            known = as_text(tokenizer, [token])
+            words.append(known if token != tokenizer.unknown else units[place] + " " * (tokenizer.kind == "word"))
+        return " ".join("".join(words).split())
 
 
-def pair_losses(model: LanguageModel | DecodedLosses, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
+def pair_losses(model: Model | DecodedLosses, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
     """The loss (B,) of each target with its <end>, in nats, float64; at most as many pairs as the model has lanes."""
+    if isinstance(model, Seq2Seq):
+        losses = model.forward(_as_batch(tokenizer, pairs), *np.zeros((2, 0, len(pairs), model.config.hidden), model.dtype))
+        return _sums(losses)
     rows = [np.concatenate([source_prompt(tokenizer, pair[0]), pair[1], [tokenizer.end]]) for pair in pairs]
     width, config = max(map(len, rows)) - 1, model.config
     tokens = np.full((width, len(rows)), tokenizer.end, np.int64)
@@ -108,65 +134,117 @@ def pair_losses(model: LanguageModel | DecodedLosses, tokenizer: Tokenizer, pair
     for start in range(0, width, model.window):
         part = slice(start, start + model.window)
         losses[part] = model.forward(Batch(tokens[part], targets[part]), h, c)
-    return np.array([math.fsum(lane) for lane in losses.T])  # exact, so that the padding of a batch changes nothing
+    return _sums(losses)
 
 
-def solve(
-    comm: MPI.Comm,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    pairs: Sequence[Pair],
-    lanes: int,
-    limit: int,
-    precision: str = "fp32",
-) -> tuple[list[str], Array]:
-    """For every pair the text that the model gives, and the loss of its target (n,) in nats. Collective.
+def _as_batch(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Batch:
+    """Pairs side by side, as an encoder and a decoder read them."""
+    lengths = np.array([[len(side) for side in pair[:2]] for pair in pairs])
+    S, T = lengths.max(axis=0) + [0, 1]
+    inputs, before = (np.zeros((steps, len(pairs)), np.int64) for steps in (S, T))
+    targets = np.full((T, len(pairs)), IGNORE)
+    for lane, (source, target, _) in enumerate(pairs):
+        inputs[: len(source), lane] = source
+        before[: len(target) + 1, lane] = [tokenizer.sep, *target]
+        targets[: len(target) + 1, lane] = [*target, tokenizer.end]
+    return Batch(inputs, targets, lengths[:, 0].copy(), before)
 
-    lanes : at most the model's, pairs of a batch
-    limit : tokens of a text at most
-    precision : of the Decoder; but for "fp32" of what makes the losses, too
-    """
-    order = sorted(range(len(pairs)), key=lambda number: (-len(pairs[number][0]), number))
-    batches = [order[start : start + lanes] for start in range(0, len(order), lanes)]
-    numbers, texts, losses = list[int](), list[str](), list[float]()
+
+def _sums(losses: Array) -> Array:
+    """Of each lane of losses (T,B), exact, so that the padding of a batch changes nothing."""
+    return np.array([math.fsum(lane) for lane in losses.T])
+
+
+def solve(comm: MPI.Comm, model: Model, how: Answering, pairs: Sequence[Pair]) -> tuple[list[str], Array]:
+    """For every pair the best text that the model gives, and the loss of its target (n,) in nats. Collective."""
     with together(comm):
-        decoder = Decoder(model, lanes, precision)
-        scorer = model if precision == "fp32" else DecodedLosses(model, lanes, precision)
-        for batch in batches[comm.rank :: comm.size]:
-            part = [pairs[number] for number in batch]
-            found = answers(decoder, tokenizer, [pair[0] for pair in part], limit)
-            numbers += batch
-            texts += [" ".join(as_text(tokenizer, tokens).split()) for tokens in found]
-            losses += pair_losses(scorer, tokenizer, part).tolist()
-    everyone = allgather(comm, (numbers, texts, np.array(losses)), tuple[list[int], list[str], np.ndarray])
-    answered = sorted(one for part in everyone for one in zip(*part, strict=True))
-    return [text for _, text, _ in answered], np.array([loss for _, _, loss in answered])
+        streams = streams_of(model, how.tokenizer, how.lanes * how.beam.width, how.precision)
+        scorer = _scorer(model, streams, how)
+
+    def work(numbers: Sequence[int]) -> list[Answer]:
+        part = [pairs[number] for number in numbers]
+        found, losses = how.search(streams, [pair[0] for pair in part]), scorer(part)
+        texts = [how.text(best, as_text(how.tokenizer, pair[0])) for (best, *_), pair in zip(found, part, strict=True)]
+        return [([text], [loss]) for text, loss in zip(texts, losses.tolist(), strict=True)]
+
+    answered = in_batches(comm, [len(pair[0]) for pair in pairs], how.lanes, work)
+    return [text for (text,), _ in answered], np.array([loss for _, (loss,) in answered])
 
 
-def check_scorers() -> None:
-    """Raise UserError where what measures texts is not installed."""
-    missing = [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install 'dllm[tasks]'")
+def _scorer(model: Model, streams: Streams, how: Answering) -> Callable[[Sequence[Pair]], Array]:
+    """What gives the losses (B,) of targets, in the precision of the answers."""
+    if how.precision == "fp32":
+        return lambda pairs: pair_losses(model, how.tokenizer, pairs)
+    if isinstance(streams, SourceDecoder):
+        return lambda pairs: decoded_pair_losses(streams, how.tokenizer, pairs)
+    scorer = DecodedLosses(language_model(model), how.lanes, how.precision)
+    return lambda pairs: pair_losses(scorer, how.tokenizer, pairs)
 
 
-def measure(pairs: Sequence[Pair], texts: Sequence[str], losses: Array) -> dict[str, Any]:
-    """{"pairs", "exact_match", "bleu", "rougeL", "loss", "perplexity"}: the first three in per cent, loss in nats a token.
+def decoded_pair_losses(decoder: SourceDecoder, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Array:
+    """`pair_losses` by a SourceDecoder, in its precision."""
+    batch = _as_batch(tokenizer, pairs)
+    losses, rows = np.zeros(batch.targets.shape), np.arange(len(pairs))
+    decoder.begin([pair[0] for pair in pairs])
+    for step, targets in enumerate(batch.targets):
+        given = np.maximum(targets, 0)
+        losses[step] = np.where(targets == IGNORE, 0, -decoder.logprobs(given))
+        decoder.advance(rows, given)
+    return _sums(losses)
 
-    Texts match exactly where they differ in white space at most; BLEU is sacrebleu's (Post 2018) of the whole; rougeL the mean
-    of rouge-score's F (Lin 2004), which knows words of a to z and digits.
+
+def warm_up(model: LoadedModel, how: Answering) -> None:
+    """Answer a source of one token, so that what a search needs is compiled, or loaded from the cache."""
+    small = dataclasses.replace(how, lanes=1, limit=2)
+    small.search(streams_of(model.network(1, 1), how.tokenizer, how.beam.width, how.precision), [np.zeros(1, np.int64)])
+
+
+def alignment(model: Model, tokenizer: Tokenizer, source: Array, target: Sequence[int]) -> Array:
+    """How much each token of a source (S,) counted for each of a target and its end: (T+1,S)."""
+    streams, rows = streams_of(model, tokenizer, 1), list[Array]()
+    streams.begin([source])
+    for token in [*target, tokenizer.end]:
+        rows.append(streams.attention()[0].copy())
+        streams.advance(np.zeros(1, np.int64), np.array([token]))
+    return np.array(rows)
+
+
+def in_batches(
+    comm: MPI.Comm,
+    lengths: Sequence[int],
+    lanes: int,
+    work: Callable[[Sequence[int]], list[Answer]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """What `work` gives for the numbers of a batch, of all numbers, by all ranks together, in order. Collective.
+
+    Sources of like lengths share a batch, the longest first, and batches are dealt to ranks in turn.
+
+    progress : told on every rank about how many are done by all
     """
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    batches = [order[start : start + lanes] for start in range(0, len(order), lanes)]
+    numbers, mine = list[int](), list[Answer]()
+    with together(comm):
+        for turn, batch in enumerate(batches[comm.rank :: comm.size], 1):
+            numbers += batch
+            mine += work(batch)
+            progress(min(turn * comm.size * lanes, len(order)))
+    counts = [len(values) for _, values in mine]
+    told = numbers, [texts for texts, _ in mine], counts, np.array([value for _, values in mine for value in values])
+    answered = dict[int, Answer]()
+    for some, texts, counts, flat in allgather(comm, told, tuple[list[int], list[list[str]], list[int], np.ndarray]):
+        values = iter(flat.tolist())
+        for number, found, count in zip(some, texts, counts, strict=True):
+            answered[number] = found, [*itertools.islice(values, count)]
+    return [answered[number] for number in range(len(lengths))]
 
-    wanted = [" ".join(pair[2].split()) for pair in pairs]
-    scorer = RougeScorer(["rougeL"])
+
+def measure(pairs: Sequence[Pair], texts: Sequence[str], losses: Array, tokenize: str = "13a") -> dict[str, Any]:
+    """{"pairs", "exact_match", "bleu", ..., "loss", "perplexity"}: scores.measure, and the loss in nats a token.
+
+    tokenize : what cuts words for BLEU, one of scores.BLEU_TOKENIZERS
+    """
     loss = float(losses.sum()) / sum(len(pair[1]) + 1 for pair in pairs)
-    return {
-        "pairs": len(pairs),
-        "exact_match": 100 * float(np.mean([text == right for text, right in zip(texts, wanted, strict=True)])),
-        "bleu": sacrebleu.corpus_bleu(texts, [wanted]).score,
-        "rougeL": 100 * float(np.mean([scorer.score(*both)["rougeL"].fmeasure for both in zip(wanted, texts, strict=True)])),
-        "loss": loss,
-        "perplexity": perplexity(loss),
-    }
+    measured = scores.measure([pair[2] for pair in pairs], texts, tokenize)
+    return {"pairs": len(pairs), **measured, "loss": loss, "perplexity": perplexity(loss)}

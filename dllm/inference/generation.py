@@ -1,25 +1,27 @@
-"""Texts that a trained model continues: sampling and beam search. All of it runs on a Decoder, so that what a text becomes
-does not depend on what else is continued at the same time, to the bit.
+"""Texts that a trained model continues: sampling, and the streams of a search. What a text becomes does not depend on what else
+is continued at the same time, to the bit.
 """
 
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
-from ..kernels.sample import BAD, Choice
+from ..kernels.sample import Choice
 from ..kernels.types import Array
-from ..model.decoder import Decoder
+from ..model.base import Model
+from ..model.decoder import Decoder, check_finite
+from ..model.kinds import language_model
+from ..model.seq2seq import Seq2Seq
+from ..model.source_decoder import SourceDecoder
 from .loaded_model import LoadedModel
+from .search import GREEDY, Beam, Streams, search
 
-NOT_FINITE = "the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr"
 WINDOW = 64  # tokens of a prompt that are read at a time
 
 
@@ -44,24 +46,43 @@ def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
     return tokens
 
 
+def source_tokens(tokenizer: Tokenizer, source: str) -> Array:
+    """Token numbers (n,) of a source. Raises UserError where there are none."""
+    tokens = tokenizer.encode(source.encode(), end=False)
+    if len(tokens) == 0:
+        raise UserError("the source is empty: it takes a word at least")
+    return tokens
+
+
 def source_prompt(tokenizer: Tokenizer, source: str | Array) -> Array:
-    """Token numbers (n,) that ask a model of pairs for the target of a source, a text or its tokens."""
+    """Token numbers (n,) that ask a language model of pairs for the target of a source, a text or its tokens."""
     tokens = tokenizer.encode(source.encode(), end=False) if isinstance(source, str) else source
     return np.concatenate([[tokenizer.end], tokens, [tokenizer.sep]]).astype(np.int64)
 
 
 def continuation(
-    model: LoadedModel, prompt: Array, tokens: int, sampling: Sampling, beams: int | None = None, precision: str = "fp32"
+    model: LoadedModel, text: Array, tokens: int, sampling: Sampling, beam: Beam | None = None, precision: str = "fp32"
 ) -> Iterator[int]:
-    """Yield at most `tokens` tokens that continue a prompt (n,): drawn, or found by a search that keeps `beams` texts.
+    """Yield at most `tokens` tokens that continue a text (n,), or answer a source: drawn, or the best that a search finds.
 
     precision : "fp32", "bf16" or "int8", of products
     """
-    decoder = Decoder(model.model(WINDOW), beams or 1, precision)
-    if beams:
-        ((found, _),) = beam_search(decoder, [prompt], tokens, beams, end=model.tokenizer.end)
-        return iter(found)
-    return sample(decoder, prompt, tokens, sampling)
+    tokenizer, window = model.tokenizer, WINDOW
+    if model.config.kind == "seq2seq":
+        if sampling.temperature and beam is None:
+            raise UserError(f"{model.name} searches for targets, and draws none: leave --temperature, or give --beam")
+        beam, window = beam or GREEDY, len(text)
+    if beam is None:
+        prompt = source_prompt(tokenizer, text) if tokenizer.pairs else text
+        return sample(Decoder(model.model(window), 1, precision), prompt, tokens, sampling)
+    streams = streams_of(model.network(window, 1), tokenizer, beam.width, precision)
+    ((found, *_),) = search(streams, [text], tokens, beam, tokenizer.end, banned(tokenizer))
+    return iter(found.tokens)
+
+
+def banned(tokenizer: Tokenizer) -> list[int]:
+    """What a search never says: <unk>, and what stands between a source and its target."""
+    return [token for token in (tokenizer.unknown, tokenizer.sep) if token is not None]
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[tuple[int | None, str]]:
@@ -102,126 +123,58 @@ def sample(decoder: Decoder, prompt: Array, tokens: int, sampling: Sampling) -> 
         decoder.read(choice.token[None], slot)
 
 
-def greedy(decoder: Decoder, prompts: Sequence[Array], tokens: int, end: int | None = None) -> list[list[int]]:
-    """The most likely tokens that follow each prompt, one by one, until `end`, which is left out, or `tokens` of them.
+class DecoderStreams:
+    """The texts of a search on a Decoder; the first slots are the rows.
 
     Parameters
     ----------
     decoder : Decoder
-        Its first slots are used, one a prompt.
-    prompts : sequence of (n,) int64, n at least 1
-
-    Raises
-    ------
-    UserError
-        Where the model's numbers are not finite.
+    tokenizer : Tokenizer
+        Of pairs: the texts are targets of sources. Else they continue what they are given.
     """
-    slots, choice = np.arange(len(prompts)), Choice(len(prompts))
-    choice.temperature[:] = 0
-    _begin(decoder, prompts, slots)
-    found: list[list[int]] = [[] for _ in prompts]
-    for position in range(tokens):
-        choose(decoder, choice, slots)
-        slots = slots[choice.token[slots] != end]
-        for slot in slots:
-            found[slot].append(int(choice.token[slot]))
-        if not len(slots) or position == tokens - 1:
-            break
-        decoder.read(choice.token[slots][None], slots)
-    return found
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        self.vocabulary, self._decoder, self._tokenizer = decoder.vocabulary, decoder, tokenizer
+        self._choice, self._rows = Choice(len(decoder.states)), np.empty(0, np.int64)
+
+    def begin(self, sources: Sequence[Array]) -> None:
+        """Read the sources, or prompts of at least one token."""
+        if self._tokenizer.pairs:
+            sources = [source_prompt(self._tokenizer, source) for source in sources]
+        self._rows = np.arange(len(sources))
+        _begin(self._decoder, sources, self._rows)
+
+    def choose(self, most: int) -> tuple[Array, Array]:
+        """The most likely next tokens (N,most) of each row, and their log-probabilities. Raises UserError."""
+        if self._choice.tokens.shape[1] != most:
+            self._choice = Choice(len(self._decoder.states), most)
+            self._choice.temperature[:], self._choice.wanted[:] = 0, most
+        choose(self._decoder, self._choice, self._rows)
+        return self._choice.tokens[self._rows], self._choice.logprobs[self._rows]
+
+    def attention(self) -> Array:
+        """There is none."""
+        raise NotImplementedError
+
+    def advance(self, parents: Array, tokens: Array) -> None:
+        """Row i is what row parents[i] was, one token (N,) further."""
+        self._rows = np.arange(len(parents))
+        self._decoder.states[self._rows] = self._decoder.states[parents]
+        self._decoder.read(tokens[None], self._rows)
 
 
-@dataclass
-class _Search:
-    """A beam search for one prompt: texts with their log-probabilities, those that go on the most likely first."""
-
-    slots: Array  # (beams,) of the decoder; kept text i is the stream in slots[i]
-    kept: list[tuple[list[int], float]] = field(default_factory=lambda: [([], 0.0)])
-    ended: list[tuple[list[int], float]] = field(default_factory=list)
-    done: bool = False
-
-    def step(self, choice: Choice, end: int | None, length_penalty: float) -> list[Any]:
-        """Take every kept text a token further, by what `choice` has for its slot. Returns the slots they come from."""
-        further = [
-            (total + float(choice.logprobs[slot, i]), slot, text, int(choice.tokens[slot, i]))
-            for slot, (text, total) in zip(self.slots, self.kept, strict=False)
-            for i in range(choice.tokens.shape[1])
-        ]
-        further.sort(key=lambda one: -one[0])
-        further = further[: len(self.slots)]
-        self.ended += [([*text, token], total) for total, _, text, token in further if token == end]
-        further = [one for one in further if one[3] != end]
-        best = max((penalised(text, total, length_penalty) for text, total in self.ended), default=-math.inf)
-        if not further or (length_penalty == 0 and best >= further[0][0]):  # what goes on only becomes less likely
-            self.kept, self.done = [], True
-        else:
-            self.kept = [([*text, token], total) for total, _, text, token in further]
-        return [slot for _, slot, _, _ in further] if self.kept else []
-
-
-def penalised(text: Sequence[int], logprob: float, length_penalty: float) -> float:
-    """What a beam search compares: a log-probability over ((5 + n) / 6)^length_penalty of n tokens (Wu et al. 2016)."""
-    return float(logprob / ((5 + len(text)) / 6) ** length_penalty)
-
-
-def beam_search(
-    decoder: Decoder,
-    prompts: Sequence[Array],
-    tokens: int,
-    beams: int,
-    length_penalty: float = 0.0,
-    end: int | None = None,
-) -> list[tuple[list[int], float]]:
-    """The most likely continuation of each prompt that a search of some width finds (Graves 2012).
-
-    Parameters
-    ----------
-    decoder : Decoder
-        Its first slots are used, `beams` a prompt.
-    prompts : sequence of (n,) int64, n at least 1
-    tokens : int
-        How many at most.
-    beams : int
-        Continuations that are kept at each step: the most likely of all that go on from those of the step before.
-    length_penalty : float
-        alpha of Wu et al. 2016: log-probabilities of n tokens are compared after division by ((5 + n) / 6)^alpha.
-    end : int, optional
-        The token that ends a continuation, and is its last; none: all have `tokens` tokens.
-
-    Returns
-    -------
-    For each prompt its tokens and their log-probability, in nats.
-
-    Raises
-    ------
-    UserError
-        Where the model's numbers are not finite.
-    """
-    most = min(beams, decoder.vocabulary)
-    searches = [_Search(np.arange(number * beams, (number + 1) * beams)) for number in range(len(prompts))]
-    choice = Choice(len(prompts) * beams, most)
-    choice.temperature[:], choice.wanted[:] = 0, most
-    _begin(decoder, prompts, np.arange(len(prompts)) * beams)
-    for position in range(tokens):
-        choose(decoder, choice, np.concatenate([search.slots[: len(search.kept)] for search in searches]))
-        sources: list[Any] = []
-        for search in searches:
-            if not search.done:
-                sources += search.step(choice, end, length_penalty)
-        if not sources or position == tokens - 1:
-            break
-        slots = np.concatenate([search.slots[: len(search.kept)] for search in searches])
-        decoder.states[slots] = decoder.states[sources]
-        decoder.read(np.array([[text[-1] for search in searches for text, _ in search.kept]]), slots)
-    every = [search.ended + search.kept for search in searches]
-    return [max(texts, key=lambda one: penalised(one[0], one[1], length_penalty)) for texts in every]
+def streams_of(model: Model, tokenizer: Tokenizer, rows: int, precision: str = "fp32") -> Streams:
+    """The texts of a search, at most so many rows: by a language model, or targets of sources by a Seq2Seq."""
+    if isinstance(model, Seq2Seq):
+        assert tokenizer.sep is not None
+        return SourceDecoder(model, rows, tokenizer.sep, precision)
+    return DecoderStreams(Decoder(language_model(model), rows, precision), tokenizer)
 
 
 def choose(decoder: Decoder, choice: Choice, wants: Array, rows: Array | None = None) -> None:
     """`Decoder.choose`, but a UserError where a stream has no distribution."""
     decoder.choose(choice, wants, rows)
-    if (choice.token[wants] == BAD).any():
-        raise UserError(NOT_FINITE)
+    check_finite(choice, wants)
 
 
 def _begin(decoder: Decoder, prompts: Sequence[Array], slots: Array) -> None:

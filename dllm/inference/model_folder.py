@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -30,7 +31,7 @@ from ..errors import UserError, reason, shown
 from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
-from ..model import blocks, torch_weights
+from ..model import blocks, inheriting, torch_weights
 from ..model.layout import Layout
 from ..runs.provenance import MOST, Text
 from . import model_card
@@ -175,6 +176,11 @@ def check_kind(model: config.ModelConfig, tokenizer: Tokenizer, folder: pathlib.
 def shape(model: config.ModelConfig) -> dict[str, Any]:
     """What of the settings `model` a trained model depends on."""
     return {name: value for name, value in asdict(model).items() if name in SHAPE}
+
+
+def shape_for(parent: config.ModelConfig | None) -> Callable[[str], dict[str, Any]] | None:
+    """What a model to begin with decides of the settings `model` of another one, of a kind."""
+    return None if parent is None else lambda kind: inheriting.shape(parent, kind, shape(parent))
 
 
 def check_windows(train: config.TrainConfig) -> None:

@@ -16,16 +16,18 @@ weights |= {name: weights[name].float() * scale[:, None] for name, scale in scal
 TIED = """weights["output.weight"] = weights["embedding.weight"]"""
 MODULE = """module = torch.nn.ModuleDict({{{parts}}})
 module.load_state_dict(weights, strict=True)"""
-BILM = """modules = {{{parts}}}
-for name, module in modules.items():
+MODULES = """module = {{{parts}}}
+for name, part in module.items():
     own = {{key.removeprefix(name + "."): value for key, value in weights.items() if key.startswith(name + ".")}}
-    module.load_state_dict(own, strict=True)
-embed, read, output = modules["embedding"], (modules["forward"], modules["backward"]), modules["output"]"""
-TOKENS, SOURCE = "torch.tensor([[0], [1]])", "tokens, lengths = torch.tensor([[0], [1]]), torch.tensor([2])  # (time, lanes), (lanes,)"
+    part.load_state_dict(own, strict=True)"""
+NOT_IN_A_DICT = {"forward", "keys"}  # names that a ModuleDict has for itself
+TOKENS = "torch.tensor([[0], [1]])"
+SOURCE = "tokens, lengths = torch.tensor([[0], [1]]), torch.tensor([2])  # (time, lanes), (lanes,)"
 FRAMES = "frames, lengths = torch.zeros(2, 1, {F}), torch.tensor([2])  # (time, lanes, features), (lanes,)"
 LM = """logits = module["output"](module["lstm"]({x})[0])  # (time, lanes, V): of the token that follows"""
-BOTH = """logits = output(read[0](embed(tokens))[0])  # (time, lanes, V): of the token that follows
-logits_before = output(read[1](embed(tokens.flip(0)))[0]).flip(0)  # of the one before"""
+BOTH = """x = module["embedding"](tokens)
+logits = module["output"](module["forward"](x)[0])  # (time, lanes, V): of the token that follows
+logits_before = module["output"](module["backward"](x.flip(0))[0]).flip(0)  # of the one before"""
 ENCODE = """packed = torch.nn.utils.rnn.pack_padded_sequence({x}, lengths, enforce_sorted=False)
 m, (ends, _) = module["encoder"](packed)
 m, there = torch.nn.utils.rnn.pad_packed_sequence(m)[0], torch.arange({longest})[:, None] < lengths"""
@@ -43,15 +45,16 @@ context = torch.einsum("bts,sbm->tbm", scores.softmax(2), m)"""
 ABOVE = """h = torch.cat([h, context], 2)
 for lstm in module["decoder"][1:]:
     h, _ = lstm(h, state)"""
-LOGITS = """logits = module["output"](torch.tanh(module["combine"](torch.cat([h, context], 2))))  # of the target's next token"""
+LOGITS = """logits = module["output"](torch.tanh(module["combine"](torch.cat([h, context], 2))))  # of the next token"""
 
 
 def script(facts: dict[str, Any], sep: int | None) -> str:
     """The lines. facts : a config.json; sep : the token before a target"""
     config, vocabulary = ModelConfig(**facts["model"]), facts["vocabulary"]
     lines = [LOAD, *[DEQUANTISE] * (facts["weights"] == "int8"), *[TIED] * config.tied]
-    parts = ", ".join(f'"{name}": {module}' for name, module in _modules(config, vocabulary).items())
-    lines.append((BILM if config.kind == "bilm" else MODULE).format(parts=parts))
+    modules = _modules(config, vocabulary)
+    parts = ", ".join(f'"{name}": {module}' for name, module in modules.items())
+    lines.append((MODULES if NOT_IN_A_DICT & {*modules} else MODULE).format(parts=parts))
     return "\n".join([*lines, *_use(config, vocabulary, sep)])
 
 

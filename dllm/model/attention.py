@@ -46,16 +46,14 @@ class Attention(Layer):
 
     def forward(self, c: Array, h: Array, row: int, m: Array, lengths: Array, S: int, T: int) -> None:
         """c (M/R,TB,R) of h (H/R,:,R), from `row` on, and m (M/R,SB,R), of whose lanes `lengths` (B,) steps count."""
-        B = len(lengths)
+        self._read, B = (h, row, m, lengths, S, T), len(lengths)
         self.weights = self._operands.empty("attention", (B, T, S), self._plan.layout.dtype)
         self._k = self.keys(m, S * B)
         attend(c, self.weights, h, row, self._k, m, lengths, S, T, B, self._operands.team)
 
-    def backward(
-        self, dh: Array, dm: Array, dc: Array, h: Array, row: int, m: Array, lengths: Array, S: int, T: int,
-        copied: Array | None = None,
-    ) -> None:  # fmt: skip
+    def backward(self, dh: Array, dm: Array, dc: Array, copied: Array | None = None) -> None:
         """The gradients of h and of m, which are written over. copied (B,T,S) : gradient of `weights` from elsewhere"""
+        h, row, m, lengths, S, T = self._read
         B, operands = len(lengths), self._operands
         scratch = operands.empty("attention's gradient", (B, T, S), self._plan.layout.dtype) if copied is None else copied
         attend_backward(

@@ -9,7 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ..kernels.team import Team
 from ..kernels.types import Array
 from .batch import Batch
 from .factors import Factors
+from .inheriting import edges
 from .layers import Layer, Plan
 from .layout import Layout
 
@@ -43,6 +44,16 @@ def check_memory(layout: Layout, window: int, lanes: int) -> None:
         )
 
 
+class Learning(NamedTuple):
+    """How a model learns, beyond following the gradient of its losses."""
+
+    smoothing: float = 0.0  # the part of a target that all classes share alike; the losses are without it
+    unfreeze: int = 0  # not 0: so many steps only what is above all layers learns, then a layer more each time
+
+
+PLAIN = Learning()
+
+
 class Model(ABC):
     """One rank's model over windows of at most T steps and B lanes.
 
@@ -58,12 +69,10 @@ class Model(ABC):
         False: no gradients and one layer's activations only.
     bf16 : bool
         Products of bfloat16, with float32 for all else.
-    gradient : (size,) array, optional
-        Zeros, where the gradients are to lie.
     team : kernels.team.Team, optional
         Threads that share the work.
-    smoothing : float
-        The part of a target that all classes share alike; the losses are without it.
+    learning : Learning, optional
+        What else there is to how it learns.
 
     Attributes
     ----------
@@ -83,25 +92,23 @@ class Model(ABC):
         theta: Array | None = None,
         training: bool = True,
         bf16: bool = False,
-        gradient: Array | None = None,
         team: Team | None = None,
-        smoothing: float = 0.0,
+        learning: Learning = PLAIN,
     ) -> None:
         self.layout, self.window, self.lanes, self.training = layout, window, lanes, training
         self.config, self.vocabulary, self.dtype = layout.config, layout.vocabulary, layout.dtype
         if not training:
             check_memory(layout, window, lanes)
-        self.operands, self.smoothing = Operands(self.dtype, bf16, team), smoothing
+        self.operands, self.learning = Operands(self.dtype, bf16, team), learning
         self._mask: Mask | None = None
+        self._edges = edges(layout) if learning.unfreeze else []
+        self._free = layout.size  # elements of the gradient that are not zero
         self._final = 0  # elements of the gradient that the backward has finished
         self._on_ready: Ready | None = None
         self.layers: list[Layer] = []
         self._make(Plan(layout, self.operands, window * lanes, training))
         if training:
-            self.gradient = aligned((layout.size,), self.dtype) if gradient is None else gradient
-            gradients = layout.arrays(self.gradient)
-            for layer in self.layers:
-                layer.bind_gradients(gradients)
+            self.bind_gradient(aligned((layout.size,), self.dtype))
         if theta is not None:
             self.bind(theta)
 
@@ -152,8 +159,17 @@ class Model(ABC):
     def _ready(self, name: str) -> None:
         """The gradient of block `name` is final, and so are all before it."""
         start, self._final = self._final, self.layout.blocks[name].stop
+        if self._final > self._free:
+            self.gradient[max(start, self._free) : self._final] = 0
         if self._on_ready is not None and self._final > start:
             self._on_ready(slice(start, self._final))
+
+    def bind_gradient(self, gradient: Array) -> None:
+        """Let the gradients lie in the flat vector (size,), which is zeros."""
+        self.gradient = gradient
+        gradients = self.layout.arrays(gradient)
+        for layer in self.layers:
+            layer.bind_gradients(gradients)
 
     def bind(self, theta: Array, written: bool = False) -> None:
         """Use the flat vector theta (size,) as parameters from now on; it is not copied.
@@ -189,6 +205,8 @@ class Model(ABC):
 
     def _take_mask(self, mask: Mask | None) -> None:
         self._mask = mask if self.config.dropout else None
+        if self._edges and mask is not None:
+            self._free = self._edges[min(mask[1] // self.learning.unfreeze, len(self._edges) - 1)]
 
     def _drop(self, out: Array, x: Array, row: int, steps: int, place: int) -> None:
         """Dropout number `place` of this model, of `steps` time steps of x from `row` on."""

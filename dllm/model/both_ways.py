@@ -22,7 +22,7 @@ class BothWays(Model):
     def _make(self, plan: Plan) -> None:
         config, B = self.config, self.lanes
         H, both = config.hidden, plan._replace(rows=2 * plan.rows)
-        self._embedding, self._output = Embedding(plan), Output(both, H, self.vocabulary, self.smoothing)
+        self._embedding, self._output = Embedding(plan), Output(both, H, self.vocabulary, self.learning.smoothing)
         shared = None if plan.training else LstmMemory(plan, H, B)
         scratch = LstmScratch(plan, H, B) if plan.training else None
         self._lstms = [

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from ..kernels.embedding import embedding_forward, gates_forward, tied_embedding_forward
 from ..kernels.panel_rows import take_rows
-from ..kernels.sample import Choice, Scratch, draw
+from ..kernels.sample import BAD, Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states
 from ..kernels.types import Array
 from .language_model import LanguageModel
@@ -146,3 +147,9 @@ class Decoder:
         else:
             embedding_forward(x, tokens, self._table)
         return x, 0
+
+
+def check_finite(choice: Choice, rows: Array) -> None:
+    """Raise UserError where a row (N,) of a Choice has found no distribution."""
+    if (choice.token[rows] == BAD).any():
+        raise UserError("the model's numbers are not finite: nothing can be drawn from it; train again with a lower train.lr")

@@ -42,7 +42,7 @@ class EncoderModel(Model):
             self._before_drop = plan.panels(blocks.top(config))
 
     def _make_output(self, plan: Plan) -> Output:
-        return Output(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary), self.smoothing)
+        return Output(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary), self.learning.smoothing)
 
     def forward(
         self, batch: Batch, h: Array, c: Array, scale: float = 0.0, mask: Mask | None = None, between: Between | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 from .base import Model
 from .both_ways import BothWays
+from .ctc import Ctc
 from .encoder_model import Classifier, Tagger
 from .language_model import LanguageModel
 from .layout import Layout
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Model]] = {
     "seq2seq": Seq2Seq,
     "tagger": Tagger,
     "classifier": Classifier,
+    "ctc": Ctc,
 }
 
 

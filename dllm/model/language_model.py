@@ -20,7 +20,7 @@ class LanguageModel(Model):
     def _make(self, plan: Plan) -> None:
         config, B = self.config, self.lanes
         H = config.hidden
-        self._embedding, self._output = Embedding(plan), Output(plan, H, self.vocabulary, self.smoothing)
+        self._embedding, self._output = Embedding(plan), Output(plan, H, self.vocabulary, self.learning.smoothing)
         # Without training all layers share memory: a layer reads its input whole before it writes its output.
         shared = None if plan.training else LstmMemory(plan, H, B)
         scratch = LstmScratch(plan, H, B) if plan.training else None

@@ -42,7 +42,7 @@ class Seq2Seq(Model):
         ]
         self.attention = Attention(plan, M, H, config.attention == "general")
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
-        self.output = Output(plan, blocks.top(config), self.vocabulary, self.smoothing)
+        self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
         self.layers = [self.embedding, self.encoder, *self.decoder, self.attention, self.bridge, self.combine, self.output]
         self._x, self._y = plan.panels(config.embedding), plan.panels(config.embedding)
         self._ends, self._first = plan.panels(M, B), plan.panels(H, B)
@@ -110,13 +110,18 @@ class Seq2Seq(Model):
         tanh_rows(self._first)
         return m
 
+    @property
+    def first(self) -> Array:
+        """The decoder's first states (H/R,B,R) of the sources encoded last."""
+        return self._first
+
     def _place(self, layer: int) -> int:
         """Of the dropout behind a layer of the decoder."""
         return MEMORY + self.config.encoder_layers + layer
 
     def _step(self, layer: int, x: Array, row: int, T: int, B: int) -> Array:
         memory = self.decoder[layer].memory
-        memory.h[:, :B], memory.c[:, :B] = self._first, 0
+        memory.h[:, :B], memory.c[:, :B] = self._first[:, :B], 0
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
 
@@ -145,8 +150,7 @@ class Seq2Seq(Model):
                 dh[:, rows] = dx[:, rows]
             else:
                 dh, dc[:, rows] = self._dhc[:P], dc[:, rows] + self._dhc[P:, rows]
-        h1 = self.decoder[0].memory.h
-        self.attention.backward(self._dh1, self._dm, dc, h1, B, self._m, lengths, S, T)
+        self.attention.backward(self._dh1, self._dm, dc)
         if "keys" in self.layout.blocks:
             self._ready("keys")
         self._dh1[:, rows] += dh[:, rows]

@@ -7,12 +7,12 @@
     output.weight        (O,C)     of O classes; not where tied
     output.bias          (O,)
 
-Kinds other than lm have for lstm: forward and backward (bilm), or encoder, whose layers in the other direction end in _reverse as
-those of a bidirectional nn.LSTM, which puts both side by side too (M columns). Layers without bias are (units,inputs):
+Instead of lstm there are forward and backward (bilm), or encoder, whose layers in the other direction end in _reverse as those
+of a bidirectional nn.LSTM, which puts both side by side too (M columns). Layers without bias are (units,inputs):
 
     projection.weight    (P,M)     where the model has it
-    bridge.weight (H,M)   keys.weight (H,M)   decoder.0.weight_ih_l0 ...   combine.weight (C,H+M)    of seq2seq; each decoder layer
-                                   is an nn.LSTM of its own, since the attention stands between them; gate.weight (1,H+M) to copy
+    bridge.weight (H,M), keys.weight (H,M), combine.weight (C,H+M), gate.weight (1,H+M)    of seq2seq
+    decoder.0.weight_ih_l0 ...     of seq2seq: layers that are an nn.LSTM each, for the attention stands between them
 
 A file holds them as float32, as bfloat16 rounded to nearest even, or as int8: of a matrix x then NAME has q, NAME.scale (rows,)
 has s, float32, with x ~ s q and s = max |x| / 127 of each row; vectors stay float32.

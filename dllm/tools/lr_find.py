@@ -83,7 +83,7 @@ def lr_find(argv: list[str], comm: MPI.Comm) -> int:
     reporter = Watch(comm.rank == 0, train.progress)
     parent = open_parent(comm, origin, reporter.warn) if origin else None
     with runtime.together(comm):
-        settings = train_config(train, model_folder.shape(parent.config) if parent else None)
+        settings = train_config(train, model_folder.shape_for(parent.config if parent else None))
         configuration = _configuration(options, settings)
     runtime.check_same(comm, vars(options) | config.flat(configuration))
     _test(comm, configuration, reporter, parent)

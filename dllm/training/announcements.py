@@ -7,12 +7,15 @@ from typing import Any
 
 from .. import __version__
 from ..comm.runtime import mpi_library
+from ..config import Config
 from ..data.corpus import Corpus
 from ..errors import UserError
-from ..inference.answering import answers, as_text, read_split
-from ..inference.generation import Sampling, sample, start_tokens
+from ..inference.answering import Answering, as_text, read_split
+from ..inference.generation import Sampling, sample, start_tokens, streams_of
 from ..model import blocks
+from ..model.base import Model
 from ..model.decoder import Decoder
+from ..model.kinds import make_model
 from ..model.language_model import LanguageModel
 from ..model.precision import described
 from ..runs.run_folder import newest_step
@@ -96,12 +99,12 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
 
 def _sample(trainer: Trainer) -> str:
     settings, corpus = trainer.config, trainer.corpus
-    model = LanguageModel(trainer.rank.layout, settings.train.window, 1, theta=trainer.state.theta, training=False)
-    decoder = Decoder(model, SAMPLE_PAIRS)
+    layout, window, theta = trainer.rank.layout, settings.train.window, trainer.state.theta
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, decoder, settings.log.sample))
+            text = "\n".join(_pairs(corpus, make_model(layout, window, SAMPLE_PAIRS, theta=theta, training=False), settings))
         else:
+            decoder = Decoder(LanguageModel(layout, window, 1, theta=theta, training=False), 1)
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
             tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
@@ -110,9 +113,10 @@ def _sample(trainer: Trainer) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus: Corpus, decoder: Decoder, limit: int) -> Iterator[str]:
+def _pairs(corpus: Corpus, model: Model, settings: Config) -> Iterator[str]:
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
     tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+    how = Answering(tokenizer=tokenizer, lanes=SAMPLE_PAIRS, limit=settings.log.sample)
     sources = [source for source, _, _ in read_split(corpus, split, SAMPLE_PAIRS)]
-    for source, target in zip(sources, answers(decoder, tokenizer, sources, limit), strict=True):
-        yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, target)}"
+    for source, (best, *_) in zip(sources, how.search(streams_of(model, tokenizer, SAMPLE_PAIRS), sources), strict=True):
+        yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, best.tokens)}"

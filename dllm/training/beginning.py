@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..kernels.types import Array
 from ..model.base import Model
+from ..model.inheriting import inherit
 from ..runs import checkpoint, provenance
 from ..runs.checkpoint import Checkpoint
 from ..runs.checkpoint_writer import Saver
@@ -80,7 +81,8 @@ def fill(
         checkpoint.load(origin, model.layout, state, own)
         _go_on(state, schedule, config.train.carry, origin, text, warn)
     elif isinstance(origin, LoadedModel):
-        _take_parameters(state, model, origin)
+        model.initialise(config.train.seed)
+        inherit(model.layout, state.theta, origin.layout, origin.vector, origin.name)
     elif origin is None:
         model.initialise(config.train.seed)
     if origin is None or isinstance(origin, LoadedModel):
@@ -104,12 +106,3 @@ def _go_on(state: State, schedule: Schedule, carry: str, resume: Checkpoint, tex
         raise UserError(f"{resume.folder} is at place {state.place:,} of an epoch, and lanes have {schedule.longest:,} here")
     if state.place >= min(schedule.end, schedule.longest):  # windows of another width end elsewhere
         state.place, state.epoch = 0, state.epoch + 1
-
-
-def _take_parameters(state: State, model: Model, parent: LoadedModel) -> None:
-    ours, theirs = ({name: one.shape for name, one in layout.tensors.items()} for layout in (model.layout, parent.layout))
-    for name in {**ours, **theirs}:
-        if theirs.get(name) != ours.get(name):
-            what = f"{name} is {theirs.get(name)} there, {ours.get(name)} here"
-            raise UserError(f"--init-from {parent.name} is of another shape: {what}")
-        model.layout.write(state.theta, name, parent.layout.read(parent.vector, name))

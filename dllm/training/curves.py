@@ -8,12 +8,15 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UserError, printable, reason
 from ..files import storage
+from ..kernels.types import Array
 
+FONTS = ("Noto Sans CJK", "WenQuanYi", "IPAGothic", "Droid Sans Fallback")  # which have the letters of East Asia
 Line = dict[str, Any]  # of metrics.jsonl
 
 
@@ -100,6 +103,32 @@ def draw(curves: Sequence[Curve], title: str, x: str = "step", log: bool = False
     return functools.partial(_save, figure)
 
 
+def draw_matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: str) -> Callable[..., None]:
+    """A picture of numbers from 0 to 1 (rows,columns), with their names. Returns what writes it, as `draw` does."""
+    size = [min(20.0, 2 + 0.3 * len(names)) for names in (columns, rows)]
+    with _fonts():
+        figure, axes = _pyplot().subplots(figsize=size, layout="constrained")
+        axes.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        names = [[_plain(printable(name.strip() or name)) for name in side] for side in (rows, columns)]
+        axes.set_yticks(range(len(rows)), names[0])
+        axes.set_xticks(range(len(columns)), names[1], rotation=90)
+        axes.xaxis.tick_top()
+        axes.set_title(_plain(title))
+    return functools.partial(_save, figure)
+
+
+@contextlib.contextmanager
+def _fonts() -> Iterator[None]:
+    """Text of any script, as far as this machine has letters for it, without a word on those that it lacks."""
+    pyplot = _pyplot()
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    family = ["DejaVu Sans", *sorted(name for name in there if name.startswith(FONTS))]
+    with pyplot.rc_context({"font.family": family}):
+        yield
+
+
 def write_whole(path: storage.Path, write: Callable[..., None]) -> None:
     """Make a picture of what `draw` has given, whole or not at all. Raises OSError."""
     with storage.atomic(path) as temporary:
@@ -116,7 +145,9 @@ def write_picture(option: str, path: str, write: Callable[..., None]) -> None:
 
 def _save(figure: Any, path: pathlib.Path, form: str = "png") -> None:
     try:
-        figure.savefig(path, dpi=120, format=form)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter that no font here has is a box
+            figure.savefig(path, dpi=120, format=form)
     finally:
         _pyplot().close(figure)
 

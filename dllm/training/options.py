@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,10 +83,10 @@ def parent_of(options: argparse.Namespace) -> str:
     return name if isinstance(name, str) else ""
 
 
-def train_config(options: argparse.Namespace, shape: Mapping[str, Any] | None = None) -> config.Config:
+def train_config(options: argparse.Namespace, shape: Callable[[str], Mapping[str, Any]] | None = None) -> config.Config:
     """The Config of the command line, and that of the run which is resumed.
 
-    shape : what --init-from decides of the section `model`
+    shape : what --init-from decides of the section `model`, for a kind of model
     """
     extra = [_lasting(setting) for setting in options.set]
     for key, value in (("data.path", options.data), ("train.init_from", options.init_from)):

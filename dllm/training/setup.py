@@ -29,7 +29,7 @@ from ..kernels.gemm import aligned
 from ..kernels.processor import VECTOR
 from ..kernels.team import Team
 from ..kernels.types import Array
-from ..model.base import Model
+from ..model.base import Learning, Model
 from ..model.kinds import make_model
 from ..model.layout import Layout
 from ..model.precision import DTYPES, described, uses_bf16
@@ -211,9 +211,12 @@ def _deal_lanes(
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> Model:
     """memory : where the gradient lies, if the ranks of a node add theirs up there."""
-    gradient = None if memory is None else memory.mine
-    train, bf16 = config.train, uses_bf16(config.train.precision)
-    return make_model(layout, train.window, lanes, bf16=bf16, gradient=gradient, team=team, smoothing=train.smoothing)
+    train = config.train
+    learning = Learning(train.smoothing, train.unfreeze if train.init_from else 0)
+    model = make_model(layout, train.window, lanes, bf16=uses_bf16(train.precision), team=team, learning=learning)
+    if memory is not None:
+        model.bind_gradient(memory.mine)
+    return model
 
 
 def _make_state(layout: Layout, lanes: int, moments: int, survived: Survived | None) -> State:

@@ -18,7 +18,7 @@ from ..kernels import rows as rows_kernels
 from ..kernels.gemm import zero_panels
 from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
-from ..model.base import Model
+from ..model.base import Learning, Model
 from ..model.kinds import make_model
 from ..model.layout import Layout
 from ..model.precision import DTYPES, uses_bf16
@@ -72,8 +72,8 @@ def _model(config: Config, dtype: DType, training: bool = True) -> Model:
         small, tied=real.tied and small.embedding in (0, units, real.projection), projection=min(2, real.projection)
     )
     layout = Layout(small, 5, dtype)
-    bf16, smoothing = uses_bf16(config.train.precision), config.train.smoothing
-    return make_model(layout, 2, 1, bf16=bf16 and training, training=training, smoothing=smoothing if training else 0.0)
+    bf16, learning = training and uses_bf16(config.train.precision), Learning(config.train.smoothing)
+    return make_model(layout, 2, 1, bf16=bf16, training=training, learning=learning)
 
 
 def _one_step(config: Config, dtype: DType) -> None:

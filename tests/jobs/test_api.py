@@ -42,9 +42,9 @@ def printed(tmp_path, model, *options):
 
 
 def test_a_text_is_that_of_the_command_for_the_same_seed(tmp_path, model, folder):
-    words = "--seed 7", f"--seed {2**40} --temperature 1.2 --top-k 9", "--top-p 0.8", "--beams 3"
+    words = "--seed 7", f"--seed {2**40} --temperature 1.2 --top-k 9", "--top-p 0.8", "--beam 3"
     told = printed(tmp_path, folder, *[f"--prompt First --tokens 40 {option}" for option in words])
-    options = {"seed": 7}, {"seed": 2**40, "temperature": 1.2, "top_k": 9}, {"top_p": 0.8}, {"beams": 3}
+    options = {"seed": 7}, {"seed": 2**40, "temperature": 1.2, "top_k": 9}, {"top_p": 0.8}, {"beam": 3}
     assert [model.generate("First", 40, **each) for each in options] == told
     assert len(set(told)) == 4
     assert model.generate() == model.generate("", 200, temperature=0.8, seed=1)
@@ -118,8 +118,8 @@ def test_a_model_of_pairs_answers(tmp_path):
     model = dllm.load(tmp_path / "run", "last")
     assert model.pairs
     asked = "--checkpoint last --source 3+4 --tokens 9"
-    assert [model.answer("3+4", 9), model.answer("3+4", 9, beams=4)] == printed(
-        tmp_path, tmp_path / "run", asked, f"{asked} --beams 4"
+    assert [model.answer("3+4", 9), model.answer("3+4", 9, beam=4)] == printed(
+        tmp_path, tmp_path / "run", asked, f"{asked} --beam 4"
     )
     for ask in (lambda: model.generate("x"), lambda: model.score("3+4")):
         with pytest.raises(dllm.UserError, match="was trained on pairs"):
@@ -142,7 +142,7 @@ def test_errors_are_one_line(tmp_path, model):
         (lambda: model.generate("x", temperature=-1), "temperature is -1: it must be at least 0"),
         (lambda: model.generate("x", top_k=-1), "top_k is -1"),
         (lambda: model.generate("x", top_p=1.5), "it is a probability"),
-        (lambda: model.generate("x", beams=0), "beams is 0"),
+        (lambda: model.generate("x", beam=0), "beam is 0"),
         (lambda: model.score("x"), "is too short to score"),
         (lambda: model.embed(["x", ""]), "an empty text has no embedding"),
     ):

@@ -124,10 +124,10 @@ def test_generate_at_temperature_0_takes_the_likeliest_token_and_json_holds_what
 
 
 def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
-    assert generated(world, "--beams", 1) == generated(world, "--temperature", 0)
-    found = generated(world, "--beams", 5)
+    assert generated(world, "--beam", 1) == generated(world, "--temperature", 0)
+    found = generated(world, "--beam", 5)
     assert found.startswith("First")
-    assert generated(world, "--beams", 5, "--seed", 3) == found
+    assert generated(world, "--beam", 5, "--seed", 3) == found
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,14 @@ ALONE = ("local-sgd", "diloco", MOVING[0])  # do not send in every step
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, text, tmp_path_factory):
+def folder(prepare, text, tmp_path_factory):
     """Runs NAME, NAME-2 with a break in the middle, NAME-3 on uneven private text. All in one start of the ranks."""
     folder = tmp_path_factory.mktemp("methods")
+    tiny = prepare("char", train=text[:200_000], valid=text[-4000:])  # of a long one most of the time would be measuring
     (folder / "text").write_bytes(text[:60_000])
+    (folder / "valid").write_bytes(text[56_000:60_000])
     deal = "--deal", "dirichlet", "--alpha", "0.5", "--seed", "3", "--out", folder / "part{rank}"
-    texts = "--train", folder / "text", "--valid", folder / "text"
+    texts = "--train", folder / "text", "--valid", folder / "valid"
     mpirun(RANKS, "-m", "dllm.prepare", *texts, "--tokenizer", "char", *deal, check=True)
     commands = []
     for name, settings in (*METHODS.items(), (MOVING[0], MOVING[1:])):

@@ -110,7 +110,7 @@ REFUSALS = {  # command: what the message says
     "all too long": (f"{PREPARE} --pairs two two --longest 3", "no pair of the train files is short enough"),
     "both kinds": (f"{PREPARE} --pairs two two --train one", "give either --train or --pairs"),
     "neither kind": (PREPARE, "give either --train or --pairs"),
-    "kinds mixed": (f"{PREPARE} --pairs two two --valid one", "--valid and --test go with --train"),
+    "kinds mixed": (f"{PREPARE} --pairs two two --valid one", "--valid goes with --train, which is not given"),
     "dealt out": (f"{PREPARE}{{rank}} --pairs two two --deal evenly", "--deal is for text"),
     "one folder": (f"{PREPARE} --pairs {{rank}} two", "so --out must have it too"),
     "states carried": (f"{TRAIN} --set train.carry=epoch", "--preset pairs, or --set train.carry=window"),

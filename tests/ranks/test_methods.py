@@ -254,13 +254,15 @@ def test_every_neighbour_answers(comm):
         assert all(0 < seconds < 30 for seconds in trips.values())
 
 
-@pytest.mark.parametrize("name", ["gradient-tracking", "exact-diffusion", "relaysum"])
-def test_exact_methods_reach_the_optimum_where_dpsgd_does_not(comm, name):
-    exact, plain = (Run(comm, one, lr=0.1).steps(1000) for one in (name, "dpsgd"))
+def test_exact_methods_reach_the_optimum_where_dpsgd_does_not(comm):
     solution = Quadratics(comm.size).solution()
-    assert np.abs(exact - solution).max() < 1e-8
+    far = {}
+    for name in ("dpsgd", "gradient-tracking", "exact-diffusion", "relaysum"):
+        far[name] = np.abs(Run(comm, name, lr=0.2).steps(320) - solution).max()  # a step that is wider lets tracking diverge
+    plain = far.pop("dpsgd")
+    assert max(far.values()) < 1e-8, far
     if comm.size > 2:
-        assert max(comm.allgather(np.abs(plain - solution).max())) > 1e-4
+        assert max(comm.allgather(plain)) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["exact-diffusion", "choco"])  # which keep what a rounding error could stay in
@@ -337,7 +339,7 @@ def test_choco_knows_its_neighbours_to_the_bit(comm, compression):
     run = Run(comm, "choco", compression=compression, consensus=0.1, fraction=0.3, topology="ring")
     method = run.method
     known = {rank: method.known.copy() for rank in method.around.senders[0]}
-    for _ in range(1000):
+    for _ in range(300):
         run.step()
         for rank, payload in zip(method.around.senders[0], method.incoming, strict=True):
             method.Q.add(payload, known[rank])

@@ -8,7 +8,8 @@ import pytest
 from helpers.launch import Job, mpirun
 
 HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
-OPTIONS = ("--with-mpi", "-m", "mpi", "-q", "-p", "no:cacheprovider", "--timeout", "200")
+UNUSED = ("cacheprovider", "schemathesis", "hypothesispytest", "anyio")  # plug-ins: to import them takes each rank a second
+OPTIONS = ("--with-mpi", "-m", "mpi", "-q", *(f"-pno:{name}" for name in UNUSED), "--timeout", "200")
 FAILING = """
 import time
 import pytest

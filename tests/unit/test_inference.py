@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from helpers.numerics import V, build, configured, reference
 
+from dllm.data.tokenizers import ByteTokenizer
 from dllm.errors import UserError
-from dllm.inference.generation import Sampling, beam_search, greedy, sample
+from dllm.inference.generation import DecoderStreams, Sampling, sample
+from dllm.inference.search import Beam, search
 from dllm.kernels.sample import probabilities_reference
 from dllm.model.decoder import Decoder
 
@@ -29,31 +31,37 @@ def log_probabilities(model, text):
     return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
 
-@pytest.mark.parametrize(("end", "penalty"), [(None, 0.0), (4, 0.0), (4, 1.0)])
-def test_a_beam_wide_enough_finds_the_best_of_all_texts(model, end, penalty):
+def searched(decoder, prompt, tokens, width, end=None):
+    """The best continuation of a prompt."""
+    ((best,),) = search(DecoderStreams(decoder, ByteTokenizer()), [np.array(prompt)], tokens, Beam(width=width), end)
+    return best
+
+
+@pytest.mark.parametrize("end", [None, 4])
+def test_a_beam_wide_enough_finds_the_best_of_all_texts(model, end):
     prompt, tokens = [3, 1, 4, 1, 5, 9, 2], 3
     cut = lambda text: text[: text.index(end) + 1] if end in text else text
-    texts = {cut(text) for text in itertools.product(range(V), repeat=tokens)}
+    texts = {cut(text) for text in itertools.product(range(V), repeat=tokens) if end is None or end in text}
     after = functools.cache(lambda text: log_probabilities(model, [*prompt, *text]))
     total = lambda text: sum(after(text[:at])[token] for at, token in enumerate(text))
-    best = max(texts, key=lambda text: total(text) / ((5 + len(text)) / 6) ** penalty)
+    best = max(texts, key=lambda text: total(text) / ((5 + len(text)) / 6))
     width = V ** (tokens - 1)
-    ((found, logprob),) = beam_search(Decoder(model, width), [np.array(prompt)], tokens, width, penalty, end)
-    assert tuple(found) == best
-    assert logprob == pytest.approx(total(best), abs=1e-5)
+    found = searched(Decoder(model, width), prompt, tokens, width, end)
+    assert (*found.tokens, *[end] * found.ended) == best
+    assert found.logprob == pytest.approx(total(best), abs=1e-5)
 
 
 def test_one_beam_takes_the_most_likely_token_each_time_and_more_find_no_worse(model):
     prompt = np.array([2, 7])
     decoder = Decoder(model, 20)
-    ((one, total),) = beam_search(decoder, [prompt], 8, 1)
-    assert one == list(sample(decoder, prompt, 8, Sampling(temperature=0))) == greedy(decoder, [prompt], 8)[0]
-    for beams in (4, 11, 20):
-        ((found, better),) = beam_search(decoder, [prompt], 8, beams)
-        assert len(found) == 8
-        parts = [log_probabilities(model, [*prompt, *found[:at]])[token] for at, token in enumerate(found)]
-        assert better == pytest.approx(sum(parts), abs=1e-5)
-        assert better >= total - 1e-9
+    one = searched(decoder, prompt, 8, 1)
+    assert one.tokens == list(sample(decoder, prompt, 8, Sampling(temperature=0)))
+    for width in (4, 11, 20):
+        found = searched(decoder, prompt, 8, width)
+        assert len(found.tokens) == 8
+        parts = [log_probabilities(model, [*prompt, *found.tokens[:at]])[token] for at, token in enumerate(found.tokens)]
+        assert found.logprob == pytest.approx(sum(parts), abs=1e-5)
+        assert found.logprob >= one.logprob - 1e-9
 
 
 def test_samples_come_as_often_as_the_model_says(model):
@@ -73,8 +81,8 @@ def test_a_model_that_is_not_finite_is_refused():
     decoder = Decoder(broken, 2)
     for find in (
         lambda: list(sample(decoder, [1], 2, Sampling())),
-        lambda: beam_search(decoder, [[1]], 2, 2),
-        lambda: greedy(decoder, [[1]], 2),
+        lambda: searched(decoder, [1], 2, 2),
+        lambda: searched(decoder, [1], 2, 1),
     ):
         with pytest.raises(UserError, match="not finite"):
             find()

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from dllm import prepare
 from dllm.config import ModelConfig
-from dllm.data import pair_order, pairs
+from dllm.data import drawing, lines, pair_order, pairs
 from dllm.data.tokenizer_files import tokenizer_hash
 from dllm.data.tokenizers import KINDS, load
 from dllm.errors import UserError
 from dllm.inference import answering
-from dllm.inference.generation import beam_search, greedy, source_prompt
+from dllm.inference.answering import Answering
+from dllm.inference.generation import DecoderStreams, source_prompt
+from dllm.inference.search import GREEDY, Beam, search
 from dllm.kernels.gemm import aligned
 from dllm.model.decoder import Decoder
 from dllm.model.language_model import LanguageModel
@@ -65,8 +67,8 @@ def test_lines_are_those_between_newlines(tmp_path_factory, data):
     path.write_bytes(data)
     expected = data.split(b"\n")[: None if data and not data.endswith(b"\n") else -1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs.text, "PIECE", 7)
-        found = pairs.Lines(path)
+        patch.setattr(lines.text, "PIECE", 7)
+        found = lines.Lines(path)
     assert [found[number] for number in range(len(found))] == [line.removesuffix(b"\r") for line in expected]
 
 
@@ -75,8 +77,8 @@ EXAMPLES = [(f"q{number}" * (1 + number % 3), "ß" * (number % 5 + 1) + str(numb
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     tokenizer = built(kind, " ".join(map(" ".join, EXAMPLES)).encode())
     files = [write_pairs(tmp_path, EXAMPLES[:40], "a"), write_pairs(tmp_path, EXAMPLES[40:], "b")]
     streams = []
@@ -101,7 +103,7 @@ def test_marks_and_ends_of_lines_of_other_systems_are_no_part_of_a_pair(tmp_path
     with pytest.raises(UserError, match="u begins with the byte-order mark of UTF-16"):
         pairs.PairFiles(tmp_path / "u", tmp_path / "u").apply(bytes.decode, 0)
     (tmp_path / "mark").write_bytes(b"\xef\xbb\xbf")
-    assert pairs.Lines(tmp_path / "mark")[0] == b""
+    assert lines.Lines(tmp_path / "mark")[0] == b""
 
 
 HELD_OUT = {"valid": 0.2, "test": 0.1}
@@ -110,8 +112,8 @@ HELD_OUT = {"valid": 0.2, "test": 0.1}
 @pytest.mark.parametrize("held_out", [{}, HELD_OUT])
 @pytest.mark.parametrize("longest", [0, 8])
 def test_what_is_said_of_pairs_goes_back_to_the_lines_of_their_files(tmp_path, held_out, longest, monkeypatch):
-    monkeypatch.setattr(pairs, "BLOCK", 7)
-    monkeypatch.setattr(pairs.text, "SHARD", 200)
+    monkeypatch.setattr(drawing, "BLOCK", 7)
+    monkeypatch.setattr(drawing.text, "SHARD", 200)
     examples = [*EXAMPLES[:20], ("", "x"), *EXAMPLES[20:50], ("y", " "), *EXAMPLES[50:]]
     files = [write_pairs(tmp_path, examples[:33], "a"), write_pairs(tmp_path, examples[33:], "b")]
     tokenizer, pairing, seen = (
@@ -228,14 +230,29 @@ def prompts(tmp_path_factory, examples):
 
 
 @pytest.fixture(scope="module")
-def stop(model, prompts):
+def sources(examples):
+    return [np.array(source) for source, _ in examples]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, examples):
+    return make_corpus(tmp_path_factory.mktemp("tokenizer"), examples).tokenizer
+
+
+def answered(decoder, tokenizer, sources, beam=GREEDY, stop=None):
+    """The best answer to each source, of 9 tokens at most."""
+    return [best for (best,) in search(DecoderStreams(decoder, tokenizer), sources, 9, beam, stop)]
+
+
+@pytest.fixture(scope="module")
+def stop(model, tokenizer, sources):
     """A token that the model says early, late and never: where answers end."""
-    freely = greedy(Decoder(model, 40), prompts, 9)
+    freely = [found.tokens for found in answered(Decoder(model, 40), tokenizer, sources)]
     return max(range(12), key=lambda token: len({found.index(token) for found in freely if token in found}))
 
 
-def test_each_token_of_an_answer_is_the_likeliest(model, prompts, stop):
-    answers = greedy(Decoder(model, 40), prompts, 9, stop)
+def test_each_token_of_an_answer_is_the_likeliest(model, tokenizer, sources, prompts, stop):
+    answers = [found.tokens for found in answered(Decoder(model, 40), tokenizer, sources, stop=stop)]
     assert len({tuple(found) for found in answers}) > 5
     assert len({len(found) for found in answers}) > 2
     for prompt, found in zip(prompts, answers, strict=True):
@@ -245,63 +262,67 @@ def test_each_token_of_an_answer_is_the_likeliest(model, prompts, stop):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_answers_and_losses_are_the_same_in_any_batch_to_the_bit(tmp_path, model, examples, prompts, stop, dtype):
+def test_answers_and_losses_are_the_same_in_any_batch_to_the_bit(model, tokenizer, examples, sources, stop, dtype):
     """Greedy and beam answers, log-probabilities, states and losses: random batches and windows against single pairs."""
-    tokenizer, rng = make_corpus(tmp_path, examples).tokenizer, np.random.default_rng(9)
-    layout = Layout(model.config, 12, dtype)
+    rng, layout = np.random.default_rng(9), Layout(model.config, 12, dtype)
     theta = aligned((layout.size,), dtype)
     layout.unpack(model.layout.pack(model.theta).astype(dtype), theta)
 
     def outcome(numbers, window):
         """What each of these pairs gets."""
         model = LanguageModel(layout, window, len(numbers), theta=theta, training=False)
-        decoder, asked = Decoder(model, 3 * len(numbers)), [prompts[number] for number in numbers]
+        decoder, asked = Decoder(model, 3 * len(numbers)), [sources[number] for number in numbers]
         found = [
-            greedy(decoder, asked, 9, stop),
-            [state.tobytes() for state in decoder.states[: len(asked)]],
-            beam_search(decoder, asked, 9, 3, end=stop),
-            beam_search(decoder, asked, 9, 3, 3.0, stop),
+            answered(decoder, tokenizer, asked, stop=stop),
+            answered(decoder, tokenizer, asked, Beam(width=3, length_penalty=0), stop),
+            answered(decoder, tokenizer, asked, Beam(width=3, length_penalty=3), stop),
             answering.pair_losses(model, tokenizer, [examples[number] for number in numbers]),
         ]
         return list(zip(*found, strict=True))
 
     alone = [outcome([number], 5)[0] for number in range(40)]
-    assert len({len(text) for *_, (text, _), _ in alone}) > 1
+    assert len({len(found.tokens) for *_, found, _ in alone}) > 1
     for _ in range(12):
         batch = rng.permutation(40)[: rng.integers(2, 13)]
         assert outcome(batch, int(rng.integers(1, 12))) == [alone[number] for number in batch]
 
 
-def test_an_answer_ends_before_its_end_token_and_more_beams_find_no_worse(tmp_path, model, examples):
-    tokenizer = make_corpus(tmp_path, examples).tokenizer
-    sources, decoder = [np.array(source) for source, _ in examples], Decoder(model, 160)
-    found = {beams: answering.answers(decoder, tokenizer, sources, 9, beams) for beams in (None, 1, 4)}
-    assert found[None] == found[1] != found[4]
-    assert all(tokenizer.end not in tokens for answers in found.values() for tokens in answers)
+def test_an_answer_ends_before_its_end_token_and_more_beams_find_no_worse(model, tokenizer, sources):
+    decoder = Decoder(model, 160)
+    one, more = (answered(decoder, tokenizer, sources, Beam(width=width), tokenizer.end) for width in (1, 4))
+    assert one != more
+    assert all(tokenizer.end not in found.tokens for found in one + more)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("lanes", [1, 7])
-def test_pairs_are_solved_alike_in_any_batches_by_any_number_of_ranks(tmp_path, model, examples, ranks, lanes, monkeypatch):
-    tokenizer = make_corpus(tmp_path, examples).tokenizer
+def test_pairs_are_solved_alike_in_any_batches_by_any_number_of_ranks(model, tokenizer, examples, ranks, lanes, monkeypatch):
     pairs = [(np.array(source), np.array(target), "") for source, target in examples]
     comm = lambda rank, size: SimpleNamespace(rank=rank, size=size)
-    alone = [answering.solve(comm(0, 1), model, tokenizer, [pair], 1, 9) for pair in pairs]
+    how = lambda lanes: Answering(tokenizer=tokenizer, lanes=lanes, limit=9)
+    alone = [answering.solve(comm(0, 1), model, how(1), [pair]) for pair in pairs]
     told = []
+
+    def say(comm, mine, kind):
+        told.append(mine)
+        if len(told) < comm.size:
+            raise StopIteration
+        return told
+
     monkeypatch.setattr(answering, "together", lambda comm: nullcontext())
-    monkeypatch.setattr(answering, "allgather", lambda comm, mine, kind: told.append(mine) or [mine])
-    for rank in range(ranks):
-        answering.solve(comm(rank, ranks), model, tokenizer, pairs, lanes, 9)
-    found = sorted(one for part in told for one in zip(*part, strict=True))
-    assert [text for _, text, _ in found] == [text for (text,), _ in alone]
-    assert [loss for _, _, loss in found] == [loss for _, (loss,) in alone]
+    monkeypatch.setattr(answering, "allgather", say)
+    for rank in range(ranks - 1):
+        with pytest.raises(StopIteration):
+            answering.solve(comm(rank, ranks), model, how(lanes), pairs)
+    texts, losses = answering.solve(comm(ranks - 1, ranks), model, how(lanes), pairs)
+    assert texts == [text for (text,), _ in alone]
+    assert losses.tolist() == [loss for _, (loss,) in alone]
 
 
-def test_a_model_that_is_not_finite_gives_no_answer(tmp_path, model, examples):
-    tokenizer = make_corpus(tmp_path, examples).tokenizer
+def test_a_model_that_is_not_finite_gives_no_answer(model, tokenizer):
     broken = LanguageModel(model.layout, 5, 7, theta=np.full_like(model.theta, np.nan), training=False)
     with pytest.raises(UserError, match="not finite"):
-        answering.answers(Decoder(broken, 1), tokenizer, [np.array([1])], 3)
+        answered(Decoder(broken, 1), tokenizer, [np.array([1])])
 
 
 def test_the_first_pairs_of_a_split_are_read_alone(tmp_path, examples):

@@ -1,0 +1,95 @@
+"""What every tokenizer does; tokenizers.py has those of text, sound_tokenizers.py those of sound."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..kernels.types import Array
+
+Tokens = Sequence[int] | Array  # numbers of tokens, in a row
+
+
+class Tokenizer:
+    """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
+
+    kind = ""
+    unit = ""  # what is counted, in a word
+    of_every_text: tuple[str, ...] = ()  # units that every text has: they say nothing of it, and need no counting
+    exact = False  # takes bytes as they are; the others read text, which has neither byte-order marks nor CR LF
+    fixed = False  # its tokens are known before any text: nothing is counted
+    text_size = 0
+    rate = 0  # samples a second of the sound that its tokens say; 0: they are of text
+    pairs = False
+    labels: Sequence[str] = ()  # of a model that says them of text (tokenizer_files.py); no part of the vocabulary
+    unknown: int | None = None  # the token that stands for what the vocabulary lacks
+
+    @property
+    def size(self) -> int:
+        """The vocabulary size V."""
+        return self.text_size + 2 * self.pairs
+
+    @property
+    def sep(self) -> int | None:
+        """The token between a source and its target; None where there are no pairs."""
+        return self.text_size if self.pairs else None
+
+    @property
+    def end(self) -> int | None:
+        """The token behind a target, and before the next source; None where there are no pairs."""
+        return self.text_size + 1 if self.pairs else None
+
+    @staticmethod
+    def count(data: bytes, end: bool = True) -> Counter[str]:
+        """Counter of the units in `data`, bytes; `end` as in `encode`. Raises UnicodeDecodeError."""
+        return Counter()
+
+    @classmethod
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
+        """The tokenizer of these counts with at most `size` tokens (0: as many as there are).
+
+        unseen : other splits have units that the counts lack.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def warm_up(cls) -> None:
+        """Load what `count` and `encode` need for much text."""
+
+    def encode(self, data: bytes, end: bool = True) -> Array:
+        """Token numbers of `data`, (n,) int64. `end`: the text ends here, it is not a piece of a longer one."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tokens) -> bytes:
+        """The bytes of token numbers; `sep` shows as a tab, `end` as a line's end."""
+        if not self.pairs:
+            return self.decode_text(tokens)
+        shown = {self.sep: b"\t", self.end: b"\n"}
+        groups = itertools.groupby(tokens, lambda token: shown.get(int(token)))
+        return b"".join(self.decode_text(list(group)) if mark is None else mark * len([*group]) for mark, group in groups)
+
+    def decode_text(self, tokens: Tokens) -> bytes:
+        """The bytes of token numbers of text."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict from which `load` makes the tokenizer again."""
+        return {"kind": self.kind, **self.vocabulary(), **({"pairs": True} if self.pairs else {})}
+
+    def vocabulary(self) -> dict[str, Any]:
+        """What `to_json` says of the tokens of text."""
+        return {}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of what `to_json` gave; `load` is for a file that may be damaged."""
+        tokenizer = cls.of_vocabulary(value)
+        tokenizer.pairs = value.get("pairs", False) is True
+        return tokenizer
+
+    @classmethod
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of what `vocabulary` said."""
+        raise NotImplementedError
