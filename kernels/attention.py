@@ -109,7 +109,7 @@ def attend_rows(
         As in `attend`.
     """
     arguments = c, A, h, h_row, k, m, source, lengths, S, B
-    team.share(lambda first, last: attend_some_rows(*arguments, lane_memory(h, m, 1, 1), first, last), len(source))
+    team.share(lambda first, last: attend_some_rows(*arguments, lane_memory(h, m, 1, S), first, last), len(source))
 
 
 @kernel
@@ -136,7 +136,7 @@ def attend_lanes(
         gather(hn, h, h_row + n, B, T)
         gather(kn, k, n, B, length)
         gather(mn, m, n, B, length)
-        attend_lane(c, n, B, A[n, :T, :S], hn, 0, kn, mn, 0, 1, length, own)
+        attend_lane(c, n, B, A[n, :T, :S], hn, 0, kn, mn, length, own[-1])
 
 
 @kernel
@@ -155,34 +155,32 @@ def attend_some_rows(
     first: int,
     last: int,
 ) -> None:
-    """`attend_rows` of rows first to last - 1. own: `lane_memory`."""
-    for n in range(first, last):
-        lane = source[n]
-        attend_lane(c, n, 1, A[n : n + 1, :S], h, h_row + n, k, m, lane, B, lengths[lane], own)
+    """`attend_rows` of rows first to last - 1. own: `lane_memory`. Neighbours with one lane are steps of that lane."""
+    H, M = h.shape[0], m.shape[0]
+    kn, mn = own[H : 2 * H], own[2 * H : 2 * H + M]
+    n = first
+    while n < last:
+        lane, behind = source[n], n + 1
+        while behind < last and source[behind] == lane:
+            behind += 1
+        length = lengths[lane]
+        gather(kn, k, lane, B, length)
+        gather(mn, m, lane, B, length)
+        attend_lane(c, n, 1, A[n:behind, :S], h, h_row + n, kn, mn, length, own[-1])
+        n = behind
 
 
 @kernel
 def attend_lane(
-    c: Array,
-    c_row: int,
-    c_step: int,
-    A: Array,
-    h: Array,
-    h_row: int,
-    k: Array,
-    m: Array,
-    m_row: int,
-    m_step: int,
-    length: int,
-    own: Array,
+    c: Array, c_row: int, c_step: int, A: Array, h: Array, h_row: int, k: Array, m: Array, length: int, tile: Array
 ) -> None:
-    """Rows c_row, c_row + c_step, ... of c, and A (T,S), of T rows of h and of `length` rows of k and m."""
+    """Rows c_row, c_row + c_step, ... of c, and A (T,S), of T rows of h and of the first `length` rows of k and m."""
     seen = A[:, :length]
-    products(seen, h, h_row, 1, k, m_row, m_step, own[-1], False)
+    products(seen, h, h_row, k, tile, False)
     A[:, length:] = 0
     if length > 0:
         softmax_rows(seen)
-    weighted_sums(c, c_row, c_step, seen.shape, seen, seen.strides, m, m_row, m_step)
+    weighted_sums(c, c_row, c_step, seen.shape, seen, seen.strides, m)
 
 
 @kernel
@@ -216,13 +214,13 @@ def attend_lanes_backward(
         gather(kn, k, n, B, length)
         gather(mn, m, n, B, length)
         gather(gn, dc, n, B, T)
-        products(dZ, gn, 0, 1, mn, 0, 1, own[-1], add)
+        products(dZ, gn, 0, mn, own[-1], add)
         softmax_rows_backward(dZ, seen)
         dA[n, :T, length:S] = 0
         turned, strides = (length, T), (A.strides[2], A.strides[1])
-        weighted_sums(dh, n, B, dZ.shape, dZ, dZ.strides, kn, 0, 1)
-        weighted_sums(dk, n, B, turned, dZ, strides, hn, 0, 1)
-        weighted_sums(dm, n, B, turned, seen, strides, gn, 0, 1)
+        weighted_sums(dh, n, B, dZ.shape, dZ, dZ.strides, kn)
+        weighted_sums(dk, n, B, turned, dZ, strides, hn)
+        weighted_sums(dm, n, B, turned, seen, strides, gn)
         for s in range(length, S):
             dk[:, s * B + n], dm[:, s * B + n] = 0, 0
 
@@ -246,8 +244,8 @@ def gather(out: Array, x: Array, row: int, step: int, count: int) -> None:
 
 
 @kernel
-def products(out: Array, x: Array, x_row: int, x_step: int, y: Array, y_row: int, y_step: int, tile: Array, add: bool) -> None:
-    """out (I,J) = or, where `add`, += x y^T, of rows x_row, x_row + x_step, ... of x (P,:,R), and rows of y alike.
+def products(out: Array, x: Array, x_row: int, y: Array, tile: Array, add: bool) -> None:
+    """out (I,J) = or, where `add`, += x y^T, of I rows of x (P,:,R), from x_row on, and the first J of y (P,:,R).
 
     tile : (:,R), scratch of SIDE^2 numbers or more
     """
@@ -258,8 +256,7 @@ def products(out: Array, x: Array, x_row: int, x_step: int, y: Array, y_row: int
             columns = min(SIDE, out.shape[1] - j)
             dots_tile(
                 zero, rows, columns, x.shape[0],
-                x.ctypes.data + (x_row + i * x_step) * ROW, x_step * ROW, x.strides[0],
-                y.ctypes.data + (y_row + j * y_step) * ROW, y_step * ROW, y.strides[0],
+                x.ctypes.data + (x_row + i) * ROW, ROW, x.strides[0], y.ctypes.data + j * ROW, ROW, y.strides[0],
                 tile.ctypes.data,
             )  # fmt: skip
             for a in range(rows):
@@ -271,10 +268,9 @@ def products(out: Array, x: Array, x_row: int, x_step: int, y: Array, y_row: int
 
 @kernel
 def weighted_sums(
-    out: Array, out_row: int, out_step: int, shape: tuple[int, ...], w: Array, strides: tuple[int, ...], x: Array, x_row: int,
-    x_step: int,
-) -> None:  # fmt: skip
-    """Rows out_row, out_row + out_step, ... of out (P,:,R) = w x, of rows x_row, x_row + x_step, ... of x (P,:,R).
+    out: Array, out_row: int, out_step: int, shape: tuple[int, ...], w: Array, strides: tuple[int, ...], x: Array
+) -> None:
+    """Rows out_row, out_row + out_step, ... of out (P,:,R) = w x, of the first J rows of x (P,:,R).
 
     w is (I,J) of `shape`, whose elements are `strides` bytes apart: it may be a transpose.
     """
@@ -284,7 +280,7 @@ def weighted_sums(
             sums_tile(
                 zero, min(SIDE, shape[0] - i), min(SIDE, out.shape[0] - panel), shape[1],
                 w.ctypes.data + i * strides[0], strides[0], strides[1],
-                x.ctypes.data + panel * x.strides[0] + x_row * ROW, x_step * ROW, x.strides[0],
+                x.ctypes.data + panel * x.strides[0], ROW, x.strides[0],
                 out.ctypes.data + panel * out.strides[0] + (out_row + i * out_step) * ROW, out_step * ROW, out.strides[0],
             )  # fmt: skip
 

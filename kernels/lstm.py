@@ -135,7 +135,7 @@ def lstm_backward(
     """
     H, all_gates = Wh.rows, operands.depth(len(gates) * operands.R)
     dh_next[:], dc[:], db[:] = 0, 0, 0
-    right = Wh.transposed()
+    right = Wh.transposed(operands)
     da, team = operands.like("da", gates), operands.team
     stride = max(1, STRIDE * team.size // (8 * B * H * H))
     for last in range(T, 0, -stride):
@@ -146,7 +146,7 @@ def lstm_backward(
             between()
     da_pairs, da_row = operands.pairs("da pairs", gates, 0, T * B)
     if x is not None and Wx is not None and dx is not None and dWx is not None:
-        operands.multiply(dx, 0, da, 0, Wx.transposed(), T * B, all_gates, False)
+        operands.multiply(dx, 0, da, 0, Wx.transposed(operands), T * B, all_gates, False)
         operands.multiply_transposed(dWx, "x", x, x_row, da_pairs, da_row, T * B)
     operands.multiply_transposed(dWh, "x", h, 0, da_pairs, da_row, T * B)
 

@@ -280,6 +280,6 @@ class Weight:
         if self.operands.bf16:
             self.operands.team.share(self.take, len(self.panels), 2)
 
-    def transposed(self) -> Array:
+    def transposed(self, operands: Operands) -> Array:
         """The transpose as a right factor, valid until the next call of any Weight with these operands."""
-        return self.of_transpose if self.operands.bf16 else self.operands.transposed("W", self.panels, 0, self.rows)
+        return self.of_transpose if operands.bf16 else operands.transposed("W", self.panels, 0, self.rows)

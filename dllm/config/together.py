@@ -16,8 +16,6 @@ def check_together(config: Config) -> None:
         raise UserError("train.unfreeze begins with the output alone, which model.tied makes one with the embedding")
     if config.train.unfreeze and config.train.weight_decay:
         raise UserError("train.unfreeze keeps parameters as they are, which train.weight_decay would move: not both")
-    if config.train.smoothing and config.model.copy:
-        raise UserError("train.smoothing is of targets that the softmax alone predicts: not with model.copy")
 
 
 def _check_model(model: ModelConfig) -> None:

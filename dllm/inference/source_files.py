@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..comm.messages import broadcast
 from ..comm.runtime import together
-from ..data.pairs import Lines
+from ..data.lines import Lines
 from ..data.text import TextFile
 from ..data.tokenizers import Tokenizer, UnknownUnitError
 from ..errors import UserError, reason

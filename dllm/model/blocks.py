@@ -90,8 +90,8 @@ def _decoder(config: ModelConfig) -> list[Block]:
     keys: list[Block] = [Dense("keys", M, H)] if config.attention == "general" else []
     gate: list[Block] = [Dense("gate", H + M, 1)] if config.copy else []
     return [
-        *gate,
         Dense("combine", H + M, top(config)),
+        *gate,
         *(Gates(f"decoder.{layer}", H + M if layer == 1 else H, H) for layer in reversed(range(1, config.layers))),
         *keys,
         Gates("decoder.0", config.embedding, H),

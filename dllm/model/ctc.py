@@ -6,7 +6,6 @@ m = encoder(frames)      u = m, or tanh(m Wp)      z = u W^T + b: of each frame 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,10 @@ from . import blocks
 from .base import Between, Mask
 from .batch import Batch
 from .encoder_model import EncoderModel
-from .layers import Layer, Plan
+from .layers import Head, Plan
 
 
-class CtcOutput(Layer):
+class CtcOutput(Head):
     """Logits of all frames, and losses of transcripts. Its products are never rounded: they are few.
 
     lengths : (B,) int64, the frames of each lane that count, set before the forward
@@ -47,9 +46,7 @@ class CtcOutput(Layer):
     def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
         self._gradients = gradients["output"]
 
-    def forward(
-        self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None, **options: Any
-    ) -> Array:
+    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
         """Losses (U,B) of transcripts (U,B), nats, each in its first row, of rows of y (columns/R,:,R). Fills dy."""
         self._take_weights()
         B = targets.shape[1]
@@ -88,7 +85,7 @@ class Ctc(EncoderModel):
 
     output: CtcOutput
 
-    def _make_output(self, plan: Plan) -> CtcOutput:  # type: ignore[override]
+    def _make_output(self, plan: Plan) -> CtcOutput:
         return CtcOutput(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary))
 
     def forward(

@@ -18,13 +18,15 @@ from ..kernels.types import Array
 from . import blocks
 from .base import Between, Mask, Model
 from .batch import Batch
-from .layers import Dense, Embedding, Encoder, Output, Plan
+from .layers import Dense, Embedding, Encoder, Head, Output, Plan
 
 INPUTS, TOP, LAYERS = range(3)  # places of dropout; the layers of the encoder come behind LAYERS
 
 
 class EncoderModel(Model):
     """What a tagger has; others change what is between encoder and output, or the output."""
+
+    output: Head
 
     def _make(self, plan: Plan) -> None:
         config, M = self.config, blocks.memory(self.config)
@@ -41,7 +43,7 @@ class EncoderModel(Model):
         if plan.training and config.dropout:
             self._before_drop = plan.panels(blocks.top(config))
 
-    def _make_output(self, plan: Plan) -> Output:
+    def _make_output(self, plan: Plan) -> Head:
         return Output(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary), self.learning.smoothing)
 
     def forward(
@@ -120,7 +122,7 @@ class Classifier(EncoderModel):
     def example(self) -> Batch:
         return super().example()._replace(targets=np.zeros((1, 1), np.int64))
 
-    def _make_output(self, plan: Plan) -> Output:
+    def _make_output(self, plan: Plan) -> Head:
         return super()._make_output(plan._replace(rows=self.lanes))
 
     def _rows(self) -> int:

@@ -25,6 +25,7 @@ from ..kernels.operands import Operands, Weight
 from ..kernels.panel_rows import put_rows, take_rows
 from ..kernels.reverse import reverse_rows
 from ..kernels.softmax import IGNORE, Chunk, softmax_cross_entropy
+from ..kernels.team import Team
 from ..kernels.types import Array
 from . import blocks
 from .layout import Layout
@@ -170,7 +171,7 @@ class Dense(Layer):
         """dx (D/R,:,R) from its first row on, added to where `add`."""
         operands = self._operands
         (left, first), columns = operands.words("dy", dy, 0, rows), operands.depth(len(dy) * operands.R)
-        operands.multiply(dx, 0, left, first, self._W.transposed(), rows, columns, add)
+        operands.multiply(dx, 0, left, first, self._W.transposed(operands), rows, columns, add)
         pairs, first = operands.pairs("dy pairs", dy, 0, rows)
         operands.multiply_transposed(self._dW, "x", x, row, pairs, first, rows)
 
@@ -187,15 +188,23 @@ class Encoder(Layer):
         self.directions, H, R = blocks.directions(config), config.hidden, plan.layout.R
         self.columns, self._P = blocks.memory(config), -(-H // R)
         inputs = config.features or config.embedding
-        shared = None if plan.training else LstmMemory(plan, H, lanes)
-        scratch = LstmScratch(plan, H, lanes) if plan.training else None
+        both, team = len(self.directions) == 2, plan.operands.team
+        self._pair = Team(2) if both and team.size > 1 else None  # a direction each, with their share of the threads
+        teams = [Team(team.size - team.size // 2), Team(team.size // 2)] if self._pair else [team] * 2
+        plans = [plan._replace(operands=Operands(plan.layout.dtype, plan.operands.bf16, one)) for one in teams]
+        shared = [LstmMemory(plan, H, lanes) for _ in self.directions if not plan.training]
+        back = [LstmScratch(plan, H, lanes) if plan.training else None for _ in self.directions]
         self.layers = [
-            [Lstm(plan, f"encoder.{layer}.{one}", shared or LstmMemory(plan, H, lanes), scratch) for one in self.directions]
+            [
+                Lstm(
+                    plans[part], f"encoder.{layer}.{one}", shared[part] if shared else LstmMemory(plan, H, lanes), scratch[part]
+                )
+                for part, one in enumerate(self.directions)
+            ]
             for layer in range(layers)
         ]
         copies = layers if plan.training else min(layers, 2)
         self._out = [plan.panels(self.columns) for _ in range(copies)]
-        both = len(self.directions) == 2
         widest = max(inputs, self.columns if layers > 1 else 0)
         self._turned = [plan.panels(widest) for _ in range(copies)] if both else []
         if plan.training:
@@ -226,23 +235,32 @@ class Encoder(Layer):
         for number, layer in enumerate(self.layers):
             out = self._out[number % len(self._out)]
             self._inputs.append(x)
-            for part, one in enumerate(layer):
-                read, memory = x, one.memory
-                if part:
-                    read = self._turned[number % len(self._turned)][: len(x)]
-                    reverse_rows(read, 0, x, 0, lengths, S, B, False)
+
+            def read(part: int, layer: list[Lstm] = layer, number: int = number, x: Array = x, out: Array = out) -> None:
+                memory, here = layer[part].memory, out[part * self._P : (part + 1) * self._P]
                 memory.h[:, :B], memory.c[:, :B] = 0, 0
-                one.forward(read, 0, S, B)
-                here = out[part * self._P : (part + 1) * self._P]
                 if part:
+                    turned = self._turned[number % len(self._turned)][: len(x)]
+                    reverse_rows(turned, 0, x, 0, lengths, S, B, False)
+                    layer[part].forward(turned, 0, S, B)
                     reverse_rows(here, 0, memory.h, B, lengths, S, B, False)
                 else:
+                    layer[part].forward(x, 0, S, B)
                     here[:, : S * B] = memory.h[:, B : (S + 1) * B]
-                if between is not None:
-                    between()
+
+            self._in_each_direction(read)
+            if between is not None:
+                between()
             drop(out, number)
             x = out
         return x
+
+    def _in_each_direction(self, work: Callable[[int], object]) -> None:
+        if self._pair is not None:
+            self._pair.run(work)
+        else:
+            for part in range(len(self.directions)):
+                work(part)
 
     def backward(
         self,
@@ -257,29 +275,48 @@ class Encoder(Layer):
         """The gradient of x (D/R,SB,R) from that of the top layer's output, which is written over. drop as in the forward."""
         for number in reversed(range(len(self.layers))):
             drop(dm, number)
-            x, dx = self._inputs[number], self._dx[: len(self._inputs[number])]
-            for part, one in enumerate(self.layers[number]):
-                dh, there, read = dm[part * self._P : (part + 1) * self._P], dx, x
+            layer, x, dx = self.layers[number], self._inputs[number], self._dx[: len(self._inputs[number])]
+
+            def go_back(part: int, layer: list[Lstm] = layer, number: int = number, x: Array = x, dx: Array = dx) -> None:
+                dh = dm[part * self._P : (part + 1) * self._P]
                 if part:
                     reverse_rows(self._dh, 0, dh, 0, lengths, S, B, False)
-                    dh, there, read = self._dh, self._dx_turned[: len(x)], self._turned[number][: len(x)]
-                one.backward(there, dh, read, 0, S, B, between)
-                if part:
-                    reverse_rows(dx, 0, there, 0, lengths, S, B, True)
+                    turned, there = self._turned[number][: len(x)], self._dx_turned[: len(x)]
+                    layer[part].backward(there, self._dh, turned, 0, S, B, None if self._pair else between)
+                else:
+                    layer[part].backward(dx, dh, x, 0, S, B, between)
+
+            self._in_each_direction(go_back)
+            if len(layer) == 2:
+                reverse_rows(dx, 0, self._dx_turned[: len(x)], 0, lengths, S, B, True)
+            for one in layer:
                 ready(f"{one.name}.b")
             if number:
                 dm[:, : S * B] = dx[:, : S * B]
         return dx
 
 
-class Output(Layer):
-    """Softmax and losses of rows that have a target; others never reach it.
+Weigh = Callable[[Array, Array], Array]  # rows (n,) and their losses, which it may replace -> their weights (n,)
+
+
+class Head(Layer):
+    """The layer that says what a model's losses are.
 
     Attributes
     ----------
     dy : (columns/R,rows,R) array
-        The gradient of what was read; of no rows where nothing is trained.
+        The gradient of what was read; of no columns where nothing is trained.
     """
+
+    dy: Array
+
+    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
+        """Losses of targets (T,B), nats, of rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
+        raise NotImplementedError
+
+
+class Output(Head):
+    """Softmax and losses of rows that have a target, as many as targets; others never reach it."""
 
     def __init__(self, plan: Plan, columns: int, classes: int, smoothing: float = 0.0) -> None:
         rows, operands, itemsize = plan.rows, plan.operands, plan.layout.dtype.itemsize
@@ -297,18 +334,27 @@ class Output(Layer):
     def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
         self._dW = gradients["output"]
 
-    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
-        """Losses of targets (T,B), nats, of as many rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
+    def forward(
+        self,
+        y: Array,
+        row: int,
+        targets: Array,
+        scale: float,
+        between: Callable[[], object] | None = None,
+        weigh: Weigh | None = None,
+    ) -> Array:
+        """As Head has it. weigh : of rows that have a target, as softmax.py asks it of tokens"""
         flat, some = targets.reshape(-1), np.flatnonzero(targets != IGNORE)
         losses: Array = self._losses[: flat.size]
+        of_rows = None if weigh is None else lambda part, found: weigh(some[part], found)
         if len(some) == flat.size:
-            self._run(losses, self.dy, y, row, flat, scale, between)
+            self._run(losses, self.dy, (y, row), flat, scale, between, of_rows)
             return losses.reshape(targets.shape)
         dtype = self._losses.dtype
         packed, dy = (self._operands.empty(name, self._shape, dtype) for name in ("rows with a target", "their gradient"))
         take_rows(packed, y, row, some)
         found = self._operands.empty("their losses", (len(some),), dtype)
-        self._run(found, dy, packed, 0, flat[some], scale, between)
+        self._run(found, dy, (packed, 0), flat[some], scale, between, of_rows)
         losses[:] = 0
         losses[some] = found
         if self.training:
@@ -317,12 +363,20 @@ class Output(Layer):
         return losses.reshape(targets.shape)
 
     def _run(
-        self, losses: Array, dy: Array, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None
+        self,
+        losses: Array,
+        dy: Array,
+        read: tuple[Array, int],
+        targets: Array,
+        scale: float,
+        between: Callable[[], object] | None,
+        weigh: Callable[[slice, Array], Array] | None,
     ) -> None:
         if self.training and not len(targets):
             self._dW[:] = 0
         into, dW = (dy, self._dW) if self.training else (None, None)
-        softmax_cross_entropy(losses, into, dW, self._chunk, y, row, self._W, targets, scale, between)
+        arguments = self._chunk, *read, self._W, targets, scale, between, self.smoothing, weigh
+        softmax_cross_entropy(losses, into, dW, *arguments)
 
 
 def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:

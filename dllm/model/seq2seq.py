@@ -22,6 +22,7 @@ from . import blocks
 from .attention import Attention
 from .base import Between, Mask, Model
 from .batch import Batch
+from .copying import Copying
 from .layers import Dense, Embedding, Encoder, Lstm, LstmMemory, LstmScratch, Output, Plan
 
 READ, WROTE, TOP, MEMORY = range(4)  # places of dropout; the layers of encoder and decoder come behind MEMORY
@@ -43,7 +44,9 @@ class Seq2Seq(Model):
         self.attention = Attention(plan, M, H, config.attention == "general")
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
         self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
+        self.copying = Copying(plan) if config.copy else None
         self.layers = [self.embedding, self.encoder, *self.decoder, self.attention, self.bridge, self.combine, self.output]
+        self.layers += [self.copying] if self.copying else []
         self._x, self._y = plan.panels(config.embedding), plan.panels(config.embedding)
         self._ends, self._first = plan.panels(M, B), plan.panels(H, B)
         self._where = np.zeros(self._ends.shape, np.int32)
@@ -96,7 +99,12 @@ class Seq2Seq(Model):
         if self._mask is not None:
             u = self.operands.empty("u after dropout", self._u.shape, self.dtype)
             self._drop(u, self._u, 0, T, TOP)
-        return self.output.forward(u, 0, batch.targets, scale, between)
+        weigh = None
+        if self.copying is not None:
+            weigh = self.copying.forward(
+                self._top, self.attention.weights, batch.inputs, batch.targets, self._lengths, scale * (1 - self.learning.smoothing)
+            )  # fmt: skip
+        return self.output.forward(u, 0, batch.targets, scale, between, weigh)
 
     def encode(self, tokens: Array, lengths: Array, between: Between | None = None) -> Array:
         """The memory m (M/R,SB,R) of sources (S,B) of their lengths (B,), and the decoder's first states."""
@@ -141,6 +149,10 @@ class Seq2Seq(Model):
         tanh_backward(du[:, rows], self._u[:, rows])
         self.combine.backward(self._dtop, du, self._top, 0, T * B)
         self._ready("combine")
+        copied = None
+        if self.copying is not None:
+            copied = self.copying.backward(self._dtop)
+            self._ready("gate")
         dh, dc, self._dfirst[:] = self._dtop[:P], self._dtop[P:], 0
         for layer in reversed(range(1, len(self.decoder))):
             (x, row), dx = self._inputs[layer], self._dhc if layer == 1 else self._dhc[:P]
@@ -150,7 +162,7 @@ class Seq2Seq(Model):
                 dh[:, rows] = dx[:, rows]
             else:
                 dh, dc[:, rows] = self._dhc[:P], dc[:, rows] + self._dhc[P:, rows]
-        self.attention.backward(self._dh1, self._dm, dc)
+        self.attention.backward(self._dh1, self._dm, dc, copied)
         if "keys" in self.layout.blocks:
             self._ready("keys")
         self._dh1[:, rows] += dh[:, rows]

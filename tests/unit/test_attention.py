@@ -93,7 +93,7 @@ def test_attention_equals_its_reference_for_any_lengths(dtype, data):
 def test_rows_that_share_a_memory_have_what_lanes_of_their_own_have(dtype):
     T, S, B, H, M = 1, 9, 3, 40, 50
     inputs, _, _, _ = arrays((T, S, B, H, M), dtype)
-    lengths, source = np.array([9, 0, 4]), np.array([2, 0, 0, 1, 2])
+    lengths, source = np.array([9, 0, 4]), np.array([2, 0, 0, 1, 2])  # neighbours with one lane, and others
     h = np.random.default_rng(5).standard_normal((1, 5, H)).astype(dtype)
     shared = {name: np.ascontiguousarray(inputs[name][:, source]) for name in ("k", "m")}
     expected, weights = attended(h, **shared, lengths=lengths[source])

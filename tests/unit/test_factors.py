@@ -88,7 +88,7 @@ def test_factors_of_a_weight_are_those_of_its_matrix_in_whatever_parts_they_are_
         parts = list(itertools.pairwise(edges))
         make()
         np.testing.assert_array_equal(weight.factor, pairs_of(x))
-        np.testing.assert_array_equal(weight.transposed(), pairs_of(x.T))
+        np.testing.assert_array_equal(weight.transposed(weight.operands), pairs_of(x.T))
 
 
 # factors of a model
@@ -114,7 +114,7 @@ def check(factors, layout, theta):
     for name, weight in factors.weights.items():
         x = arrays[name].transpose(1, 0, 2).reshape(arrays[name].shape[1], -1)
         np.testing.assert_array_equal(weight.factor, pairs_of(x))
-        np.testing.assert_array_equal(weight.transposed(), pairs_of(x.T))
+        np.testing.assert_array_equal(weight.transposed(weight.operands), pairs_of(x.T))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "one-hot"])
