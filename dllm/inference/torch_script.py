@@ -47,6 +47,11 @@ for lstm in module["decoder"][1:]:
     h, _ = lstm(h, state)"""
 LOGITS = """logits = module["output"](torch.tanh(module["combine"](torch.cat([h, context], 2))))  # of the next token"""
 
+COPY = """gate = torch.sigmoid(module["gate"](torch.cat([h, context], 2)))  # how much of the softmax there is
+sources = torch.nn.functional.one_hot(tokens, {V}).float()  # of which the attention copies
+copied = torch.einsum("bts,sbv->tbv", scores.softmax(2), sources)
+logits = torch.log(gate * logits.softmax(2) + (1 - gate) * copied)"""
+
 
 def script(facts: dict[str, Any], sep: int | None) -> str:
     """The lines. facts : a config.json; sep : the token before a target"""
@@ -92,7 +97,8 @@ def _use(config: ModelConfig, vocabulary: int, sep: int | None) -> list[str]:
     if config.kind == "seq2seq":
         keys = 'module["keys"](m)' if config.attention == "general" else "m"
         attend = ATTEND.format(D=directions, sep=sep, k=keys)
-        return [inputs, encode, attend, *[ABOVE] * (config.layers > 1), LOGITS]
+        copy = [COPY.format(V=vocabulary)] * config.copy
+        return [inputs, encode, attend, *[ABOVE] * (config.layers > 1), LOGITS, *copy]
     pooled = POOLS[config.pool].format(D=directions) if config.kind == "classifier" else "m"
     top = f'torch.tanh(module["projection"]({pooled}))' if config.projection else pooled
     what = {

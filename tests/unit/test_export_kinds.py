@@ -25,6 +25,7 @@ MODELS = {
     "seq2seq, both, three layers": {"kind": "seq2seq", "bidirectional": True, "layers": 3, "encoder_layers": 2},
     "seq2seq, tied, dot": {"kind": "seq2seq", "attention": "dot", "tied": True, "layers": 2},
     "seq2seq, projection": {"kind": "seq2seq", "bidirectional": True, "projection": 10},
+    "seq2seq, copy": {"kind": "seq2seq", "bidirectional": True, "copy": True, "layers": 2},
     "tagger": {"kind": "tagger", "bidirectional": True, "layers": 2},
     "tagger, projection": {"kind": "tagger", "projection": 5},
     "classifier, max": {"kind": "classifier", "bidirectional": True, "layers": 2},
