@@ -125,8 +125,8 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     from .inference.loaded_model import LoadedModel
     from .model.precision import described
     from .runs.gathering import gather_run
-    from .serving.engine import Engine
     from .serving.server import Server
+    from .serving.text_engine import TextEngine
 
     with runtime.together(comm):
         listener = listen(options.host, options.port) if node.rank == 0 else None
@@ -137,7 +137,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     model = runtime.agree(comm, LoadedModel.open, options.model)
     runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})
     threads = options.threads or node.threads
-    engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
+    engine = TextEngine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
     server = Server(comm, node, model, engine, options, clients, listener)

@@ -21,7 +21,7 @@ from .reports import state_of
 from .requests import Event, Finished, Full, Request
 from .sealed import Channel, Keys
 from .streams import Cancel, Inbox, LocalStreams
-from .wire import Answer, read_question, write_news, write_question
+from .wire import read_question, write_news, write_question
 
 if TYPE_CHECKING:
     from ..comm.membership import Membership
@@ -72,7 +72,7 @@ class Peers:
     def choose_rank(self, streams: int) -> int:
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
         load = self.local.engine.load()
-        if load["active"] + load["queued"] + streams <= load["slots"]:
+        if not self.local.engine.travels or load["active"] + load["queued"] + streams <= load["slots"]:
             return self.rank
         free: dict[int, int] = {}
         table, known = self.gossip.table(), dict(self.gossip.known)
@@ -153,8 +153,7 @@ class Peers:
 
         Raises Full, or OSError, EOFError or ValueError where the rank is lost or is not the one that it should be.
         """
-        engine = self.local.engine
-        answer = Answer(request, engine.decoder.vocabulary, engine.decoder.config.hidden)
+        answer = self.local.engine.expected(request)
         async with asyncio.timeout(PATIENCE):
             reader, writer = await asyncio.open_connection(*self.gossip.known[rank][1]["address"])
         try:

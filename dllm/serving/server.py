@@ -65,7 +65,7 @@ class Server:
         comm: MPI.Comm,
         node: NodeInfo,
         model: LoadedModel,
-        engine: Engine,
+        engine: Engine[Any],
         options: argparse.Namespace,
         tokens: Sequence[str],
         listener: socket.socket,

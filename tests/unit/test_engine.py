@@ -15,8 +15,8 @@ from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.model.batch import Batch
 from dllm.model.decoder import Decoder
-from dllm.serving.engine import Engine
 from dllm.serving.requests import Finished, Full, Request, Stopped, Token
+from dllm.serving.text_engine import TextEngine
 
 LIMIT = 60  # seconds, of any wait
 CONFIG = configured(hidden=18, embedding=7)
@@ -60,7 +60,7 @@ def start(model):
     started = []
 
     def begin(**options):
-        engine = Engine(Bundled(model), **{"slots": 5, **options})
+        engine = TextEngine(Bundled(model), **{"slots": 5, **options})
         engine.start()
         started.append(engine)
         return engine
@@ -187,7 +187,7 @@ def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
     trained = LoadedModel.open(world / "run")
     model, rng = trained.model(16), np.random.default_rng(14)
     wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
-    engine = Engine(Bundled(model))
+    engine = TextEngine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
         wants = Sampling(temperature=each.temperature, top_k=each.top_k, top_p=each.top_p, seed=each.seed)
