@@ -166,12 +166,13 @@ def _measure_pairs(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
             )
     lanes = options.lanes or train.eval_lanes or train.lanes
     how = answering.Answering(
-        tokenizer=tokenizer, lanes=lanes, limit=train.window, beam=options.search, precision=options.precision
-    )
+        tokenizer=tokenizer, lanes=lanes, limit=train.window, beam=options.search, precision=options.precision,
+        replace=model.config.copy,
+    )  # fmt: skip
     with leader_first(node):
         warm_up(model.settings)
         answering.warm_up(model, how)
-    window = max(train.window, *(max(len(source), len(target) + 1) for source, target, _ in pairs))
+    window = max(train.window, *(max(len(source), len(target) + 1) for source, target, *_ in pairs))
     with runtime.together(comm):
         whole = model.network(window, lanes, Team(node.threads))
     texts, losses = answering.solve(comm, whole, how, pairs)

@@ -33,8 +33,8 @@ examples
 
 --source-file answers line i of a file in line i of --out, or of standard output; an empty line stays one. With --n-best, or
 --json, every target is a line of its own, a JSON object {"line", "text", "score", "logprob"}, the best of a source first. The
-score is log P / ((5 + n) / 6)^A of n tokens, plus the coverage penalty (Wu et al. 2016). <unk> is never said; --unknown source
-puts the word of the source there which the model looked at most.
+score is log P / ((5 + n) / 6)^A of n tokens, plus the coverage penalty (Wu et al. 2016). <unk> is never said, or becomes the
+word of the source which the model looked at most: --unknown source, the default of models that copy (model.copy).
 """
 TOGETHER = 32  # sources of a batch; what comes out does not depend on it
 
@@ -113,7 +113,8 @@ def answer_file(argv: list[str], comm: MPI.Comm) -> int:
     gather_run(comm, options.model, say, options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     runtime.check_same(comm, {"model": model.fingerprint})
-    replace, window, whole = options.unknown == "source", model.window, model.config.kind != "seq2seq"
+    replace = options.unknown == "source" or (options.unknown is None and model.config.copy)
+    window, whole = model.window, model.config.kind != "seq2seq"
     with runtime.together(comm):
         if not model.tokenizer.pairs:
             raise UserError(f"{options.model} was not trained on pairs: give --prompt")
@@ -161,7 +162,7 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument("--top-p", type=cli.at_least(0, float), default=1.0, metavar="P", help="among those that hold P")
     add_search(parser, "draw nothing, ")
     parser.add_argument("--n-best", type=whole, metavar="N", help="with --source-file: so many targets a line, as JSON")
-    parser.add_argument("--unknown", choices=("never", "source"), help="with --source-file: what <unk> becomes; default: never")
+    parser.add_argument("--unknown", choices=("never", "source"), help="with --source-file: what <unk> becomes")
     parser.add_argument("--attention", metavar="F", help="with --source: draw what each token looked at (.png, .svg, .pdf)")
     parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="default: 1")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")

@@ -16,16 +16,18 @@ from .comm import messages, runtime
 from .data import audio, source_names, text
 from .data.corpus import Corpus
 from .data.drawing import Drawing
-from .data.label_files import LabelledFile, problem_of_label
+from .data.forms import RECORDED, SPLITS, files_of, form_of, named, named_file, option
 from .data.labelling import Classing, Tagging
+from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
 from .data.pair_order import LEAST_SHARE
 from .data.pairs import Pairing
 from .data.preparation import prepare_corpus
 from .data.private_counts import LARGEST_EPSILON, LEAST_EPSILON, MOST_UNITS, UNITS_PER_EXAMPLE, PrivateCounting
+from .data.recordings import Recordings, Transcribing
 from .data.sources import Reading, plain_files
 from .data.tokenizer_files import load_tokenizer
-from .data.tokenizers import KINDS
+from .data.tokenizers import KINDS, OF_SOUND, Tokenizer
 from .data.vocabulary import Vocabulary
 from .errors import DONE, UserError
 from .files import storage
@@ -33,14 +35,11 @@ from .files import storage
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPLITS = ("train", "valid", "test")
 OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
-    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate",
+    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate", "augment",
 )  # fmt: skip
-PRESETS = {"pairs": "pairs", "tags": "tagger", "classes": "classifier"}  # content -> that which trains on it
 LONGEST_LIST = 500  # characters of labels that are shown
-FORMS = ("text", "pairs", "tags", "classes", "class")
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book
@@ -51,6 +50,7 @@ examples
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
   python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
   python -m dllm.prepare --audio recordings --valid-audio held-out --tokenizer mulaw --out data/sound
+  python -m dllm.prepare --transcripts train.tsv --valid-transcripts valid.tsv --tokenizer mel --augment 3 --out data/speech
   python -m dllm.prepare --tags train.conllu --valid-tags dev.conllu --tokenizer bpe --out data/tags
   python -m dllm.prepare --class pos=pos.txt --class neg=neg.txt --valid-fraction 0.1 --tokenizer-from RUN --out data/reviews
 
@@ -96,6 +96,7 @@ tokenizers
   word   words between white space and an <eos> a line; rare ones become <unk> where --vocab-size limits them
   bpe    byte-pair encoding over bytes, exact; --vocab-size from 256, default 4096
   mulaw  256 levels of sound: WAV files, or FLAC with pip install 'dllm[audio]', at --rate, one behind the other
+  mel    no tokens but frames: 100 a second of 40 log-mel bands of recordings, for --classes, --class and --transcripts
 """
 
 
@@ -110,7 +111,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     _add_reading(parser)
     for split in SPLITS:
         parser.add_argument(
-            _option("pairs", split), nargs=2, action="append", default=[], metavar=("SRC", "TGT"),
+            option("pairs", split), nargs=2, action="append", default=[], metavar=("SRC", "TGT"),
             help=f"{split} pairs; may be repeated",
         )  # fmt: skip
     _add_labels(parser)
@@ -132,7 +133,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
         type=cli.at_least(3),
         default=0,
         metavar="N",
-        help="leave out pairs or texts of more than N tokens",
+        help="leave out pairs, texts, recordings of more tokens or frames",
     )
     parser.add_argument(
         "--copies", type=cli.at_least(0, most=1000), default=config.StorageConfig.copies, metavar="K",
@@ -145,23 +146,16 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     return options, splits
 
 
-def _option(form: str, split: str) -> str:
-    """Names files of a split."""
-    return f"--{split}" if form == "text" else f"--{form}" if split == "train" else f"--{split}-{form}"
-
-
-def _files(options: argparse.Namespace, form: str, split: str) -> list[Any]:
-    found: list[Any] = getattr(options, _option(form, split)[2:].replace("-", "_"))
-    return found
-
-
 def _add_labels(parser: cli.Parser) -> None:
     for split in SPLITS:
-        for form, what in (("tags", "words with tags"), ("classes", "lines of LABEL TAB TEXT")):
-            parser.add_argument(_option(form, split), nargs="+", default=[], metavar="FILE", help=f"{split} text, {what}")
+        for form, what in (
+            ("tags", "text, words with tags"), ("classes", "text, lines of LABEL TAB TEXT; with mel LABEL TAB RECORDING"),
+            ("transcripts", "recordings, lines of TRANSCRIPT TAB RECORDING"),
+        ):  # fmt: skip
+            parser.add_argument(option(form, split), nargs="+", default=[], metavar="FILE", help=f"{split} {what}")
         parser.add_argument(
-            _option("class", split), action="append", default=[], metavar="LABEL=FILE",
-            help=f"{split} text of a class, one a line; may be repeated",
+            option("class", split), action="append", default=[], metavar="LABEL=FILE",
+            help=f"{split} text of a class, one a line, or with mel a recording; may be repeated",
         )  # fmt: skip
     parser.add_argument(
         "--tag-column", type=cli.at_least(1), default=0, metavar="N", help="where tags stand (default: UPOS, or last)"
@@ -178,7 +172,11 @@ def _add_reading(parser: cli.Parser) -> None:
         help="keep byte-order marks, CR LF and a missing last line end, as byte always does",
     )
     rate = cli.at_least(audio.LEAST_RATE, most=audio.MOST_RATE)
-    parser.add_argument("--rate", type=rate, metavar="HZ", help=f"of mulaw: samples a second (default {audio.RATE})")
+    parser.add_argument("--rate", type=rate, metavar="HZ", help=f"of mulaw, mel: samples a second (default {audio.RATE})")
+    parser.add_argument(
+        "--augment", type=cli.at_least(0, most=1000), default=0, metavar="N",
+        help="of mel: train on N more of each recording, with other pitch, speed, noise and ends, drawn by --seed",
+    )  # fmt: skip
     for split in SPLITS[1:]:
         parser.add_argument(
             f"--{split}-fraction", type=share, default=0.0, metavar="F",
@@ -200,15 +198,16 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     if private and not options.deal:
         storage.owner_only()
     with runtime.together(comm):
-        splits = {name: _named(paths, comm.rank) for name, paths in splits.items()}
+        splits = {name: named(paths, comm.rank) for name, paths in splits.items()}
     alone = private and not options.deal
     if not alone:
         runtime.check_same(comm, {f"list of {name} files": paths for name, paths in splits.items()})
     out = config.path_of_rank(options.out, comm.rank)
     held_out = {"valid": options.valid_fraction, "test": options.test_fraction}
     held_out = {name: share for name, share in held_out.items() if share}
-    drawing = _drawing(options, held_out)
-    rate = runtime.agree(comm, _rate, options, comm.rank)
+    sound = runtime.agree(comm, _sound, options, comm.rank)
+    drawing = _drawing(options, held_out, sound is not None)
+    rate = sound.rate if sound and not sound.bands else 0
     reading = Reading(options.field, options.keep_bytes, {} if drawing else held_out, options.seed, rate)
     above = pathlib.Path(os.path.abspath(out if alone else options.out)).parents
     near = next((path for path in above if not config.is_private(str(path))), pathlib.Path(os.sep))
@@ -221,7 +220,7 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
         cli.warn_once(comm)(f"a prepare that crashed has left {path} more than a day ago; it may be removed")
     with plain_files(comm, splits, near, reading, alone, say) as files:
         if options.deal:
-            files = runtime.agree(comm, _deal, files, comm.size, options)[comm.rank]
+            files = runtime.agree(comm, text.deal, files, comm.size, options.deal, options.alpha, options.seed)[comm.rank]
         prepare_corpus(comm, files, _vocabulary(options, comm.rank), out, private, say, drawing, options.copies)
     corpus = runtime.agree(comm, Corpus, out)
     entries = corpus.manifest["splits"]
@@ -251,9 +250,12 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     return DONE
 
 
-def _drawing(options: argparse.Namespace, held_out: dict[str, float]) -> Drawing | None:
-    """What to do with records; None: it is running text."""
+def _drawing(options: argparse.Namespace, held_out: dict[str, float], recorded: bool) -> Drawing | None:
+    """What to do with records; None: it is running text, or sound."""
     seed, longest = options.seed, options.longest
+    if recorded and options.form in RECORDED:
+        kind = Transcribing if options.transcripts else Recordings
+        return kind(seed, longest, held_out, copies=options.augment)
     if options.pairs:
         return Pairing(seed, longest, held_out)
     if options.tags:
@@ -266,19 +268,27 @@ def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
     if options.epsilon:
         counting = PrivateCounting(options.epsilon, options.words_per_line or UNITS_PER_EXAMPLE)
     folder = config.path_of_rank(options.tokenizer_from or "", rank)
-    rate = (options.rate or audio.RATE) if options.tokenizer == "mulaw" else 0
+    rate = (options.rate or audio.RATE) if options.tokenizer in OF_SOUND else 0
     return Vocabulary(options.tokenizer or "", options.vocab_size, folder, counting, rate)
 
 
-def _rate(options: argparse.Namespace, rank: int) -> int:
-    """Samples a second of the sound that is read; 0: text is. Raises UserError."""
-    if not options.tokenizer_from:
-        return _vocabulary(options, rank).rate
-    rate = load_tokenizer(config.path_of_rank(options.tokenizer_from, rank)).rate
-    for name in ("pairs", "field"):
-        if rate and getattr(options, name):
-            raise UserError(f"the vocabulary of {options.tokenizer_from} is of sound: leave out --{name}")
-    return rate
+def _sound(options: argparse.Namespace, rank: int) -> Tokenizer | None:
+    """How recordings are read; None: text is. Raises UserError where other options do not go with it."""
+    if options.tokenizer_from:
+        found, name = load_tokenizer(config.path_of_rank(options.tokenizer_from, rank)), options.tokenizer_from
+    elif options.tokenizer in OF_SOUND:
+        found, name = _vocabulary(options, rank).of_counts({}, False), f"--tokenizer {options.tokenizer}"
+    else:
+        found, name = Tokenizer(), f"--tokenizer {options.tokenizer}"
+    if options.form == "transcripts" and not found.bands:
+        raise UserError(f"--transcripts are of recordings, and {name} reads none: take --tokenizer mel")
+    if options.augment and not found.bands:
+        raise UserError(f"--augment is of recordings with labels, and {name} reads none: take --tokenizer mel")
+    if found.bands and options.form not in RECORDED:
+        raise UserError(f"{name} makes frames of recordings with labels: give --classes, --class or --transcripts")
+    if found.rate and not found.bands and (options.form != "text" or options.field):
+        raise UserError(f"{name} makes levels of recordings: give --audio, and no --field")
+    return found if found.rate else None
 
 
 def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
@@ -290,21 +300,19 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         parser.error("--tokenizer-from names no folder")
     if options.tokenizer_from and options.vocab_size:
         parser.error("--vocab-size goes with --tokenizer: that of --tokenizer-from is taken as it is")
-    if options.rate and options.tokenizer != "mulaw":
-        parser.error("--rate goes with --tokenizer mulaw")
-    if options.tokenizer == "mulaw" and (options.pairs or options.field):
-        parser.error("--tokenizer mulaw reads recordings: leave out --pairs and --field")
+    if options.rate and options.tokenizer not in OF_SOUND:
+        parser.error("--rate goes with --tokenizer mulaw or mel")
     if options.words_per_line and not options.epsilon:
         parser.error("--words-per-line goes with --epsilon")
     if len(chosen) > 1:
         parser.error(
             "give either --epsilon or --share-vocabulary: one tells little of the text, the other all words and counts"
         )
-    for option in ("--" + name.replace("_", "-") for name in chosen):
+    for word in ("--" + name.replace("_", "-") for name in chosen):
         if not counted:
-            parser.error(f"{option} goes with --tokenizer char, word or bpe: here nothing is counted")
+            parser.error(f"{word} goes with --tokenizer char, word or bpe: here nothing is counted")
         if not private:
-            parser.error(f"{option} is for private text, with {{rank}} in --out and without --deal")
+            parser.error(f"{word} is for private text, with {{rank}} in --out and without --deal")
     if private and counted and not chosen:
         raise UserError(
             f"a vocabulary of --tokenizer {options.tokenizer} tells of private text: take --tokenizer byte, --tokenizer-from "
@@ -312,36 +320,17 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         )
 
 
-def _form(parser: cli.Parser, options: argparse.Namespace) -> str:
-    """That of the files. Raises UserError where there are several, or options do not go with it."""
-    given = [form for form in FORMS if _files(options, form, "train") or (form == "text" and options.files_from)]
-    if not given or len({form.removesuffix("es") for form in given}) > 1:
-        parser.error("give either --train or --pairs, --tags, --classes or --class")
-    form = given[-1]
-    for other, split in ((other, split) for other in FORMS if other not in given for split in SPLITS[1:]):
-        if _files(options, other, split) and {form, other} != {"class", "classes"}:
-            parser.error(f"{_option(other, split)} goes with {_option(other, 'train')}, which is not given")
-    for name in ("field", "keep_bytes"):
-        if form != "text" and getattr(options, name):
-            parser.error(f"--{name.replace('_', '-')} goes with --train: {_option(form, 'train')} reads lines of plain text")
-    if options.longest and form == "text":
-        parser.error("--longest goes with --pairs, --tags and --classes")
-    if options.tag_column and form != "tags":
-        parser.error("--tag-column goes with --tags")
-    return form
-
-
 def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[str, list[Any]]:
     """Raises UserError where options contradict each other."""
-    form = _form(parser, options)
+    form = options.form = form_of(parser, options)
     forms = ("classes", "class") if form in ("classes", "class") else (form,)
     for split in SPLITS[1:]:
-        if getattr(options, f"{split}_fraction") and any(_files(options, one, split) for one in forms):
+        if getattr(options, f"{split}_fraction") and any(files_of(options, one, split) for one in forms):
             parser.error(f"--{split}-fraction takes {split} from train: leave out either it or the {split} files")
     if options.valid_fraction + options.test_fraction > 1 - LEAST_SHARE:
         parser.error("--valid-fraction and --test-fraction leave nothing to train: they must add up to less than 1")
     splits = {
-        split: [_named_file(parser, one, word) for one in forms for word in _files(options, one, split)] for split in SPLITS
+        split: [named_file(parser, one, word) for one in forms for word in files_of(options, one, split)] for split in SPLITS
     }
     if options.files_from:
         splits["train"] += source_names.listed(config.path_of_rank(options.files_from, rank))
@@ -349,55 +338,12 @@ def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[
     private = {split: [*paths, *([options.files_from] if split == "train" else [])] for split, paths in splits.items()}
     ranks = [split for split, paths in private.items() if config.is_private(str(paths))]
     if "train" in ranks and not config.is_private(options.out):
-        parser.error(f"{_option(form, 'train')} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
+        parser.error(f"{option(form, 'train')} has {{rank}}, so --out must have it too: each rank writes a folder of its own")
     if options.deal and (ranks or form != "text"):
         parser.error("--deal is for text that all ranks can read: leave {rank} out of --train, --valid and --test, and --pairs")
     if options.deal and not config.is_private(options.out):
         parser.error("--deal gives each rank a folder of its own: put {rank} in --out")
     return splits
-
-
-def _named_file(parser: cli.Parser, form: str, word: Any) -> Any:
-    """A word of a form's option, of labels with the label that it gives. Raises UserError."""
-    if form == "class":
-        label, sign, name = word.partition("=")
-        if not (sign and name):
-            parser.error(f"--class {word}: it takes LABEL=FILE")
-        if problem := problem_of_label(label):
-            parser.error(f"--class {word}: the label {problem}")
-        return LabelledFile(name, label.strip())
-    return LabelledFile(word) if form in ("tags", "classes") else word
-
-
-def _named(words: list[Any], rank: int) -> list[Any]:
-    """The names that words have on a rank: of sources, pairs of such, or LabelledFiles. Raises UserError."""
-    if words and isinstance(words[0], LabelledFile):
-        return [
-            LabelledFile(name, word.label)
-            for word in words
-            for name in source_names.named([config.path_of_rank(str(word.file), rank)])
-        ]
-    if words and not isinstance(words[0], str):
-        return [tuple(source_names.one(config.path_of_rank(word, rank)) for word in both) for both in words]
-    return source_names.named(config.path_of_rank(word, rank) for word in words)
-
-
-def _deal(splits: dict[str, list[Any]], ranks: int, options: argparse.Namespace) -> list[dict[str, list[Any]]]:
-    """For each rank {split: spans}. Raises UserError."""
-    dealt = {}
-    for name, paths in splits.items():
-        if name != "train" or options.deal == "evenly":
-            shares = text.evenly(paths, ranks)
-        elif options.deal == "files":
-            shares = text.by_file(paths, ranks)
-        else:
-            shares = text.by_dirichlet(paths, ranks, options.alpha, options.seed)
-        dealt[name] = text.deal_out(paths, shares)
-        empty = next((rank for rank, spans in enumerate(dealt[name]) if not spans), None)
-        if empty is not None:
-            hint = {"evenly": "", "files": ", or more files", "dirichlet": ", or a larger --alpha"}[options.deal]
-            raise UserError(f"rank {empty} of {ranks} gets no {name} text: take fewer ranks{hint}")
-    return [{name: parts[rank] for name, parts in dealt.items()} for rank in range(ranks)]
 
 
 if __name__ == "__main__":

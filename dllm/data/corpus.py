@@ -31,10 +31,10 @@ from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..remote.locate import RemoteFolder, cache_folder, is_url, open_folder
 from .embedded import embedded_corpus
-from .label_files import problem_of_label
+from .label_files import problem_of_label, problem_of_letter
 from .placing import ShardFile, shard_file
 from .private_counts import check_described
-from .shards import FORMAT, LABELLED, LABELS_FORMAT, MOST_LABELS, columns, read_shard
+from .shards import FORMAT, FRAME_DTYPE, LABELLED, LABELS_FORMAT, MOST_LABELS, columns, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class Corpus:
     Attributes
     ----------
     content : str
-        "text", "pairs", "tags" or "classes".
+        "text", "pairs", "tags", "classes" or "transcripts".
     labels : list of str
-        Names of labels by number; none of text and pairs.
+        Names of labels by number, of transcripts letters; none of text and pairs.
     features : int
         Numbers in a frame of sound; 0: records are made of tokens.
     """
@@ -84,10 +84,10 @@ class Corpus:
         self.tokenizer = load_tokenizer(self.folder)
         self.content: str = self.manifest.get("content", "pairs" if self.tokenizer.pairs else "text")
         self.labels: list[str] = self.manifest.get("labels", [])
+        self.features: int = self.manifest.get("features", 0)
         self.tokenizer.labels = self.labels
-        self.features = 0
         self._check(path)
-        self.columns = columns(self.content, self.manifest["dtype"])
+        self.columns = columns(self.content, self.manifest["dtype"], self.features)
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
@@ -106,7 +106,9 @@ class Corpus:
         try:
             if "content" in self.manifest:
                 _check_labels(self.content, self.labels, self.tokenizer.pairs)
-            if self.manifest["dtype"] not in ("uint8", "uint16", "uint32"):
+            if type(self.features) is not int or self.features != self.tokenizer.bands or (self.features and not self.labels):
+                raise ValueError(f"its features are {shown(self.features)}")
+            if self.manifest["dtype"] not in ((FRAME_DTYPE.name,) if self.features else ("uint8", "uint16", "uint32")):
                 raise ValueError(f"its dtype is {self.manifest['dtype']}")
             np.dtype(self.manifest["dtype"]).type(self.manifest["vocabulary"] - 1)
             if "counts" in self.manifest:
@@ -182,14 +184,21 @@ class Corpus:
 
     def read(self, split: str, start: int, stop: int) -> Array:
         """Tokens [start, stop) of a split, (n,) int64. Opens only the shards that hold them. Raises UserError."""
-        tokens = self._read(split, start, stop, "tokens")
+        tokens = self._read(split, start, stop, "tokens").astype(np.int64)
         if tokens.size and tokens.max() >= self.vocabulary:
             raise UserError(f"{self.folder}: split '{split}' has a token beyond its vocabulary of {self.vocabulary}")
         return tokens
 
+    def read_frames(self, split: str, start: int, stop: int) -> Array:
+        """Frames [start, stop) of a split, (n, features) float32. Raises UserError."""
+        frames = self._read(split, start, stop, "frames").reshape(-1, self.features).astype(np.float32)
+        if not np.isfinite(frames).all():
+            raise UserError(f"{self.folder}: split '{split}' has frames that are no numbers")
+        return frames
+
     def read_tags(self, split: str, start: int, stop: int) -> Array:
         """Labels of tokens [start, stop) of a split, (n,) int64, -1 for none. Raises UserError."""
-        return self._checked_labels(split, self._read(split, start, stop, "labels"))
+        return self._checked_labels(split, self._read(split, start, stop, "labels").astype(np.int64))
 
     def read_records(self, split: str, shard: Mapping[str, Any]) -> tuple[Array, Array]:
         """Of the records of a shard where in the split each begins and ends, (2,n) int64, and classes, (n,) int64, else none.
@@ -216,12 +225,12 @@ class Corpus:
         return labels
 
     def _read(self, split: str, start: int, stop: int, name: str) -> Array:
-        """Rows of a dataset that has one for each token, (n,) int64. Opens only the shards that hold them. Raises UserError."""
+        """Rows (n, ...) of a dataset that has one for each token. Opens only the shards that hold them. Raises UserError."""
         parts = []
         for shard in self._shards(split, start, stop):
             first, last = max(start - shard["start"], 0), min(stop, shard["stop"]) - shard["start"]
             parts.append(read_shard(self.folder / shard["name"], self.columns, shard, name, first, last))
-        found: Array = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        found: Array = np.concatenate(parts) if parts else np.empty(0, self.columns[name].dtype)
         return found
 
     def _shards(self, split: str, start: int, stop: int) -> list[dict[str, Any]]:
@@ -241,7 +250,8 @@ def _check_labels(content: Any, labels: Any, pairs: bool) -> None:
         raise ValueError(f"its content is {shown(content)}")
     if not (isinstance(labels, list) and 2 <= len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
         raise ValueError("its labels are no list of names")
-    if any(map(problem_of_label, labels)) or labels != sorted(set(labels)):
+    wrong = problem_of_letter if content == "transcripts" else problem_of_label
+    if any(map(wrong, labels)) or labels != sorted(set(labels)):
         raise ValueError("its labels are not in order, or one is none")
 
 

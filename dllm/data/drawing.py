@@ -42,6 +42,11 @@ class Drawing:
         """What the manifest says of a split beside what it says of all records. left_out : of each piece, in order"""
         return {}
 
+    @property
+    def wrong_size(self) -> str:
+        """What records have that are left out."""
+        return f"more than {self.longest} tokens"
+
     def part(self, split: str, records: int) -> tuple[int, int]:
         """From where to where a split takes so many records of its files in drawn order; others may be of the same files."""
         stop = 1.0

@@ -10,6 +10,7 @@ gets them, and so a language model has read them in text that is cut into words,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,14 +49,24 @@ class RecordFile:
 
     def __init__(self, file: LabelledFile) -> None:
         self.lines, self.label = Lines(file.file), file.label
+        if self.lines.utf16:
+            raise UserError(self.lines.not_utf8(0))
         self.sizes: Array = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def name(self) -> str:
+        """What the user calls the file."""
+        return self.lines.name
+
     def __getitem__(self, number: int) -> Record:
         """Raises UserError, which names the line."""
         raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[number] for number in range(len(self)))
 
     def wrong(self, line: int, what: str) -> UserError:
         """The error of a line."""
@@ -78,6 +89,11 @@ def problem_of_label(label: str) -> str:
     if len(label) > LONGEST_LABEL:
         return f"has more than {LONGEST_LABEL} characters"
     return "" if label.isprintable() else "has characters that cannot be shown"
+
+
+def problem_of_letter(letter: str) -> str:
+    """What is wrong with a label of a transcript, in words; "" where nothing is: it is a letter, or a space."""
+    return "" if len(letter) == 1 and letter.isprintable() else "is no letter"
 
 
 class ClassFile(RecordFile):
@@ -112,7 +128,8 @@ class TagFile(RecordFile):
         spans, sizes, first, size = list[tuple[int, int]](), list[int](), -1, 0
         self._form: tuple[bool, int] | None = None  # CoNLL-U?, columns
         for number in range(len(self.lines) + 1):
-            line = self.lines[number].strip() if number < len(self.lines) else b""
+            line = self.lines[number] if number < len(self.lines) else b""
+            line = line if line.strip() else b""
             if line and not line.startswith((BREAK, b"#")):
                 self._form = self._form or self._form_of(line)
                 first, size = number if first < 0 else first, size + len(line)
@@ -144,12 +161,13 @@ class TagFile(RecordFile):
     def __getitem__(self, number: int) -> Record:
         record, (conllu, columns) = Record([], [], []), self._form or (False, 0)
         for place in range(*self._spans[number]):
-            line = self.lines[place].rstrip()
+            line = self.lines[place]
             if line.startswith(BREAK) or (line.startswith(b"#") and self._is_comment(line)):
                 continue
             cells = _cells(line)
             if len(cells) != columns:
-                raise self.wrong(place, f"has {len(cells)} columns, the lines before have {columns}")
+                many = f"{len(cells)} columns" if len(cells) > 1 else "one column"
+                raise self.wrong(place, f"has {many}, the lines before have {columns}")
             if conllu and _NOT_A_WORD.fullmatch(cells[0]):
                 continue
             if conllu and not _NUMBER.fullmatch(cells[0]):

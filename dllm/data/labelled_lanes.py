@@ -39,6 +39,8 @@ class LabelledLanes(RecordLanes):
 class TagLanes(LabelledLanes):
     """Lanes of sentences; in the middle of their places stands how many words have tags."""
 
+    unit_in_words: ClassVar[str] = "sentence"
+
     def _middle(self, start: int, begins: Array, ends: Array, classes: Array) -> Array:
         stop = int(ends[-1]) if len(ends) else start
         there = np.cumsum(self.corpus.read_tags(self.split, start, stop) != IGNORE)
@@ -49,8 +51,8 @@ class TagLanes(LabelledLanes):
         longest = self.corpus.split(self.split)["longest"]  # the same on all ranks
         if longest > self.T:
             raise UserError(
-                f"{self._where} has a sentence of {longest} tokens and a window must hold it: --set train.window={longest}, "
-                "or leave long ones out with dllm.prepare --longest"
+                f"{self._where} has a {self.unit_in_words} of {longest} steps and a window must hold it: "
+                f"--set train.window={longest}, or leave long ones out with dllm.prepare --longest"
             )
 
     def _sizes(self, places: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from ..kernels.types import Array
 from . import vocabulary
 from .drawing import Drawing
 from .label_files import ClassFile, LabelledFile, Record, RecordFile, TagFile
-from .shards import MOST_LABELS
+from .shards import LABEL_DTYPE, MOST_LABELS
 from .text import Encoded
 from .tokenizers import Tokenizer, UnknownUnitError
 
@@ -76,11 +76,9 @@ class LabelledPiece:
             numbers = [self._number(file, record, number) for number in range(len(record.units))]
             labels += self._labels(parts, numbers)
             ends.append(length)
-        joined = [np.concatenate([np.empty(0, np.int64), *some]) for some in (tokens, labels)]
-        figures = len(ends), longest
-        return Encoded(
-            joined[0], self.size, tuple(left_out), figures, np.cumsum(ends, dtype=np.int64), joined[1].astype(np.int32)
-        )
+        text, names = (np.concatenate([np.empty(0, np.int64), *some]) for some in (tokens, labels))
+        figures, stops = (len(ends), longest), np.cumsum(ends, dtype=np.int64)
+        return Encoded(text, size, tuple(left_out), figures, stops, names.astype(LABEL_DTYPE))
 
     @staticmethod
     def _labels(parts: Sequence[Array], numbers: Sequence[int]) -> list[Array]:
@@ -165,10 +163,12 @@ class Labelling(Drawing):
         places = [np.stack([np.full(len(file), number), np.arange(len(file))], axis=1) for number, file in enumerate(files)]
         numbers, sizes = np.concatenate(places), np.concatenate([file.sizes for file in files])
         if not len(numbers):
-            raise UserError(f"there is no {self.unit} in {', '.join(file.lines.name for file in files[:3])}")
-        return self.in_pieces(
-            split, numbers, sizes, lambda part, size, first: self.piece(files, part, size, self.longest, self.numbers)
-        )
+            raise UserError(f"there is no {self.unit} in {', '.join(file.name for file in files[:3])}")
+        return self.in_pieces(split, numbers, sizes, lambda part, size, first: self.make(files, part, size, split))
+
+    def make(self, files: Sequence[RecordFile], numbers: Array, size: int, split: str) -> LabelledPiece:
+        """A piece of a split. numbers, size : as `in_pieces` gives them"""
+        return self.piece([*files], numbers, size, self.longest, self.numbers)
 
     def examples(self, pieces: Iterable[LabelledPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
         return ({*units} for piece in pieces for units in piece.units(tokenizer))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .both_ways_lanes import BothWaysLanes
+from .frame_lanes import FrameClassLanes, TranscriptLanes
 from .labelled_lanes import ClassLanes, TagLanes
 from .lanes import Lanes
 from .pair_lanes import PairLanes
@@ -15,23 +16,33 @@ if TYPE_CHECKING:
     from .corpus import Corpus
     from .placing import ShardFile
 
-LANES: dict[tuple[str, str], type[Lanes]] = {  # (Corpus.content, model.kind)
+LANES: dict[tuple[str, str], type[Lanes]] = {  # (what a corpus holds, model.kind)
     ("text", "lm"): Lanes,
     ("text", "bilm"): BothWaysLanes,
     ("pairs", "lm"): PairLanes,
     ("pairs", "seq2seq"): SourceLanes,
     ("tags", "tagger"): TagLanes,
     ("classes", "classifier"): ClassLanes,
+    ("recordings with classes", "classifier"): FrameClassLanes,
+    ("recordings with transcripts", "ctc"): TranscriptLanes,
+}
+PRESETS = {  # content -> that which trains on it
+    "pairs": "seq2seq",
+    "tags": "tagger",
+    "classes": "classifier",
+    "transcripts": "speech-to-text",
 }
 
 
 def lanes_of(corpus: Corpus, kind: str) -> type[Lanes]:
     """The class of Lanes of a corpus for a kind of model. Raises UserError where such a model cannot learn from it."""
-    found = LANES.get((corpus.content, kind))
+    content = f"recordings with {corpus.content}" if corpus.features else corpus.content
+    found = LANES.get((content, kind))
     if found is None:
-        reads = " or ".join(content for content, other in LANES if other == kind)
-        fits = " or ".join(other for content, other in LANES if content == corpus.content)
-        raise UserError(f"{corpus.folder} holds {corpus.content}, for {fits}; model.kind = {kind} reads {reads or 'nothing'}")
+        reads = " or ".join(one for one, other in LANES if other == kind) or "nothing"
+        fits = PRESETS.get(corpus.content)
+        hint = f"--preset {fits}" if fits else "--set model.kind=lm, or another preset"
+        raise UserError(f"{corpus.folder} holds {content}, and model.kind = {kind} reads {reads}: {hint}")
     return found
 
 

@@ -49,8 +49,13 @@ class Lines:
         """Of a line, for messages."""
         return f"{self.name} line {number + 1}"
 
+    @property
+    def utf16(self) -> bool:
+        """Whether the file begins as UTF-16 does."""
+        return self._bytes[:2] in text.UTF16
+
     def not_utf8(self, number: int) -> str:
         """What is wrong with a line that is not UTF-8, for messages."""
-        if self._bytes[:2] in text.UTF16:
+        if self.utf16:
             return f"{self.name} begins with the byte-order mark of UTF-16, and is not UTF-8"
         return f"{self.place(number)} is not UTF-8"

@@ -30,7 +30,7 @@ def shard_file(part: Mapping[str, Any], table: Mapping[str, Column]) -> ShardFil
 
 def shard_files(manifest: Mapping[str, Any]) -> Iterator[tuple[ShardFile, bool]]:
     """Those of a corpus, and of each whether it belongs on every disk, as those of small splits do."""
-    table = columns(manifest.get("content", "text"), manifest["dtype"])
+    table = columns(manifest.get("content", "text"), manifest["dtype"], manifest.get("features", 0))
     for entry in manifest["splits"].values():
         small = _bytes(entry["shards"], table) <= SMALL
         yield from ((shard_file(part, table), small) for part in entry["shards"])
@@ -49,4 +49,4 @@ def kept_shards(folder: pathlib.Path, manifest: Mapping[str, Any], domains: Doma
 
 
 def _bytes(parts: Iterable[Mapping[str, Any]], table: Mapping[str, Column]) -> int:
-    return sum(rows(part, column) * column.dtype.itemsize for part in parts for column in table.values())
+    return sum(rows(part, column) * column.dtype.itemsize * max(1, column.width) for part in parts for column in table.values())

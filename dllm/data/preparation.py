@@ -200,11 +200,12 @@ class _Preparation:
 
     def write_shards(self, plans: dict[str, Plan], tokenizer: Tokenizer) -> list[_Shard]:
         """Encode and write this rank's shards. Raises UserError, OSError."""
-        written, dtype = [], shards.token_dtype(tokenizer.size)
+        written, dtype = [], shards.dtype_of(tokenizer)
         for split, plan in plans.items():
             for number, pieces in self._my_share(split, plan, "encoding"):
                 path, found, left_out, size = self.out / _name(split, number), [], [], 0
-                with shards.ShardWriter(path, dtype, self.drawing.content if self.drawing else "text") as shard:
+                content = self.drawing.content if self.drawing else "text"
+                with shards.ShardWriter(path, dtype, content, tokenizer.bands) as shard:
                     for piece in pieces:
                         encoded = piece.encode(tokenizer)
                         size += encoded.size
@@ -270,26 +271,22 @@ class _Preparation:
                 splits[split] |= _figures_of_split(split, [both for numbers in found for both in numbers], self.drawing)
                 long = [places for number in range(len(plan)) for places in written[split, number].left_out]
                 splits[split] |= self.drawing.facts(plan, long, split)
-        if self.drawing and self.drawing.longest:
-            self._tell_left_out(plans, splits, self.drawing)
+                self._tell_left_out(split, plan, sum(map(len, long)), self.drawing)
         return {
             "format": shards.LABELS_FORMAT if "labels" in facts else shards.FORMAT,
             "kind": tokenizer.kind,
             "vocabulary": tokenizer.size,
-            "dtype": shards.token_dtype(tokenizer.size).name,
+            "dtype": shards.dtype_of(tokenizer).name,
             "tokenizer": tokenizer_hash(tokenizer),
+            **({"features": tokenizer.bands} if tokenizer.bands else {}),
             **facts,
             "splits": splits,
         }
 
-    def _tell_left_out(self, plans: dict[str, Plan], splits: dict[str, dict[str, Any]], drawing: Drawing) -> None:
-        for split, plan in plans.items():
-            planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if not isinstance(piece, TextPiece))
-            left_out, unit = planned - splits[split][drawing.counted], f"{drawing.unit}s"
-            if left_out:
-                self.say(
-                    f"{left_out:,} of {planned:,} {split} {unit} are left out: they have more than {drawing.longest} tokens"
-                )
+    def _tell_left_out(self, split: str, plan: Plan, left_out: int, drawing: Drawing) -> None:
+        planned = sum(len(piece.numbers) for pieces in plan for piece in pieces if not isinstance(piece, TextPiece))
+        if left_out:
+            self.say(f"{left_out:,} of {planned:,} {split} {drawing.unit}s are left out: they have {drawing.wrong_size}")
 
 
 def _name(split: str, number: int) -> str:

@@ -3,7 +3,10 @@
 Text with labels comes in records, and has two more beside it:
 
 ends    int64   of each record, where in the shard the next one begins
-labels  int32   tags: of each token, -1 where it has none; classes: of each record
+labels  int32   tags: of each token, -1 where it has none; classes: of each record; transcripts: of the first frames of each
+                record the letters one by one, then -1
+
+Recordings have `frames` (n,bands) float16 in the place of tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import numpy as np
 
 from ..files import hdf5
 from ..kernels.types import Array, DType
+from .tokenizer import Tokenizer
 
 FORMAT, LABELS_FORMAT = 1, 2  # of a corpus, and of one with labels
-LABELLED = ("tags", "classes")  # contents
+LABELLED = ("tags", "classes", "transcripts")  # contents
+FRAME_DTYPE = np.dtype(np.float16)  # of numbers between about -10 and 10, to three digits
 MOST_LABELS = 1 << 15
 LABEL_DTYPE, END_DTYPE = np.dtype(np.int32), np.dtype(np.int64)
 
@@ -29,14 +34,19 @@ class Column(NamedTuple):
 
     dtype: np.dtype[Any]
     per: str  # "tokens" or "records": what it has a row for
+    width: int = 0  # numbers of a row; 0: one, along one axis
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Of so many rows."""
+        return (rows, self.width) if self.width else (rows,)
 
 
-def columns(content: str, dtype: DType) -> dict[str, Column]:
-    """The datasets of a shard. content, dtype : of a corpus, and of its tokens"""
-    found = {"tokens": Column(np.dtype(dtype), "tokens")}
+def columns(content: str, dtype: DType, bands: int = 0) -> dict[str, Column]:
+    """The datasets of a shard. content, dtype, bands : of a corpus, of its tokens, and of frames that stand for these"""
+    found = {"frames" if bands else "tokens": Column(np.dtype(dtype), "tokens", bands)}
     if content in LABELLED:
         found["ends"] = Column(END_DTYPE, "records")
-        found["labels"] = Column(LABEL_DTYPE, "tokens" if content == "tags" else "records")
+        found["labels"] = Column(LABEL_DTYPE, "records" if content == "classes" else "tokens")
     return found
 
 
@@ -47,21 +57,33 @@ def rows(part: Mapping[str, Any], column: Column) -> int:
 
 
 class ShardWriter:
-    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there. content : of the corpus"""
+    """Appends tokens to one shard file; `with` it, and it is whole under its name or not there.
 
-    def __init__(self, path: str | os.PathLike[str], dtype: DType, content: str = "text") -> None:
+    dtype, content, bands : as those of `columns`
+    """
+
+    def __init__(self, path: str | os.PathLike[str], dtype: DType, content: str = "text", bands: int = 0) -> None:
         self.path, self.tokens = path, 0
-        self._columns = columns(content, dtype)
+        self._columns = columns(content, dtype, bands)
 
     def __enter__(self) -> ShardWriter:
         self._whole = hdf5.write_hdf5(self.path)
-        options, file = {"chunks": (1 << 16,), "maxshape": (None,), "fletcher32": True}, self._whole.__enter__()
-        self._data = {name: file.create_dataset(name, (0,), column.dtype, **options) for name, column in self._columns.items()}
+        file = self._whole.__enter__()
+        self._data = {
+            name: file.create_dataset(
+                name, column.shape(0), column.dtype, maxshape=(None, *column.shape(0)[1:]), fletcher32=True,
+                chunks=column.shape((1 << 16) // max(1, column.width)),
+            )
+            for name, column in self._columns.items()
+        }  # fmt: skip
         return self
 
     def append(self, tokens: Array, ends: Array | None = None, labels: Array | None = None) -> None:
-        """Write tokens (n,) behind those that are there. ends, labels : of records, where their first token is the 0th here"""
-        self._write("tokens", tokens)
+        """Write tokens (n,), or frames (n,bands), behind those that are there.
+
+        ends, labels : of records, where their first token is the 0th here
+        """
+        self._write(next(iter(self._columns)), tokens)
         if ends is not None and labels is not None:
             self._write("ends", ends + self.tokens)
             self._write("labels", labels)
@@ -70,13 +92,18 @@ class ShardWriter:
     def _write(self, name: str, values: Array) -> None:
         data = self._data[name]
         start = len(data)
-        data.resize((start + len(values),))
+        data.resize(start + len(values), axis=0)
         data[start:] = values
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self._whole.__exit__(kind, error, trace)
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """What tokens, or frames, are kept as."""
+    return FRAME_DTYPE if tokenizer.bands else token_dtype(tokenizer.size)
 
 
 def token_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -102,5 +129,5 @@ def read_shard(
     """
     column = table[name]
     with hdf5.open_arrays(path, table) as array:
-        values: Array = array(name, column.dtype, (rows(part, column),))[start:stop]
+        values: Array = array(name, column.dtype, column.shape(rows(part, column)))[start:stop]
         return values

@@ -1,4 +1,4 @@
-"""Sound as tokens: a sample is one of 256 levels (kernels/mulaw.py)."""
+"""Sound as tokens: a sample is one of 256 levels (kernels/mulaw.py). Or as frames in the place of tokens (kernels/mel.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..kernels.mel import log_mel
 from ..kernels.mulaw import LEVELS, mulaw_levels, mulaw_samples
 from ..kernels.types import Array
 from . import audio
 from .tokenizer import Tokenizer, Tokens
+
+MOST_BANDS = 1000
 
 
 def levels(data: bytes, rate: int) -> bytes:
@@ -48,7 +51,43 @@ class MulawTokenizer(Tokenizer):
 
     @classmethod
     def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
-        rate = value["rate"]
-        if type(rate) is not int or not audio.LEAST_RATE <= rate <= audio.MOST_RATE:
-            raise ValueError("its rate is none of sound")
-        return cls(rate)
+        return cls(_checked(value["rate"], audio.LEAST_RATE, audio.MOST_RATE))
+
+
+class MelTokenizer(Tokenizer):
+    """Says how recordings become frames: log-mel bands of sound of one rate. There are no tokens."""
+
+    kind, exact, fixed = "mel", True, True
+    BANDS = 40
+
+    def __init__(self, rate: int = audio.RATE, bands: int = BANDS) -> None:
+        self.rate, self.bands = rate, bands
+
+    @classmethod
+    def build(cls, counts: Mapping[str, int], size: int, unseen: bool = False) -> Tokenizer:
+        if size:
+            raise UserError(f"--vocab-size {size}: mel has no tokens; leave the option out")
+        return cls()
+
+    def frames(self, sound: audio.Sound) -> Array:
+        """Frames (T, bands) float32 of a recording."""
+        return log_mel(audio.at_rate(sound, self.rate).samples, self.rate, self.bands)
+
+    def encode(self, data: bytes, end: bool = True) -> Array:
+        raise UserError("frames are made of recordings, not of text")
+
+    def decode_text(self, tokens: Tokens) -> bytes:
+        return b""
+
+    def vocabulary(self) -> dict[str, Any]:
+        return {"rate": self.rate, "bands": self.bands}
+
+    @classmethod
+    def of_vocabulary(cls, value: Mapping[str, Any]) -> Tokenizer:
+        return cls(_checked(value["rate"], audio.LEAST_RATE, audio.MOST_RATE), _checked(value["bands"], 1, MOST_BANDS))
+
+
+def _checked(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError("it says nothing of sound")
+    return value

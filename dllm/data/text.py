@@ -7,7 +7,7 @@ import dataclasses
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -186,6 +186,26 @@ def _pieces(text: TextFile, start: int = 0, end: int | None = None) -> Iterator[
                 start = stop
     except OSError as error:
         raise UserError(f"cannot read {text.name}: {reason(error)}") from None
+
+
+def deal(
+    splits: Mapping[str, Sequence[Path | TextFile]], ranks: int, how: str, alpha: float, seed: int
+) -> list[dict[str, list[Span]]]:
+    """For each rank {split: Spans}: "evenly", by "files" or "dirichlet"; all but train always evenly. Raises UserError."""
+    dealt = {}
+    for name, paths in splits.items():
+        if name != "train" or how == "evenly":
+            shares = evenly(paths, ranks)
+        elif how == "files":
+            shares = by_file(paths, ranks)
+        else:
+            shares = by_dirichlet(paths, ranks, alpha, seed)
+        dealt[name] = deal_out(paths, shares)
+        empty = next((rank for rank, spans in enumerate(dealt[name]) if not spans), None)
+        if empty is not None:
+            hint = {"evenly": "", "files": ", or more files", "dirichlet": ", or a larger --alpha"}[how]
+            raise UserError(f"rank {empty} of {ranks} gets no {name} text: take fewer ranks{hint}")
+    return [{name: parts[rank] for name, parts in dealt.items()} for rank in range(ranks)]
 
 
 def deal_out(paths: Sequence[Path | TextFile], shares: Array) -> list[list[Span]]:

@@ -22,6 +22,7 @@ class Tokenizer:
     fixed = False  # its tokens are known before any text: nothing is counted
     text_size = 0
     rate = 0  # samples a second of the sound that its tokens say; 0: they are of text
+    bands = 0  # numbers of the frames that stand for tokens; 0: there are tokens
     pairs = False
     labels: Sequence[str] = ()  # of a model that says them of text (tokenizer_files.py); no part of the vocabulary
     unknown: int | None = None  # the token that stands for what the vocabulary lacks

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..kernels.types import Array
 from .checked_tokens import LONGEST_TOKEN, MOST_TOKENS, check_tokens, checked_merges
 from .pretokens import BLOCK, Pretokens, find_merges, letters
-from .sound_tokenizers import MulawTokenizer
+from .sound_tokenizers import MelTokenizer, MulawTokenizer
 from .tokenizer import Tokenizer as Tokenizer
 from .tokenizer import Tokens
 
@@ -279,8 +279,10 @@ def _blocks(text: str, size: int = BLOCK) -> Iterator[str]:
 
 
 KINDS: dict[str, type[Tokenizer]] = {
-    cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer, MulawTokenizer)
+    cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BPETokenizer, MulawTokenizer, MelTokenizer)
 }
+
+OF_SOUND = (MulawTokenizer.kind, MelTokenizer.kind)  # they read recordings
 
 
 def load(value: Mapping[str, Any], source: str | os.PathLike[str]) -> Tokenizer:

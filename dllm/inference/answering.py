@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -39,7 +39,15 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Answer: TypeAlias = tuple[list[str], list[float]]  # texts for a source, and numbers of them
-Pair: TypeAlias = tuple[Array, Array, str]  # tokens (n,) of the source, tokens (n,) of the target, the target's text
+
+
+class Pair(NamedTuple):
+    """A source and its target."""
+
+    source: Array  # (n,) tokens
+    target: Array  # (n,) tokens
+    text: str  # of the target
+    asked: str = ""  # the source's text, where its tokens do not say all of it
 
 
 def read_files(source: str, target: str, tokenizer: Tokenizer) -> list[Pair]:
@@ -48,7 +56,8 @@ def read_files(source: str, target: str, tokenizer: Tokenizer) -> list[Pair]:
     for number in range(len(files)):
         files.check(number)
         source_tokens, target_tokens = files.apply(lambda side: tokenizer.encode(side, False), number)
-        pairs.append((source_tokens, target_tokens, files[number][1].decode(errors="replace")))
+        asked, text = (side.decode(errors="replace") for side in files[number])
+        pairs.append(Pair(source_tokens, target_tokens, text, asked))
     if not pairs:
         raise UserError(f"{source} is empty")
     return pairs
@@ -64,7 +73,7 @@ def read_split(corpus: Corpus, split: str, most: int = 0) -> list[Pair]:
         if np.count_nonzero(part == tokenizer.sep) != 1:
             raise UserError(f"split '{split}' of {corpus.folder} is not made of pairs: prepare the data anew")
         sep = int(np.flatnonzero(part == tokenizer.sep)[0])
-        pairs.append((part[:sep], part[sep + 1 : -1], as_text(tokenizer, part[sep + 1 : -1])))
+        pairs.append(Pair(part[:sep], part[sep + 1 : -1], as_text(tokenizer, part[sep + 1 : -1])))
     return pairs[: most or None]
 
 
@@ -143,7 +152,7 @@ def _as_batch(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Batch:
     S, T = lengths.max(axis=0) + [0, 1]
     inputs, before = (np.zeros((steps, len(pairs)), np.int64) for steps in (S, T))
     targets = np.full((T, len(pairs)), IGNORE)
-    for lane, (source, target, _) in enumerate(pairs):
+    for lane, (source, target, *_) in enumerate(pairs):
         inputs[: len(source), lane] = source
         before[: len(target) + 1, lane] = [tokenizer.sep, *target]
         targets[: len(target) + 1, lane] = [*target, tokenizer.end]
@@ -164,7 +173,8 @@ def solve(comm: MPI.Comm, model: Model, how: Answering, pairs: Sequence[Pair]) -
     def work(numbers: Sequence[int]) -> list[Answer]:
         part = [pairs[number] for number in numbers]
         found, losses = how.search(streams, [pair[0] for pair in part]), scorer(part)
-        texts = [how.text(best, as_text(how.tokenizer, pair[0])) for (best, *_), pair in zip(found, part, strict=True)]
+        asked = [pair.asked or as_text(how.tokenizer, pair.source) for pair in part]
+        texts = [how.text(best, text) for (best, *_), text in zip(found, asked, strict=True)]
         return [([text], [loss]) for text, loss in zip(texts, losses.tolist(), strict=True)]
 
     answered = in_batches(comm, [len(pair[0]) for pair in pairs], how.lanes, work)

@@ -83,7 +83,7 @@ class CtcOutput(Head):
 class Ctc(EncoderModel):
     """See CtcOutput. Targets (U,B) are labels; a loss is that of a transcript, which all its labels share."""
 
-    output: CtcOutput
+    output: CtcOutput  # type: ignore[assignment]
 
     def _make_output(self, plan: Plan) -> CtcOutput:
         return CtcOutput(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary))

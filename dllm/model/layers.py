@@ -194,13 +194,12 @@ class Encoder(Layer):
         plans = [plan._replace(operands=Operands(plan.layout.dtype, plan.operands.bf16, one)) for one in teams]
         shared = [LstmMemory(plan, H, lanes) for _ in self.directions if not plan.training]
         back = [LstmScratch(plan, H, lanes) if plan.training else None for _ in self.directions]
+
+        def memory(part: int) -> LstmMemory:
+            return shared[part] if shared else LstmMemory(plan, H, lanes)
+
         self.layers = [
-            [
-                Lstm(
-                    plans[part], f"encoder.{layer}.{one}", shared[part] if shared else LstmMemory(plan, H, lanes), scratch[part]
-                )
-                for part, one in enumerate(self.directions)
-            ]
+            [Lstm(plans[part], f"encoder.{layer}.{way}", memory(part), back[part]) for part, way in enumerate(self.directions)]
             for layer in range(layers)
         ]
         copies = layers if plan.training else min(layers, 2)

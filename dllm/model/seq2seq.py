@@ -101,9 +101,8 @@ class Seq2Seq(Model):
             self._drop(u, self._u, 0, T, TOP)
         weigh = None
         if self.copying is not None:
-            weigh = self.copying.forward(
-                self._top, self.attention.weights, batch.inputs, batch.targets, self._lengths, scale * (1 - self.learning.smoothing)
-            )  # fmt: skip
+            A, exact = self.attention.weights, scale * (1 - self.learning.smoothing)
+            weigh = self.copying.forward(self._top, A, batch.inputs, batch.targets, self._lengths, exact)
         return self.output.forward(u, 0, batch.targets, scale, between, weigh)
 
     def encode(self, tokens: Array, lengths: Array, between: Between | None = None) -> Array:

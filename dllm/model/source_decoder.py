@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..kernels.attention import attend_rows
+from ..kernels.copying import mix_distributions
 from ..kernels.dense import tanh_rows
 from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states
@@ -21,6 +22,8 @@ from .decoder import check_finite
 from .precision import products_of
 from .products import products
 from .seq2seq import Seq2Seq
+
+LEAST = 1e-37  # a probability of float32 with a logarithm
 
 
 class SourceDecoder:
@@ -54,6 +57,7 @@ class SourceDecoder:
             x, h, b = (p[f"{name}.{part}"] for part in "xhb")
             self._layers.append((right(f"{name}.x", x, x.shape[1]), right(f"{name}.h", h, H), b.sum(axis=1)))
         self._combine, W = right("combine", p["combine"], H + M), p["output"]
+        self._gate = right("gate", p["gate"], H + M) if config.copy else None
         self._W = self._products.right_of_transpose("output", W, self._columns)
         self._b = W[self._columns // R, :, self._columns % R].copy()
         self._scratch = Scratch(self.vocabulary, self._operands.team.size)
@@ -67,7 +71,7 @@ class SourceDecoder:
         for column, source in enumerate(sources):
             tokens[: len(source), column] = source
         self.model.factors.ready()
-        self._m = self.model.encode(tokens, self._lengths)
+        self._tokens, self._m = tokens, self.model.encode(tokens, self._lengths)
         self._k = self.model.attention.keys(self._m, tokens.size)
         self._S, B = tokens.shape
         self.source = np.arange(B)
@@ -111,9 +115,23 @@ class SourceDecoder:
         self._products.multiply(u, self._top, 0, self._combine, self._H + self._M)
         tanh_rows(u)
         self._products.multiply(z, u, 0, self._W, self._columns)
-        draw(self._choice, rows, z, self._b, self._scratch, operands.team)
+        b = self._b
+        if self._gate is not None:
+            z, b = self._with_copies(z), np.zeros_like(b)
+        draw(self._choice, rows, z, b, self._scratch, operands.team)
         check_finite(self._choice, rows)
         return rows
+
+    def _with_copies(self, z: Array) -> Array:
+        """Logarithms of the probabilities, in panels, that the logits z and the copies have together."""
+        gate, (_, N, R), V = self._empty("gate", 1, z.shape[1]), z.shape, self.vocabulary
+        self._products.multiply(gate, self._top, 0, self._gate, self._H + self._M)
+        P = z.transpose(1, 0, 2).reshape(N, -1)[:, :V] + self._b
+        P = np.exp(P - P.max(axis=1, keepdims=True))
+        P /= P.sum(axis=1, keepdims=True)
+        mix_distributions(P, self._A, gate, self._tokens, self.source, self._lengths)
+        z.transpose(1, 0, 2)[:] = np.pad(np.log(np.maximum(P, LEAST)), [(0, 0), (0, len(z) * R - V)]).reshape(N, len(z), R)
+        return z
 
     def _read(self, tokens: Array) -> None:
         """Take each row a token (N,) further: its states, its attention, and [h ; c] of the last layer."""

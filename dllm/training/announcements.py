@@ -117,6 +117,6 @@ def _pairs(corpus: Corpus, model: Model, settings: Config) -> Iterator[str]:
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
     tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
     how = Answering(tokenizer=tokenizer, lanes=SAMPLE_PAIRS, limit=settings.log.sample)
-    sources = [source for source, _, _ in read_split(corpus, split, SAMPLE_PAIRS)]
+    sources = [pair.source for pair in read_split(corpus, split, SAMPLE_PAIRS)]
     for source, (best, *_) in zip(sources, how.search(streams_of(model, tokenizer, SAMPLE_PAIRS), sources), strict=True):
         yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, best.tokens)}"

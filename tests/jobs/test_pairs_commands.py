@@ -127,6 +127,17 @@ REFUSALS = {  # command: what the message says
     ),
     "prompt for pairs": ("dllm.generate straight --prompt a", "straight was trained on pairs: give --source"),
     "text and pairs": ("dllm.generate straight --prompt a --source b", "give either --prompt or --source"),
+    "what cuts words": ("dllm.evaluate straight --bleu-tokenize zh", "--bleu-tokenize goes with --pairs"),
+    "no sources": ("dllm.generate straight --source-file three", "cannot read three: No such file"),
+    "sources without a line": ("dllm.generate straight --source-file none", "none is empty"),
+    "sources of another encoding": ("dllm.generate straight --source-file latin", "latin line 2 is not UTF-8; convert it"),
+    "sources of unknown words": ("dllm.generate straight --source-file one", "one line 1 has a word that is not among"),
+    "targets nowhere": ("dllm.generate straight --source-file gap --out no/file", "cannot write --out no/file: No such file"),
+    "more than are kept": ("dllm.generate straight --source-file gap --beam 2 --n-best 3", "--n-best 3 takes --beam 3"),
+    "out of nothing": ("dllm.generate straight --source en --out file", "--out goes with --source-file"),
+    "a penalty of no search": ("dllm.generate straight --source en --length-penalty 1", "go with --beam"),
+    "no attention": ("dllm.generate straight --source en --attention a.png", "--attention needs attention, which straight"),
+    "covered by nothing": ("dllm.evaluate straight --pairs --beam 2 --coverage 1", "--coverage needs attention"),
 }
 
 
@@ -208,6 +219,9 @@ def test_numbers_are_spelt_in_two_languages_as_well_as_anybody_could_and_on_any_
     assert (tmp_path / "said-1").read_text() == (tmp_path / "said-3").read_text()  # a split is shuffled
     assert results[0]["exact_match"] == pytest.approx(sum(map(str.__eq__, said, wanted)) / 10)
     assert results[0]["exact_match"] >= 99
+    assert "|tok:13a|" in results[0]["bleu_signature"]
+    mpirun(2, "-m", "dllm.generate", run, "--source-file", files[0], "--out", tmp_path / "lines", "--beam", 1, check=True)
+    assert (tmp_path / "lines").read_text().splitlines() == said
     assert min(results[0]["bleu"], results[0]["rougeL"]) >= 99
     int8 = last_line(mpirun(2, "-m", "dllm.evaluate", run, "--pairs", "--precision", "int8", check=True))
     assert int8["precision"] == products_of("int8", np.float32)

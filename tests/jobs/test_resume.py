@@ -11,6 +11,7 @@ import pytest
 from helpers.faults import fault, slow_steps
 from helpers.launch import Job, complaint, flavour, mpirun, train_arguments
 from helpers.run_files import arrays, checkpoints, column, metrics
+from helpers.several_commands import run_several
 
 from dllm.data.corpus import Corpus
 
@@ -68,9 +69,9 @@ def test_killed_with_sigkill_and_resumed_is_bit_for_bit_the_run_without_a_break(
 
 def test_stopped_by_steps_and_resumed_on_other_numbers_of_ranks_follows_the_run_on_four(corpus, tmp_path):
     settings = [*SETTINGS, "log.every=1"]
-    mpirun(4, *train_arguments(corpus, tmp_path / "four", *settings, extra=("--max-steps", 60)), check=True)
-    run = tmp_path / "run"
-    mpirun(4, *train_arguments(corpus, run, *settings, extra=("--max-steps", 20)), check=True)
+    run, steps = tmp_path / "run", {"four": 60, "run": 20}
+    words = [train_arguments(corpus, tmp_path / name, *settings, extra=("--max-steps", steps[name]))[1:] for name in steps]
+    run_several(tmp_path / "out", 4, words, check=True)
     mpirun(2, *resume(run, "--max-steps", 40), check=True)
     mpirun(3, *resume(run, "--max-steps", 60), check=True)
     for split in ("train", "valid"):
