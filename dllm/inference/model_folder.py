@@ -112,7 +112,11 @@ def read(folder: pathlib.Path) -> ModelFolder:
     facts = storage.read_json(path, KEYS, LARGEST)
     settings, origin, tokenizer = _settings(path, facts), _origin(path, facts), load_tokenizer(folder)
     check_kind(settings.model, tokenizer, folder)
-    if not 0 < tokenizer.size == facts["vocabulary"] or tokenizer_hash(tokenizer) != facts["tokenizer"]:
+    if (
+        not (tokenizer.size or tokenizer.bands)
+        or tokenizer.size != facts["vocabulary"]
+        or tokenizer_hash(tokenizer) != facts["tokenizer"]
+    ):
         raise UserError(f"{folder}/tokenizer.json is not the one of its {CONFIG}")
     shape = settings.model, tokenizer.size
     tensors = torch_weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
@@ -164,8 +168,11 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
 def check_kind(model: config.ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     """Raise UserError where a model lacks what training takes from its corpus, or its tokenizer what such a model needs."""
     labels, needed = len(tokenizer.labels), model.kind in blocks.LABELLED
-    if model.kind == "ctc" and not model.features:
-        raise UserError(f"{folder}: model.features = 0, and a model of kind ctc reads frames")
+    if model.features != tokenizer.bands or (model.kind == "ctc" and not model.features):
+        of = f"for a model of kind {model.kind}"
+        raise UserError(
+            f"{folder}: model.features = {model.features} {of}, and frames of tokenizer.json have {tokenizer.bands}"
+        )
     if model.kind == "seq2seq" and not tokenizer.pairs:
         raise UserError(f"{folder}: a model of kind seq2seq has a tokenizer of pairs, and tokenizer.json holds none")
     if model.labels != labels * needed or (needed and not labels):

@@ -143,5 +143,6 @@ class Stream(Generic[Asked]):
         return np.concatenate([prompt, np.array(self.generated[:-1], np.int64)])
 
 
+AnyRequest: TypeAlias = Request | SourceRequest
 Event: TypeAlias = Token | Finished
 Deliver: TypeAlias = Callable[[list[tuple[Stream[Asked], Event]]], None]

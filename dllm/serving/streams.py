@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from .engine import Engine
 from .errors import Disconnected, Refused, busy
-from .requests import Event, Finished, Request, SourceRequest, Stream
+from .requests import AnyRequest, Event, Finished, Stream
 
 Result = TypeVar("Result")
 Cancel: TypeAlias = Callable[[], object]
@@ -107,7 +107,7 @@ class LocalStreams:
         self.engine, self.loop = engine, loop
         self._sinks: dict[Stream[Any], tuple[Sink, int]] = {}
 
-    def submit(self, request: Request | SourceRequest, sink: Sink, index: int) -> Cancel:
+    def submit(self, request: AnyRequest, sink: Sink, index: int) -> Cancel:
         """Have a stream computed; its events go to `sink` as those of `index`. In the event loop.
 
         Returns what cancels it. Raises Full, or ValueError for tokens that the model does not have.

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from dllm.config import Config, ModelConfig
+from dllm.data.sound_tokenizers import MelTokenizer
 from dllm.data.tokenizers import CharTokenizer
 from dllm.files import safetensors
 from dllm.inference import model_folder
@@ -41,9 +42,9 @@ def commands(folder, *lines, cwd):
 
 def make_kind(out, shape, stored="fp32", labels=("A", "B", "C")):
     """The same of any kind, of a model whose vocabulary has 11 characters, <sep> and <end>. Returns its Model, of one lane."""
-    tokenizer = CharTokenizer(list("abcdefghijk"))
-    tokenizer.pairs = True
     config = ModelConfig(**{"embedding": 4, "hidden": 16} | shape)
+    tokenizer = MelTokenizer(bands=config.features) if config.features else CharTokenizer(list("abcdefghijk"))
+    tokenizer.pairs = not config.features
     if config.kind in blocks.LABELLED:
         tokenizer.labels, config = list(labels), replace(config, labels=len(labels))
     layout = Layout(config, tokenizer.size, np.float32)
