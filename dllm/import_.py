@@ -62,7 +62,7 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Of a tokenizer.json or of a folder that has one."""
     if pathlib.Path(path).is_dir() or (is_url(path) and not path.endswith(".json")):
         return tokenizer_files.load_tokenizer(path)
-    return tokenizer_files.of_json(storage.read_json(local_copy(path), ["kind"]), path)
+    return tokenizers.load(storage.read_json(local_copy(path), ["kind"]), path)
 
 
 def _renamed(tensors: Tensors, source: str) -> Tensors:

@@ -20,11 +20,12 @@ from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
-from ..model import blocks
+from ..model.ctc import Ctc
 from ..model.kinds import language_model, make_model
 from ..model.layout import Layout
 from .decoded_losses import DecodedLosses
 from .loaded_model import LoadedModel
+from .speech import errors_of_split
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -65,8 +66,7 @@ def corpus_of(
     corpus = open_corpus(comm, node, path, lambda text: None, model.settings.storage)
     with together(comm):
         corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
-        if model.config.kind in blocks.LABELLED:
-            corpus.check_labels(model.tokenizer.labels, name)
+        corpus.check_labels(model.tokenizer.labels, name)
         corpus.split(split)
     return corpus, is_private(path)
 
@@ -100,7 +100,7 @@ class Evaluation:
         team: Team | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.comm, self.split = comm, split
+        self.comm, self.split, self.tokenizer, self.labels = comm, split, corpus.tokenizer, corpus.labels
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
         wanted = config.train.eval_lanes or config.train.lanes
@@ -145,8 +145,21 @@ class Evaluation:
         everyones = total(self.comm, totals)
         loss = float(everyones.sum()) / count
         losses = everyones / [schedule.tokens(place) for place in schedule.places]
+        found = self._of_speech(between)
+        if self.tokenizer.rate and not self.tokenizer.bands:
+            found["bits_per_sample"] = loss / math.log(2)
         return {
             "split": self.split, "tokens": count, "loss": loss, "perplexity": perplexity(loss),
             "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
-            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token, **found,
         }  # fmt: skip
+
+    def _of_speech(self, between: Callable[[], object]) -> dict[str, Any]:
+        """Error rates of words and letters of all ranks, in per cent, where the model writes down what it hears. Collective."""
+        if not isinstance(self.model, Ctc):
+            return {}
+        with together(self.comm):
+            counts = errors_of_split(self.model, self.labels, self.lanes, self.schedule, between)
+        everyones = total(self.comm, counts.reshape(-1)).reshape(2, 2)
+        rates = (100 * int(wrong) / max(1, int(count)) for wrong, count in everyones)
+        return dict(zip(("wer", "cer"), rates, strict=True))

@@ -51,7 +51,7 @@ WHAT = {
 TAGS = {"seq2seq": "translation", "tagger": "token-classification", "classifier": "text-classification"}
 TAGS |= {"lm": "language-model", "bilm": "language-model", "ctc": "automatic-speech-recognition"}
 USES = {
-    "tagger": "predict {} FILE", "classifier": "predict {} FILE", "ctc": "transcribe {} FILE.wav",
+    "tagger": "tools.predict {} FILE", "classifier": "tools.predict {} FILE", "ctc": "tools.predict {} FILE.wav",
     "bilm": "train --preset tagger --init-from {} --data DIR",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..inference.generation import banned
 from ..inference.labelling import probabilities
 from ..inference.search import Beam, steps
+from ..inference.speech import BEAMS
 from ..kernels.softmax import IGNORE
 from ..kernels.team import Team
 from ..kernels.types import Array
@@ -237,9 +238,6 @@ class Transcripts(Labels):
     def _say(self, inputs: Array, lengths: Array) -> list[Array]:
         assert isinstance(self.model, Ctc)
         return [np.array(labels, np.int64) for labels in self.model.transcribe(inputs, lengths, BEAMS)]
-
-
-BEAMS = 16  # texts that the search for a transcript keeps
 
 
 def _side_by_side(sources: Sequence[Array]) -> tuple[Array, Array]:

@@ -87,11 +87,15 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
-    if settings.log.sample and settings.model.kind == "lm" and not settings.data.private:  # it might repeat another site's
+    text = settings.model.kind == "lm" and not trainer.corpus.tokenizer.rate
+    if settings.log.sample and text and not settings.data.private:  # it might repeat another site's
         reporter.say("sample\n" + _sample(trainer))
     reporter.say(f"plot       {reporter.plot()}")
     if trainer.corpus.tokenizer.pairs:
         reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
+        return
+    if trainer.corpus.tokenizer.rate and settings.model.kind == "lm":
+        reporter.say(f"generate   python -m dllm.generate {run} --out sound.wav")
         return
     prompt = trainer.config.log.prompt or "..."
     reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")

@@ -13,7 +13,6 @@ from typing import Any
 from .. import cli, config
 from ..comm import methods, topology
 from ..data.corpus import Corpus
-from ..data.tokenizer_files import load_tokenizer
 from ..errors import UserError
 from ..model import blocks
 from ..remote.locate import is_url
@@ -103,13 +102,8 @@ def train_config(options: argparse.Namespace, shape: Callable[[str], Mapping[str
     return settings
 
 
-def of_corpus(settings: config.Config, corpus: Corpus, resumed: str | None = None) -> config.Config:
-    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others.
-
-    resumed : the folder of the run that goes on
-    """
-    if resumed and settings.model.kind in blocks.LABELLED:
-        corpus.check_labels(load_tokenizer(resumed).labels, resumed)
+def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
+    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
     labels = len(corpus.labels) if settings.model.kind in blocks.LABELLED else 0
     there = {"labels": labels, "features": corpus.features}
     for name, count in there.items():

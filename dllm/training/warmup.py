@@ -58,9 +58,9 @@ def _others(config: Config, dtype: DType) -> None:
 
 def _output_layer(config: Config, dtype: DType) -> None:
     """The losses and gradients of the output layer alone."""
-    model = _model(config, dtype)
-    weights, gradients = (model.layout.arrays(np.zeros(model.layout.size, dtype))["output"] for _ in range(2))
-    chunk, y, dy = Chunk(2, 2, 5, model.operands, True), zero_panels(2, 2, dtype), zero_panels(2, 2, dtype)
+    operands = _model(config, dtype).operands
+    weights, gradients = zero_panels(5, 3, dtype), zero_panels(5, 3, dtype)
+    chunk, y, dy = Chunk(2, 2, 5, operands, True), zero_panels(2, 2, dtype), zero_panels(2, 2, dtype)
     softmax_cross_entropy(np.zeros(2, dtype), dy, gradients, chunk, y, 0, weights, np.zeros(2, np.int64), 1.0)
 
 

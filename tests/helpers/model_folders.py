@@ -46,7 +46,7 @@ def make_kind(out, shape, stored="fp32", labels=("A", "B", "C")):
     tokenizer = MelTokenizer(bands=config.features) if config.features else CharTokenizer(list("abcdefghijk"))
     tokenizer.pairs = not config.features
     if config.kind in blocks.LABELLED:
-        tokenizer.labels, config = list(labels), replace(config, labels=len(labels))
+        tokenizer.labels, config = tuple(labels), replace(config, labels=len(labels))
     layout = Layout(config, tokenizer.size, np.float32)
     theta = np.zeros(layout.size, np.float32)
     layout.load(theta, 0, np.random.default_rng(5).uniform(-0.6, 0.6, layout.parameters).astype(np.float32))

@@ -18,6 +18,7 @@ from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.labelling import words_of
 from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
+from dllm.inference.speech import BEAMS
 from dllm.serving import openapi
 from dllm.serving.app import Service
 from dllm.serving.engines import make_engine
@@ -171,7 +172,7 @@ def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models)
     data, sound = recording()
     model = models["ctc"]
     frames = model.tokenizer.frames(sound)[:, None]
-    (labels,) = model.network(64, 1).transcribe(frames.astype(np.float32), np.array([len(frames)]), 16)
+    (labels,) = model.network(64, 1).transcribe(frames.astype(np.float32), np.array([len(frames)]), BEAMS)
     expected = "".join(model.tokenizer.labels[label] for label in labels)
     files = {"file": ("x.wav", data, "audio/wav")}
     said = ask("ctc", "/v1/audio/transcriptions", files=files, data={"model": "ctc"})
