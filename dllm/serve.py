@@ -138,7 +138,8 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
         listener = listener or listen(options.host, port, shared=True)
     gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})
+    runtime.check_same(comm, {"model": model.fingerprint, "labels": model.tokenizer.labels})
+    runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
     threads = options.threads or node.threads
     engine = runtime.agree(comm, make_engine, model, options, threads)
     with leader_first(node):

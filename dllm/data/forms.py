@@ -21,7 +21,7 @@ def option(form: str, split: str) -> str:
 
 
 def files_of(options: argparse.Namespace, form: str, split: str) -> list[Any]:
-    """What the option of a form names of a split."""
+    """What an option for a split's files has been given."""
     found: list[Any] = getattr(options, option(form, split)[2:].replace("-", "_"))
     return found
 

@@ -153,13 +153,13 @@ class _Preparation:
         return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
 
     def facts(self, plans: dict[str, Plan], wanted: Vocabulary) -> dict[str, Any]:
-        """What the manifest says of private counts and of labels. Collective. Raises UserError."""
-        unit = self.drawing.unit if self.drawing else "line"
-        counts = {"counts": wanted.counting.described(unit)} if wanted.counting else {}
+        """What the manifest says of labels and of private counts. Collective. Raises UserError."""
+        example = self.drawing.unit if self.drawing else "line"
+        facts = {"counts": wanted.counting.described(example)} if wanted.counting else {}
         if not isinstance(self.drawing, Labelling):
-            return counts
+            return facts
         mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
-        return {**counts, "content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
+        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""

@@ -22,9 +22,9 @@ from ..kernels.team import Team
 from ..kernels.types import Array
 from .batch import Batch
 from .factors import Factors
-from .inheriting import edges
+from .inheriting import stages
 from .layers import Layer, Plan
-from .layout import Layout
+from .layout import Extent, Layout
 
 Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
 Ready: TypeAlias = Callable[[slice], object]
@@ -101,8 +101,8 @@ class Model(ABC):
             check_memory(layout, window, lanes)
         self.operands, self.learning = Operands(self.dtype, bf16, team), learning
         self._mask: Mask | None = None
-        self._edges = edges(layout) if learning.unfreeze else []
-        self._free = layout.size  # elements of the gradient that are not zero
+        self._stages = stages(layout) if learning.unfreeze else {}
+        self._frozen: list[Extent] = []  # what of the gradient is zero
         self._final = 0  # elements of the gradient that the backward has finished
         self._on_ready: Ready | None = None
         self.layers: list[Layer] = []
@@ -159,8 +159,9 @@ class Model(ABC):
     def _ready(self, name: str) -> None:
         """The gradient of block `name` is final, and so are all before it."""
         start, self._final = self._final, self.layout.blocks[name].stop
-        if self._final > self._free:
-            self.gradient[max(start, self._free) : self._final] = 0
+        for block in self._frozen:
+            if start <= block.start < self._final:
+                self.gradient[block.start : block.stop] = 0
         if self._on_ready is not None and self._final > start:
             self._on_ready(slice(start, self._final))
 
@@ -205,8 +206,9 @@ class Model(ABC):
 
     def _take_mask(self, mask: Mask | None) -> None:
         self._mask = mask if self.config.dropout else None
-        if self._edges and mask is not None:
-            self._free = self._edges[min(mask[1] // self.learning.unfreeze, len(self._edges) - 1)]
+        if self._stages and mask is not None:
+            stage = mask[1] // self.learning.unfreeze
+            self._frozen = [self.layout.blocks[name] for name, begins in self._stages.items() if begins > stage]
 
     def _drop(self, out: Array, x: Array, row: int, steps: int, place: int) -> None:
         """Dropout number `place` of this model, of `steps` time steps of x from `row` on."""

@@ -50,7 +50,7 @@ class CtcOutput(Head):
         """Losses (U,B) of transcripts (U,B), nats, each in its first row, of rows of y (columns/R,:,R). Fills dy."""
         self._take_weights()
         B = targets.shape[1]
-        N, H, V = int(self.lengths.max(initial=0)) * B, self.columns, self.classes
+        N, H, V = int(self.lengths.max(initial=1)) * B, self.columns, self.classes
         self._operands.multiply(self._z, 0, y, row, self._WT, N, H, False)
         z = np.empty((N, V), self._plain.dtype)
         from_panels(z, self._z, 0)

@@ -7,6 +7,7 @@ takes of the other begins at zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -74,17 +75,16 @@ def _take(layout: Layout, vector: Array, theirs: Layout, parent: Array, one: Tak
     layout.write(vector, one.name, tensor)
 
 
-def edges(layout: Layout) -> list[int]:
-    """Where what learns ends in the flat vectors as layers are freed: behind the output, each layer, the embedding."""
-    found: dict[str, int] = {}
-    for name, block in layout.blocks.items():
-        found[layer_of(name)] = block.stop
-    return list(found.values())
+def stages(layout: Layout) -> dict[str, int]:
+    """When each block learns as layers are freed: what is above all layers first, the embedding last."""
+    layers = [layer_of(name) for name in layout.blocks]
+    order = sorted(set(layers), reverse=True)
+    return {name: order.index(layer) for name, layer in zip(layout.blocks, layers, strict=True)}
 
 
-def layer_of(block: str) -> str:
-    """The layer, in all its directions, that a block belongs to; "": what is above all of them."""
-    parts = block.split(".")
-    if parts[0] == "decoder" or len(parts) == 1:
-        return block if block == "embedding" else ""
-    return ".".join(parts[:2])
+def layer_of(block: str) -> float:
+    """The number of the layer, in all its directions, that a block belongs to; above all of them infinity, below them -1."""
+    name, *rest = block.split(".")
+    if name == "decoder" or not rest:
+        return -1 if block == "embedding" else math.inf
+    return int(rest[0])

@@ -41,10 +41,10 @@ def commands(folder, *lines, cwd):
 
 
 def make_kind(out, shape, stored="fp32", labels=("A", "B", "C")):
-    """The same of any kind, of a model whose vocabulary has 11 characters, <sep> and <end>. Returns its Model, of one lane."""
+    """The same of any kind, of a model of 11 characters, or of <sep> and <end> too. Returns its Model, of one lane."""
     config = ModelConfig(**{"embedding": 4, "hidden": 16} | shape)
     tokenizer = MelTokenizer(bands=config.features) if config.features else CharTokenizer(list("abcdefghijk"))
-    tokenizer.pairs = not config.features
+    tokenizer.pairs = config.kind == "seq2seq"
     if config.kind in blocks.LABELLED:
         tokenizer.labels, config = tuple(labels), replace(config, labels=len(labels))
     layout = Layout(config, tokenizer.size, np.float32)

@@ -214,5 +214,5 @@ def test_a_corpus_of_other_labels_is_refused(others):
     corpus = object.__new__(Corpus)
     corpus.folder, corpus.labels = "DIR", ["A", "B", "C"]
     corpus.check_labels(("A", "B", "C"), "RUN")
-    with pytest.raises(UserError, match="the labels of DIR are not the . that RUN was trained with"):
+    with pytest.raises(UserError, match=r"the labels of DIR are not the . that RUN was trained with"):
         corpus.check_labels(others, "RUN")
