@@ -67,7 +67,7 @@ def write_news(events: Sequence[Event]) -> bytes:
     """The message that says what has happened: tokens, and an end at most, which is the last."""
     tokens = [event if _is_finite(event) else _finite(event) for event in events if isinstance(event, Token)]
     last = events[-1] if events else None
-    return pack(News(tokens, End(*last) if isinstance(last, Finished) else None))
+    return pack(News(tokens, End(*last[:3]) if isinstance(last, Finished) else None))
 
 
 def _is_finite(token: Token) -> bool:

@@ -12,6 +12,7 @@ from ..data.corpus import Corpus
 from ..errors import UserError
 from ..inference.answering import Answering, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
+from ..model import blocks
 from ..model.base import Model
 from ..model.decoder import Decoder
 from ..model.kinds import make_model
@@ -32,12 +33,11 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     begin = {"beginning": f"the parameters of {train.init_from}"} if train.init_from and not resumed else {}
-    kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
         f"dllm {__version__}": f"{comm.size} ranks x {node.threads} threads, {node.cores} cores, {mpi_library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {rank.lanes.length:,} tokens, {len(rank.own_lanes)} here; windows of {train.window}",
-        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
+        "model": f"{blocks.describe(model)}, dropout {model.dropout:g}: {parameters:,} parameters",
         **begin,
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
