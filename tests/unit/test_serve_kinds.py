@@ -154,6 +154,9 @@ def test_words_get_tags_and_texts_a_class(ask, models):
     assert entry["probability"] == max(entry["probabilities"].values()) == entry["probabilities"][entry["label"]]
     assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     assert list(entry["probabilities"]) == ["A", "B", "C"]
+    window = models["classifier"].window  # of a longer text its end is read, as in training
+    ends = [ask("classifier", "/v1/classify", {"input": start + "abc" * window}).json()["data"] for start in ("k", "hhh")]
+    assert ends[0] == ends[1]
 
 
 def recording(seconds=0.2):
