@@ -56,9 +56,7 @@ def prepare_corpus(
     drawing: Drawing | None = None,
     copies: int = StorageConfig.copies,
 ) -> None:
-    """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
-
-    When it returns, all is there, on every disk.
+    """Write a corpus to the folder `out`, on every disk. Collective. Raises UserError on all ranks; then nothing is left of it.
 
     Parameters
     ----------
@@ -99,8 +97,8 @@ def prepare_corpus(
                 folder.make()
         facts = work.facts(plans, wanted)
         tokenizer = work.tokenizer(plans, wanted)
-        tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
         with together(comm):
+            tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
             written = work.write_shards(plans, tokenizer)
         everyones = [written] if private else messages.allgather(comm, written, list[_Shard])
         with together(comm):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..data import audio
 from ..data.lanes import Lanes, Schedule
-from ..data.sound_tokenizers import MulawTokenizer
+from ..data.sound_tokenizers import MelTokenizer, MulawTokenizer
 from ..errors import UserError, reason
+from ..kernels.ctc import log_probabilities
 from ..kernels.mulaw import LEVELS
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
+from ..model.batch import Batch
 from ..model.ctc import Ctc
+from ..model.encoder_model import EncoderModel
 from .generation import Sampling, continuation
 from .loaded_model import LoadedModel
 from .scores import edits
@@ -55,6 +59,26 @@ def transcribe(model: Ctc, labels: Sequence[str], frames: Sequence[Array], beams
     for lane, one in enumerate(frames):
         inputs[: len(one), lane] = one
     return ["".join(labels[label] for label in said) for said in model.transcribe(inputs, lengths, beams)]
+
+
+def of_recording(model: LoadedModel, path: str) -> dict[str, Any]:
+    """What a model of frames says of the recording in a file: {"text"}, or {"label", "probabilities"}. Raises UserError."""
+    tokenizer = model.tokenizer
+    assert isinstance(tokenizer, MelTokenizer)
+    frames = tokenizer.frames(audio.read(path))
+    if model.config.kind == "classifier":
+        frames = frames[-model.window :]
+    network = model.network(len(frames), 1)
+    if isinstance(network, Ctc):
+        return {"text": transcribe(network, tokenizer.labels, [frames])[0]}
+    assert isinstance(network, EncoderModel)
+    nothing = np.zeros((0, 1, 0), network.dtype)
+    network.forward(Batch(frames[:, None], np.full((1, 1), IGNORE), np.array([len(frames)])), nothing, nothing)
+    found = np.exp(log_probabilities(network.logits())).reshape(-1)
+    return {
+        "label": tokenizer.labels[found.argmax()],
+        "probabilities": dict(zip(tokenizer.labels, found.tolist(), strict=True)),
+    }
 
 
 def errors_of_split(

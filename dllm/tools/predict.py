@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from ..inference.answering import Answer
+    from ..inference.loaded_model import LoadedModel
 
 EPILOG = """
 examples
@@ -25,7 +27,8 @@ examples
 
 RUN is that of a tagger or a classifier, FILE has a sentence or a text a line, - is standard input. A sentence's words are what
 is between white space. With --json each line is an object: {"words", "tags", "probabilities"}, or {"label", "probabilities":
-{label: probability}}. An empty line has no tags, and the label null.
+{label: probability}}. An empty line has no tags, and the label null. Of a model that hears, FILE is a recording: printed
+is what is said in it, or its class; with --json {"text"} or {"label", "probabilities"}.
 """
 TOGETHER = 32  # texts of a batch; what is said of one does not depend on the others
 
@@ -59,6 +62,8 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
     gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     runtime.check_same(comm, {"model": model.fingerprint})
+    if model.tokenizer.bands:
+        return _of_recording(comm, options, model)
     labels = runtime.agree(comm, labelling.labels_of, model, options.model)
     with runtime.together(comm):
         source_files.check_place("--out", options.out)
@@ -87,6 +92,27 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
                 source_files.write("--out", options.out, shown)
             else:
                 sys.stdout.write(shown)
+                sys.stdout.flush()
+    runtime.finish(comm)
+    return DONE
+
+
+def _of_recording(comm: MPI.Comm, options: argparse.Namespace, model: LoadedModel) -> int:
+    """Print what is said in a recording, or its class."""
+    from ..inference import source_files
+    from ..inference.speech import of_recording
+
+    with runtime.together(comm):
+        source_files.check_place("--out", options.out)
+        if comm.rank == 0:
+            found = of_recording(model, options.file)
+            label = found.get("label")
+            shown = found["text"] if label is None else f"{label}\t{found['probabilities'][label]:.4f}"
+            shown = json.dumps(found, ensure_ascii=False) if options.json else shown
+            if options.out:
+                source_files.write("--out", options.out, shown + "\n")
+            else:
+                sys.stdout.write(shown + "\n")
                 sys.stdout.flush()
     runtime.finish(comm)
     return DONE

@@ -95,6 +95,9 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if trainer.corpus.tokenizer.pairs:
         reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
         return
+    if trainer.corpus.labels:
+        reporter.say(f"next       python -m dllm.evaluate {run}, or dllm predict {run} FILE")
+        return
     if trainer.corpus.tokenizer.rate and settings.model.kind == "lm":
         reporter.say(f"generate   python -m dllm.generate {run} --out sound.wav")
         return

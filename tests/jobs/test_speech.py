@@ -60,3 +60,9 @@ def test_a_model_writes_down_what_it_has_learnt_to_hear(folder):
     assert found[0]["cer"] <= found[0]["wer"]
     assert found[1]["wer"] == found[0]["wer"]
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
+    wanted = (folder / "said.tsv").read_text().splitlines()[0].partition("\t")[0]
+    done = mpirun(2, "-m", "dllm.tools.predict", "text", "00.wav", cwd=folder, check=True)
+    assert sum(one == other for one, other in zip(done.stdout.split(), wanted.split(), strict=False)) >= 1
+    assert json.loads(mpirun(0, "-m", "dllm.tools.predict", "text", "00.wav", "--json", cwd=folder, check=True).stdout) == {
+        "text": done.stdout.strip("\n")
+    }
