@@ -128,7 +128,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     from .inference.loaded_model import LoadedModel
     from .model.precision import described
     from .runs.gathering import gather_run
-    from .serving.engines import make_engine
+    from .serving.engines import check_forms, make_engine
     from .serving.server import Server
 
     with runtime.together(comm):
@@ -141,6 +141,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     runtime.check_same(comm, {"model": model.fingerprint, "labels": model.tokenizer.labels})
     runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
     threads = options.threads or node.threads
+    runtime.agree(comm, check_forms, model)
     engine = runtime.agree(comm, make_engine, model, options, threads)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them

@@ -68,7 +68,7 @@ class Service:
         self, model: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
     ) -> None:
         self.name, self.kind, self.vocabulary = model.name, model.config.kind, Vocabulary(model.tokenizer)
-        self.labels, self.features = tuple(model.tokenizer.labels), model.config.features
+        self.labels, self.features, self.window = model.tokenizer.labels, model.config.features, model.window
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
         self.created, self.state = int(time.time()), "ok"

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Generic
 
 from ..kernels.types import Array
+from .limits import Limits
 from .requests import Asked, Deliver, Event, Finished, Full, Stopped, Stream
 from .throughput import Throughput
-from .wire import Answer
+from .wire import Answer, SourceAnswer
 
 
 class Engine(ABC, Generic[Asked]):
@@ -31,8 +32,6 @@ class Engine(ABC, Generic[Asked]):
     queue : int
         Streams that may wait.
     """
-
-    travels = False  # whether other ranks may be asked for streams in wire.py's words
 
     def __init__(self, slots: int, queue: int) -> None:
         self.slots, self.queue = slots, queue
@@ -80,9 +79,14 @@ class Engine(ABC, Generic[Asked]):
     def clear(self) -> list[Stream[Asked]]:
         """Hold nothing any more. Returns what was held."""
 
-    def expected(self, request: Asked) -> Answer:
-        """What another rank may say of a request that has travelled there."""
-        raise NotImplementedError
+    @staticmethod
+    @abstractmethod
+    def read_question(message: bytes, limits: Limits) -> Asked:
+        """The request of another rank. Raises ValueError where it is none, or wants more than clients may."""
+
+    @abstractmethod
+    def expected(self, request: Asked) -> Answer | SourceAnswer:
+        """What checks all that another rank says of a request."""
 
     def counts(self) -> dict[str, float]:
         """More numbers for `load`. From any thread."""

@@ -23,8 +23,6 @@ def _of_text(model: LoadedModel, options: argparse.Namespace, threads: int) -> E
 
 def _of_sources(worker: type[Worker]) -> Make:
     def make(model: LoadedModel, options: argparse.Namespace, threads: int) -> Engine[Any]:
-        if model.config.features and not importlib.util.find_spec("python_multipart"):
-            raise UserError("recordings are sent as forms, which takes python-multipart: pip install 'dllm[serve]'")
         made = worker(model, options.max_source, options.slots, threads, options.precision)
         return SourceEngine(made, options.slots, options.queue)
 
@@ -38,6 +36,12 @@ ENGINES: dict[str, Make] = {
     "classifier": _of_sources(Labels),
     "ctc": _of_sources(Transcripts),
 }
+
+
+def check_forms(model: LoadedModel) -> None:
+    """Raise UserError where requests could not be read: recordings come as forms."""
+    if model.config.features and not importlib.util.find_spec("python_multipart"):
+        raise UserError("recordings are sent as forms, which takes python-multipart: pip install 'dllm[serve]'")
 
 
 def make_engine(model: LoadedModel, options: argparse.Namespace, threads: int) -> Engine[Any]:

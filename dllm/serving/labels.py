@@ -57,6 +57,7 @@ async def classify(service: Service, request: HttpRequest) -> Response:
     else:
         texts = _inputs(Fields(read_json(await request.body()), service.name))
         sources = await service.read_prompts(texts, "input", lambda text: text_of(service.vocabulary.tokenizer, text))
+    sources = [source[-service.window :] for source in sources]  # as training has seen long ones
     found, headers = await _say(service, request, texts, sources)
     data = list[Json]()
     for index, (probable,) in enumerate(found):

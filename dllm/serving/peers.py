@@ -18,10 +18,10 @@ from . import sealed
 from .errors import busy
 from .limits import LOOPBACK, Limits
 from .reports import state_of
-from .requests import AnyRequest, Event, Finished, Full, Request
+from .requests import AnyRequest, Event, Finished, Full
 from .sealed import Channel, Keys
 from .streams import Cancel, Inbox, LocalStreams
-from .wire import read_question, write_news, write_question
+from .wire import write_news, write_question
 
 if TYPE_CHECKING:
     from ..comm.membership import Membership
@@ -72,7 +72,7 @@ class Peers:
     def choose_rank(self, streams: int) -> int:
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
         load = self.local.engine.load()
-        if not self.local.engine.travels or load["active"] + load["queued"] + streams <= load["slots"]:
+        if load["active"] + load["queued"] + streams <= load["slots"]:
             return self.rank
         free: dict[int, int] = {}
         table, known = self.gossip.table(), dict(self.gossip.known)
@@ -154,7 +154,6 @@ class Peers:
         Raises Full, or OSError, EOFError or ValueError where the rank is lost or is not the one that it should be.
         """
         answer = self.local.engine.expected(request)
-        assert isinstance(request, Request)  # others do not travel
         async with asyncio.timeout(PATIENCE):
             reader, writer = await asyncio.open_connection(*self.gossip.known[rank][1]["address"])
         try:
@@ -199,7 +198,7 @@ class Peers:
 
     async def _answer(self, channel: Channel, inbox: Inbox) -> None:
         async with asyncio.timeout(PATIENCE):
-            question = read_question(await channel.receive(), self.limits)
+            question = self.local.engine.read_question(await channel.receive(), self.limits)
         try:
             self.local.submit(question, inbox, 0)
         except Full:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from ..kernels.types import Array
 from .engine import Engine
 from .requests import Finished, SourceRequest, Stream, Token
+from .wire import SourceAnswer, read_source_question
 from .workers import News, Worker
 
 WAITING = 32  # times the rows of a batch: tokens or frames of all sources that may be here
@@ -29,6 +30,8 @@ class SourceEngine(Engine[SourceRequest]):
     queue : int
         Sources that may wait.
     """
+
+    read_question = staticmethod(read_source_question)
 
     def __init__(self, worker: Worker, slots: int = 64, queue: int = 256) -> None:
         super().__init__(slots, queue)
@@ -47,6 +50,10 @@ class SourceEngine(Engine[SourceRequest]):
     @property
     def active(self) -> int:
         return sum(not stream.ended for stream in self._batch)
+
+    def expected(self, request: SourceRequest) -> SourceAnswer:
+        worker = self.worker
+        return SourceAnswer(request, worker.vocabulary, worker.end, lambda found: worker.fits(request, found))
 
     def full(self, request: SourceRequest) -> str:
         most = WAITING * self.worker.rows

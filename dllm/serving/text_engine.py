@@ -22,7 +22,7 @@ from .engine import Engine
 from .prefix_cache import PrefixCache
 from .requests import MAX_LOGPROBS, Request, Stream, Token
 from .scheduler import WINDOW, Scheduler
-from .wire import Answer
+from .wire import Answer, read_question
 
 SCORED = 64  # tokens of prompts whose log-probabilities are computed at a time
 
@@ -54,7 +54,7 @@ class TextEngine(Engine[Request]):
         Tokens of a prompt that are read at a time at most.
     """
 
-    travels = True
+    read_question = staticmethod(read_question)
 
     def __init__(
         self, source: Servable, slots: int = 64, threads: int = 1, cache_bytes: int = 64 << 20, queue: int = 256,

@@ -69,7 +69,8 @@ class Worker(ABC):
     def __init__(self, source: Servable, rows: int, slots: int, threads: int, precision: str = "fp32") -> None:
         self.tokenizer, lanes = source.tokenizer, min(LANES, slots)
         window = -(-rows // lanes)
-        self.rows, self.lanes = window * lanes, lanes
+        self.rows, self.lanes, self.end = window * lanes, lanes, self.tokenizer.end
+        self.vocabulary = 0
         self._make(source.network(window, lanes, Team(threads)), slots, precision)
 
     @abstractmethod
@@ -86,6 +87,10 @@ class Worker(ABC):
 
         Raises ArithmeticError where the model's numbers are not finite.
         """
+
+    @abstractmethod
+    def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
+        """Whether that can be the `found` of a request: another rank has said it."""
 
     @abstractmethod
     def example(self) -> list[SourceRequest]:
@@ -109,7 +114,7 @@ class Targets(Worker):
         if not isinstance(model, Seq2Seq) or self.tokenizer.sep is None or self.tokenizer.end is None:
             raise UserError(f"targets are of models of kind seq2seq, not of {model.config.kind}")
         self.decoder = SourceDecoder(model, slots, self.tokenizer.sep, precision)
-        self.end, self.never = self.tokenizer.end, banned(self.tokenizer)
+        self.never = banned(self.tokenizer)
         self.vocabulary = model.vocabulary
 
     def check(self, request: SourceRequest) -> None:
@@ -174,6 +179,7 @@ class Targets(Worker):
         yield news
 
     def _score(self, streams: Sequence[Stream[SourceRequest]]) -> Iterator[News]:
+        assert self.end is not None
         given_ones = [stream.request.target for stream in streams if stream.request.target is not None]
         targets = [np.append(target, self.end).astype(np.int64) for target in given_ones]
         longest, rows = max(map(len, targets)), np.arange(len(streams))
@@ -186,6 +192,19 @@ class Targets(Worker):
                 self.decoder.advance(rows, given[:, step])
             yield []
         yield [(row, Finished("length", found=(found[row, : len(targets[row])],))) for row in rows.tolist()]
+
+    def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
+        if request.target is not None:
+            return len(found) == 1 and _are_numbers(found[0], (len(request.target) + 1,))
+        if request.beams == 1:
+            return not found
+        texts = found[1:]
+        return (
+            len(texts) <= request.best
+            and len(found) > 0
+            and _are_numbers(found[0], (3, len(texts)))
+            and all(_are_below(text, self.vocabulary, request.max_tokens) for text in texts)
+        )
 
     def example(self) -> list[SourceRequest]:
         two = np.zeros(2, np.int64)
@@ -203,7 +222,8 @@ class Labels(Worker):
         if not isinstance(model, EncoderModel):
             raise UserError(f"labels are said by taggers and classifiers, not by a model of kind {model.config.kind}")
         self.model, self.whole = model, isinstance(model, Classifier)
-        self.vocabulary, self.features = model.vocabulary, model.config.features
+        self.vocabulary, self.features, self.labels = model.vocabulary, model.config.features, model.config.labels
+        self.end = None  # no text is written
 
     def check(self, request: SourceRequest) -> None:
         if request.source.ndim != 1 + (self.features > 0):
@@ -227,6 +247,10 @@ class Labels(Worker):
         found = probabilities(logits)
         return [found[:length, lane].copy() for lane, length in enumerate(lengths.tolist())]
 
+    def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
+        shape = 1 if self.whole else len(request.source), self.labels
+        return len(found) == 1 and _are_numbers(found[0], shape) and bool((found[0] >= 0).all() and (found[0] <= 1).all())
+
     def example(self) -> list[SourceRequest]:
         source = np.zeros((2, self.features), np.float32) if self.features else np.zeros(2, np.int64)
         return [SourceRequest(source=source)]
@@ -234,6 +258,9 @@ class Labels(Worker):
 
 class Transcripts(Labels):
     """Writes down what is said."""
+
+    def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
+        return len(found) == 1 and _are_below(found[0], self.labels, len(request.source))
 
     def _say(self, inputs: Array, lengths: Array) -> list[Array]:
         assert isinstance(self.model, Ctc)
@@ -247,6 +274,16 @@ def _side_by_side(sources: Sequence[Array]) -> tuple[Array, Array]:
     for lane, source in enumerate(sources):
         inputs[: len(source), lane] = source
     return inputs, lengths
+
+
+def _are_numbers(array: Array, shape: tuple[int, ...]) -> bool:
+    return array.shape == shape and array.dtype == np.float64 and bool(np.isfinite(array).all())
+
+
+def _are_below(array: Array, most: int, length: int) -> bool:
+    """Whether these are at most so many numbers from 0 to most - 1."""
+    whole = array.ndim == 1 and array.dtype == np.int64 and len(array) <= length
+    return whole and bool(((array >= 0) & (array < most)).all())
 
 
 def _check_tokens(tokens: Array, vocabulary: int) -> None:

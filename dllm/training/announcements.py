@@ -10,6 +10,7 @@ from ..comm.runtime import mpi_library
 from ..config import Config
 from ..data.corpus import Corpus
 from ..errors import UserError
+from ..inference import model_card
 from ..inference.answering import Answering, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
 from ..model import blocks
@@ -99,6 +100,9 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
         return
     if trainer.corpus.tokenizer.rate and settings.model.kind == "lm":
         reporter.say(f"generate   python -m dllm.generate {run} --out sound.wav")
+        return
+    if settings.model.kind != "lm":
+        reporter.say(f"next       {model_card.command(settings.model.kind, str(run), False)}")
         return
     prompt = trainer.config.log.prompt or "..."
     reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")

@@ -14,11 +14,13 @@ import pytest
 from helpers.model_folders import make_kind
 
 from dllm.data import audio
+from dllm.errors import UserError
 from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.labelling import words_of
 from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
 from dllm.inference.speech import BEAMS
+from dllm.serving import engines as engines_table
 from dllm.serving import openapi
 from dllm.serving.app import Service
 from dllm.serving.engines import make_engine
@@ -56,8 +58,6 @@ def engines(models):
 
     def find(name):
         if name not in started:
-            if name in ("ctc", "sound"):
-                pytest.importorskip("python_multipart")
             started[name] = make_engine(models[name], SimpleNamespace(**OPTIONS), 1)
             started[name].start()
         return started[name]
@@ -154,6 +154,9 @@ def test_words_get_tags_and_texts_a_class(ask, models):
     assert entry["probability"] == max(entry["probabilities"].values()) == entry["probabilities"][entry["label"]]
     assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     assert list(entry["probabilities"]) == ["A", "B", "C"]
+    window = models["classifier"].window  # of a longer text its end is read, as in training
+    ends = [ask("classifier", "/v1/classify", {"input": start + "abc" * window}).json()["data"] for start in ("k", "hhh")]
+    assert ends[0] == ends[1]
 
 
 def recording(seconds=0.2):
@@ -254,6 +257,13 @@ def test_many_requests_get_what_each_gets_alone(ask):
     requests = [("/v1/completions", {"json": TARGET | {"prompt": prompt}}) for prompt in prompts]
     together = ask.together("seq2seq", *requests)
     assert [one.json()["choices"] for one in together] == alone
+
+
+def test_without_a_library_for_forms_models_of_sound_are_refused_before_they_are_served(models, monkeypatch):
+    monkeypatch.setattr(engines_table.importlib.util, "find_spec", lambda name: None)
+    engines_table.check_forms(models["tagger"])
+    with pytest.raises(UserError, match="takes python-multipart"):
+        engines_table.check_forms(models["ctc"])
 
 
 def test_no_tokens_asked_for_is_an_empty_text(ask):
