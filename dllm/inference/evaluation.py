@@ -13,7 +13,7 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
-from ..data.lane_kinds import lane_files, most_lanes, read_lanes
+from ..data.lane_kinds import lane_files, lanes_of, most_lanes, read_lanes
 from ..data.lanes import Schedule, deal
 from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
@@ -107,7 +107,8 @@ class Evaluation:
         kind = config.model.kind
         most = most_lanes(corpus, split, kind)
         count = max(1, min(wanted // comm.size if private else wanted, most))
-        window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
+        longest = 0 if lanes_of(corpus, kind).shortens else entry.get("longest", 0)
+        window = max(config.train.window, int(largest(comm, np.array([longest]))[0]))
         mine = deal(count, ranks, rank)
         supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count, kind), say)
         self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window, None, kind)
