@@ -58,7 +58,7 @@ USES = {
 
 def command(kind: str, folder: str, pairs: bool) -> str:
     """What makes use of a model of a kind. folder : as a shell reads it"""
-    asked = '--source "..."' if pairs else '--prompt "..."'
+    asked = "--source '...'" if pairs else "--prompt '...'"
     return "python -m dllm." + USES.get(kind, f"generate {{}} {asked}").format(folder)
 
 
