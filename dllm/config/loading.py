@@ -26,6 +26,7 @@ QUOTED = re.compile(
     r"'''.*?(?:'''|\Z)" r'|"""(?:\\.?|[^\\])*?(?:"""|\Z)' r"|'[^'\n]*+(?:'|\n|\Z)" r'|"(?:\\.|[^"\\\n])*+(?:"|\n|\\?\Z)'
     r"|#[^\n]*", re.DOTALL,
 )  # fmt: skip  # an open string ends with its line, so each character is looked at once, whatever the text
+MOST_SHOWN = 20  # keys of a section in a message
 TEXTS = ("log.prompt",)  # settings that may have lines
 LONG_KEY = re.compile(r"(?:\.[ \t]*[\w-]+[ \t]*){9}")
 
@@ -150,7 +151,10 @@ def from_dict(sections: Mapping[str, Any]) -> Config:
 
 def _suggest(name: str, known: list[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name[:80], known, n=1)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; there are {', '.join(prefix + key for key in known)}"
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    shown = ", ".join(prefix + key for key in known[:MOST_SHOWN])
+    return f"; there are {shown}" + (", ...: dllm train --settings shows all" if len(known) > MOST_SHOWN else "")
 
 
 def _typed(name: str, value: Any) -> Any:

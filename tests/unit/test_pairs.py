@@ -42,7 +42,7 @@ def built(kind, text):
 # tokens
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mel"])  # frames are no text
 def test_no_text_is_encoded_as_what_stands_between_and_behind_the_sides(kind):
     text = b"<sep> <end> </s> a\tb <unk> sep end \x00"
     tokenizer = built(kind, text)
@@ -75,7 +75,7 @@ def test_lines_are_those_between_newlines(tmp_path_factory, data):
 EXAMPLES = [(f"q{number}" * (1 + number % 3), "ß" * (number % 5 + 1) + str(number)) for number in range(60)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mel"])  # frames are no text
 def test_a_stream_has_every_pair_once_in_an_order_drawn_by_the_seed(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(drawing, "BLOCK", 7)
     monkeypatch.setattr(drawing.text, "SHARD", 200)
