@@ -16,8 +16,8 @@ import numpy as np
 from dllm.config import ModelConfig
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
-from dllm.serving.engine import Engine
 from dllm.serving.requests import Request, Token
+from dllm.serving.text_engine import TextEngine
 
 from .sizes import SIZES
 
@@ -41,7 +41,7 @@ class Random:
 def main():
     size, streams, seconds, threads = SIZES[sys.argv[1]], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
     prompt, rng = int((sys.argv[6:] or "0")[0]), np.random.default_rng(1)
-    engine = Engine(Random(size), slots=streams, threads=threads, precision=sys.argv[5], cache_bytes=0)
+    engine = TextEngine(Random(size), slots=streams, threads=threads, precision=sys.argv[5], cache_bytes=0)
     engine.start()
     last, gaps, over, begin = {}, [], threading.Event(), time.perf_counter() + min(1, seconds)  # what is before warms up
 

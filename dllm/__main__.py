@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "what a run, a corpus or a model is, how far, how good, and what to type next",
     "compare": "runs side by side: settings that differ, results, curves",
     "evaluate": "loss and perplexity of a trained model; what it makes of pairs",
+    "predict": "tags of words or classes of texts, of each line of a file, with a trained model",
     "generate": "continue a text, or answer a source, with a trained model",
     "serve": "answer over HTTP with a trained model, from all ranks",
     "export": "a run as one folder to use anywhere: safetensors, tokenizer, model card",
@@ -27,6 +28,7 @@ COMMANDS = {
 PLACES = {  # a module, and its first word
     "import": "import_", "publish": "share publish", "fetch": "share fetch",
     "info": "tools.info", "compare": "tools.compare", "lr-find": "tools.lr_find",
+    "predict": "tools.predict",
 }  # fmt: skip
 
 

@@ -33,6 +33,9 @@ The loss is in nats a token; perplexity is its exponential. State is carried ove
 train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end to end). With --precision bf16 or int8 it is
 that of the products that dllm.serve and dllm.generate take with it, and perplexity_fp32 stands beside it.
 
+Of a tagger and a classifier there are accuracy and macro_f1, in per cent, and confusion: rows are true, columns said. Of tags
+that name spans (B-PER, I-PER, O) there are precision, recall and f1 of conlleval. --plot needs pip install 'dllm[plot]'.
+
 --pairs is for models of pairs: the likeliest target of every source, each alone, compared with the target that belongs to it,
 of the split or of two files. exact_match, bleu, chrf and rougeL are in per cent; the loss is that of targets with their end.
 It needs pip install 'dllm[tasks]'. BLEU counts words, which --bleu-tokenize cuts as sacrebleu does: 13a where spaces stand
@@ -79,6 +82,7 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     parser.add_argument("--lanes", type=cli.at_least(1), default=0, metavar="L", help="parallel streams of text")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--pairs", nargs="*", metavar="SRC TGT", help="compare what the model says with targets")
+    parser.add_argument("--plot", metavar="FILE.png", help="of a tagger or classifier: draw which labels are taken for others")
     parser.add_argument("--write", metavar="FILE", help="with --pairs: what the model says, line i for line i of SRC")
     parser.add_argument(
         "--bleu-tokenize", choices=BLEU_TOKENIZERS, help="with --pairs: what cuts texts into words for BLEU (default 13a)"
@@ -88,6 +92,8 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.pairs is not None and len(options.pairs) not in (0, 2):
         parser.error("argument --pairs: it takes SRC and TGT, or nothing")
+    if options.plot and options.pairs is not None:
+        parser.error("--plot does not go with --pairs")
     for name in ("write", "bleu_tokenize", "beam", "min_tokens"):
         if getattr(options, name) is not None and options.pairs is None:
             parser.error(f"--{name.replace('_', '-')} goes with --pairs")
@@ -99,10 +105,16 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
 def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print the loss of a split."""
     from .inference.evaluation import Evaluation, corpus_of
+    from .inference.labelling import KINDS, measure_labels
     from .kernels.team import Team
     from .model.precision import described, products_of
+    from .training.curves import check_picture
     from .training.warmup import warm_up
 
+    with runtime.together(comm):
+        check_picture("--plot", options.plot)
+        if options.plot and model.config.kind not in KINDS:
+            raise UserError(f"--plot draws which labels are taken for others, and {options.model} says no labels")
     settings, split, warn = model.settings, options.split, cli.warn_once(comm)
     if options.lanes:
         settings = replace(settings, train=replace(settings.train, eval_lanes=options.lanes))
@@ -115,12 +127,31 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
     if options.precision != "fp32":
         plain, result = result["perplexity"], evaluation.run(model.vector, precision=options.precision)
         result |= {"precision": products_of(options.precision, model.dtype), "perplexity_fp32": plain}
+    if model.config.kind in KINDS:
+        result |= measure_labels(evaluation, model.vector, model.tokenizer.labels)
+    with runtime.together(comm):
+        if comm.rank == 0 and options.plot:
+            _draw_confusion(options.plot, model, result)
     if comm.rank == 0:
         print(printable(f"{options.model}, {model.origin}, {split} split in windows of {settings.train.window}"))
         if options.precision != "fp32":
             found, change = result["perplexity"], result["perplexity"] / plain - 1
             print(f"{described(options.precision)}: perplexity {found:.4f}, in fp32 {plain:.4f}, {change:+.3%}")
         print(json.dumps(result), flush=True)
+
+
+def _draw_confusion(path: str, model: LoadedModel, result: dict[str, Any]) -> None:
+    """Draw how often each label was said where each was true. Raises UserError."""
+    import numpy as np
+
+    from .training.curves import draw_matrix, write_picture
+
+    if "confusion" not in result:
+        raise UserError(f"--plot: {len(model.tokenizer.labels):,} labels are too many for a picture")
+    counts = np.array(result["confusion"])
+    title = f"true (rows) and said, {result['accuracy']:.1f} % right"
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    write_picture("--plot", path, draw_matrix(shares, model.tokenizer.labels, model.tokenizer.labels, title))
 
 
 def _warm_up_decoder(model: LoadedModel, precision: str) -> None:

@@ -87,7 +87,8 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     model_folder.write(options.out, data, source.tokenizer, facts)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{printable(options.out)}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
-    print(f"try it: python -m dllm.generate {shlex.quote(printable(options.out))} {model_card.question(source.tokenizer)}")
+    out = shlex.quote(printable(options.out))
+    print(f"try it: {model_card.command(source.config.kind, out, source.tokenizer.pairs)}")
     return DONE
 
 

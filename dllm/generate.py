@@ -29,6 +29,7 @@ examples
   python -m dllm.generate MODEL --source "ein Hund" --attention a.png        and a picture of what it looked at
   mpirun -n 8 python -m dllm.generate MODEL --source-file news.en --out news.de --beam 5
   python -m dllm.generate MODEL --source-file - --beam 5 --n-best 5          of standard input, five targets a line
+  python -m dllm.generate MODEL --out x.wav --tokens 16000          of a model of sound: so many samples
   python -m dllm.generate MODEL --precision int8                   as dllm.serve --precision int8 would continue it
 
 --source-file answers line i of a file in line i of --out, or of standard output; an empty line stays one. With --n-best, or
@@ -64,6 +65,8 @@ def generate(argv: list[str]) -> int:
     if options.precision != "fp32":
         print(f"dllm: {described(options.precision, model.dtype)}", file=sys.stderr)
     check_attention(model, options.model, {"--coverage": options.coverage, "--attention": options.attention})
+    if model.tokenizer.rate or options.out:
+        return _sound(options, model)
     text_tokens, temperature = _tokens(options, model.tokenizer), options.temperature
     if temperature is None:
         temperature = Sampling.temperature if options.source is None else 0
@@ -151,7 +154,7 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: the start of a line)")
     parser.add_argument("--source", metavar="TEXT", help="of a model of pairs: print its target")
     parser.add_argument("--source-file", metavar="F", help="of a model of pairs: the target of every line; -: standard input")
-    parser.add_argument("--out", metavar="F", help="with --source-file: where the targets go; default: standard output")
+    parser.add_argument("--out", metavar="F", help="with --source-file: where the targets go; of a model of sound: a WAV file")
     parser.add_argument(
         "--tokens", type=whole, metavar="N", help="at most (default: 200; with --source-file the window of training)"
     )
@@ -171,7 +174,7 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.source is not None) + bool(options.prompt) + (options.source_file is not None) > 1:
         parser.error("give either --prompt or --source" + " or --source-file" * (options.source_file is not None))
-    for name in ("out", "n_best", "unknown", "attention"):
+    for name in ("n_best", "unknown", "attention"):
         needed = "source" if name == "attention" else "source_file"
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')}")
@@ -194,6 +197,21 @@ def _tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
             else f"{options.model} was not trained on pairs: give --prompt"
         )  # fmt: skip
     return start_tokens(tokenizer, options.prompt) if options.source is None else source_tokens(tokenizer, options.source)
+
+
+def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
+    """Write what a model of sound continues. Raises UserError."""
+    from .inference.generation import Sampling
+    from .inference.speech import write_sound
+
+    if not model.tokenizer.rate or options.source is not None:
+        raise UserError("--out goes with --source-file, or with a model of sound")
+    if not options.out or options.prompt or options.search or options.json:
+        raise UserError(f"{options.model} is a model of sound: give --out FILE.wav, and no --prompt, --beam or --json")
+    temperature = 1.0 if options.temperature is None else options.temperature
+    sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    write_sound(model, options.out, options.tokens or 0, sampling, options.precision)
+    return DONE
 
 
 def _draw_attention(path: str, model: LoadedModel, source: Array, target: list[int]) -> None:

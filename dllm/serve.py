@@ -31,6 +31,8 @@ examples
   dllm serve MODEL -n 4                                      the same, started under mpirun, and again when it ends
   dllm serve MODEL -n 8 --hostfile FILE --host 0.0.0.0 --token-file TOKEN
   curl 127.0.0.1:8000/v1/completions --json '{"prompt": "Once upon a time", "max_tokens": 50}'
+  curl 127.0.0.1:8000/v1/tag --json '{"input": "She reads"}'             of a tagger; of a classifier /v1/classify
+  curl 127.0.0.1:8000/v1/audio/transcriptions -F file=@spoken.wav        of a model of kind ctc
 
 OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
 share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
@@ -56,6 +58,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--threads", cli.at_least(0), 0, "N", "of a rank; 0: cores / ranks of its host"),
         ("--cache", cli.at_least(0), 64, "MIB", "for states of prompts that come again; 0: nothing is kept"),
         ("--max-prompt", positive, 32768, "N", "tokens"),
+        ("--max-source", positive, 8192, "N", "tokens or frames of a source; so many in all are read at once"),
         ("--max-tokens", positive, 4096, "N", "tokens of a choice"),
         ("--max-body", positive, 1 << 20, "N", "bytes"),
         ("--max-requests", positive, 256, "N", "at once, of a rank"),
@@ -125,7 +128,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     from .inference.loaded_model import LoadedModel
     from .model.precision import described
     from .runs.gathering import gather_run
-    from .serving.engine import Engine
+    from .serving.engines import check_forms, make_engine
     from .serving.server import Server
 
     with runtime.together(comm):
@@ -135,9 +138,11 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
         listener = listener or listen(options.host, port, shared=True)
     gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})
+    runtime.check_same(comm, {"model": model.fingerprint, "labels": model.tokenizer.labels})
+    runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
     threads = options.threads or node.threads
-    engine = Engine(model, options.slots, threads, options.cache << 20, options.queue, options.precision)
+    runtime.agree(comm, check_forms, model)
+    engine = runtime.agree(comm, make_engine, model, options, threads)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
     server = Server(comm, node, model, engine, options, clients, listener)

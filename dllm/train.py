@@ -63,6 +63,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
+    from .data.tokenizer_files import load_tokenizer
     from .runs import marks, run_folder
     from .training import announcements, recovery, trace
     from .training.setup import set_up
@@ -78,6 +79,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, origin)):
         if known:
             runtime.agree(comm, corpus.check_vocabulary, known, name)
+    if resume:
+        runtime.agree(comm, lambda: corpus.check_labels(load_tokenizer(run).labels, run))
     compiling = time.monotonic()
     with leader_first(node, AT_ONCE):
         warm_up(configuration, node.rank)

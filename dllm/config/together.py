@@ -25,8 +25,8 @@ def _check_model(model: ModelConfig) -> None:
             "model.bidirectional: a model of text that reads in both directions sees the token that it is to predict; "
             "model.kind = bilm has two directions that do not see each other"
         )
-    for name in ("projection", "labels", "features"):
-        if getattr(model, name) and kind in TEXT:
+    for name, others in (("projection", TEXT), ("labels", TEXT + SOURCES), ("features", TEXT + SOURCES)):
+        if getattr(model, name) and kind in others:
             raise UserError(f"model.{name} is not of model.kind = {kind}")
     if model.copy and kind not in SOURCES:
         raise UserError(f"model.copy is of model.kind = seq2seq, not of {kind}")

@@ -47,9 +47,14 @@ def read(path: str | os.PathLike[str]) -> Sound:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
-def decode(data: bytes) -> Sound:
-    """The recording that the bytes of a file hold, its channels averaged. Raises UserError that says why, and names no file."""
-    sound = _decode(data)
+def decode(data: bytes, most: float = math.inf) -> Sound:
+    """The recording that the bytes of a file hold, its channels averaged. Raises UserError that says why, and names no file.
+
+    most : seconds that it may have: few bytes of FLAC can be hours of silence
+    """
+    sound = _decode(data, most)
+    if len(sound.samples) > most * sound.rate:
+        raise UserError(f"it is longer than {most:,.0f} seconds")
     if not LEAST_RATE <= sound.rate <= MOST_RATE:
         raise UserError(f"it has {sound.rate:,} samples a second; {LEAST_RATE:,} to {MOST_RATE:,} are read")
     if not len(sound.samples):
@@ -59,10 +64,10 @@ def decode(data: bytes) -> Sound:
     return sound
 
 
-def _decode(data: bytes) -> Sound:
+def _decode(data: bytes, most: float) -> Sound:
     file = io.BytesIO(data)
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return _decode_by_library(file, "it is no WAV file")
+        return _decode_by_library(file, "it is no WAV file", most)
     try:
         with wave.open(file) as opened:
             promised, width = opened.getnframes(), opened.getnchannels() * opened.getsampwidth()
@@ -70,7 +75,7 @@ def _decode(data: bytes) -> Sound:
             parameters = opened.getparams()
     except (wave.Error, EOFError, struct.error, RuntimeError) as error:
         file.seek(0)
-        return _decode_by_library(file, f"it is no WAV file of whole numbers ({reason(error) or 'it ends too early'})")
+        return _decode_by_library(file, f"it is no WAV file of whole numbers ({reason(error) or 'it ends too early'})", most)
     if len(data) < promised * width < ENDLESS:
         raise UserError(f"it is cut: {len(data):,} of {promised * width:,} bytes of sound are there")
     data = data[: len(data) // width * width]
@@ -91,14 +96,16 @@ def _numbers(data: bytes, width: int) -> Array:
     return np.frombuffer(data, f"<i{width}").astype(np.float32) / np.float32(1 << (8 * width - 1))
 
 
-def _decode_by_library(file: io.BytesIO, why: str) -> Sound:
+def _decode_by_library(file: io.BytesIO, why: str, most: float) -> Sound:
     """Raises UserError; why: the standard library does not read it."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: its own library is not there
         raise UserError(f"{why}; FLAC and other kinds take pip install 'dllm[audio]'") from None
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(file) as opened:
+            rate = opened.samplerate
+            samples = opened.read(-1 if most == math.inf else int(most * rate) + 1, dtype="float32", always_2d=True)
     except Exception as error:  # the library has errors of its own
         says = getattr(error, "error_string", "") or reason(error)  # without the name of the file
         raise UserError(f"{why}, and soundfile says: {says}") from None

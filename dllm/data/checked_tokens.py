@@ -1,4 +1,4 @@
-"""Vocabularies out of files, checked before anybody believes them."""
+"""Vocabularies and labels out of files, checked before anybody believes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,32 @@ from .pretokens import letters
 
 MOST_TOKENS = 1 << 20  # of a vocabulary; the largest published ones of words have 800,000
 LONGEST_TOKEN = 4096  # characters; longer words are <unk>
+
+MOST_LABELS = 1 << 15
+LONGEST_LABEL = 200  # characters
+
+
+def problem_of_label(label: str) -> str:
+    """What is wrong with a label, in words; "" where nothing is."""
+    if not label.strip():
+        return "is empty"
+    if len(label) > LONGEST_LABEL:
+        return f"has more than {LONGEST_LABEL} characters"
+    return "" if label.isprintable() else "has characters that cannot be shown"
+
+
+def problem_of_letter(letter: str) -> str:
+    """What is wrong with a label of a transcript, in words; "" where nothing is: it is a letter, or a space."""
+    return "" if len(letter) == 1 and letter.isprintable() else "is no letter"
+
+
+def checked_labels(labels: Any) -> tuple[str, ...]:
+    """Labels as `prepare` orders them. Raises ValueError where these are none."""
+    if not (isinstance(labels, list) and 2 <= len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
+        raise ValueError("its labels are no list of names")
+    if any(problem_of_label(label) and problem_of_letter(label) for label in labels) or labels != sorted(set(labels)):
+        raise ValueError("its labels are not in order, or one is none")
+    return tuple(labels)
 
 
 def check_tokens(tokens: Collection[Any]) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +30,11 @@ from ..files import storage
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..remote.locate import RemoteFolder, cache_folder, is_url, open_folder
+from .checked_tokens import checked_labels
 from .embedded import embedded_corpus
-from .label_files import problem_of_label, problem_of_letter
 from .placing import ShardFile, shard_file
 from .private_counts import check_described
-from .shards import FORMAT, FRAME_DTYPE, LABELLED, LABELS_FORMAT, MOST_LABELS, columns, read_shard
+from .shards import FORMAT, FRAME_DTYPE, LABELLED, LABELS_FORMAT, columns, read_shard
 from .tokenizer_files import load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Corpus:
         self.dtype: np.dtype[Any] = np.dtype(self.manifest["dtype"])
         self.vocabulary: int = self.manifest["vocabulary"]
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        if self.tokenizer_hash != self.manifest["tokenizer"] or self.tokenizer.size != self.vocabulary:
+        same = self.tokenizer_hash == self.manifest["tokenizer"] and [*self.tokenizer.labels] == self.labels
+        if not same or self.tokenizer.size != self.vocabulary:
             raise UserError(f"{self.folder}/tokenizer.json is not the one its manifest names; prepare the data anew")
         self.hash = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
         self._sound: dict[str, tuple[int, ...]] = {}  # name of a shard -> what its file looked like when it was sound
@@ -148,6 +149,11 @@ class Corpus:
                 f"the vocabulary of {self.folder} is not the one that {other} was trained with; "
                 f"dllm.prepare --tokenizer-from {other} makes a corpus that has it"
             )
+
+    def check_labels(self, labels: Sequence[str], other: str | os.PathLike[str]) -> None:
+        """Raise UserError where these are not the labels that `other` was trained with."""
+        if labels and [*labels] != self.labels:
+            raise UserError(f"the labels of {self.folder} are not the {len(labels)} that {other} was trained with")
 
     def files(self, split: str | None = None, start: int = 0, stop: int = MOST) -> list[ShardFile]:
         """The shards that hold tokens [start, stop) of a split; None: those of all splits. Raises UserError."""
@@ -239,11 +245,7 @@ def _check_labels(content: Any, labels: Any, pairs: bool) -> None:
     """Raise ValueError where a manifest's content and labels are none that prepare writes."""
     if content not in LABELLED or pairs:
         raise ValueError(f"its content is {shown(content)}")
-    if not (isinstance(labels, list) and 2 <= len(labels) <= MOST_LABELS and all(isinstance(label, str) for label in labels)):
-        raise ValueError("its labels are no list of names")
-    wrong = problem_of_letter if content == "transcripts" else problem_of_label
-    if any(map(wrong, labels)) or labels != sorted(set(labels)):
-        raise ValueError("its labels are not in order, or one is none")
+    checked_labels(labels)
 
 
 def _check_records(split: str, entry: dict[str, Any], unit: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..config import path_of_rank
 from . import source_names
-from .label_files import LabelledFile, problem_of_label
+from .checked_tokens import problem_of_label
+from .label_files import LabelledFile
 
 SPLITS = ("train", "valid", "test")
 FORMS = ("text", "pairs", "tags", "classes", "class", "transcripts")
@@ -20,6 +21,7 @@ def option(form: str, split: str) -> str:
 
 
 def files_of(options: argparse.Namespace, form: str, split: str) -> list[Any]:
+    """What an option for a split's files has been given."""
     found: list[Any] = getattr(options, option(form, split)[2:].replace("-", "_"))
     return found
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..kernels.types import Array
+from .checked_tokens import problem_of_label
 from .lines import Lines
 from .text import Path, TextFile
 
-LONGEST_LABEL = 200  # characters
 CONLLU_COLUMNS, CONLLU_WORD, CONLLU_TAG = 10, 2, 4  # universaldependencies.org/format.html: FORM, UPOS
 BREAK = b"-DOCSTART-"  # of CoNLL-2003: a line between documents, which is no sentence
 _NOT_A_WORD = re.compile(rb"\d+[-.]\d+")  # several words that are written as one; a word that is not written
@@ -80,20 +80,6 @@ class RecordFile:
         if problem := problem_of_label(label):
             raise self.wrong(line, f"has a label that {problem}")
         return label
-
-
-def problem_of_label(label: str) -> str:
-    """What is wrong with a label, in words; "" where nothing is."""
-    if not label.strip():
-        return "is empty"
-    if len(label) > LONGEST_LABEL:
-        return f"has more than {LONGEST_LABEL} characters"
-    return "" if label.isprintable() else "has characters that cannot be shown"
-
-
-def problem_of_letter(letter: str) -> str:
-    """What is wrong with a label of a transcript, in words; "" where nothing is: it is a letter, or a space."""
-    return "" if len(letter) == 1 and letter.isprintable() else "is no letter"
 
 
 class ClassFile(RecordFile):

@@ -77,6 +77,8 @@ class TagLanes(LabelledLanes):
 class ClassLanes(LabelledLanes):
     """Lanes of texts; in the middle of their places stands the class. Of one that is longer than a window its end is read."""
 
+    shortens: ClassVar[bool] = True
+
     def _middle(self, start: int, begins: Array, ends: Array, classes: Array) -> Array:
         return classes
 

@@ -16,9 +16,10 @@ from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import vocabulary
+from .checked_tokens import MOST_LABELS
 from .drawing import Drawing
 from .label_files import ClassFile, LabelledFile, Record, RecordFile, TagFile
-from .shards import LABEL_DTYPE, MOST_LABELS
+from .shards import LABEL_DTYPE
 from .text import Encoded
 from .tokenizers import Tokenizer, UnknownUnitError
 
@@ -180,10 +181,7 @@ class Labelling(Drawing):
         """
         with together(comm):
             mine: set[str] = set().union(*(piece.labels() for piece in pieces))
-            if len(mine) > MOST_LABELS:
-                raise UserError(
-                    f"the train text has {len(mine):,} labels, at most {MOST_LABELS:,} can be: is it the right column?"
-                )
+            _check_count(len(mine))
         merged = vocabulary.merge(comm, dict.fromkeys(mine, 1))
         labels = messages.broadcast(comm, sorted(merged), list[str])
         if len(labels) < 2:

@@ -6,7 +6,7 @@ tokens is left out. With private corpora lanes of different ranks differ in leng
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -53,7 +53,11 @@ class Lanes:
         How far a window takes a lane, whose place in an epoch is counted in tokens.
     steps : list of int
         By lane, the places of an epoch.
+    shortens : bool
+        Of the class: whether a record that is longer than a window is read in part.
     """
+
+    shortens: ClassVar[bool] = False
 
     def __init__(self, corpus: Corpus, split: str, lanes: range, of: int, window: int, first: int | None = None) -> None:
         self.corpus, self.split, self.T = corpus, split, window

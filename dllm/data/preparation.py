@@ -56,9 +56,7 @@ def prepare_corpus(
     drawing: Drawing | None = None,
     copies: int = StorageConfig.copies,
 ) -> None:
-    """Write a corpus to the folder `out`. Collective. Raises UserError on all ranks; then nothing is left of the attempt.
-
-    When it returns, all is there, on every disk.
+    """Write a corpus to the folder `out`, on every disk. Collective. Raises UserError on all ranks; then nothing is left of it.
 
     Parameters
     ----------
@@ -77,8 +75,7 @@ def prepare_corpus(
         Disks that have each shard, where ranks do not share one; of a small split all have. 0: no copies.
     """
     domains = Domains(0, (0,), ("",)) if private else Domains.find(comm, os.path.realpath(out))
-    token = os.urandom(8).hex()
-    token = token if private else messages.broadcast(comm, token, str)
+    token = os.urandom(8).hex() if private else messages.broadcast(comm, os.urandom(8).hex(), str)
     if not private:
         readable_everywhere(comm, domains.hosts, (file for paths in splits.values() for file in _paths(paths)))
     if drawing:
@@ -98,14 +95,13 @@ def prepare_corpus(
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if domains.leads:
                 folder.make()
-        facts = work.facts(plans)
+        facts = work.facts(plans, wanted)
         tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
+            tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
             written = work.write_shards(plans, tokenizer)
         everyones = [written] if private else messages.allgather(comm, written, list[_Shard])
         with together(comm):
-            if wanted.counting:
-                facts["counts"] = wanted.counting.described(drawing.unit if drawing else "line")
             manifest = work.manifest(plans, tokenizer, list(itertools.chain(*everyones)), facts)
         if not domains.shared:
             work.copy(manifest, {shard.name for shard in written})
@@ -154,12 +150,14 @@ class _Preparation:
         """Of a split, the same on every rank. Raises UserError."""
         return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
 
-    def facts(self, plans: dict[str, Plan]) -> dict[str, Any]:
-        """What the manifest says of labels. Collective. Raises UserError."""
+    def facts(self, plans: dict[str, Plan], wanted: Vocabulary) -> dict[str, Any]:
+        """What the manifest says of labels and of private counts. Collective. Raises UserError."""
+        example = self.drawing.unit if self.drawing else "line"
+        facts = {"counts": wanted.counting.described(example)} if wanted.counting else {}
         if not isinstance(self.drawing, Labelling):
-            return {}
+            return facts
         mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
-        return {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
+        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""

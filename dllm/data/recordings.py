@@ -18,7 +18,8 @@ from ..errors import UserError, reason
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import audio, text
-from .label_files import ClassFile, LabelledFile, Record, RecordFile, problem_of_letter
+from .checked_tokens import problem_of_letter
+from .label_files import ClassFile, LabelledFile, Record, RecordFile
 from .labelling import LabelledPiece, Labelling
 from .shards import FRAME_DTYPE
 from .sound_tokenizers import MelTokenizer

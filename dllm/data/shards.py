@@ -25,7 +25,6 @@ from .tokenizer import Tokenizer
 FORMAT, LABELS_FORMAT = 1, 2  # of a corpus, and of one with labels
 LABELLED = ("tags", "classes", "transcripts")  # contents
 FRAME_DTYPE = np.dtype(np.float16)  # of numbers between about -10 and 10, to three digits
-MOST_LABELS = 1 << 15
 LABEL_DTYPE, END_DTYPE = np.dtype(np.int32), np.dtype(np.int64)
 
 

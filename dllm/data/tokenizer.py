@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..kernels.types import Array
+from .checked_tokens import checked_labels
 
 Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 
@@ -24,6 +25,7 @@ class Tokenizer:
     rate = 0  # samples a second of the sound that its tokens say; 0: they are of text
     bands = 0  # numbers of the frames that stand for tokens; 0: there are tokens
     pairs = False
+    labels: tuple[str, ...] = ()  # what a model says of text, where it does; they are no tokens
     unknown: int | None = None  # the token that stands for what the vocabulary lacks
 
     @property
@@ -76,7 +78,8 @@ class Tokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict from which `load` makes the tokenizer again."""
-        return {"kind": self.kind, **self.vocabulary(), **({"pairs": True} if self.pairs else {})}
+        more: dict[str, Any] = {"pairs": True} if self.pairs else {"labels": [*self.labels]} if self.labels else {}
+        return {"kind": self.kind, **self.vocabulary(), **more}
 
     def vocabulary(self) -> dict[str, Any]:
         """What `to_json` says of the tokens of text."""
@@ -87,6 +90,7 @@ class Tokenizer:
         """The tokenizer of what `to_json` gave; `load` is for a file that may be damaged."""
         tokenizer = cls.of_vocabulary(value)
         tokenizer.pairs = value.get("pairs", False) is True
+        tokenizer.labels = checked_labels(value["labels"]) if "labels" in value else ()
         return tokenizer
 
     @classmethod

@@ -24,5 +24,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 
 def tokenizer_hash(tokenizer: tokenizers.Tokenizer) -> str:
-    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same."""
-    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+    """Names a vocabulary: equal for two corpora if and only if their tokens mean the same, whatever labels they have."""
+    value = tokenizer.to_json()
+    value.pop("labels", None)
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -114,12 +114,15 @@ class Answering:
         never = [token for token in banned(tokenizer) if not (self.replace and token == tokenizer.unknown)]
         return search(streams, sources, self.limit, self.beam, tokenizer.end, never)
 
-    def text(self, found: Found, source: str = "") -> str:
-        """A target in one line. source : where words are to be replaced"""
+    def units(self, source: str) -> list[str]:
+        """What each token of a source's text stands for, where some of them may be <unk>."""
+        return source.split() if self.tokenizer.kind == "word" else list(source)
+
+    def text(self, found: Found, units: Sequence[str] = ()) -> str:
+        """A target in one line. units : of the source, a token each, where words are to be replaced"""
         tokenizer, words = self.tokenizer, list[str]()
         if not (self.replace and tokenizer.unknown in found.tokens):
             return " ".join(as_text(tokenizer, found.tokens).split())
-        units = source.split() if tokenizer.kind == "word" else list(source)
         for token, place in zip(found.tokens, found.places, strict=True):
             known = as_text(tokenizer, [token])
             words.append(known if token != tokenizer.unknown else units[place] + " " * (tokenizer.kind == "word"))
@@ -173,8 +176,8 @@ def solve(comm: MPI.Comm, model: Model, how: Answering, pairs: Sequence[Pair]) -
     def work(numbers: Sequence[int]) -> list[Answer]:
         part = [pairs[number] for number in numbers]
         found, losses = how.search(streams, [pair[0] for pair in part]), scorer(part)
-        asked = [pair.asked or as_text(how.tokenizer, pair.source) for pair in part]
-        texts = [how.text(best, text) for (best, *_), text in zip(found, asked, strict=True)]
+        said = [how.units(pair.asked) or [as_text(how.tokenizer, [token]) for token in pair.source] for pair in part]
+        texts = [how.text(best, units) for (best, *_), units in zip(found, said, strict=True)]
         return [([text], [loss]) for text, loss in zip(texts, losses.tolist(), strict=True)]
 
     answered = in_batches(comm, [len(pair[0]) for pair in pairs], how.lanes, work)

@@ -13,17 +13,19 @@ from ..comm.node_info import NodeInfo
 from ..comm.runtime import agree, together
 from ..config import Config, is_private
 from ..data.corpus import Corpus, open_corpus
-from ..data.lane_kinds import lane_files, most_lanes, read_lanes
+from ..data.lane_kinds import lane_files, lanes_of, most_lanes, read_lanes
 from ..data.lanes import Schedule, deal
 from ..data.supply import supply
 from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
+from ..model.ctc import Ctc
 from ..model.kinds import language_model, make_model
 from ..model.layout import Layout
 from .decoded_losses import DecodedLosses
 from .loaded_model import LoadedModel
+from .speech import errors_of_split
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,6 +66,7 @@ def corpus_of(
     corpus = open_corpus(comm, node, path, lambda text: None, model.settings.storage)
     with together(comm):
         corpus.check_vocabulary(tokenizer_hash(model.tokenizer), name)
+        corpus.check_labels(model.tokenizer.labels, name)
         corpus.split(split)
     return corpus, is_private(path)
 
@@ -97,14 +100,15 @@ class Evaluation:
         team: Team | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.comm, self.split = comm, split
+        self.comm, self.split, self.tokenizer, self.labels = comm, split, corpus.tokenizer, corpus.labels
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
         wanted = config.train.eval_lanes or config.train.lanes
         kind = config.model.kind
         most = most_lanes(corpus, split, kind)
         count = max(1, min(wanted // comm.size if private else wanted, most))
-        window = max(config.train.window, int(largest(comm, np.array([entry.get("longest", 0)]))[0]))
+        longest = 0 if lanes_of(corpus, kind).shortens else entry.get("longest", 0)
+        window = max(config.train.window, int(largest(comm, np.array([longest]))[0]))
         mine = deal(count, ranks, rank)
         supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count, kind), say)
         self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window, None, kind)
@@ -142,8 +146,21 @@ class Evaluation:
         everyones = total(self.comm, totals)
         loss = float(everyones.sum()) / count
         losses = everyones / [schedule.tokens(place) for place in schedule.places]
+        found = self._of_speech(between)
+        if self.tokenizer.rate and not self.tokenizer.bands:
+            found["bits_per_sample"] = loss / math.log(2)
         return {
             "split": self.split, "tokens": count, "loss": loss, "perplexity": perplexity(loss),
             "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
-            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token, **found,
         }  # fmt: skip
+
+    def _of_speech(self, between: Callable[[], object]) -> dict[str, Any]:
+        """Error rates of words and letters of all ranks, in per cent, where the model writes down what it hears. Collective."""
+        if not isinstance(self.model, Ctc):
+            return {}
+        with together(self.comm):
+            counts = errors_of_split(self.model, self.labels, self.lanes, self.schedule, between)
+        everyones = total(self.comm, counts.reshape(-1)).reshape(2, 2)
+        rates = (100 * int(wrong) / max(1, int(count)) for wrong, count in everyones)
+        return dict(zip(("wer", "cer"), rates, strict=True))

@@ -62,6 +62,7 @@ class LoadedModel:
     @classmethod
     def _of_run(cls, folder: pathlib.Path, best: bool) -> LoadedModel:
         run = Trained.open(folder, best)
+        model_folder.check_kind(run.settings.model, run.tokenizer, folder)
         scalars = run.checkpoint.manifest["scalars"]
         return cls(
             name=printable(folder.resolve().name),

@@ -8,13 +8,16 @@ from typing import Any
 
 import tomli_w
 
+from ..config import ModelConfig
 from ..data.tokenizers import Tokenizer
 from ..errors import printable
+from ..model import blocks
+from . import torch_script
 
 CARD = """---
 license: other  # yours to choose: the text that a model was trained on may have a say in it
 library_name: pytorch
-tags: [lstm, language-model, dllm]
+tags: [lstm, {tag}, dllm]
 ---
 
 # {name}
@@ -25,7 +28,7 @@ tags: [lstm, language-model, dllm]
 
 ## Use
 
-    python -m dllm.generate {folder} {question}
+    {command}
     mpirun -n 2 python -m dllm.evaluate {folder} --data DIR
 
 In PyTorch, without dllm:
@@ -34,47 +37,29 @@ In PyTorch, without dllm:
 {script}
 ```
 
-`tokens` are numbers of tokenizer.json, of kind {tokenizer}.
+{numbers}
 
 ## Licence
 
 To be filled in by whoever publishes this model.
 {recipe}"""
 
-HEAD = """import json, torch
-from safetensors.torch import load_file
-
-model = json.load(open("config.json"))["model"]
-V, E, H, L = {V}, model["embedding"], model["hidden"], model["layers"]
-weights = load_file("model.safetensors")"""
-DEQUANTISE = """scales = {name: weights.pop(name + ".scale") for name in list(weights) if name + ".scale" in weights}
-weights |= {name: weights[name].float() * scale[:, None] for name, scale in scales.items()}"""
-TIED = """weights["output.weight"] = weights["embedding.weight"]"""
-TAIL = """module = torch.nn.ModuleDict({{{embedding}"lstm": torch.nn.LSTM({D}, H, L), "output": torch.nn.Linear(H, V)}})
-module.load_state_dict(weights, strict=True)
-tokens = torch.tensor([[0], [1]])  # (time, lanes)
-logits = module["output"](module["lstm"]({x})[0])  # (time, lanes, V): of the token that follows"""
+WHAT = {
+    "lm": "LSTM language model", "bilm": "LSTM language models of both directions", "tagger": "LSTM tagger",
+    "seq2seq": "LSTM encoder and decoder with attention", "classifier": "LSTM classifier", "ctc": "LSTM speech recogniser",
+}  # fmt: skip
+TAGS = {"seq2seq": "translation", "tagger": "token-classification", "classifier": "text-classification"}
+TAGS |= {"lm": "language-model", "bilm": "language-model", "ctc": "automatic-speech-recognition"}
+USES = {
+    "tagger": "tools.predict {} FILE", "classifier": "tools.predict {} FILE", "ctc": "tools.predict {} FILE.wav",
+    "bilm": "train --preset tagger --init-from {} --data DIR",
+}  # fmt: skip
 
 
-def script(facts: dict[str, Any]) -> str:
-    """The lines of Python that load the folder into torch.nn."""
-    model = facts["model"]
-    one_hot = not model["embedding"]
-    lines = [HEAD.format(V=facts["vocabulary"])]
-    lines += [DEQUANTISE] * (facts["weights"] == "int8") + [TIED] * model["tied"]
-    return "\n".join([
-        *lines,
-        TAIL.format(
-            embedding="" if one_hot else '"embedding": torch.nn.Embedding(V, E), ',
-            D="V" if one_hot else "E",
-            x="torch.nn.functional.one_hot(tokens, V).float()" if one_hot else 'module["embedding"](tokens)',
-        ),
-    ])  # fmt: skip
-
-
-def question(tokenizer: Tokenizer) -> str:
-    """The option of dllm.generate for a model of that tokenizer."""
-    return '--source "..."' if tokenizer.pairs else '--prompt "..."'
+def command(kind: str, folder: str, pairs: bool) -> str:
+    """What makes use of a model of a kind. folder : as a shell reads it"""
+    asked = "--source '...'" if pairs else "--prompt '...'"
+    return "python -m dllm." + USES.get(kind, f"generate {{}} {asked}").format(folder)
 
 
 def label(name: str) -> str:
@@ -86,17 +71,25 @@ def label(name: str) -> str:
 
 def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -> str:
     """The model card of `facts`, a config.json."""
-    model = facts["model"]
-    inputs = f"embedding of {model['embedding']}" if model["embedding"] else "one-hot inputs"
-    kind = f"LSTM language model: {inputs}{', tied to the output' * model['tied']}, {model['layers']} x {model['hidden']}"
+    model = ModelConfig(**facts["model"])
+    kind = f"{WHAT[model.kind]}: {blocks.describe(model).removeprefix(model.kind + ': ')}"
     training = facts.get("training")
     recipe = "" if training is None else f"\n## Recipe\n\n{_recipe(training['recipe'])}\n"
     return CARD.format(
-        name=label(name), folder=shlex.quote(printable(name)), kind=kind + f", vocabulary of {facts['vocabulary']:,}",
+        name=label(name), tag=TAGS[model.kind], kind=kind + f", vocabulary of {facts['vocabulary']:,}",
         parameters=facts["parameters"], version=version,
         weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
-        tokenizer=tokenizer.kind, question=question(tokenizer), script=script(facts),
+        command=command(model.kind, shlex.quote(printable(name)), tokenizer.pairs), folder=shlex.quote(printable(name)),
+        numbers=_numbers(model, tokenizer), script=torch_script.script(facts, tokenizer.sep),
     )  # fmt: skip
+
+
+def _numbers(model: ModelConfig, tokenizer: Tokenizer) -> str:
+    """What stands for what in the script."""
+    read = f"`tokens` are numbers of tokenizer.json, of kind {tokenizer.kind}."
+    if model.features:
+        read = "`frames` are log-mel spectra, as tokenizer.json says."
+    return read + " Labels are in the order of its `labels`." * (model.kind in blocks.LABELLED)
 
 
 def _imported(facts: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 A model folder holds model.safetensors (model/torch_weights.py), tokenizer.json, README.md (model_card.py) and config.json with
 
-    format, vocabulary, parameters, model (embedding, hidden, layers, tied, biases), window and lanes (of evaluations)
+    format, vocabulary, parameters, window and lanes (of evaluations)
+    model       embedding, hidden, layers, tied, biases; of kinds other than lm all of SHAPE
     weights (fp32, bf16 or int8), sha256 (of model.safetensors), tokenizer (its hash)
     embedded    whether the corpus is the embedded one, which every machine has
     training    of an exported run: step, averaged, tokens and corpus, those of the texts before, measured, recipe.
@@ -30,14 +31,18 @@ from ..errors import UserError, reason, shown
 from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
-from ..model import inheriting, torch_weights
+from ..model import blocks, inheriting, torch_weights
 from ..model.layout import Layout
 from ..runs.provenance import MOST, Text
 from . import model_card
 
 FORMAT = 1
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
-SHAPE = ("embedding", "hidden", "layers", "tied", "biases")  # what of ModelConfig a trained model depends on
+OF_TEXT = ("embedding", "hidden", "layers", "tied", "biases")  # what of ModelConfig a trained model of kind lm depends on
+OF_KINDS = (
+    "kind", "bidirectional", "encoder_layers", "attention", "pool", "projection", "copy", "labels", "features",
+)  # fmt: skip
+SHAPE = OF_TEXT + OF_KINDS
 KEYS = ("format", "vocabulary", "parameters", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
 LARGEST = 1 << 20  # bytes of a config.json, which has 3 kB
 LONGEST_WINDOW, MOST_IN_WINDOWS = 1 << 20, 1 << 26  # tokens of a window, and of the windows of all lanes
@@ -106,7 +111,12 @@ def read(folder: pathlib.Path) -> ModelFolder:
     path = folder / CONFIG
     facts = storage.read_json(path, KEYS, LARGEST)
     settings, origin, tokenizer = _settings(path, facts), _origin(path, facts), load_tokenizer(folder)
-    if not 0 < tokenizer.size == facts["vocabulary"] or tokenizer_hash(tokenizer) != facts["tokenizer"]:
+    check_kind(settings.model, tokenizer, folder)
+    if (
+        not (tokenizer.size or tokenizer.bands)
+        or tokenizer.size != facts["vocabulary"]
+        or tokenizer_hash(tokenizer) != facts["tokenizer"]
+    ):
         raise UserError(f"{folder}/tokenizer.json is not the one of its {CONFIG}")
     shape = settings.model, tokenizer.size
     tensors = torch_weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
@@ -143,8 +153,8 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
                 raise UserError(f"{name} is {shown(facts[name])}, not a whole number")
         if facts["format"] != FORMAT:
             raise UserError(f"format is {shown(facts['format'])}, this version of dllm reads {FORMAT}")
-        if not isinstance(facts["model"], dict) or set(facts["model"]) != set(SHAPE):
-            raise UserError(f"model does not have {', '.join(SHAPE)} and nothing else")
+        if not isinstance(facts["model"], dict) or set(facts["model"]) not in (set(OF_TEXT), set(SHAPE)):
+            raise UserError(f"model does not have {', '.join(OF_TEXT)} and nothing else, nor all of {', '.join(OF_KINDS)} too")
         if facts["weights"] not in list(torch_weights.KINDS):
             raise UserError(f"weights are {shown(facts['weights'])}; there are {', '.join(torch_weights.KINDS)}")
         train = {"window": facts["window"], "lanes": facts["lanes"]}
@@ -153,6 +163,21 @@ def _settings(path: pathlib.Path, facts: dict[str, Any]) -> config.Config:
         return settings
     except UserError as error:
         raise UserError(f"{path}: {error!s:.200}") from None
+
+
+def check_kind(model: config.ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Raise UserError where a model lacks what training takes from its corpus, or its tokenizer what such a model needs."""
+    labels, needed = len(tokenizer.labels), model.kind in blocks.LABELLED
+    if model.features != tokenizer.bands or (model.kind == "ctc" and not model.features):
+        of = f"for a model of kind {model.kind}"
+        raise UserError(
+            f"{folder}: model.features = {model.features} {of}, and frames of tokenizer.json have {tokenizer.bands}"
+        )
+    if model.kind == "seq2seq" and not tokenizer.pairs:
+        raise UserError(f"{folder}: a model of kind seq2seq has a tokenizer of pairs, and tokenizer.json holds none")
+    if model.labels != labels * needed or (needed and not labels):
+        of = f"for a model of kind {model.kind}"
+        raise UserError(f"{folder}: model.labels = {model.labels} {of}, and tokenizer.json names {labels}")
 
 
 def shape(model: config.ModelConfig) -> dict[str, Any]:
@@ -189,9 +214,10 @@ def _origin(path: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
 def describe(settings: config.Config, tokenizer: Tokenizer, kind: str, data: bytes) -> dict[str, Any]:
     """What a config.json must say of weights that are stored as `kind`; data: the file's bytes. Raises UserError."""
     check_windows(settings.train)
-    layout = Layout(settings.model, tokenizer.size, np.float32)
+    layout, names = Layout(settings.model, tokenizer.size, np.float32), OF_TEXT if settings.model.kind == "lm" else SHAPE
+    known = {name: value for name, value in shape(settings.model).items() if name in names}
     return {
-        "format": FORMAT, "vocabulary": tokenizer.size, "parameters": layout.parameters, "model": shape(settings.model),
+        "format": FORMAT, "vocabulary": tokenizer.size, "parameters": layout.parameters, "model": known,
         "window": settings.train.window, "lanes": settings.train.eval_lanes or settings.train.lanes,
         "weights": kind, "sha256": hashlib.sha256(data).hexdigest(), "tokenizer": tokenizer_hash(tokenizer),
         "embedded": False,

@@ -10,7 +10,7 @@ becomes of a row. What a source gets does not depend on the others, to the bit, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -98,12 +98,26 @@ def search(
     UserError
         Where the model's numbers are not finite.
     """
+    work = steps(streams, sources, tokens, beam, end, banned)
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            found: list[list[Found]] = done.value
+            return found
+
+
+def steps(
+    streams: Streams, sources: Sequence[Array], tokens: int, beam: Beam, end: int | None, banned: Collection[int] = ()
+) -> Generator[None, None, list[list[Found]]]:
+    """`search`, with a pause behind each step."""
     state = _Search(streams, sources, tokens, beam, end, banned)
     for position in range(tokens):
         parents = state.step(position)
         if not len(parents) or position == tokens - 1:
             break
         streams.advance(parents, state.text[:, -1])
+        yield
     return state.found()
 
 

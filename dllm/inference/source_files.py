@@ -107,11 +107,11 @@ def translate(
 
     def work(places: Sequence[int]) -> list[Answer]:
         numbers = [some[place] for place in places]
-        found = how.search(streams, [sources[number] for number in numbers])
-        return [
-            ([how.text(one, lines[number]) for one in every], [value for one in every for value in (one.score, one.logprob)])
-            for number, every in zip(numbers, found, strict=True)
-        ]
+        answers = list[Answer]()
+        for number, found in zip(numbers, how.search(streams, [sources[number] for number in numbers]), strict=True):
+            units = how.units(lines[number])
+            answers.append(([how.text(one, units) for one in found], [x for one in found for x in (one.score, one.logprob)]))
+        return answers
 
     def progress(done: int) -> None:
         nonlocal last

@@ -26,6 +26,7 @@ class Dense(NamedTuple):
 
 
 Block: TypeAlias = Gates | Dense
+LABELLED = "tagger", "classifier", "ctc"  # kinds whose classes are the labels of a corpus
 
 
 def directions(config: ModelConfig) -> tuple[str, ...]:
@@ -96,3 +97,21 @@ def _decoder(config: ModelConfig) -> list[Block]:
         Gates("decoder.0", config.embedding, H),
         Dense("bridge", M, H),
     ]
+
+
+def describe(config: ModelConfig) -> str:
+    """A model's shape in words, its kind before it; lm is not said."""
+    inputs = f"embedding {config.embedding}" if config.embedding else "one-hot"
+    inputs = f"frames of {config.features}" if config.features else "tied " * config.tied + inputs
+    both = " in both directions" * (config.bidirectional or config.kind == "bilm")
+    parts = [inputs, f"{config.layers} x {config.hidden} LSTM{both}"]
+    if config.kind == "seq2seq":
+        parts[1] = f"{config.encoder_layers} x {config.hidden} LSTM{both} read, {config.layers} x {config.hidden} write"
+        parts.append(f"{config.attention} attention" + " and copying" * config.copy)
+    if config.kind == "classifier":
+        parts.append(f"{config.pool} pool")
+    if config.projection:
+        parts.append(f"projection {config.projection}")
+    if config.labels:
+        parts.append(f"{config.labels} labels")
+    return ("" if config.kind == "lm" else f"{config.kind}: ") + ", ".join(parts)

@@ -83,7 +83,7 @@ class CtcOutput(Head):
 class Ctc(EncoderModel):
     """See CtcOutput. Targets (U,B) are labels; a loss is that of a transcript, which all its labels share."""
 
-    output: CtcOutput  # type: ignore[assignment]
+    output: CtcOutput
 
     def _make_output(self, plan: Plan) -> CtcOutput:
         return CtcOutput(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary))
@@ -94,10 +94,6 @@ class Ctc(EncoderModel):
         S, B = batch.inputs.shape[:2]
         self.output.lengths = np.full(B, S) if batch.lengths is None else batch.lengths
         return super().forward(batch, h, c, scale, mask, between)
-
-    def example(self) -> Batch:
-        F = self.config.features
-        return Batch(np.zeros((2, 1, F), np.float32), np.array([[0], [IGNORE]]), np.array([2]))
 
     def transcribe(self, frames: Array, lengths: Array, beams: int = 0) -> list[list[int]]:
         """The labels that lanes say.

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..kernels import pool
 from ..kernels.dense import tanh_backward, tanh_rows
-from ..kernels.gemm import to_panels
+from ..kernels.gemm import from_panels, to_panels
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from . import blocks
@@ -70,7 +70,17 @@ class EncoderModel(Model):
             if self._mask is not None:
                 y = self._before_drop
                 self._drop(y, self._top, 0, rows // B, TOP)
+        self._seen = y
         return self.output.forward(y, 0, batch.targets, scale, between)
+
+    def logits(self) -> Array:
+        """Of the batch of the last `forward` those of all labels: (S,B,labels), of a classifier (1,B,labels), float64."""
+        rows, vector = self._rows(), self.theta
+        seen = np.empty((rows, blocks.top(self.config)), self.dtype)
+        from_panels(seen, self._seen, 0)
+        W, b = (self.layout.read(vector, f"output.{name}").astype(np.float64) for name in ("weight", "bias"))
+        found: Array = np.einsum("nk,lk->nl", seen.astype(np.float64), W) + b  # whose rows do not depend on each other
+        return found.reshape(-1, self._shape[1], len(b))
 
     def example(self) -> Batch:
         inputs = np.zeros((2, 1, self.config.features), np.float32) if self.config.features else np.zeros((2, 1), np.int64)

@@ -1,11 +1,18 @@
 """A model's parameters under PyTorch's names and in its shapes, and as what they are stored.
 
-    embedding.weight     (V,E)     not with one-hot inputs
+    embedding.weight     (V,E)     not with one-hot inputs, nor where frames are read
     lstm.weight_ih_l0    (4H,D)    gates i, f, g, o; D: E, of one-hot inputs V, above layer 0 H
     lstm.weight_hh_l0    (4H,H)
     lstm.bias_ih_l0, lstm.bias_hh_l0    (4H,)    the second one zeros where the model has one bias
-    output.weight        (V,H)     not where tied
-    output.bias          (V,)
+    output.weight        (O,C)     of O classes; not where tied
+    output.bias          (O,)
+
+Instead of lstm there are forward and backward (bilm), or encoder, whose layers in the other direction end in _reverse as those
+of a bidirectional nn.LSTM, which puts both side by side too (M columns). Layers without bias are (units,inputs):
+
+    projection.weight    (P,M)     where the model has it
+    bridge.weight (H,M), keys.weight (H,M), combine.weight (C,H+M), gate.weight (1,H+M)    of seq2seq
+    decoder.0.weight_ih_l0 ...     of seq2seq: layers that are an nn.LSTM each, for the attention stands between them
 
 A file holds them as float32, as bfloat16 rounded to nearest even, or as int8: of a matrix x then NAME has q, NAME.scale (rows,)
 has s, float32, with x ~ s q and s = max |x| / 127 of each row; vectors stay float32.
@@ -16,7 +23,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +33,7 @@ from ..files import safetensors, storage
 from ..files.safetensors import READS, Stored
 from ..kernels.compress import round_bf16
 from ..kernels.types import Array
+from . import blocks
 from .layout import Layout
 
 LEVELS = 127  # of int8, on either side of zero
@@ -36,55 +44,70 @@ Tensors: TypeAlias = dict[str, Array]  # name -> float32 array
 Expected: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype in the header, shape
 
 
+class Place(NamedTuple):
+    """Where a tensor of PyTorch's lies here."""
+
+    shape: tuple[int, ...]
+    tensor: str  # of Layout
+    transposed: bool = False
+    bias: int | None = None  # which of an LSTM's biases it is
+
+
+def places(config: ModelConfig, vocabulary: int) -> dict[str, Place]:
+    """PyTorch's name -> Place of a model's tensors."""
+    V, E, classes, found = vocabulary, config.embedding, blocks.outputs(config, vocabulary), dict[str, Place]()
+    if E and not config.features:
+        found["embedding.weight"] = Place((V, E), "embedding.weight")
+    for block in reversed(blocks.between(config)):
+        name = block.name
+        if isinstance(block, blocks.Dense):
+            found[f"{name}.weight"] = Place((block.units, block.inputs), f"{name}.weight", True)
+            continue
+        (module, end), H = _module(name), block.units
+        inputs = Place((4 * H, block.inputs), f"{name}.weight_x", True)
+        found[f"{module}.weight_ih{end}"] = inputs if block.inputs else Place((4 * H, V), "embedding.weight", True)
+        found[f"{module}.weight_hh{end}"] = Place((4 * H, H), f"{name}.weight_h", True)
+        for number, kind in enumerate(("ih", "hh")):
+            found[f"{module}.bias_{kind}{end}"] = Place((4 * H,), f"{name}.bias", bias=number)
+    if not config.tied:
+        found["output.weight"] = Place((classes, blocks.top(config)), "output.weight")
+    return found | {"output.bias": Place((classes,), "output.bias")}
+
+
+def _module(name: str) -> tuple[str, str]:
+    """The nn.LSTM that an LSTM here is a layer of, one of them or a direction of one, and what its tensors' names end in."""
+    module, layer, *direction = name.split(".")
+    if module == "decoder":
+        return name, "_l0"
+    return module, f"_l{layer}" + "_reverse" * (direction == ["backward"])
+
+
 def shapes(config: ModelConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """name -> shape of a model's tensors."""
-    V, E, H = vocabulary, config.embedding, config.hidden
-    found: dict[str, tuple[int, ...]] = {"embedding.weight": (V, E)} if E else {}
-    for layer in range(config.layers):
-        found[f"lstm.weight_ih_l{layer}"] = 4 * H, H if layer else E or V
-        found[f"lstm.weight_hh_l{layer}"] = 4 * H, H
-        found[f"lstm.bias_ih_l{layer}"] = found[f"lstm.bias_hh_l{layer}"] = (4 * H,)
-    if not config.tied:
-        found["output.weight"] = V, H
-    return found | {"output.bias": (V,)}
-
-
-def _ours(name: str, config: ModelConfig) -> tuple[str, bool]:
-    """The Layout's name for a tensor other than an LSTM's bias, and whether it is transposed there."""
-    if not name.startswith("lstm."):
-        return name, False
-    kind, _, layer = name.removeprefix("lstm.weight_").partition("_l")
-    if kind == "ih" and layer == "0" and not config.embedding:
-        return "embedding.weight", True
-    return f"lstm.{layer}.weight_{'x' if kind == 'ih' else 'h'}", True
+    return {name: place.shape for name, place in places(config, vocabulary).items()}
 
 
 def read_vector(layout: Layout, vector: Array) -> Tensors:
     """The tensors of the flat vector (size,) of `layout`."""
-    config, found = layout.config, Tensors()
-    for name in shapes(config, layout.vocabulary):
-        if name.startswith("lstm.bias_"):
-            bias = layout.read(vector, f"lstm.{name.rpartition('_l')[2]}.bias")
-            both = bias if config.biases == 2 else [bias[0], np.zeros_like(bias[0])]
-            tensor = both[int("_hh_" in name)]
-        else:
-            ours, transposed = _ours(name, config)
-            tensor = layout.read(vector, ours)
-            tensor = tensor.T if transposed else tensor
-        found[name] = np.ascontiguousarray(tensor, np.float32)
+    found = Tensors()
+    for name, place in places(layout.config, layout.vocabulary).items():
+        tensor = layout.read(vector, place.tensor)
+        if place.bias is not None:
+            tensor = tensor[place.bias] if place.bias < len(tensor) else np.zeros(place.shape)
+        found[name] = np.ascontiguousarray(tensor.T if place.transposed else tensor, np.float32)
     return found
 
 
 def write_vector(layout: Layout, vector: Array, tensors: Mapping[str, Array]) -> None:
     """Put such tensors into the flat vector (size,)."""
-    config = layout.config
-    for name, tensor in tensors.items():
-        if not name.startswith("lstm.bias_"):
-            ours, transposed = _ours(name, config)
-            layout.write(vector, ours, tensor.T if transposed else tensor)
-    for layer in range(config.layers):
-        pair = [tensors[f"lstm.bias_{kind}_l{layer}"] for kind in ("ih", "hh")]
-        layout.write(vector, f"lstm.{layer}.bias", np.stack(pair[: config.biases]))
+    biases: dict[str, list[Array]] = {}
+    for name, place in places(layout.config, layout.vocabulary).items():
+        if place.bias is None:
+            layout.write(vector, place.tensor, tensors[name].T if place.transposed else tensors[name])
+        else:
+            biases.setdefault(place.tensor, []).append(tensors[name])
+    for tensor, pair in biases.items():
+        layout.write(vector, tensor, np.stack(pair[: layout.config.biases]))
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
@@ -165,8 +188,8 @@ def read_model(path: str | os.PathLike[str], config: ModelConfig, vocabulary: in
             raise UserError(f"{path}: {name!r:.60} is {_text(there)} there, {_text(wanted.get(name))} by its config.json")
     tensors = decode(stored)
     check_finite(path, tensors)
-    for name, tensor in tensors.items():
-        if config.biases == 1 and name.startswith("lstm.bias_hh_") and tensor.any():
+    for name, place in places(config, vocabulary).items():
+        if config.biases == 1 and place.bias == 1 and tensors[name].any():
             raise UserError(f"{path}: '{name}' is not zero, but by its config.json the model has one bias")
     return tensors
 

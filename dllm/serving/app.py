@@ -1,7 +1,7 @@
 """The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop.
 
-To add a route: a handler here or in a file beside this, its Route in Service.app, and its description in
-openapi.py. limits.py lists the paths that need no token.
+To add a route: a handler here or in a file beside this, its Route in Service.app, or, where something is computed, its line in
+routes.py, and its description in openapi.py. limits.py lists the paths that need no token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import hashlib
 import pathlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,19 +27,21 @@ from starlette.types import ASGIApp, Scope
 
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
-from . import metrics, openapi, scoring
-from .completions import CompletionRun, EventStream
+from . import metrics, openapi
 from .errors import Disconnected, Refused
 from .limits import Guard, Limits
 from .log import Log
-from .openai import Answer, Completion, Json, encode, models_body, read_json
+from .openai import Json, encode, models_body
 from .peers import Peers
 from .reports import state_of
-from .streamed_text import Prompt, Vocabulary
-from .streams import LocalStreams, unless_disconnected
-from .tokens import Clients, mixed
+from .routes import HANDLERS, PATHS, no_such_route
+from .streamed_text import Vocabulary
+from .streams import LocalStreams
+from .tokens import Clients
 
-MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
+Given = TypeVar("Given", bound=Sized)
+Readable = TypeVar("Readable", bound=Sized)
+WITH_PAGE = "lm", "seq2seq"  # kinds that the page for people is of
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -64,7 +67,8 @@ class Service:
     def __init__(
         self, model: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
     ) -> None:
-        self.name, self.vocabulary = model.name, Vocabulary(model.tokenizer)
+        self.name, self.kind, self.vocabulary = model.name, model.config.kind, Vocabulary(model.tokenizer)
+        self.labels, self.features, self.window = model.tokenizer.labels, model.config.features, model.window
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
         self.created, self.state = int(time.time()), "ok"
@@ -74,7 +78,7 @@ class Service:
     def app(self, clients: Clients, hosts: set[str] | None = None) -> ASGIApp:
         """The ASGI application. clients, hosts: see limits.Guard."""
         page, policy = _page()
-        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed)
+        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, self.kind)
 
         async def show_page(request: HttpRequest) -> Response:
             headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
@@ -84,12 +88,13 @@ class Service:
             return JSONResponse(description)
 
         routes = [
-            Route("/", show_page), Route("/openapi.json", describe),
+            Route("/", show_page if self.kind in WITH_PAGE else functools.partial(no_such_route, self)),
+            Route("/openapi.json", describe),
             Route("/health", self.health), Route("/metrics", self.metrics), Route("/v1/models", self.models),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/score", functools.partial(scoring.score, self), methods=["POST"]),
-            Route("/v1/embeddings", functools.partial(scoring.embeddings, self), methods=["POST"]),
         ]  # fmt: skip
+        for path in PATHS:
+            handler = HANDLERS[self.kind].get(path, no_such_route)
+            routes.append(Route(path, functools.partial(handler, self), methods=["POST"]))
         self._paths = {route.path for route in routes}
         kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
         inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
@@ -132,24 +137,7 @@ class Service:
         """The only model, in OpenAI's form."""
         return JSONResponse(models_body(self.name, self.created))
 
-    # ---- what is computed
-
-    async def completions(self, request: HttpRequest) -> Response | EventStream:
-        """Continued texts, whole or as they come. Raises Refused, Disconnected."""
-        body = read_json(await request.body())
-        wanted = Completion.read(body, self.name, self.vocabulary.size, self.limits.tokens)
-        fields = self.log_fields(request, wanted.prompts)
-        fields["stream"] = wanted.stream
-        prompts = await self.read_prompts(wanted.prompts, "prompt")
-        salt = mixed(request.scope["dllm.salt"], wanted.cache_salt)
-        run = CompletionRun(wanted, prompts, salt, self.vocabulary, self.peers, MOST_NUMBERS * self.limits.tokens)
-        fields["computed_by"], answer = run.rank, Answer(self.name, wanted.seed)
-        headers = {"x-dllm-rank": str(run.rank)}
-        if wanted.stream:
-            return EventStream(run, answer, wanted.include_usage, headers, fields)
-        choices = await unless_disconnected(request.receive, run.inbox, run.whole())
-        fields["prompt_tokens"], fields["completion_tokens"] = run.counts
-        return await self.answer(answer.body(choices, run.counts), headers)
+    # ---- of what is computed
 
     async def answer(self, body: Json, headers: Mapping[str, str]) -> Response:
         """A response of JSON. Large ones are written one at a time, and others get their turn in between."""
@@ -157,19 +145,19 @@ class Service:
             await asyncio.sleep(0)
             return Response(encode(body), media_type="application/json", headers=headers)
 
-    async def read_prompts(self, given: Sequence[str | list[int]], field: str) -> list[Prompt]:
-        """The Prompts of texts and token numbers. Raises Refused, UserError."""
+    async def read_prompts(self, given: Sequence[Given], field: str, read: Callable[[Given], Readable]) -> list[Readable]:
+        """What `read` makes of each text or its token numbers, not too many in all. Raises Refused, UserError."""
         if sum(map(len, given)) > 2000:  # long enough to be felt by others
-            prompts = await asyncio.to_thread(lambda: [self.vocabulary.prompt(one) for one in given])
+            prompts = await asyncio.to_thread(lambda: [read(one) for one in given])
         else:
-            prompts = [self.vocabulary.prompt(one) for one in given]
+            prompts = [read(one) for one in given]
         count = sum(map(len, prompts))
         if count > self.limits.prompt:
             text = f"{field} has {count} tokens; {self.limits.prompt} are allowed"
             raise Refused(text, field, code="context_length_exceeded")
         return prompts
 
-    def log_fields(self, request: HttpRequest, prompts: Sequence[str | list[int]]) -> Json:
+    def log_fields(self, request: HttpRequest, prompts: Sequence[Any]) -> Json:
         """What the log will say of a request: a dict to add to."""
         fields: Json = request.scope["dllm"]
         if self.log_prompts:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING
 
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import Disconnected, Refused
-from .openai import SEEDS, Answer, Completion, Json, choice_body, encode, logprobs_body
+from .openai import SEEDS, Answer, Completion, Json, choice_body, encode, logprobs_body, read_json
 from .peers import Peers
-from .requests import Event, Finished, Request
+from .requests import Event, Finished, Request, SourceRequest
 from .streamed_text import Detokenizer, Prompt, Vocabulary
 from .streams import Cancel, Inbox, check_finished, unless_disconnected
+from .tokens import mixed
+
+if TYPE_CHECKING:
+    from .app import Service
+
+MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
 
 
 class CompletionChoice:
@@ -116,18 +125,30 @@ class CompletionRun:
         numbers = wanted.n * tokens * (1 + (wanted.logprobs or 0))
         if numbers > most:
             raise Refused(f"choices x tokens x (1 + logprobs) are {numbers}; {most} are allowed", "max_tokens")
-        self.inbox = Inbox()
+        self.inbox, self._wanted = Inbox(), wanted
         self.choices: list[CompletionChoice] = []
         for prompt in prompts:
             echoed = vocabulary.echo(prompt) if wanted.echo and wanted.logprobs is None else b""
             for _ in range(wanted.n):
                 self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, salt, echoed, vocabulary))
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        requests = {one.index: request for one in self.choices if (request := one.request())}
-        self._left = [one for one in self.choices if one.index in requests]
-        self.rank, cancels = peers.submit(requests, self.inbox)
-        for one in self._left:
-            one.cancel = cancels[one.index]
+        self._left = [one for one in self.choices if not one.reason]
+        self.rank, cancels = peers.submit(self._requests(), self.inbox)
+        for index, cancel in cancels.items():
+            for one in self._choices(index):
+                one.cancel = cancel
+
+    def _requests(self) -> Mapping[int, Request | SourceRequest]:
+        """What the engine has to do, by the numbers of its streams."""
+        return {one.index: request for one in self._left if (request := one.request())}
+
+    def _choices(self, stream: int) -> list[CompletionChoice]:
+        """Those that a stream makes."""
+        return [self.choices[stream]]
+
+    def _add(self, stream: int, event: Event) -> None:
+        """Let the choices that a stream makes take in an event. Raises Refused where the engine failed."""
+        self.choices[stream].add(event)
 
     async def parts(self) -> AsyncIterator[list[Json]]:
         """Lists of choices with what is new, until all have ended. Raises Refused, Disconnected."""
@@ -135,11 +156,10 @@ class CompletionRun:
             yield ended
         try:
             while self._left:
-                touched = {}
-                for index, event in await self.inbox.get():
-                    if self.choices[index] in self._left:
-                        self.choices[index].add(event)
-                        touched[index] = self.choices[index]
+                touched = dict[int, CompletionChoice]()
+                for stream, event in await self.inbox.get():
+                    self._add(stream, event)
+                    touched |= {one.index: one for one in self._choices(stream) if one in self._left}
                 self._left = [one for one in self._left if not one.reason]
                 yield [part for one in touched.values() if (part := one.new_part())]
         finally:
@@ -167,6 +187,31 @@ def _join(whole: Json, part: Json) -> None:
     else:
         for name, values in part["logprobs"].items():
             whole["logprobs"][name] += values
+
+
+async def complete(service: Service, request: HttpRequest) -> Response | EventStream:
+    """Continued texts, whole or as they come. Raises Refused, Disconnected."""
+    body = read_json(await request.body())
+    wanted = Completion.read(body, service.name, service.vocabulary.size, service.limits.tokens)
+    prompts = await service.read_prompts(wanted.prompts, "prompt", service.vocabulary.prompt)
+    return await answer(service, request, wanted, prompts, CompletionRun)
+
+
+async def answer(
+    service: Service, request: HttpRequest, wanted: Completion, prompts: list[Prompt], run_of: type[CompletionRun]
+) -> Response | EventStream:
+    """The answer of a run that is begun."""
+    fields = service.log_fields(request, wanted.prompts)
+    fields["stream"] = wanted.stream
+    salt = mixed(request.scope["dllm.salt"], wanted.cache_salt)
+    run = run_of(wanted, prompts, salt, service.vocabulary, service.peers, MOST_NUMBERS * service.limits.tokens)
+    fields["computed_by"], answer = run.rank, Answer(service.name, wanted.seed)
+    headers = {"x-dllm-rank": str(run.rank)}
+    if wanted.stream:
+        return EventStream(run, answer, wanted.include_usage, headers, fields)
+    choices = await unless_disconnected(request.receive, run.inbox, run.whole())
+    fields["prompt_tokens"], fields["completion_tokens"] = run.counts
+    return await service.answer(answer.body(choices, run.counts), headers)
 
 
 class EventStream:

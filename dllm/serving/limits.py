@@ -24,6 +24,7 @@ class Limits:
 
     body: int = 1 << 20  # bytes
     prompt: int = 32768  # tokens
+    source: int = 8192  # tokens or frames of one that is read as a whole
     tokens: int = 4096  # that a request may ask for, each choice
     requests: int = 256  # that generate, score or embed at once
     connections: int = 512  # beyond it those that have waited longest go

@@ -53,6 +53,7 @@ def render(
         ("steps", "counter", "steps of the engine"),
         ("cache_hits", "counter", "prompts that began from a state that was kept"),
         ("cache_bytes", "gauge", "bytes of states that are kept behind prefixes"),
+        ("source_rows", "gauge", "tokens or frames of sources that wait or are read"),
     ):
         full = f"dllm_{name}" + ("_total" if kind == "counter" else "")
         lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}"]

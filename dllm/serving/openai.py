@@ -155,12 +155,13 @@ class Completion:
     logprobs: int | None  # alternatives to each token
     echo: bool
     n: int  # choices for each prompt
+    best_of: int  # texts among which they are the best
     stream: bool
     include_usage: bool
     cache_salt: str  # "": none
 
     @classmethod
-    def read(cls, body: Json, model: str, vocabulary: int, max_tokens: int) -> Completion:
+    def read(cls, body: Json, model: str, vocabulary: int, max_tokens: int, searched: bool = False) -> Completion:
         """What a body asks for. Raises Refused.
 
         Parameters
@@ -172,11 +173,11 @@ class Completion:
             Its tokens.
         max_tokens : int
             That a choice may have.
+        searched : bool
+            Whether texts are searched for, `best_of` of them at a time, or drawn.
         """
         fields = Fields(body, model)
         n = fields.integer("n", 1, 1, CHOICES)
-        if fields.integer("best_of", n, 1, CHOICES) != n:
-            raise Refused("best_of other than n is not supported", "best_of", code="unsupported_parameter")
         wanted = cls(
             prompts=fields.texts("prompt", vocabulary),
             max_tokens=fields.integer("max_tokens", 16, 0, max_tokens),
@@ -188,6 +189,7 @@ class Completion:
             logprobs=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
             echo=fields.flag("echo"),
             n=n,
+            best_of=fields.integer("best_of", n, n, CHOICES),
             stream=fields.flag("stream"),
             include_usage=_include_usage(fields.get("stream_options"), body.get("stream")),
             cache_salt=fields.cache_salt(),
@@ -195,7 +197,21 @@ class Completion:
         fields.refuse_unread()
         if len(wanted.prompts) * n > CHOICES:
             raise Refused(f"{len(wanted.prompts)} prompts with n = {n} are more than {CHOICES} choices", "n")
+        wanted._check(searched)
         return wanted
+
+    def _check(self, searched: bool) -> None:
+        """Raise Refused where a field asks for what only the other kind of model does."""
+        if not searched and self.best_of != self.n:
+            raise Refused("best_of other than n is not supported", "best_of", code="unsupported_parameter")
+        drawn = {"temperature": self.temperature not in (0, 1), "top_p": self.top_p < 1, "top_k": self.top_k > 0}
+        wide = {"stream": self.stream, "logprobs": self.logprobs is not None}
+        for name in (name for name, asked in drawn.items() if asked and searched):
+            raise Refused(f"{name}: targets are searched for, none is drawn", name, code="unsupported_parameter")
+        if searched and self.echo:
+            raise Refused("echo: a source is no part of its target", "echo", code="unsupported_parameter")
+        for name in (name for name, asked in wide.items() if asked and searched and self.best_of > 1):
+            raise Refused(f"{name} goes with n = best_of = 1: of more a search tells at its end", name)
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -6,11 +6,22 @@ from .. import __version__
 from .limits import Limits
 from .openai import CHOICES, SALT_LENGTH, SEEDS, STOP_LENGTH, STOPS
 from .requests import MAX_LOGPROBS
+from .routes import HANDLERS, PATHS
 
 Schema: TypeAlias = dict[str, Any]
 
 
-def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool) -> Schema:
+POSTS = {  # what is done, the schemas of the request and of the answer; completions come as events, too
+    "/v1/completions": ("Continue texts, or give targets to sources", "CompletionRequest", "Completion"),
+    "/v1/score": ("Log-probabilities of a text, or of a target after its source", "ScoreRequest", "Score"),
+    "/v1/embeddings": ("The model's state after a text", "EmbeddingRequest", "Embeddings"),
+    "/v1/tag": ("Tags of the words of texts", "LabelRequest", "Tags"),
+    "/v1/classify": ("Classes of texts, or of a recording", "LabelRequest", "Classes"),
+    "/v1/audio/transcriptions": ("What is said in a recording", "RecordingRequest", "Transcription"),
+}
+
+
+def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kind: str | None = None) -> Schema:
     """The whole description, a dict.
 
     Parameters
@@ -19,20 +30,22 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool) -> 
     vocabulary : int
     limits : limits.Limits
     needs_token : bool
+    kind : str, optional
+        Of the model; without it, what all kinds answer.
     """
+    paths = PATHS if kind is None else HANDLERS[kind]
+    posts = {path: {"post": _post(path, *POSTS[path])} for path in POSTS if path in paths}
     description: Schema = {
         "openapi": "3.1.0",
         "info": {
             "title": "dllm", "version": __version__,
-            "description": "Completions in OpenAI's form, log-probabilities and final states of an LSTM language model.",
+            "description": "Completions in OpenAI's form, log-probabilities, states, labels and transcripts of LSTM models.",
         },
         "paths": {
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
             "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
             "/v1/models": {"get": _get("The model there is", _schema("Models"))},
-            "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", stream=True)},
-            "/v1/score": {"post": _post("Log-probabilities of a text", "ScoreRequest", "Score")},
-            "/v1/embeddings": {"post": _post("The model's state after a text", "EmbeddingRequest", "Embeddings")},
+            **posts,
         },
         "components": {"schemas": _requests(model, vocabulary, limits) | _answers()},
     }  # fmt: skip
@@ -63,12 +76,14 @@ def _get(what: str, schema: Schema, kind: str = "application/json") -> Schema:
     return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
 
 
-def _post(what: str, request: str, answer: str, stream: bool = False) -> Schema:
-    done = _content(_schema(answer))
-    if stream:
+def _post(path: str, what: str, request: str, answer: str) -> Schema:
+    done, form = _content(_schema(answer)), "application/json"
+    if path == "/v1/audio/transcriptions":
+        form, done["content"]["text/plain"] = "multipart/form-data", {"schema": {"type": "string"}}
+    if path == "/v1/completions":
         done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
     return {
-        "summary": what, "requestBody": {"required": True, **_content(_schema(request))},
+        "summary": what, "requestBody": {"required": True, **_content(_schema(request), form)},
         "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 408, 413, 500, 503, 504)},
     }  # fmt: skip
 
@@ -119,12 +134,26 @@ def _requests(model: str, vocabulary: int, limits: Limits) -> Schema:
             "oneOf": [
                 _object(["text"], closed=True, **named, text=text),
                 _object(["tokens"], closed=True, **named, tokens=tokens),
+                _object(["source", "target"], closed=True, **named, source=text, target=text),
             ]
         },
+        "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [text, several[0]]}),
+        "RecordingRequest": _object(
+            ["file"], closed=True, file={"type": "string", "format": "binary"}, model={"const": model},
+            response_format={"enum": ["json", "text"]}, language=text, prompt=text, temperature=text,
+        ),
         "EmbeddingRequest": _object(
             ["input"], closed=True, **named, input=texts, encoding_format=_maybe({"enum": ["float", "base64"]}),
         ),
     }  # fmt: skip
+
+
+def _labelled(usage: Schema, entry: Schema) -> Schema:
+    """Entries, one for each text."""
+    text = {"type": "string"}
+    return _object(
+        ["object", "data", "model", "usage"], object={"const": "list"}, data=_several(entry), model=text, usage=usage
+    )
 
 
 def _answers() -> Schema:
@@ -145,6 +174,7 @@ def _answers() -> Schema:
     rank = _object(known, rank=count)
     entry = _object(["id", "object"], id=text, object=text)
     embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [_several(_number()), text]})
+    word = _object(["word", "tag", "probability"], word=text, tag=text, probability=_number(0, 1))
     error = _object(["message", "type", "param", "code"], message=text, type=text, param=_maybe(text), code=_maybe(text))
     return {
         "Completion": _object(
@@ -152,13 +182,19 @@ def _answers() -> Schema:
             created=_integer(), model=text, seed=_integer(0), choices=_several(choice), usage=usage,
         ),
         "Score": _object(
-            ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"],
+            ["loss", "perplexity", "tokens", "token_ids", "token_logprobs", "usage"], logprob=_maybe(_number()),
             loss=_maybe(_number()), perplexity=_maybe(_number()),
             tokens=_several(text), token_ids=_several(_integer(0)), token_logprobs=numbers, usage=usage,
         ),
         "Embeddings": _object(
             ["object", "data", "model", "usage"], object={"const": "list"}, model=text, usage=usage, data=_several(embedding),
         ),
+        "Tags": _labelled(usage, _object(["index", "words"], index=count, words=_several(word))),
+        "Classes": _labelled(usage, _object(
+            ["index", "label", "probability", "probabilities"], index=count, label=text, probability=_number(0, 1),
+            probabilities={"type": "object", "additionalProperties": _number(0, 1)},
+        )),
+        "Transcription": _object(["text"], text=text),
         "Models": _object(["object", "data"], object={"const": "list"}, data=_several(entry)),
         "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=_several(rank)),
         "Error": _object(["error"], error=error),

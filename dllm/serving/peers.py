@@ -18,10 +18,10 @@ from . import sealed
 from .errors import busy
 from .limits import LOOPBACK, Limits
 from .reports import state_of
-from .requests import Event, Finished, Full, Request
+from .requests import AnyRequest, Event, Finished, Full
 from .sealed import Channel, Keys
 from .streams import Cancel, Inbox, LocalStreams
-from .wire import Answer, read_question, write_news, write_question
+from .wire import write_news, write_question
 
 if TYPE_CHECKING:
     from ..comm.membership import Membership
@@ -95,7 +95,7 @@ class Peers:
         last, streams = self._handed.get(rank, (0, 0))
         return streams if last == count else 0
 
-    def submit(self, requests: Mapping[int, Request], inbox: Inbox) -> tuple[int, dict[int, Cancel]]:
+    def submit(self, requests: Mapping[int, AnyRequest], inbox: Inbox) -> tuple[int, dict[int, Cancel]]:
         """Have streams computed, all by one rank. requests : index -> Request. Raises Refused where there is no room.
 
         Returns the rank, and index -> what cancels the stream.
@@ -107,7 +107,7 @@ class Peers:
             inbox.cancel()
             raise busy() from None
 
-    def _submit_to(self, rank: int, request: Request, inbox: Inbox, index: int) -> Cancel:
+    def _submit_to(self, rank: int, request: AnyRequest, inbox: Inbox, index: int) -> Cancel:
         """Have a stream computed by `rank`. Raises Full. Returns what cancels it."""
         if rank == self.rank:
             return self.local.submit(request, inbox, index)
@@ -120,7 +120,7 @@ class Peers:
         inbox.cancels.append(task.cancel)
         return task.cancel
 
-    async def _relay(self, rank: int, request: Request, inbox: Inbox, index: int, accepted: asyncio.Future[bool]) -> None:
+    async def _relay(self, rank: int, request: AnyRequest, inbox: Inbox, index: int, accepted: asyncio.Future[bool]) -> None:
         """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
         count = 0
         try:
@@ -148,13 +148,12 @@ class Peers:
         if not accepted.done():
             accepted.set_result(room)
 
-    async def _ask(self, rank: int, request: Request) -> AsyncGenerator[list[Event], None]:
+    async def _ask(self, rank: int, request: AnyRequest) -> AsyncGenerator[list[Event], None]:
         """Lists of events of a stream of another rank, the first of them empty: it was taken.
 
         Raises Full, or OSError, EOFError or ValueError where the rank is lost or is not the one that it should be.
         """
-        engine = self.local.engine
-        answer = Answer(request, engine.decoder.vocabulary, engine.decoder.config.hidden)
+        answer = self.local.engine.expected(request)
         async with asyncio.timeout(PATIENCE):
             reader, writer = await asyncio.open_connection(*self.gossip.known[rank][1]["address"])
         try:
@@ -199,7 +198,7 @@ class Peers:
 
     async def _answer(self, channel: Channel, inbox: Inbox) -> None:
         async with asyncio.timeout(PATIENCE):
-            question = read_question(await channel.receive(), self.limits)
+            question = self.local.engine.read_question(await channel.receive(), self.limits)
         try:
             self.local.submit(question, inbox, 0)
         except Full:

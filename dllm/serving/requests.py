@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..kernels.types import Array
 
 MAX_LOGPROBS = 20  # most likely tokens that can be had beside each token
+Asked = TypeVar("Asked", bound="Request | SourceRequest")
 MAX_SALT = 64  # bytes: of a key of BLAKE2b
 
 
@@ -71,6 +72,26 @@ class Request:
         return len(self.prompt) - (self.to_generate > 0 or not self.want_state)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceRequest:
+    """A source that is read as a whole, and what is to be said of it. Raises ValueError for what no engine can do."""
+
+    source: Array  # (n,) int64 tokens or (n,F) float32 frames, n at least 1
+    target: Array | None = None  # (n,) int64: how probable it is, is all that is asked
+    max_tokens: int = 16  # of a target, with its end
+    beams: int = 1  # texts that a search keeps; 1: the most likely token each time, told as it comes
+    best: int = 1  # texts that are wanted of a search
+    logprobs: int | None = None  # how many of the most likely tokens come with each token that is told as it comes
+
+    def __post_init__(self) -> None:
+        if self.source.ndim not in (1, 2) or not len(self.source):
+            raise ValueError("a source has at least one token")
+        if not 1 <= self.best <= self.beams or self.max_tokens < 1:
+            raise ValueError("a search keeps as many texts as are wanted, of a token at least")
+        if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs is at most {MAX_LOGPROBS}")
+
+
 class Token(NamedTuple):
     """A token of a stream, generated or of its prompt."""
 
@@ -86,9 +107,10 @@ class Finished(NamedTuple):
     reason: str  # "length", "cancelled" or "error"; of other ranks' streams also "full": nobody has room
     message: str = ""
     state: Array | None = None  # (H,)
+    found: tuple[Array, ...] = ()  # of a source: what was asked for, as the kind of model has it (workers.py)
 
 
-class Stream:
+class Stream(Generic[Asked]):
     """A request under way. `request` and `cancel` are for everybody; the other attributes belong to the engine's thread.
 
     Attributes
@@ -102,7 +124,7 @@ class Stream:
         Whether its Finished is on the way.
     """
 
-    def __init__(self, request: Request, deliver: Deliver, cancel: Callable[[Stream], None]) -> None:
+    def __init__(self, request: Asked, deliver: Deliver[Asked], cancel: Callable[[Stream[Asked]], None]) -> None:
         self.request, self.deliver, self._cancel = request, deliver, cancel
         self.slot: int | None = None
         self.tokens_read = 0
@@ -113,7 +135,7 @@ class Stream:
         """Give it up; Finished("cancelled") comes unless it has ended by then. From any thread."""
         self._cancel(self)
 
-    def seen(self) -> Array:
+    def seen(self: Stream[Request]) -> Array:
         """The tokens (n,) int64 that its state has seen."""
         prompt = self.request.prompt
         if not self.generated:
@@ -121,5 +143,6 @@ class Stream:
         return np.concatenate([prompt, np.array(self.generated[:-1], np.int64)])
 
 
+AnyRequest: TypeAlias = Request | SourceRequest
 Event: TypeAlias = Token | Finished
-Deliver: TypeAlias = Callable[[list[tuple[Stream, Event]]], None]
+Deliver: TypeAlias = Callable[[list[tuple[Stream[Asked], Event]]], None]

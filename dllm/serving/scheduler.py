@@ -8,11 +8,14 @@ for more.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
-from .requests import Stream
+from .requests import Request
+from .requests import Stream as AnyStream
 
+Stream: TypeAlias = AnyStream[Request]
 WINDOW = 64  # tokens of a prompt at a time at most; states are kept at its multiples
 WINDOW_TOKENS = 256  # of all prompts that are read in one turn
 WORTHWHILE, PATIENCE = 4, 4  # prompts that are worth a window, and turns that fewer wait for more while others run

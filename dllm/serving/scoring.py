@@ -34,7 +34,7 @@ async def score(service: Service, request: HttpRequest) -> Response:
     texts = fields.texts(given[0], service.vocabulary.size, most=1)
     salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
     fields.refuse_unread()
-    prompts = await service.read_prompts(texts, given[0])
+    prompts = await service.read_prompts(texts, given[0], service.vocabulary.prompt)
     wanted = [Request(prompt=prompts[0].tokens, logprobs=0, score_only=True, salt=salt)]
     (events,), headers = await _compute(service, request, texts, prompts, wanted)
     tokens = [event for event in events if isinstance(event, Token)][prompts[0].blank :]
@@ -60,7 +60,7 @@ async def embeddings(service: Service, request: HttpRequest) -> Response:
         raise Refused("dimensions is not supported", "dimensions", code="unsupported_parameter")
     salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
     fields.refuse_unread()
-    prompts = await service.read_prompts(inputs, "input")
+    prompts = await service.read_prompts(inputs, "input", service.vocabulary.prompt)
     wanted = [Request(prompt=prompt.tokens, max_tokens=0, want_state=True, salt=salt) for prompt in prompts]
     streams, headers = await _compute(service, request, inputs, prompts, wanted)
     data = [

@@ -65,7 +65,7 @@ class Server:
         comm: MPI.Comm,
         node: NodeInfo,
         model: LoadedModel,
-        engine: Engine,
+        engine: Engine[Any],
         options: argparse.Namespace,
         tokens: Sequence[str],
         listener: socket.socket,
@@ -82,8 +82,8 @@ class Server:
         self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
         self.gossip = Membership(comm, self.report, RankReport)
         self.limits = Limits(
-            body=options.max_body, prompt=options.max_prompt, tokens=options.max_tokens, requests=options.max_requests,
-            connections=options.max_connections, deadline=options.deadline,
+            body=options.max_body, prompt=options.max_prompt, source=options.max_source, tokens=options.max_tokens,
+            requests=options.max_requests, connections=options.max_connections, deadline=options.deadline,
         )  # fmt: skip
         self.service: Service  # and this, of _run
         self.http: _Http

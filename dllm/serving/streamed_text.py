@@ -137,6 +137,15 @@ class Vocabulary:
             return Prompt(start_tokens(self.tokenizer, given), not given)
         return Prompt(np.array(given, np.int64), False)
 
+    def source(self, given: str | list[int]) -> Prompt:
+        """The Prompt of a source that is read as a whole. Raises UserError where the vocabulary lacks something."""
+        tokens = self.tokenizer.encode(given.encode(), False) if isinstance(given, str) else np.array(given, np.int64)
+        return Prompt(tokens, False)
+
+    def target(self, given: str) -> Prompt:
+        """The same of a target, without its end."""
+        return Prompt(self.tokenizer.encode(given.encode(), False), False)
+
     def echo(self, prompt: Prompt) -> bytes:
         """The bytes of a prompt, token by token."""
         return b"".join(self.decode([number]) for number in prompt.tokens[prompt.blank :].tolist())

@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from .engine import Engine
 from .errors import Disconnected, Refused, busy
-from .requests import Event, Finished, Request, Stream
+from .requests import AnyRequest, Event, Finished, Stream
 
 Result = TypeVar("Result")
 Cancel: TypeAlias = Callable[[], object]
@@ -103,11 +103,11 @@ def check_finished(finished: Finished) -> None:
 class LocalStreams:
     """The engine's streams, handed to their inboxes in the event loop: one call into the loop for each step of the engine."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: Engine[Any], loop: asyncio.AbstractEventLoop) -> None:
         self.engine, self.loop = engine, loop
-        self._sinks: dict[Stream, tuple[Sink, int]] = {}
+        self._sinks: dict[Stream[Any], tuple[Sink, int]] = {}
 
-    def submit(self, request: Request, sink: Sink, index: int) -> Cancel:
+    def submit(self, request: AnyRequest, sink: Sink, index: int) -> Cancel:
         """Have a stream computed; its events go to `sink` as those of `index`. In the event loop.
 
         Returns what cancels it. Raises Full, or ValueError for tokens that the model does not have.
@@ -117,11 +117,11 @@ class LocalStreams:
         sink.cancels.append(stream.cancel)
         return stream.cancel
 
-    def _deliver(self, news: list[tuple[Stream, Event]]) -> None:
+    def _deliver(self, news: list[tuple[Stream[Any], Event]]) -> None:
         """In the engine's thread."""
         self.loop.call_soon_threadsafe(self._dispatch, news)
 
-    def _dispatch(self, news: list[tuple[Stream, Event]]) -> None:
+    def _dispatch(self, news: list[tuple[Stream[Any], Event]]) -> None:
         for stream, event in news:
             sink, index = self._sinks[stream]
             sink.put(index, event)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..comm.messages import pack, unpack
+from ..kernels.types import Array
 from .limits import Limits
-from .requests import Event, Finished, Request, Token
+from .requests import AnyRequest, Event, Finished, Request, SourceRequest, Token
 
 IMPOSSIBLE = -1e9  # nats: JSON has no infinity, and clients are told this in its place
 REASONS = {"length", "error", "full"}  # of what ends: nobody here has asked for "cancelled"
@@ -32,12 +33,24 @@ class Question(NamedTuple):
     salt: str  # hexadecimal
 
 
+class SourceQuestion(NamedTuple):
+    """A SourceRequest as it goes to another rank."""
+
+    source: np.ndarray  # type: ignore[type-arg]
+    target: np.ndarray | None  # type: ignore[type-arg]
+    max_tokens: int
+    beams: int
+    best: int
+    logprobs: int | None
+
+
 class End(NamedTuple):
     """A Finished as it goes to another rank."""
 
     reason: str
     message: str = ""
     state: np.ndarray | None = None  # type: ignore[type-arg]  # (H,)
+    found: tuple[np.ndarray, ...] = ()  # type: ignore[type-arg]
 
 
 class News(NamedTuple):
@@ -47,8 +60,10 @@ class News(NamedTuple):
     end: End | None = None
 
 
-def write_question(request: Request) -> bytes:
+def write_question(request: AnyRequest) -> bytes:
     """The message that asks for a stream."""
+    if isinstance(request, SourceRequest):
+        return pack(SourceQuestion(**vars(request)))
     fields = vars(request) | {"salt": request.salt.hex()}
     return pack(Question(**fields))
 
@@ -61,6 +76,15 @@ def read_question(message: bytes, limits: Limits) -> Request:
     if asked.top_k >= 2**31 or abs(asked.seed) >= 2**64:
         raise ValueError("a request with numbers that none has")
     return Request(**asked._asdict() | {"salt": bytes.fromhex(asked.salt)})
+
+
+def read_source_question(message: bytes, limits: Limits) -> SourceRequest:
+    """The same of a SourceRequest."""
+    asked: SourceQuestion = unpack(message, SourceQuestion)
+    target = 0 if asked.target is None else asked.target.size
+    if len(asked.source) > limits.source or max(asked.max_tokens, target) > limits.tokens:
+        raise ValueError("a request that no client may make")
+    return SourceRequest(**asked._asdict())
 
 
 def write_news(events: Sequence[Event]) -> bytes:
@@ -127,7 +151,7 @@ class Answer:
 
     def _finished(self, end: End) -> Finished:
         state = end.state
-        if end.reason not in REASONS:
+        if end.reason not in REASONS or end.found:
             raise ValueError("an end that is none")
         if end.reason == "length":
             if self._prompt or self._generated or (state is None) == self.request.want_state:
@@ -135,3 +159,45 @@ class Answer:
             if state is not None and (state.shape != (self.hidden,) or state.dtype.kind != "f" or not np.isfinite(state).all()):
                 raise ValueError("a state that is none")
         return Finished(end.reason, end.message[:500], state)
+
+
+class SourceAnswer:
+    """The same of a source.
+
+    Parameters
+    ----------
+    request : SourceRequest
+    vocabulary : int
+        Tokens there are.
+    end : int or None
+        The token that ends a target.
+    fits : callable
+        Whether arrays can be the `found` of this request.
+    """
+
+    def __init__(
+        self, request: SourceRequest, vocabulary: int, end: int | None, fits: Callable[[Sequence[Array]], bool]
+    ) -> None:
+        self.request, self.vocabulary, self.end, self.fits = request, vocabulary, end, fits
+        self._told = end is not None and request.target is None and request.beams == 1  # whether tokens come
+        self._left, self._ended = request.max_tokens if self._told else 0, not self._told
+
+    def read(self, message: bytes) -> list[Event]:
+        """The events of a message. Raises ValueError where it is none, or says what cannot be."""
+        news: News = unpack(message, News)
+        for token in news.tokens:
+            self._left -= 1
+            numbers = [token.number, *[number for number, _ in token.alternatives]]
+            if self._left < 0 or self._ended or token.prompt or len(numbers) > 1 + (self.request.logprobs or 0):
+                raise ValueError("a token that was not asked for")
+            if not all(0 <= number < self.vocabulary for number in numbers) or token.logprob is None or not _is_finite(token):
+                raise ValueError("a token that the model does not have")
+            self._ended = token.number == self.end
+        return [*news.tokens, *([] if news.end is None else [self._finished(news.end)])]
+
+    def _finished(self, end: End) -> Finished:
+        if end.reason not in REASONS or end.state is not None:
+            raise ValueError("an end that is none")
+        if end.reason == "length" and not ((self._ended or not self._left) and self.fits(end.found)):
+            raise ValueError("an end before the end, or of what was not asked for")
+        return Finished(end.reason, end.message[:500], None, end.found if end.reason == "length" else ())

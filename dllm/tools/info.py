@@ -8,7 +8,10 @@ import sys
 from collections.abc import Iterator
 
 from .. import cli
+from ..config import ModelConfig
 from ..errors import DONE, printable
+from ..inference import model_card
+from ..model import blocks
 from ..remote.locate import local_copy
 from .facts import Facts, as_json, look
 
@@ -58,8 +61,7 @@ def next_command(facts: Facts) -> str:
             return f"mpirun -n 4 python -m dllm.train --config {shlex.quote(facts['path'] + '/config.toml')} --out NEW"
         if facts["state"] != "done":
             return f"mpirun -n {facts['ranks']} python -m dllm.train --resume {path}"
-    question = "--source '...'" if facts["pairs"] else "--prompt '...'"
-    return f"python -m dllm.generate {path} {question}"
+    return model_card.command(ModelConfig(**facts["model"]).kind, path, facts["pairs"])
 
 
 def _run(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -109,10 +111,8 @@ def _best(found: Facts | None) -> str:
 
 def _of_model(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{facts['tokenizer']}{', pairs' if facts['pairs'] else ''}, vocabulary {facts['vocabulary']:,}"
-    model = facts["model"]
-    inputs = "one-hot" if not model["embedding"] else f"{'tied ' if model['tied'] else ''}embedding {model['embedding']}"
     size = f": {facts['parameters']:,} parameters" if facts["parameters"] else ""
-    yield "model", f"{inputs}, {model['layers']} x {model['hidden']} LSTM{size}"
+    yield "model", f"{blocks.describe(ModelConfig(**facts['model']))}{size}"
 
 
 def _corpus(facts: Facts) -> Iterator[tuple[str, str]]:

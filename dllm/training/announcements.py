@@ -10,8 +10,10 @@ from ..comm.runtime import mpi_library
 from ..config import Config
 from ..data.corpus import Corpus
 from ..errors import UserError
+from ..inference import model_card
 from ..inference.answering import Answering, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
+from ..model import blocks
 from ..model.base import Model
 from ..model.decoder import Decoder
 from ..model.kinds import make_model
@@ -32,12 +34,11 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     begin = {"beginning": f"the parameters of {train.init_from}"} if train.init_from and not resumed else {}
-    kind = "one-hot" if not model.embedding else f"{'tied ' if model.tied else ''}embedding {model.embedding}"
     lines = {
         f"dllm {__version__}": f"{comm.size} ranks x {node.threads} threads, {node.cores} cores, {mpi_library()}",
         "data": f"{corpus.folder}  {tokens:,} {corpus.tokenizer.kind} tokens, vocabulary {corpus.vocabulary:,}",
         "lanes": f"{train.lanes} of {rank.lanes.length:,} tokens, {len(rank.own_lanes)} here; windows of {train.window}",
-        "model": f"{kind}, {model.layers} x {model.hidden} LSTM, dropout {model.dropout:g}: {parameters:,} parameters",
+        "model": f"{blocks.describe(model)}, dropout {model.dropout:g}: {parameters:,} parameters",
         **begin,
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
         "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
@@ -87,11 +88,21 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
-    if settings.log.sample and settings.model.kind == "lm" and not settings.data.private:  # it might repeat another site's
+    text = settings.model.kind == "lm" and not trainer.corpus.tokenizer.rate
+    if settings.log.sample and text and not settings.data.private:  # it might repeat another site's
         reporter.say("sample\n" + _sample(trainer))
     reporter.say(f"plot       {reporter.plot()}")
     if trainer.corpus.tokenizer.pairs:
         reporter.say(f"next       python -m dllm.generate {run} --source '...', or dllm.evaluate {run} --pairs")
+        return
+    if trainer.corpus.labels:
+        reporter.say(f"next       python -m dllm.evaluate {run}, or dllm predict {run} FILE")
+        return
+    if trainer.corpus.tokenizer.rate and settings.model.kind == "lm":
+        reporter.say(f"generate   python -m dllm.generate {run} --out sound.wav")
+        return
+    if settings.model.kind != "lm":
+        reporter.say(f"next       {model_card.command(settings.model.kind, str(run), False)}")
         return
     prompt = trainer.config.log.prompt or "..."
     reporter.say(f"generate   python -m dllm.generate {run} --prompt '{prompt}'")

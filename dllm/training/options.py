@@ -14,11 +14,11 @@ from .. import cli, config
 from ..comm import methods, topology
 from ..data.corpus import Corpus
 from ..errors import UserError
+from ..model import blocks
 from ..remote.locate import is_url
 from ..runs.run_folder import read_settings
 from . import event_files
 
-LABELLED = "tagger", "classifier", "ctc"  # kinds of models that have labels
 MOST_TRACED = 1000  # steps: one has about 40 events on each rank
 DESCRIPTION = "Train a language model over all ranks: mpirun -n N python -m dllm.train."
 EPILOG = """
@@ -104,7 +104,7 @@ def train_config(options: argparse.Namespace, shape: Callable[[str], Mapping[str
 
 def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
     """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
-    labels = len(corpus.labels) if settings.model.kind in LABELLED else 0
+    labels = len(corpus.labels) if settings.model.kind in blocks.LABELLED else 0
     there = {"labels": labels, "features": corpus.features}
     for name, count in there.items():
         said = getattr(settings.model, name)

@@ -18,6 +18,7 @@ from ..kernels import rows as rows_kernels
 from ..kernels.gemm import zero_panels
 from ..kernels.softmax import Chunk, softmax_cross_entropy
 from ..kernels.types import DType
+from ..model import blocks
 from ..model.base import Learning, Model
 from ..model.kinds import make_model
 from ..model.layout import Layout
@@ -60,7 +61,9 @@ def _output_layer(config: Config, dtype: DType) -> None:
     """The losses and gradients of the output layer alone."""
     model = _model(config, dtype)
     weights, gradients = (model.layout.arrays(np.zeros(model.layout.size, dtype))["output"] for _ in range(2))
-    chunk, y, dy = Chunk(2, 2, 5, model.operands, True), zero_panels(2, 2, dtype), zero_panels(2, 2, dtype)
+    classes, columns = weights.shape[1], blocks.top(model.config)
+    chunk = Chunk(2, columns, classes, model.operands, True)
+    y, dy = zero_panels(2, columns, dtype), zero_panels(2, columns, dtype)
     softmax_cross_entropy(np.zeros(2, dtype), dy, gradients, chunk, y, 0, weights, np.zeros(2, np.int64), 1.0)
 
 

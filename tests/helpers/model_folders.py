@@ -1,12 +1,17 @@
 """Small model folders and state dicts for tests, and commands run one after another in one process."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from dllm.config import Config
+from dllm.config import Config, ModelConfig
+from dllm.data.sound_tokenizers import MelTokenizer
 from dllm.data.tokenizers import CharTokenizer
 from dllm.files import safetensors
 from dllm.inference import model_folder
-from dllm.model import torch_weights
+from dllm.model import blocks, torch_weights
+from dllm.model.kinds import make_model
+from dllm.model.layout import Layout
 from helpers.numerics import V, build, configured, reference
 from helpers.several_commands import run_several
 
@@ -33,3 +38,19 @@ def commands(folder, *lines, cwd):
     parts = [line.split() for line in lines]
     words = [[f"dllm.{'import_' if name == 'import' else name}", *rest] for name, *rest in parts]
     return [(*end.codes, end.text) for end in run_several(folder, 0, words, cwd=cwd, timeout=200)]
+
+
+def make_kind(out, shape, stored="fp32", labels=("A", "B", "C")):
+    """The same of any kind, of a model of 11 characters, or of <sep> and <end> too. Returns its Model, of one lane."""
+    config = ModelConfig(**{"embedding": 4, "hidden": 16} | shape)
+    tokenizer = MelTokenizer(bands=config.features) if config.features else CharTokenizer(list("abcdefghijk"))
+    tokenizer.pairs = config.kind == "seq2seq"
+    if config.kind in blocks.LABELLED:
+        tokenizer.labels, config = tuple(labels), replace(config, labels=len(labels))
+    layout = Layout(config, tokenizer.size, np.float32)
+    theta = np.zeros(layout.size, np.float32)
+    layout.load(theta, 0, np.random.default_rng(5).uniform(-0.6, 0.6, layout.parameters).astype(np.float32))
+    data = safetensors.pack(torch_weights.encode(torch_weights.read_vector(layout, theta), stored))
+    facts = model_folder.describe(Config(model=config), tokenizer, stored, data) | {"imported": "nothing"}
+    model_folder.write(out, data, tokenizer, facts)
+    return make_model(layout, 16, 1, theta=theta, training=False)

@@ -3,12 +3,15 @@
 import json
 import pathlib
 import re
+import threading
 import time
 
 import httpx
 
+from dllm.serving.requests import Finished
 from helpers.launch import ULFM, Job, flavour
 
+LIMIT = 60  # seconds, of any wait
 TESTS = pathlib.Path(__file__).parents[1]
 SURVIVES = flavour() == "openmpi"
 
@@ -70,3 +73,29 @@ def texts(response):
     """The texts of an answer, by index."""
     assert response.status_code == 200, response.text
     return [choice["text"] for choice in response.json()["choices"]]
+
+
+class Collected:
+    """Takes what an engine delivers: `events` of each stream, in order."""
+
+    def __init__(self):
+        self.events, self.calls, self.changed = {}, [], threading.Condition()
+
+    def __call__(self, news):
+        with self.changed:
+            self.calls.append(news)
+            for stream, event in news:
+                self.events.setdefault(stream, []).append(event)
+            self.changed.notify_all()
+
+    def wait(self, condition):
+        with self.changed:
+            assert self.changed.wait_for(condition, LIMIT), "nothing came"
+
+    def ended(self, stream):
+        return isinstance(self.events.get(stream, [None])[-1], Finished)
+
+    def whole(self, *streams):
+        """Events of streams that have ended."""
+        self.wait(lambda: all(map(self.ended, streams)))
+        return [self.events[stream] for stream in streams]

@@ -183,6 +183,9 @@ def texts(folder):
         for language, mark in {"en": "", "de": "x"}.items():
             pairs = (" ".join(words[(line * k) % len(words)] + mark for k in (1, 3, 7)) for line in range(1, count + 1))
             (folder / f"{split}.{language}").write_text("\n".join(pairs) + "\n", encoding="utf-8")
+        reviews = "".join(f"{('bad', 'good')[line % 2]}\t{words[line % 2]} house number {line}\n" for line in range(count))
+        (folder / f"{split}.tsv").write_text(reviews, encoding="utf-8")
+    (folder / "new.txt").write_text("a house\nthe house\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)

@@ -60,7 +60,8 @@ def classes():
 
 def add_class(node, bases, methods):
     """Add the names of a class's bases, and of its methods that have a docstring."""
-    bases |= {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases}
+    plain = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]  # of a generic class
+    bases |= {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in plain}
     methods |= {one.name for one in node.body if isinstance(one, FUNCTIONS) and ast.get_docstring(one)}
 
 

@@ -192,3 +192,17 @@ def test_a_varied_voice_depends_on_its_seed_alone_and_keeps_its_content():
         assert 0.65 < len(one.samples) / 8000 < 1.5
     short = audio.varied(audio.Sound(np.ones(3, np.float32), 8000), [1])
     assert len(short.samples)
+
+
+@pytest.mark.parametrize("name", ["x.wav", "x.flac"])
+def test_what_is_longer_than_wanted_is_refused(name):
+    data = io.BytesIO()
+    if name.endswith("flac"):
+        pytest.importorskip("soundfile").write(data, np.zeros(80_000), 8000, format="FLAC")  # some hundred bytes
+    else:
+        with wave.open(data, "wb") as out:
+            out.setparams((1, 1, 8000, 0, "NONE", ""))
+            out.writeframes(bytes(80_000))
+    assert len(audio.decode(data.getvalue(), 10.0).samples) == 80_000
+    with pytest.raises(UserError, match="it is longer than 9 seconds"):
+        audio.decode(data.getvalue(), 9.0)

@@ -1,11 +1,11 @@
 """The serving engine against a plain sampler, one stream at a time: whoever joins, leaves, waits, fails or is cancelled."""
 
-import threading
 import time
 
 import numpy as np
 import pytest
 from helpers.numerics import Bundled, V, build, configured, in_panels, reference
+from helpers.server import LIMIT, Collected
 
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel
@@ -15,38 +15,11 @@ from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.model.batch import Batch
 from dllm.model.decoder import Decoder
-from dllm.serving.engine import Engine
 from dllm.serving.requests import Finished, Full, Request, Stopped, Token
+from dllm.serving.text_engine import TextEngine
 
-LIMIT = 60  # seconds, of any wait
 CONFIG = configured(hidden=18, embedding=7)
 PRECISIONS = ["fp32", *["bf16"] * bool(BF16), *["int8"] * bool(HOW)]
-
-
-class Inbox:
-    """Collects what is delivered: `events` of each stream, in order."""
-
-    def __init__(self):
-        self.events, self.calls, self.changed = {}, [], threading.Condition()
-
-    def __call__(self, news):
-        with self.changed:
-            self.calls.append(news)
-            for stream, event in news:
-                self.events.setdefault(stream, []).append(event)
-            self.changed.notify_all()
-
-    def wait(self, condition):
-        with self.changed:
-            assert self.changed.wait_for(condition, LIMIT), "nothing came"
-
-    def ended(self, stream):
-        return isinstance(self.events.get(stream, [None])[-1], Finished)
-
-    def whole(self, *streams):
-        """Events of streams that have ended."""
-        self.wait(lambda: all(map(self.ended, streams)))
-        return [self.events[stream] for stream in streams]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +33,7 @@ def start(model):
     started = []
 
     def begin(**options):
-        engine = Engine(Bundled(model), **{"slots": 5, **options})
+        engine = TextEngine(Bundled(model), **{"slots": 5, **options})
         engine.start()
         started.append(engine)
         return engine
@@ -82,7 +55,7 @@ def request(rng, **changes):
 
 
 def answers(engine, *requests):
-    inbox = Inbox()
+    inbox = Collected()
     return inbox.whole(*[engine.submit(each, inbox) for each in requests])
 
 
@@ -139,7 +112,7 @@ def check(found, expected):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_streams_that_come_and_go_get_what_a_plain_sampler_gives_each(start, seed):
-    rng, engine, inbox = np.random.default_rng(seed), start(), Inbox()
+    rng, engine, inbox = np.random.default_rng(seed), start(), Collected()
     wanted = [request(rng) for _ in range(40)]
     wanted += [request(rng, score_only=True), request(rng, max_tokens=0, echo=True), request(rng, max_tokens=0, echo=False)]
     streams = []
@@ -187,7 +160,7 @@ def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
     trained = LoadedModel.open(world / "run")
     model, rng = trained.model(16), np.random.default_rng(14)
     wanted = [request(rng, prompt=start_tokens(trained.tokenizer, text), echo=False) for text in ("", "First", "All:\n" * 20)]
-    engine = Engine(Bundled(model))
+    engine = TextEngine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
         wants = Sampling(temperature=each.temperature, top_k=each.top_k, top_p=each.top_p, seed=each.seed)
@@ -215,7 +188,7 @@ def endless(rng, **changes):
 
 
 def test_a_full_queue_refuses_and_a_cancelled_stream_makes_room_wherever_it_is(start):
-    rng, engine, inbox = np.random.default_rng(6), start(slots=2, queue=3), Inbox()
+    rng, engine, inbox = np.random.default_rng(6), start(slots=2, queue=3), Collected()
     running = [engine.submit(endless(rng), inbox) for _ in range(2)]
     inbox.wait(lambda: all(stream in inbox.events for stream in running))
     waiting = [engine.submit(endless(rng), inbox) for _ in range(3)]
@@ -240,7 +213,7 @@ def test_a_full_queue_refuses_and_a_cancelled_stream_makes_room_wherever_it_is(s
 
 
 def test_all_news_of_a_step_come_in_one_call(start):
-    rng, engine, inbox = np.random.default_rng(7), start(slots=8), Inbox()
+    rng, engine, inbox = np.random.default_rng(7), start(slots=8), Collected()
     streams = [engine.submit(request(rng, echo=False, max_tokens=20), inbox) for _ in range(8)]
     inbox.whole(*streams)
     for news in inbox.calls:
@@ -250,7 +223,7 @@ def test_all_news_of_a_step_come_in_one_call(start):
 
 
 def test_stop_finishes_what_is_there_and_takes_nothing_more(start):
-    rng, engine, inbox = np.random.default_rng(8), start(slots=2), Inbox()
+    rng, engine, inbox = np.random.default_rng(8), start(slots=2), Collected()
     streams = [engine.submit(request(rng, max_tokens=50), inbox) for _ in range(4)]
     engine.stop(LIMIT)
     assert [events[-1].reason for events in inbox.whole(*streams)] == ["length"] * 4
@@ -260,7 +233,7 @@ def test_stop_finishes_what_is_there_and_takes_nothing_more(start):
 
 
 def test_stop_ends_with_an_error_what_does_not_end_in_time(start):
-    rng, engine, inbox = np.random.default_rng(9), start(slots=1), Inbox()
+    rng, engine, inbox = np.random.default_rng(9), start(slots=1), Collected()
     streams = [engine.submit(endless(rng), inbox) for _ in range(2)]
     begin = time.monotonic()
     engine.stop(0.2)
@@ -271,7 +244,7 @@ def test_stop_ends_with_an_error_what_does_not_end_in_time(start):
 def test_a_state_that_is_not_finite_ends_its_stream_alone(start):
     rng, engine = np.random.default_rng(10), start(slots=6)
     wanted = [request(rng, max_tokens=30) for _ in range(5)]
-    expected, inbox = [answers(engine, each)[0] for each in wanted], Inbox()
+    expected, inbox = [answers(engine, each)[0] for each in wanted], Collected()
 
     def spoil(news):  # in the engine's thread
         if news[0][0].slot is not None:
@@ -288,7 +261,7 @@ def test_a_state_that_is_not_finite_ends_its_stream_alone(start):
 
 
 def test_whoever_listens_badly_loses_its_streams_alone(start):
-    rng, engine, inbox = np.random.default_rng(11), start(), Inbox()
+    rng, engine, inbox = np.random.default_rng(11), start(), Collected()
 
     def broken(news):
         raise RuntimeError("nobody is there")
@@ -303,7 +276,7 @@ def test_whoever_listens_badly_loses_its_streams_alone(start):
 
 
 def test_an_engine_that_fails_says_so_to_all(start, capsys):
-    rng, engine, inbox = np.random.default_rng(12), start(slots=2), Inbox()
+    rng, engine, inbox = np.random.default_rng(12), start(slots=2), Collected()
     streams = [engine.submit(endless(rng), inbox) for _ in range(4)]
     inbox.wait(lambda: len(inbox.events) >= 2)
 

@@ -92,7 +92,7 @@ def test_a_sentence_must_fit_a_window_and_of_a_text_its_end_is_read(labelled):
     corpus, kind, wanted = labelled
     longest = corpus.split("train")["longest"]
     if kind == "tagger":
-        with pytest.raises(UserError, match=f"has a sentence of {longest} tokens .* --set train.window={longest}"):
+        with pytest.raises(UserError, match=f"has a sentence of {longest} steps .* --set train.window={longest}"):
             read_lanes(corpus, "train", range(1), 1, longest - 1, kind=kind)
     else:
         lanes = read_lanes(corpus, "train", range(1), 1, 3, kind=kind)

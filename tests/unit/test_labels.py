@@ -178,14 +178,18 @@ def test_a_manifest_of_labels_is_checked_and_files_of_others_are_refused(tmp_pat
         with pytest.raises(UserError, match="prepare"):
             Corpus(out)
     storage.write_json(out / "manifest.json", manifest | {"labels": ["x", "y", "z"]})
-    Corpus(out)
-    for change, message in (({"longest": 1, "tokens": 2}, None), ({"bytes": 7}, None)):
-        storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | change}})
-        assert message or records(Corpus(out))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the one its manifest names"):
+        Corpus(out)
+    storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"longest": 2}}})
+    assert len(records(Corpus(out))) == 2
+    longer = entry["shards"][0] | {"records": 1}
+    storage.write_json(out / "manifest.json", manifest | {"splits": {"train": entry | {"records": 1, "shards": [longer]}}})
+    with pytest.raises(UserError, match="expected"):
+        records(Corpus(out))
 
 
 OPTIONS = {
-    "two forms": ("--tags a --classes b", "give either --train or --pairs, --tags, --classes or --class"),
+    "two forms": ("--tags a --classes b", "give either --train or --pairs, --tags, --classes, --class or --transcripts"),
     "text and classes": ("--train a --class x=b", "give either"),
     "valid of others": ("--tags a --valid-classes b", "--valid-classes goes with --classes, which is not given"),
     "column of classes": ("--classes a --tag-column 2", "--tag-column goes with --tags"),

@@ -3,6 +3,7 @@ files/safetensors.py opens safetensors; nothing is unpickled.
 """
 
 import ast
+import functools
 import os
 import pathlib
 import shutil
@@ -38,11 +39,11 @@ def test_no_plugin_is_loaded(tmp_path):
         assert ("LOADED" in run.stdout) == loaded
 
 
+@functools.cache
 def modules():
     """(path within the package, syntax tree) of every file of dllm."""
-    for folder, _, names in os.walk(PACKAGE, followlinks=True):
-        for path in (pathlib.Path(folder, name) for name in names if name.endswith(".py")):
-            yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+    paths = [pathlib.Path(folder, name) for folder, _, names in os.walk(PACKAGE, followlinks=True) for name in names]
+    return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths if path.suffix == ".py"]
 
 
 def imported(tree):

@@ -11,12 +11,12 @@ from helpers.numerics import Bundled, V, build, configured
 
 from dllm.comm.messages import pack
 from dllm.serving import peers, sealed, wire
-from dllm.serving.engine import Engine
 from dllm.serving.limits import Limits
 from dllm.serving.peers import STRANGERS, Peers
 from dllm.serving.requests import Finished, Request, Token
 from dllm.serving.sealed import Keys
 from dllm.serving.streams import Inbox, LocalStreams
+from dllm.serving.text_engine import TextEngine
 
 LIMIT = 60  # seconds, of any test
 CONFIG = configured(hidden=18, embedding=7)
@@ -34,7 +34,7 @@ class Rank:
 
     def __init__(self, bundle, rank, slots=1):
         self.rank, self.known, self.dead = rank, {}, False
-        self.engine = Engine(bundle, slots=slots, queue=4)
+        self.engine = TextEngine(bundle, slots=slots, queue=4)
         self.engine.start()
         self.local = LocalStreams(self.engine, asyncio.get_running_loop())
         self.keys = Keys(rank)

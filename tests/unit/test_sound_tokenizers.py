@@ -74,10 +74,10 @@ def test_a_rate_that_no_sound_has_is_refused(rate):
     [
         (["--train", "text.txt", "--tokenizer", "mulaw"], "cannot read text.txt: it is no WAV file"),
         (["--train", "empty.wav", "--tokenizer", "mulaw"], "cannot read empty.wav: there is no sound in it"),
-        (["--train", "text.txt", "--tokenizer", "byte", "--rate", "8000"], "--rate goes with --tokenizer mulaw"),
+        (["--train", "text.txt", "--tokenizer", "byte", "--rate", "8000"], "--rate goes with --tokenizer mulaw or mel"),
         (["--train", "text.txt", "--tokenizer", "mulaw", "--rate", "7"], "argument --rate: 7 is not"),
         (["--train", "good.wav", "--tokenizer", "mulaw", "--vocab-size", "7"], "--vocab-size 7: mulaw has 256 tokens"),
-        (["--train", "text.txt", "--tokenizer", "mulaw", "--field", "text"], "leave out --pairs and --field"),
+        (["--train", "text.txt", "--tokenizer", "mulaw", "--field", "text"], "give --audio, and no --field"),
     ],
 )
 def test_what_is_no_sound_is_one_line(tmp_path, monkeypatch, capfd, options, why):

@@ -1,5 +1,6 @@
 """Targets of sources step by step against the model's window, and searches for them in any company."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from helpers.numerics import DTYPES
 
 from dllm.config import ModelConfig
 from dllm.data.tokenizers import KINDS as TOKENIZERS
+from dllm.errors import UserError
 from dllm.inference import answering, source_files
 from dllm.inference.answering import Answering
 from dllm.inference.search import Beam
@@ -157,8 +159,34 @@ def test_a_file_is_answered_in_order(tmp_path, tokenizer, pairs):
     assert [one for one in objects if one["line"] == 4] == [{"line": 4, "text": "", "score": None, "logprob": None}]
 
 
+def test_standard_input_is_read_as_a_file_is(monkeypatch):
+    read = lambda data: monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    read("\ufeffa b\r\n\nß".encode())
+    assert source_files.read_lines(COMM, "-") == ["a b", "", "ß"]
+    for data, problem in ((b"", "standard input is empty"), (b"a\n\xff\n", "standard input line 2 is not UTF-8; convert it")):
+        read(data)
+        with pytest.raises(UserError, match=problem):
+            source_files.read_lines(COMM, "-")
+    read(b"x" * (source_files.LONGEST_LINE + 1))
+    with pytest.raises(UserError, match="standard input line 1 has over 1,048,576 bytes"):
+        source_files.read_lines(COMM, "-")
+
+
 def test_the_alignment_is_what_each_step_looked_at(tokenizer, pairs):
     model, (source, target, *_) = build(), pairs[0]
     found = answering.alignment(model, tokenizer, source, target.tolist())
     model.forward(answering._as_batch(tokenizer, pairs[:1]), *np.zeros((2, 0, 1, 16)))
     np.testing.assert_allclose(found, model.attention.weights[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("asked", ["", "xyb"])
+def test_letters_are_replaced_by_those_of_the_source_or_stay_unknown(asked):
+    tokenizer = TOKENIZERS["char"](["<unk>", *"abcdefghi"])
+    tokenizer.pairs = True
+    model = build()
+    model.layout.write(model.theta, "output.bias", np.where(np.arange(V) == tokenizer.unknown, 30.0, 0.0))
+    how = Answering(tokenizer=tokenizer, lanes=1, limit=4, replace=True)
+    pair = answering.Pair(tokenizer.encode(b"xyb", False), np.array([1]), "", asked)
+    ((text,), _) = answering.solve(COMM, model, how, [pair])
+    ((found,),) = how.search(SourceDecoder(model, 1, tokenizer.sep), [pair.source])
+    assert text == "".join((asked or ["<unk>", "<unk>", "b"])[place] for place in found.places)

@@ -107,5 +107,5 @@ def test_what_no_model_of_a_kind_reads_is_refused(tmp_path):
     corpus = make_corpus(tmp_path, [([1], [2, 3])])
     for ask in (read_lanes, lane_files):
         more = (9,) if ask is read_lanes else ()
-        with pytest.raises(UserError, match=r"holds pairs, and model.kind = tagger reads tags: --preset pairs"):
+        with pytest.raises(UserError, match=r"holds pairs, and model.kind = tagger reads tags: --preset seq2seq"):
             ask(corpus, "train", range(1), 1, *more, kind="tagger")
