@@ -8,19 +8,24 @@ import wave
 
 import numpy as np
 import pytest
-from helpers.launch import Job, flavour, mpirun, train_arguments, write_pairs
+from helpers.launch import REFUSED, Job, flavour, train_arguments, write_pairs
 from helpers.run_files import arrays, column, metrics, same_losses
 from helpers.several_commands import run_several
 
 from benchmarks.translation import pair
+from dllm.config import ModelConfig
+from dllm.data.corpus import Corpus
+from dllm.model.layout import Layout
 
 STEPS, BREAK, DEATH = 24, 13, 60
 SETTINGS = (
-    "train.precision=fp64", "train.window=48", "train.lanes=8", "train.threads=1", "train.optimizer=adam", "train.clip=1.0",
+    "train.precision=fp64", "train.window=80", "train.lanes=8", "train.threads=1", "train.optimizer=adam", "train.clip=1.0",
     "train.lr=0.01", "train.eval_every=10", "model.dropout=0.2", "log.sample=0",
 )  # fmt: skip
 KINDS = {
-    "seq2seq": ("pairs", "model.bidirectional=true", "model.layers=2", "model.tied=true", "model.copy=true", "train.smoothing=0.1"),
+    "seq2seq": (
+        "pairs", "model.bidirectional=true", "model.layers=2", "model.tied=true", "model.copy=true", "train.smoothing=0.1",
+    ),
     "tagger": ("tags", "model.bidirectional=true", "model.layers=2"),
     "classifier": ("classes", "model.bidirectional=true", "model.projection=8"),
     "bilm": ("text", "model.layers=2"),
@@ -125,25 +130,62 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder, kind):
     assert metrics(folder / f"{kind}-resumed", "train") == metrics(folder / f"{kind}-2", "train")
 
 
-def test_gossip_private_pairs_and_beginnings_by_models_of_text(folder, tmp_path):
+def test_gossip_private_pairs_and_beginnings_by_a_model_of_text(folder, tmp_path):
     """In one start of the ranks, since each takes longer than what it does."""
-    private = train_arguments(
-        folder / "own-{rank}", folder / "private", "model.kind=seq2seq", *SETTINGS, "train.max_steps=8", *KINDS["seq2seq"][1:]
-    )
+    private = "model.kind=seq2seq", *SETTINGS, *KINDS["seq2seq"][1:], "train.max_steps=8", "train.eval_every=0"
     pairs = [folder / f"own-{{rank}}.{side}" for side in ("src", "tgt")]
-    unfrozen = "train.unfreeze=2", "train.max_steps=4", "train.eval_every=0"
+    frozen = "train.unfreeze=2", "train.max_steps=4", "train.eval_every=0"
+    parent = "--init-from", folder / "bilm-2"
     commands = [
         train(folder, "seq2seq", "gossip", "averaging.method=dpsgd"),
         ["dllm.prepare", "--tokenizer", "byte", "--pairs", *pairs, "--out", folder / "own-{rank}"],
-        private[1:],
-        *(
-            train(folder, kind, f"{kind}-begun", *unfrozen, extra=("--init-from", folder / "bilm-2"))
-            for kind in ("tagger", "classifier")
-        ),
-        train(folder, "tagger", "tagger-one", "train.max_steps=1", extra=("--init-from", folder / "bilm-2")),
+        train_arguments(folder / "own-{rank}", folder / "private", *private)[1:],
+        train(folder, "tagger", "begun", *frozen, extra=parent),
+        train(folder, "classifier", "refused", *frozen, "model.hidden=32", extra=parent),
     ]
-    commands[3] = [word for word in commands[3] if word != "model.layers=1"]
-    run_several(tmp_path / "all", 2, commands, check=True)
+    *done, refused = run_several(tmp_path / "all", 2, commands)
+    for ended in done:
+        assert ended.codes == {0}, ended.text
     gossip = column(metrics(folder / "gossip", "train"), "loss")
-    assert gossip[-4:].mean() < 0.9 * gossip[:4].mean()
+    assert gossip[-4:].mean() < 0.95 * gossip[:4].mean()
     assert np.isfinite(column(metrics(folder / "private", "train"), "loss")).all()
+    check_begun(folder)
+    assert refused.codes == {REFUSED}
+    assert re.fullmatch(r"dllm: --init-from \S+ .*\n", refused.text), refused.text
+
+
+def check_begun(folder):
+    """After 4 steps, of which 2 moved the output alone and 2 the layer below it, the rest is what it was."""
+    (found, _), (old, _) = arrays(folder / "begun", 4), arrays(folder / "bilm-2", STEPS)
+    vocabulary = Corpus(folder / "text").vocabulary
+    ours, theirs = (
+        Layout(ModelConfig(embedding=16, hidden=16, layers=2, dropout=0.2, **shape), vocabulary, np.float64)
+        for shape in (
+            {"kind": "tagger", "bidirectional": True, "labels": len(Corpus(folder / "tags").labels)},
+            {"kind": "bilm"},
+        )
+    )
+    read = lambda layout, arrays, name: arrays["theta"][layout.tensors[name].start : layout.tensors[name].stop].reshape(
+        layout.tensors[name].shape
+    )
+    for way in ("forward", "backward"):
+        for tensor in ("weight_x", "weight_h", "bias"):
+            old_one = read(theirs, old, f"{way}.0.{tensor}")
+            np.testing.assert_array_equal(read(ours, found, f"encoder.0.{way}.{tensor}"), old_one)
+            assert (read(ours, found, f"encoder.1.{way}.{tensor}")[:1] != read(theirs, old, f"{way}.1.{tensor}")[:1]).any()
+    np.testing.assert_array_equal(read(ours, found, "embedding.weight"), read(theirs, old, "embedding.weight"))
+
+
+@pytest.mark.skipif(flavour() == "mpich", reason="MPICH ends the job where a rank dies; test_launch.py has that")
+@pytest.mark.parametrize("kind", ["seq2seq", "classifier"])
+def test_a_rank_dies_and_losses_are_as_if_it_had_not(folder, tmp_path, kind):
+    steps = f"train.max_steps={DEATH}", "train.eval_every=25"
+    run_several(tmp_path / "all", 2, [train(folder, kind, f"{kind}-whole", *steps)], check=True)
+    words = ["-m", *train(folder, kind, f"{kind}-less", *steps)]
+    with Job(0, "-m", "dllm.launch", "-n", 4, "--", *words[2:]) as job:
+        job.until_step(folder / f"{kind}-less", 10)
+        job.signal(signal.SIGKILL, [job.ranks()[2]])
+        done = job.wait()
+        assert done.returncode == 0, str(job)
+    assert re.search(r"rank 2 of 4 died; 3 go on from step \d+", done.stderr), done.stderr
+    same_losses(folder / f"{kind}-less", folder / f"{kind}-whole")
