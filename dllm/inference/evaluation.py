@@ -113,6 +113,8 @@ class Evaluation:
         supply(comm, corpus, agree(comm, lane_files, corpus, split, mine, count, kind), say)
         self.lanes = agree(comm, read_lanes, corpus, split, mine, count, window, None, kind)
         self.schedule = Schedule(self.lanes, comm=comm)
+        if not self.schedule.per_epoch:
+            raise UserError.of_all(f"split '{split}' of {corpus.folder} has nothing that a model could say right or wrong")
         self.fresh = corpus.content != "text" or config.train.carry == "window"
         tokens, size = total(comm if private else None, np.array([entry["tokens"], entry["bytes"]]))
         self.bytes_per_token = size / tokens
@@ -145,7 +147,7 @@ class Evaluation:
         count = schedule.per_epoch
         everyones = total(self.comm, totals)
         loss = float(everyones.sum()) / count
-        losses = everyones / [schedule.tokens(place) for place in schedule.places]
+        losses = everyones / [max(1, schedule.tokens(place)) for place in schedule.places]
         found = self._of_speech(between)
         if self.tokenizer.rate and not self.tokenizer.bands:
             found["bits_per_sample"] = loss / math.log(2)

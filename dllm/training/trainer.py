@@ -141,7 +141,7 @@ class Trainer:
         lanes, copies = self.rank.lanes, self.rank.copies
         width, tokens = self.schedule.width(state.place), self.schedule.tokens(state.place)
         batch = lanes.window(state.place, width)
-        scale = averaging.scale * (width if train.loss_norm == "window" else 1) / tokens
+        scale = averaging.scale * (width if train.loss_norm == "window" else 1) / max(1, tokens)
         mask = (train.seed, state.step, lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
 
