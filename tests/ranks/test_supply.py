@@ -77,7 +77,7 @@ def disk(comm, place, monkeypatch, request):
 def prepare(comm, place, out=OUT, pairs=False, copies=2):
     names = {split: place / f"{split}.src" for split in ("train", "valid")}
     splits = {split: [(path, path.with_suffix(".tgt")) if pairs else path] for split, path in names.items()}
-    prepare_corpus(comm, splits, Vocabulary("byte"), out, pairing=Pairing(1) if pairs else None, copies=copies)
+    prepare_corpus(comm, splits, Vocabulary("byte"), out, drawing=Pairing(1) if pairs else None, copies=copies)
 
 
 @pytest.fixture(params=[False, True], ids=["text", "pairs"])
