@@ -62,6 +62,10 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
     gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
+    if options.precision != "fp32" and model.config.kind != "lm" and options.pairs is None:
+        raise UserError.of_all(
+            f"--precision {options.precision} is of models of text, and with --pairs: {options.model} is none"
+        )
     if options.precision != "fp32" and model.dtype == "float64":
         raise UserError.of_all(f"{options.model} has parameters of float64: --precision {options.precision} is for float32")
     runtime.check_same(comm, {"model": model.fingerprint, "products": described(options.precision, model.dtype)})

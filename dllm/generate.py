@@ -204,6 +204,10 @@ def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
     from .inference.generation import Sampling
     from .inference.speech import write_sound
 
+    if model.tokenizer.bands:
+        raise UserError(
+            f"{options.model} continues nothing; python -m dllm.predict {options.model} FILE.wav says what it hears"
+        )
     if not model.tokenizer.rate or options.source is not None:
         raise UserError("--out goes with --source-file, or with a model of sound")
     if not options.out or options.prompt or options.search or options.json:

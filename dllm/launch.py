@@ -96,7 +96,7 @@ def launch(argv: Sequence[str]) -> int:
         return TrainingSupervisor(options, wanted, disks, found).supervise()
 
 
-def _shape(model: str) -> Callable[[str], dict[str, Any]] | None:
+def _shape(model: str) -> Callable[[str | None], dict[str, Any]] | None:
     """What the model that a new run begins with decides of the settings, if there is one. Raises UserError."""
     if not model:
         return None

@@ -81,6 +81,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
             runtime.agree(comm, corpus.check_vocabulary, known, name)
     if resume:
         runtime.agree(comm, lambda: corpus.check_labels(load_tokenizer(run).labels, run))
+    elif parent and parent.tokenizer.labels:
+        runtime.agree(comm, corpus.check_labels, parent.tokenizer.labels, origin)
     compiling = time.monotonic()
     with leader_first(node, AT_ONCE):
         warm_up(configuration, node.rank)

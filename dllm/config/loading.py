@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError, reason, shown
 from ..files import storage
 from .bounds import KINDS, LARGEST, RULES, choices_in_words, demand
-from .sections import FIELDS, SECTIONS, Config, ModelConfig, flat
+from .sections import FIELDS, SECTIONS, Config, flat
 from .together import check_together
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
@@ -35,17 +35,17 @@ def resolve(
     preset: str = "default",
     file: str | pathlib.Path | None = None,
     settings: Iterable[str] = (),
-    shape: Callable[[str], Mapping[str, Any]] | None = None,
+    shape: Callable[[str | None], Mapping[str, Any]] | None = None,
 ) -> Config:
     """The Config of a preset, overlaid by a TOML file and by ``section.key=value`` strings. Raises UserError.
 
-    shape : what of the section `model` a model to begin with decides for a kind of model; laid over that of the preset
+    shape : what of the section `model` a model to begin with decides, for a kind that is asked for; laid over the preset
     """
     below = load_toml(preset_path(preset))
     in_file, said = {} if file is None else load_toml(file), parse_settings(settings)
     if shape is not None:
         kind = _get(merge(merge(below, in_file), said), "model", "kind")
-        below = merge(below, {"model": shape(kind if isinstance(kind, str) else ModelConfig.kind)})
+        below = merge(below, {"model": shape(kind if isinstance(kind, str) else None)})
     if _get(in_file, "data", "path") is not None:  # that of a run, which belongs to its corpus as a preset does
         return from_dict(lay_over(lay_over(below, in_file), said))
     return from_dict(lay_over(below, merge(in_file, said)))

@@ -12,6 +12,8 @@ def check_together(config: Config) -> None:
     """Raise UserError where settings contradict each other."""
     _check_model(config.model)
     _check_train(config.train)
+    if config.train.smoothing and config.model.kind == "ctc":
+        raise UserError("train.smoothing is of targets that stand in a place, not of model.kind = ctc")
     if config.train.unfreeze and not config.train.init_from:
         raise UserError("train.unfreeze frees the layers of a model to begin with: give one by --init-from")
     if config.train.unfreeze and config.model.tied:

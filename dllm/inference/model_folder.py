@@ -185,7 +185,7 @@ def shape(model: config.ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if name in SHAPE}
 
 
-def shape_for(parent: config.ModelConfig | None) -> Callable[[str], dict[str, Any]] | None:
+def shape_for(parent: config.ModelConfig | None) -> Callable[[str | None], dict[str, Any]] | None:
     """What a model to begin with decides of the settings `model` of another one, of a kind."""
     return None if parent is None else lambda kind: inheriting.shape(parent, kind, shape(parent))
 

@@ -60,9 +60,9 @@ class EncoderModel(Model):
         else:
             self._embedding.forward(self._x, batch.inputs.reshape(-1))
         self._drop(self._x, self._x, 0, S, INPUTS)
-        drop = lambda x, layer: self._drop(x, x, 0, S, LAYERS + layer)
-        self._m = self._looked_at(self.encoder.forward(self._x, self._lengths, S, B, drop, between))
+        self._m = self._looked_at(self.encoder.forward(self._x, self._lengths, S, B, self._drop_below, between))
         y, rows = self._m, self._rows()
+        self._drop(y, y, 0, rows // B, self._place_of_top)
         if self._projection is not None:
             self._projection.forward(self._top, self._m, 0, rows)
             tanh_rows(self._top[:, :rows])
@@ -96,12 +96,21 @@ class EncoderModel(Model):
             self._projection.backward(self._dtop, dm, self._m, 0, rows)
             dm = self._dtop
             self._ready("projection")
-        drop = lambda x, layer: self._drop(x, x, 0, S, LAYERS + layer)
-        dx = self.encoder.backward(self._spread(dm), self._lengths, S, B, drop, self._ready, between)
+        self._drop(dm, dm, 0, rows // B, self._place_of_top)
+        dx = self.encoder.backward(self._spread(dm), self._lengths, S, B, self._drop_below, self._ready, between)
         if self._embedding is not None:
             self._drop(dx, dx, 0, S, INPUTS)
             self._embedding.backward(self._inputs.reshape(-1), dx)
             self._ready("embedding")
+
+    @property
+    def _place_of_top(self) -> int:
+        """Of dropout on what is looked at: the largest of many that are raised by 1 / (1 - p) would be another."""
+        return LAYERS + self.config.layers - 1
+
+    def _drop_below(self, x: Array, layer: int) -> None:
+        if layer < self.config.layers - 1:
+            self._drop(x, x, 0, self._shape[0], LAYERS + layer)
 
     def _rows(self) -> int:
         """Of what is looked at."""

@@ -29,17 +29,25 @@ class Taken(NamedTuple):
     first: int = 0
 
 
-def shape(parent: ModelConfig, kind: str, whole: dict[str, Any]) -> dict[str, Any]:
-    """What the shape of a parent says of that of a model of `kind`. whole : of one of the same kind"""
-    if parent.kind not in TEXT or kind == parent.kind:
+def shape(parent: ModelConfig, kind: str | None, whole: dict[str, Any]) -> dict[str, Any]:
+    """What a parent decides of the settings `model` of a new one. Raises UserError where one of `kind` cannot begin with it.
+
+    kind : that was asked for; None: as the parent is
+    whole : of one of the same kind
+    """
+    if kind in (None, parent.kind):
         return whole
+    if parent.kind not in TEXT or kind in TEXT:
+        raise UserError(
+            f"a model of kind {kind} cannot begin with one of kind {parent.kind}: choose another preset or --init-from"
+        )
     layers = "encoder_layers" if kind == "seq2seq" else "layers"
     return {name: getattr(parent, name) for name in SHARED} | {layers: parent.layers}
 
 
 def inherit(layout: Layout, vector: Array, theirs: Layout, parent: Array, name: str) -> None:
     """Fill what there is of the flat vector (size,) from that of a parent, called `name`. Raises UserError."""
-    if theirs.config.kind not in TEXT or layout.config.kind == theirs.config.kind:
+    if layout.config.kind == theirs.config.kind:
         found = [Taken(one, one) for one in layout.tensors]
         for left in theirs.tensors.keys() - layout.tensors.keys():
             raise UserError(f"--init-from {name} is of another shape: it has {left}, which is not here")

@@ -74,7 +74,7 @@ class SourceEngine(Engine[SourceRequest]):
         for stream in waiting:
             longest = max(longest, len(stream.request.source))
             count = len(chosen) + 1
-            if count * longest > self.worker.rows or count * first.beams > self.slots:
+            if count > self.worker.lanes or count * longest > self.worker.rows or count * first.beams > self.slots:
                 break
             if self.worker.together(stream.request) == kind:
                 chosen.append(stream)

@@ -210,7 +210,7 @@ class Targets(Worker):
         two = np.zeros(2, np.int64)
         return [
             SourceRequest(source=two, max_tokens=2),
-            SourceRequest(source=two, max_tokens=2, beams=2),
+            SourceRequest(source=two, max_tokens=2, beams=min(2, self.lanes)),
             SourceRequest(source=two, target=two),
         ]
 

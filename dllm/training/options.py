@@ -82,7 +82,7 @@ def parent_of(options: argparse.Namespace) -> str:
     return name if isinstance(name, str) else ""
 
 
-def train_config(options: argparse.Namespace, shape: Callable[[str], Mapping[str, Any]] | None = None) -> config.Config:
+def train_config(options: argparse.Namespace, shape: Callable[[str | None], Mapping[str, Any]] | None = None) -> config.Config:
     """The Config of the command line, and that of the run which is resumed.
 
     shape : what --init-from decides of the section `model`, for a kind of model
