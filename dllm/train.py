@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from .data.corpus import Corpus
+    from .inference.loaded_model import LoadedModel
     from .runs.checkpoint import Checkpoint
     from .runs.ownership import Ownership
     from .training.trainer import Trainer
@@ -63,7 +65,6 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
-    from .data.tokenizer_files import load_tokenizer
     from .runs import marks, run_folder
     from .training import announcements, recovery, trace
     from .training.setup import set_up
@@ -76,13 +77,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     run = ownership.run
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     configuration = runtime.agree(comm, of_corpus, configuration, corpus)
-    for known, name in ((resume and resume.manifest["tokenizer"], run), (parent and parent.vocabulary, origin)):
-        if known:
-            runtime.agree(comm, corpus.check_vocabulary, known, name)
-    if resume:
-        runtime.agree(comm, lambda: corpus.check_labels(load_tokenizer(run).labels, run))
-    elif parent and parent.tokenizer.labels:
-        runtime.agree(comm, corpus.check_labels, parent.tokenizer.labels, origin)
+    runtime.agree(comm, _check_fits, corpus, resume, run, parent, origin)
     compiling = time.monotonic()
     with leader_first(node, AT_ONCE):
         warm_up(configuration, node.rank)
@@ -104,6 +99,19 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     limits = options.max_steps, options.max_seconds
     trainer, done, summary = recovery.run(trainer, *limits, lambda: bool(stopping), options.progress)
     return _finish(trainer, done, summary)
+
+
+def _check_fits(corpus: Corpus, resume: Checkpoint | None, run: str, parent: LoadedModel | None, origin: str) -> None:
+    """Raise UserError where tokens and labels of a corpus are not those of what the run goes on from or begins with."""
+    from .data.tokenizer_files import load_tokenizer
+
+    if resume:
+        corpus.check_vocabulary(resume.manifest["tokenizer"], run)
+        corpus.check_labels(load_tokenizer(run).labels, run)
+    if parent:
+        corpus.check_vocabulary(parent.vocabulary, origin)
+        if parent.tokenizer.labels:
+            corpus.check_labels(parent.tokenizer.labels, origin)
 
 
 def _open_folder(
