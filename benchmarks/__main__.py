@@ -11,13 +11,14 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, papers, replicas, resilience, tokenizing
+from . import commands, decentralised, kinds, papers, replicas, resilience, tokenizing
 from .results import hardware, save
 from .sizes import SIZES
 
 COMMANDS = {
     "kernels": commands.kernels,
     "step": commands.step,
+    "kinds": kinds.kinds,
     "scaling": commands.scaling,
     "overlap": commands.overlap,
     "startup": commands.startup,
@@ -57,7 +58,7 @@ def main():
         command.add_argument(
             "--data",
             type=pathlib.Path,
-            help="quality and averaging methods: folder with tinyshakespeare/ and wikitext-2/",
+            help="folder of texts: tinyshakespeare/ and wikitext-2/ for quality and averaging methods; for kinds it says which",
         )
     options = parser.parse_args()
     options.seconds = 1 if options.quick else 8
