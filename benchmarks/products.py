@@ -18,7 +18,7 @@ from dllm.kernels import gemm, processor, tiles
 from dllm.kernels.compile import kernel
 from dllm.kernels.operands import Operands
 from dllm.kernels.softmax import GROUP
-from dllm.model.language_model import tokens_of_chunk
+from dllm.model.output import tokens_of_chunk
 
 from .sizes import SIZES
 

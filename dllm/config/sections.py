@@ -114,7 +114,8 @@ class TrainConfig:
         0.0, "the part of a target that all tokens share alike (Szegedy et al. 2016); losses shown are without it", below=1
     )
     unfreeze: int = setting(
-        0, "not 0, with --init-from: so many steps the output alone learns, then a layer more each time (Howard and Ruder 2018)"
+        0,
+        "not 0, with --init-from: so many steps only what is above all layers learns, then a layer more (Howard and Ruder 2018)",
     )
     precision: str = setting(
         "fp32", "bf16: products of bfloat16 added up in fp32, all else fp32", choices=("fp32", "fp64", "bf16")

@@ -3,8 +3,8 @@
 The manifest holds: format, kind (tokenizer), vocabulary, dtype, tokenizer (sha256 of tokenizer.json), and for each split
 tokens, bytes (of text) and shards, each {"name", "start", "stop", "sha256"} with its token range in the split. A split of
 pairs (pairs.py) has pairs, how many, its shards too, and longest, the tokens of the longest one with <sep> and <end>. Text with
-labels has content, "tags" or "classes", labels, their names in the order of their numbers, and records for pairs. Where the
-vocabulary was made of private counts, `counts` says how (private_counts.py).
+labels has content, "tags", "classes" or "transcripts", labels, their names in the order of their numbers, and records for
+pairs. Where the vocabulary was made of private counts, `counts` says how (private_counts.py).
 """
 
 from __future__ import annotations

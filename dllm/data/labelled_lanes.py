@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..model.batch import Batch
@@ -50,10 +49,7 @@ class TagLanes(LabelledLanes):
     def _check(self, places: Array) -> None:
         longest = self.corpus.split(self.split)["longest"]  # the same on all ranks
         if longest > self.T:
-            raise UserError(
-                f"{self._where} has a {self.unit_in_words} of {longest} steps and a window must hold it: "
-                f"--set train.window={longest}, or leave long ones out with dllm.prepare --longest"
-            )
+            raise self._too_long(f"{self.unit_in_words} of {longest} steps", longest)
 
     def _sizes(self, places: Array) -> tuple[Array, Array]:
         begin, tagged, end = places

@@ -38,10 +38,7 @@ class PairLanes(RecordLanes):
     def _check(self, places: Array) -> None:
         longest = self.corpus.split(self.split)["longest"]  # the same on all ranks
         if longest > self.T:
-            raise UserError(
-                f"{self._where} has a pair of {longest} tokens and a window must hold it: --set train.window={longest}, "
-                "or leave long ones out with dllm.prepare --longest"
-            )
+            raise self._too_long(f"pair of {longest} tokens", longest)
 
     def _sizes(self, places: Array) -> tuple[Array, Array]:
         begin, sep, stop = places

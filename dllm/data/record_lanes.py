@@ -77,6 +77,13 @@ class RecordLanes(Lanes):
     def _check(self, places: Array) -> None:
         """Raise UserError where a record is longer than a window can be. places : of this rank's lanes"""
 
+    def _too_long(self, what: str, longest: int) -> UserError:
+        """Of a record, or a part of one, that no window holds. what : it, with its length"""
+        return UserError(
+            f"{self._where} has a {what} and a window must hold it: --set train.window={longest}, "
+            "or leave long ones out with dllm.prepare --longest"
+        )
+
     def _sizes(self, places: Array) -> tuple[Array, Array]:
         """Of each of the records at `places` (k,n) the tokens that it predicts and its T: (n,) int64 each."""
         raise NotImplementedError

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import UserError
-from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..model.batch import Batch
 from .pair_lanes import PairLanes
@@ -30,10 +28,7 @@ class SourceLanes(PairLanes):
         for side, lengths in (("source", sep - begin - 1), ("target, with its <end>,", stop - 1 - sep)):
             longest = int(lengths.max(initial=0))
             if longest > self.T:
-                raise UserError(
-                    f"{self._where} has a {side} of {longest} tokens and a window must hold it: "
-                    f"--set train.window={longest}, or leave long ones out with dllm.prepare --longest"
-                )
+                raise self._too_long(f"{side} of {longest} tokens", longest)
 
     def _sizes(self, places: Array) -> tuple[Array, Array]:
         _, sep, stop = places
@@ -49,14 +44,7 @@ class SourceLanes(PairLanes):
 
     def window(self, place: int, width: int) -> Batch:
         """Sources (S,B) and what is read and predicted of targets (T,B); of lanes without a pair nothing. width : no matter."""
-        found = [(lane, int(sep - begin), text) for lane, _, (begin, sep, _), text in self._records(place)]
-        B, lengths = len(self.starts), np.zeros(len(self.starts), np.int64)
-        S = max((sep - 1 for _, sep, _ in found), default=0)
-        T = max((len(text) - 1 - sep for _, sep, text in found), default=0)
-        inputs, before = np.zeros((max(1, S), B), np.int64), np.zeros((max(1, T), B), np.int64)
-        targets = np.full_like(before, IGNORE)
-        for lane, sep, text in found:
-            lengths[lane], steps = sep - 1, len(text) - 1 - sep
-            inputs[: sep - 1, lane] = text[1:sep]
-            before[:steps, lane], targets[:steps, lane] = text[sep:-1], text[sep + 1 :]
-        return Batch(inputs, targets, lengths, before)
+        pairs: list[tuple[Array, Array] | None] = [None] * len(self.starts)
+        for lane, _, (begin, sep, _), text in self._records(place):
+            pairs[lane] = text[1 : sep - begin], text[sep - begin :]
+        return Batch.of_pairs(pairs)

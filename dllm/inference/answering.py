@@ -151,15 +151,8 @@ def pair_losses(model: Model | DecodedLosses, tokenizer: Tokenizer, pairs: Seque
 
 def _as_batch(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Batch:
     """Pairs side by side, as an encoder and a decoder read them."""
-    lengths = np.array([[len(side) for side in pair[:2]] for pair in pairs])
-    S, T = lengths.max(axis=0) + [0, 1]
-    inputs, before = (np.zeros((steps, len(pairs)), np.int64) for steps in (S, T))
-    targets = np.full((T, len(pairs)), IGNORE)
-    for lane, (source, target, *_) in enumerate(pairs):
-        inputs[: len(source), lane] = source
-        before[: len(target) + 1, lane] = [tokenizer.sep, *target]
-        targets[: len(target) + 1, lane] = [*target, tokenizer.end]
-    return Batch(inputs, targets, lengths[:, 0].copy(), before)
+    begin, end = [tokenizer.sep], [tokenizer.end]
+    return Batch.of_pairs([(source, np.concatenate([begin, target, end]).astype(np.int64)) for source, target, *_ in pairs])
 
 
 def _sums(losses: Array) -> Array:

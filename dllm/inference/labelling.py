@@ -19,6 +19,7 @@ from ..comm.messages import total
 from ..comm.runtime import together
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
+from ..kernels.ctc import log_probabilities
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from ..model.batch import Batch
@@ -86,7 +87,7 @@ def say_labels(comm: MPI.Comm, model: EncoderModel, labels: Sequence[str], texts
             tokens[: lengths[lane], lane] = joined[number]
         targets = np.full((1 if whole else len(tokens), model.lanes), IGNORE)
         model.forward(Batch(tokens, targets, lengths), nothing, nothing)
-        found = probabilities(model.logits())
+        found = np.exp(log_probabilities(model.logits()))
         answers = list[Answer]()
         for lane, number in enumerate(numbers):
             starts = [0] if whole else np.cumsum([0, *map(len, texts[number])])[:-1]
@@ -103,13 +104,6 @@ def say_labels(comm: MPI.Comm, model: EncoderModel, labels: Sequence[str], texts
     found: list[Answer] = [([], []) for _ in texts]
     for number, answer in zip(some, said, strict=True):
         found[number] = answer
-    return found
-
-
-def probabilities(logits: Array) -> Array:
-    """The softmax over the last axis."""
-    found: Array = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    found /= found.sum(axis=-1, keepdims=True)
     return found
 
 

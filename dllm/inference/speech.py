@@ -20,7 +20,7 @@ from ..model.ctc import Ctc
 from ..model.encoder_model import EncoderModel
 from .generation import Sampling, continuation
 from .loaded_model import LoadedModel
-from .scores import edits
+from .scores import errors
 
 BEAMS = 8  # texts that are kept at each frame
 
@@ -93,7 +93,6 @@ def errors_of_split(
         for lane in np.flatnonzero(batch.lengths):
             there = batch.targets[:, lane]
             wanted, text = ("".join(labels[label] for label in one) for one in (there[there != IGNORE], said[lane]))
-            for row, sides in enumerate(((wanted.split(), text.split()), (wanted, text))):
-                counts[row] += edits(*sides), len(sides[0])
+            counts += errors(wanted, text)
         between()
     return counts

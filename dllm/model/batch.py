@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 
 
@@ -28,6 +30,23 @@ class Batch(NamedTuple):
     targets: Array
     lengths: Array | None = None
     before: Array | None = None
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[Array, Array] | None]) -> Batch:
+        """Pairs side by side: the tokens (n,) of a source, and (m,) of a target with what stands before and behind it. None: a
+        lane that has nothing.
+        """
+        there = [(lane, *pair) for lane, pair in enumerate(pairs) if pair is not None]
+        lengths: Array = np.zeros(len(pairs), np.int64)
+        S = max((len(source) for _, source, _ in there), default=0)
+        T = max((len(target) - 1 for _, _, target in there), default=0)
+        inputs, before = (np.zeros((max(1, steps), len(pairs)), np.int64) for steps in (S, T))
+        targets = np.full_like(before, IGNORE)
+        for lane, source, target in there:
+            lengths[lane], steps = len(source), len(target) - 1
+            inputs[: len(source), lane] = source
+            before[:steps, lane], targets[:steps, lane] = target[:-1], target[1:]
+        return cls(inputs, targets, lengths, before)
 
     @property
     def tokens(self) -> Array:

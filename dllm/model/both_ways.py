@@ -11,7 +11,8 @@ from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from .base import Between, Mask, Model
 from .batch import Batch
-from .layers import Embedding, Lstm, LstmMemory, LstmScratch, Output, Plan
+from .layers import Embedding, Plan, stack
+from .output import Output
 
 NAMES = "forward", "backward"
 
@@ -20,15 +21,10 @@ class BothWays(Model):
     """See Model. Of a Batch (T,2B) the first B lanes are read onwards, and as many from the other end of their text."""
 
     def _make(self, plan: Plan) -> None:
-        config, B = self.config, self.lanes
+        config = self.config
         H, both = config.hidden, plan._replace(rows=2 * plan.rows)
         self._embedding, self._output = Embedding(plan), Output(both, H, self.vocabulary, self.learning.smoothing)
-        shared = None if plan.training else LstmMemory(plan, H, B)
-        scratch = LstmScratch(plan, H, B) if plan.training else None
-        self._lstms = [
-            [Lstm(plan, f"{name}.{layer}", shared or LstmMemory(plan, H, B), scratch) for layer in range(config.layers)]
-            for name in NAMES
-        ]
+        self._lstms = [stack(plan, [f"{name}.{layer}" for layer in range(config.layers)], self.lanes) for name in NAMES]
         self.layers = [self._embedding, *self._lstms[0], *self._lstms[1], self._output]
         self._x = [plan.panels(config.embedding) for _ in NAMES]
         above = config.layers - 1 if plan.training else min(1, config.layers - 1)

@@ -9,7 +9,8 @@ import numpy as np
 from ..kernels.copying import copied, copied_backward, mix
 from ..kernels.operands import Weight
 from ..kernels.types import Array
-from .layers import Dense, Layer, Plan, Weigh
+from .layers import Dense, Layer, Plan
+from .output import Weigh
 
 
 class Copying(Layer):

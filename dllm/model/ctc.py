@@ -18,7 +18,8 @@ from . import blocks
 from .base import Between, Mask
 from .batch import Batch
 from .encoder_model import EncoderModel
-from .layers import Head, Plan
+from .layers import Plan
+from .output import Head
 
 
 class CtcOutput(Head):

@@ -18,7 +18,9 @@ from ..kernels.types import Array
 from . import blocks
 from .base import Between, Mask, Model
 from .batch import Batch
-from .layers import Dense, Embedding, Encoder, Head, Output, Plan
+from .encoder import Encoder
+from .layers import Dense, Embedding, Plan
+from .output import Head, Output
 
 INPUTS, TOP, LAYERS = range(3)  # places of dropout; the layers of the encoder come behind LAYERS
 

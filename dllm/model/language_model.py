@@ -11,20 +11,17 @@ from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
 from .base import Between, Mask, Model
 from .batch import Batch
-from .layers import Embedding, Lstm, LstmMemory, LstmScratch, Output, Plan
+from .layers import Embedding, Plan, stack
+from .output import Output
 
 
 class LanguageModel(Model):
     """See Model. `backward` carries nothing into the window from behind it (truncated, Williams and Peng 1990)."""
 
     def _make(self, plan: Plan) -> None:
-        config, B = self.config, self.lanes
-        H = config.hidden
+        config, H = self.config, self.config.hidden
         self._embedding, self._output = Embedding(plan), Output(plan, H, self.vocabulary, self.learning.smoothing)
-        # Without training all layers share memory: a layer reads its input whole before it writes its output.
-        shared = None if plan.training else LstmMemory(plan, H, B)
-        scratch = LstmScratch(plan, H, B) if plan.training else None
-        self._lstms = [Lstm(plan, f"lstm.{layer}", shared or LstmMemory(plan, H, B), scratch) for layer in range(config.layers)]
+        self._lstms = stack(plan, [f"lstm.{layer}" for layer in range(config.layers)], self.lanes)
         self._x = plan.panels(config.embedding)  # the embedded window, after dropout
         self._dropped = [plan.panels(H) for _ in range(config.layers if config.dropout and plan.training else 0)]
         self._dx = plan.panels(config.embedding if plan.training else 0)

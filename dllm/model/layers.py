@@ -6,7 +6,7 @@ time t. A layer's backward overwrites the gradients of its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,15 +22,8 @@ from ..kernels.embedding import (
 from ..kernels.gemm import zero_panels
 from ..kernels.lstm import lstm_backward, lstm_forward
 from ..kernels.operands import Operands, Weight
-from ..kernels.panel_rows import put_rows, take_rows
-from ..kernels.reverse import reverse_rows
-from ..kernels.softmax import IGNORE, Chunk, softmax_cross_entropy
-from ..kernels.team import Team
 from ..kernels.types import Array
-from . import blocks
 from .layout import Layout
-
-CHUNK = 1 << 24  # bytes: at most so many of exponentials of logits in memory at a time
 
 
 class Plan(NamedTuple):
@@ -149,6 +142,16 @@ class Lstm(Layer):
         self._d_b[:] = scratch.db[:, None]
 
 
+def stack(plan: Plan, names: Sequence[str], lanes: int) -> list[Lstm]:
+    """LSTM layers of these names, the lowest first. Without training all share one memory: a layer reads its input whole before
+    it writes its output.
+    """
+    units = plan.layout.config.hidden
+    shared = None if plan.training else LstmMemory(plan, units, lanes)
+    scratch = LstmScratch(plan, units, lanes) if plan.training else None
+    return [Lstm(plan, name, shared or LstmMemory(plan, units, lanes), scratch) for name in names]
+
+
 class Dense(Layer):
     """y = x W, without bias."""
 
@@ -174,211 +177,3 @@ class Dense(Layer):
         operands.multiply(dx, 0, left, first, self._W.transposed(operands), rows, columns, add)
         pairs, first = operands.pairs("dy pairs", dy, 0, rows)
         operands.multiply_transposed(self._dW, "x", x, row, pairs, first, rows)
-
-
-class Encoder(Layer):
-    """Layers that read a whole input, in one direction or in both side by side.
-
-    Backwards a lane is read from its own last step, so that what fills up a window stays behind it in both directions: row
-    (t, n) goes to (lengths[n] - 1 - t, n), and back the same way. So states never see it.
-    """
-
-    def __init__(self, plan: Plan, layers: int, lanes: int) -> None:
-        config = plan.layout.config
-        self.directions, H, R = blocks.directions(config), config.hidden, plan.layout.R
-        self.columns, self._P = blocks.memory(config), -(-H // R)
-        inputs = config.features or config.embedding
-        both, team = len(self.directions) == 2, plan.operands.team
-        self._pair = Team(2) if both and team.size > 1 else None  # a direction each, with their share of the threads
-        teams = [Team(team.size - team.size // 2), Team(team.size // 2)] if self._pair else [team] * 2
-        plans = [plan._replace(operands=Operands(plan.layout.dtype, plan.operands.bf16, one)) for one in teams]
-        shared = [LstmMemory(plan, H, lanes) for _ in self.directions if not plan.training]
-        back = [LstmScratch(plan, H, lanes) if plan.training else None for _ in self.directions]
-
-        def memory(part: int) -> LstmMemory:
-            return shared[part] if shared else LstmMemory(plan, H, lanes)
-
-        self.layers = [
-            [Lstm(plans[part], f"encoder.{layer}.{way}", memory(part), back[part]) for part, way in enumerate(self.directions)]
-            for layer in range(layers)
-        ]
-        copies = layers if plan.training else min(layers, 2)
-        self._out = [plan.panels(self.columns) for _ in range(copies)]
-        widest = max(inputs, self.columns if layers > 1 else 0)
-        self._turned = [plan.panels(widest) for _ in range(copies)] if both else []
-        if plan.training:
-            self._dx, self._dx_turned = plan.panels(widest), plan.panels(widest if both else 1)
-            self._dh = plan.panels(H if both else 1)
-
-    def bind(self, parameters: Mapping[str, Array], factors: Mapping[str, Weight]) -> None:
-        for layer in self.layers:
-            for one in layer:
-                one.bind(parameters, factors)
-
-    def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
-        for layer in self.layers:
-            for one in layer:
-                one.bind_gradients(gradients)
-
-    def forward(
-        self,
-        x: Array,
-        lengths: Array,
-        S: int,
-        B: int,
-        drop: Callable[[Array, int], None],
-        between: Callable[[], object] | None = None,
-    ) -> Array:
-        """The top layer's output (columns/R,SB,R) of x (D/R,:,R); drop(array, l) is called with what layer l has given."""
-        self._inputs: list[Array] = []
-        for number, layer in enumerate(self.layers):
-            out = self._out[number % len(self._out)]
-            self._inputs.append(x)
-
-            def read(part: int, layer: list[Lstm] = layer, number: int = number, x: Array = x, out: Array = out) -> None:
-                memory, here = layer[part].memory, out[part * self._P : (part + 1) * self._P]
-                memory.h[:, :B], memory.c[:, :B] = 0, 0
-                if part:
-                    turned = self._turned[number % len(self._turned)][: len(x)]
-                    reverse_rows(turned, 0, x, 0, lengths, S, B, False)
-                    layer[part].forward(turned, 0, S, B)
-                    reverse_rows(here, 0, memory.h, B, lengths, S, B, False)
-                else:
-                    layer[part].forward(x, 0, S, B)
-                    here[:, : S * B] = memory.h[:, B : (S + 1) * B]
-
-            self._in_each_direction(read)
-            if between is not None:
-                between()
-            drop(out, number)
-            x = out
-        return x
-
-    def _in_each_direction(self, work: Callable[[int], object]) -> None:
-        if self._pair is not None:
-            self._pair.run(work)
-        else:
-            for part in range(len(self.directions)):
-                work(part)
-
-    def backward(
-        self,
-        dm: Array,
-        lengths: Array,
-        S: int,
-        B: int,
-        drop: Callable[[Array, int], None],
-        ready: Callable[[str], None],
-        between: Callable[[], object] | None = None,
-    ) -> Array:
-        """The gradient of x (D/R,SB,R) from that of the top layer's output, which is written over. drop as in the forward."""
-        for number in reversed(range(len(self.layers))):
-            drop(dm, number)
-            layer, x, dx = self.layers[number], self._inputs[number], self._dx[: len(self._inputs[number])]
-
-            def go_back(part: int, layer: list[Lstm] = layer, number: int = number, x: Array = x, dx: Array = dx) -> None:
-                dh = dm[part * self._P : (part + 1) * self._P]
-                if part:
-                    reverse_rows(self._dh, 0, dh, 0, lengths, S, B, False)
-                    turned, there = self._turned[number][: len(x)], self._dx_turned[: len(x)]
-                    layer[part].backward(there, self._dh, turned, 0, S, B, None if self._pair else between)
-                else:
-                    layer[part].backward(dx, dh, x, 0, S, B, between)
-
-            self._in_each_direction(go_back)
-            if len(layer) == 2:
-                reverse_rows(dx, 0, self._dx_turned[: len(x)], 0, lengths, S, B, True)
-            for one in layer:
-                ready(f"{one.name}.b")
-            if number:
-                dm[:, : S * B] = dx[:, : S * B]
-        return dx
-
-
-Weigh = Callable[[Array, Array], Array]  # rows (n,) and their losses, which it may replace -> their weights (n,)
-
-
-class Head(Layer):
-    """The layer that says what a model's losses are.
-
-    Attributes
-    ----------
-    dy : (columns/R,rows,R) array
-        The gradient of what was read; of no columns where nothing is trained.
-    """
-
-    dy: Array
-
-    def forward(self, y: Array, row: int, targets: Array, scale: float, between: Callable[[], object] | None = None) -> Array:
-        """Losses of targets (T,B), nats, of rows of y (columns/R,:,R) from `row` on; of padding 0. Fills dy."""
-        raise NotImplementedError
-
-
-class Output(Head):
-    """Softmax and losses of rows that have a target, as many as targets; others never reach it."""
-
-    def __init__(self, plan: Plan, columns: int, classes: int, smoothing: float = 0.0) -> None:
-        rows, operands, itemsize = plan.rows, plan.operands, plan.layout.dtype.itemsize
-        self.training, self.smoothing = plan.training, smoothing
-        size = 2 if operands.bf16 else itemsize
-        tokens = tokens_of_chunk(rows, classes, operands.R, size) if plan.training else rows
-        self._chunk = Chunk(tokens, columns, classes, operands, plan.training)
-        self._losses: Array = np.zeros(rows, plan.layout.dtype)
-        self._shape, self._operands = (-(-columns // operands.R), rows, operands.R), operands
-        self.dy = plan.panels(columns if plan.training else 0)
-
-    def bind(self, parameters: Mapping[str, Array], factors: Mapping[str, Weight]) -> None:
-        self._W = parameters["output"]
-
-    def bind_gradients(self, gradients: Mapping[str, Array]) -> None:
-        self._dW = gradients["output"]
-
-    def forward(
-        self,
-        y: Array,
-        row: int,
-        targets: Array,
-        scale: float,
-        between: Callable[[], object] | None = None,
-        weigh: Weigh | None = None,
-    ) -> Array:
-        """As Head has it. weigh : of rows that have a target, as softmax.py asks it of tokens"""
-        flat, some = targets.reshape(-1), np.flatnonzero(targets != IGNORE)
-        losses: Array = self._losses[: flat.size]
-        of_rows = None if weigh is None else lambda part, found: weigh(some[part], found)
-        if len(some) == flat.size:
-            self._run(losses, self.dy, (y, row), flat, scale, between, of_rows)
-            return losses.reshape(targets.shape)
-        dtype = self._losses.dtype
-        packed, dy = (self._operands.empty(name, self._shape, dtype) for name in ("rows with a target", "their gradient"))
-        take_rows(packed, y, row, some)
-        found = self._operands.empty("their losses", (len(some),), dtype)
-        self._run(found, dy, (packed, 0), flat[some], scale, between, of_rows)
-        losses[:] = 0
-        losses[some] = found
-        if self.training:
-            self.dy[:, : flat.size] = 0
-            put_rows(self.dy, 0, dy, some)
-        return losses.reshape(targets.shape)
-
-    def _run(
-        self,
-        losses: Array,
-        dy: Array,
-        read: tuple[Array, int],
-        targets: Array,
-        scale: float,
-        between: Callable[[], object] | None,
-        weigh: Callable[[slice, Array], Array] | None,
-    ) -> None:
-        if self.training and not len(targets):
-            self._dW[:] = 0
-        into, dW = (dy, self._dW) if self.training else (None, None)
-        arguments = self._chunk, *read, self._W, targets, scale, between, self.smoothing, weigh
-        softmax_cross_entropy(losses, into, dW, *arguments)
-
-
-def tokens_of_chunk(tokens: int, vocabulary: int, R: int, size: int) -> int:
-    """Tokens of a window that the output layer takes at a time: all, or whole pairs of panels of R. size: bytes of a logit."""
-    chunks = -(-tokens * vocabulary * size // CHUNK)
-    return tokens if chunks == 1 else -(-tokens // (chunks * 2 * R)) * 2 * R

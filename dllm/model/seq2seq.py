@@ -10,6 +10,7 @@ of all steps. Dropout is on embeddings, m, [h1 ; c], between the layers above, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from .attention import Attention
 from .base import Between, Mask, Model
 from .batch import Batch
 from .copying import Copying
-from .layers import Dense, Embedding, Encoder, Lstm, LstmMemory, LstmScratch, Output, Plan
+from .encoder import Encoder
+from .layers import Dense, Embedding, Plan, stack
+from .output import Output
 
 READ, WROTE, TOP, MEMORY = range(4)  # places of dropout; the layers of encoder and decoder come behind MEMORY
 
@@ -36,11 +39,7 @@ class Seq2Seq(Model):
         H, M, R = config.hidden, blocks.memory(config), plan.layout.R
         self._P, self._directions = -(-H // R), len(blocks.directions(config))
         self.embedding, self.encoder = Embedding(plan), Encoder(plan, config.encoder_layers, B)
-        shared = None if plan.training else LstmMemory(plan, H, B)
-        scratch = LstmScratch(plan, H, B) if plan.training else None
-        self.decoder = [
-            Lstm(plan, f"decoder.{layer}", shared or LstmMemory(plan, H, B), scratch) for layer in range(config.layers)
-        ]
+        self.decoder = stack(plan, [f"decoder.{layer}" for layer in range(config.layers)], B)
         self.attention = Attention(plan, M, H, config.attention == "general")
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
         self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
@@ -110,8 +109,7 @@ class Seq2Seq(Model):
         S, B = tokens.shape
         self.embedding.forward(self._x, tokens.reshape(-1))
         self._drop(self._x, self._x, 0, S, READ)
-        drop = lambda x, layer: self._drop(x, x, 0, S, MEMORY + layer)
-        m = self.encoder.forward(self._x, lengths, S, B, drop, between)
+        m = self.encoder.forward(self._x, lengths, S, B, self._drop_memory(S), between)
         pool_forward(self._ends, self._where, m, 0, lengths, S, B, LAST, self._directions)
         self.bridge.forward(self._first, self._ends, 0, B)
         tanh_rows(self._first)
@@ -121,6 +119,10 @@ class Seq2Seq(Model):
     def first(self) -> Array:
         """The decoder's first states (H/R,B,R) of the sources encoded last."""
         return self._first
+
+    def _drop_memory(self, S: int) -> Callable[[Array, int], None]:
+        """Dropout behind the encoder's layers."""
+        return lambda x, layer: self._drop(x, x, 0, S, MEMORY + layer)
 
     def _place(self, layer: int) -> int:
         """Of the dropout behind a layer of the decoder."""
@@ -173,8 +175,7 @@ class Seq2Seq(Model):
         self.embedding.backward(batch.before.reshape(-1), self._dx)
         pool_backward(self._dm_ends, 0, self._dends, self._where, lengths, S, B, LAST, self._directions)
         self._dm[:, : S * B] += self._dm_ends[:, : S * B]
-        drop = lambda x, layer: self._drop(x, x, 0, S, MEMORY + layer)
-        dx = self.encoder.backward(self._dm, lengths, S, B, drop, self._ready, between)
+        dx = self.encoder.backward(self._dm, lengths, S, B, self._drop_memory(S), self._ready, between)
         self._drop(dx, dx, 0, S, READ)
         self.embedding.backward(batch.inputs.reshape(-1), dx)
         self._ready("output" if self.config.tied else "embedding")

@@ -21,9 +21,9 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..inference.generation import banned
-from ..inference.labelling import probabilities
 from ..inference.search import Beam, steps
 from ..inference.speech import BEAMS
+from ..kernels.ctc import log_probabilities
 from ..kernels.softmax import IGNORE
 from ..kernels.team import Team
 from ..kernels.types import Array
@@ -244,7 +244,7 @@ class Labels(Worker):
         logits = self.model.logits()
         if not np.isfinite(logits).all():
             raise ArithmeticError("the model gave numbers that are not finite")
-        found = probabilities(logits)
+        found = np.exp(log_probabilities(logits))
         return [found[:length, lane].copy() for lane, length in enumerate(lengths.tolist())]
 
     def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:

@@ -55,7 +55,7 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
     from ..inference import labelling, source_files
     from ..inference.loaded_model import LoadedModel
     from ..kernels.team import Team
-    from ..model.encoder_model import Classifier, EncoderModel
+    from ..model.encoder_model import EncoderModel
     from ..runs.gathering import gather_run
     from ..training.warmup import warm_up
 
@@ -86,15 +86,20 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
     said = labelling.say_labels(comm, network, labels, texts)
     with runtime.together(comm):
         if comm.rank == 0:
-            shown = as_json(lines, said, labels, isinstance(network, Classifier)) if options.json else as_text(
-                lines, said, isinstance(network, Classifier))  # fmt: skip
-            if options.out:
-                source_files.write("--out", options.out, shown)
-            else:
-                sys.stdout.write(shown)
-                sys.stdout.flush()
+            _tell(options.out, as_json(lines, said, labels, classes) if options.json else as_text(lines, said, classes))
     runtime.finish(comm)
     return DONE
+
+
+def _tell(out: str | None, shown: str) -> None:
+    """Write what is said to a file, or to standard output. Raises UserError."""
+    from ..inference import source_files
+
+    if out:
+        source_files.write("--out", out, shown)
+    else:
+        sys.stdout.write(shown)
+        sys.stdout.flush()
 
 
 def _of_recording(comm: MPI.Comm, options: argparse.Namespace, model: LoadedModel) -> int:
@@ -108,12 +113,7 @@ def _of_recording(comm: MPI.Comm, options: argparse.Namespace, model: LoadedMode
             found = of_recording(model, options.file)
             label = found.get("label")
             shown = found["text"] if label is None else f"{label}\t{found['probabilities'][label]:.4f}"
-            shown = json.dumps(found, ensure_ascii=False) if options.json else shown
-            if options.out:
-                source_files.write("--out", options.out, shown + "\n")
-            else:
-                sys.stdout.write(shown + "\n")
-                sys.stdout.flush()
+            _tell(options.out, (json.dumps(found, ensure_ascii=False) if options.json else shown) + "\n")
     runtime.finish(comm)
     return DONE
 

@@ -14,9 +14,7 @@ from ..inference import model_card
 from ..inference.answering import Answering, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
 from ..model import blocks
-from ..model.base import Model
 from ..model.decoder import Decoder
-from ..model.kinds import make_model
 from ..model.language_model import LanguageModel
 from ..model.precision import described
 from ..runs.run_folder import newest_step
@@ -110,12 +108,13 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
 
 def _sample(trainer: Trainer) -> str:
     settings, corpus = trainer.config, trainer.corpus
-    layout, window, theta = trainer.rank.layout, settings.train.window, trainer.state.theta
+    lanes = SAMPLE_PAIRS if corpus.tokenizer.pairs else 1
+    model = LanguageModel(trainer.rank.layout, settings.train.window, lanes, theta=trainer.state.theta, training=False)
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, make_model(layout, window, SAMPLE_PAIRS, theta=theta, training=False), settings))
+            text = "\n".join(_pairs(corpus, model, settings))
         else:
-            decoder = Decoder(LanguageModel(layout, window, 1, theta=theta, training=False), 1)
+            decoder = Decoder(model, 1)
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
             tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
@@ -124,7 +123,7 @@ def _sample(trainer: Trainer) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus: Corpus, model: Model, settings: Config) -> Iterator[str]:
+def _pairs(corpus: Corpus, model: LanguageModel, settings: Config) -> Iterator[str]:
     """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
     tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
     how = Answering(tokenizer=tokenizer, lanes=SAMPLE_PAIRS, limit=settings.log.sample)

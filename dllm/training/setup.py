@@ -212,7 +212,7 @@ def _deal_lanes(
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> Model:
     """memory : where the gradient lies, if the ranks of a node add theirs up there."""
     train = config.train
-    learning = Learning(train.smoothing, train.unfreeze if train.init_from else 0)
+    learning = Learning(train.smoothing, train.unfreeze)
     model = make_model(layout, train.window, lanes, bf16=uses_bf16(train.precision), team=team, learning=learning)
     if memory is not None:
         model.bind_gradient(memory.mine)

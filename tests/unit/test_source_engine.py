@@ -10,9 +10,9 @@ from helpers.model_folders import make_kind
 from helpers.server import Collected
 
 from dllm.inference.answering import Answering, pair_losses, streams_of
-from dllm.inference.labelling import probabilities
 from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
+from dllm.kernels.ctc import log_probabilities
 from dllm.kernels.softmax import IGNORE
 from dllm.model.batch import Batch
 from dllm.serving.engines import make_engine
@@ -116,7 +116,7 @@ def test_labels_have_the_probabilities_of_the_model(start, models, kind):
         Batch(tokens, np.full((1, 1) if kind == "classifier" else tokens.shape, IGNORE), np.array([30])),
         *np.zeros((2, 0, 1, 0), np.float32),
     )
-    np.testing.assert_array_equal(end.found[0], probabilities(model.logits())[:, 0])
+    np.testing.assert_array_equal(end.found[0], np.exp(log_probabilities(model.logits()))[:, 0])
     np.testing.assert_allclose(end.found[0].sum(axis=1), 1)
 
 
