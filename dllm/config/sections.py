@@ -115,7 +115,7 @@ class TrainConfig:
     )
     unfreeze: int = setting(
         0,
-        "not 0, with --init-from: so many steps only what is above all layers learns, then a layer more (Howard and Ruder 2018)",
+        "not 0, with --init-from: so many steps what is above all layers learns alone, then a layer more (Howard, Ruder 2018)",
     )
     precision: str = setting(
         "fp32", "bf16: products of bfloat16 added up in fp32, all else fp32", choices=("fp32", "fp64", "bf16")
