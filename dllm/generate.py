@@ -58,13 +58,13 @@ def generate(argv: list[str]) -> int:
     from .model.precision import described
     from .training.curves import check_picture
 
-    check_picture("--attention", options.attention)
     model = LoadedModel.open(options.model, options.checkpoint == "best")
     for warning in model.warnings:
         print(f"dllm: {warning}", file=sys.stderr)
     if options.precision != "fp32":
         print(f"dllm: {described(options.precision, model.dtype)}", file=sys.stderr)
     check_attention(model, options.model, {"--coverage": options.coverage, "--attention": options.attention})
+    check_picture("--attention", options.attention)
     if model.tokenizer.rate or options.out:
         return _sound(options, model)
     text_tokens, temperature = _tokens(options, model.tokenizer), options.temperature

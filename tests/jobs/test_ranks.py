@@ -39,8 +39,8 @@ CASES = {  # 8 ranks share 20 lanes unevenly, 16 evenly; words: only some rows o
 PROBE = """
 import json, pathlib, sys
 from dllm import train
+from dllm.model import kinds
 from dllm.model.language_model import LanguageModel
-from dllm.training import setup
 
 class Probe(LanguageModel):
     seen = []
@@ -50,7 +50,7 @@ class Probe(LanguageModel):
             self.seen.append(batch.targets[batch.targets >= 0].tolist())
         return super().forward(batch, *rest, **options)
 
-setup.LanguageModel = Probe
+kinds.KINDS["lm"] = Probe
 code = train.main(sys.argv[2:])
 from mpi4py import MPI
 pathlib.Path(sys.argv[1], f"{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(Probe.seen))
