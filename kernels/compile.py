@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import caching
+from llvmlite import binding as llvm
+from numba.core import caching, codegen
 from numba.core.runtime.nrt import rtsys
 
 from . import processor
@@ -117,6 +118,25 @@ try:
     CACHE = _cache_folder()
 except OSError as error:
     _problem = error
+
+
+def _keep_to_itself(library: Any) -> None:
+    """Have the machine code of a kernel call its own copies of other kernels.
+
+    Else the linker takes those that came into this process first, whatever kernel brought them. Each was optimised beside
+    other code, so that its sums may be added up in another order: a process that compiles had other last bits than one that
+    loads the same kernels from the cache.
+    """
+    own = [function for function in library._final_module.functions if function.linkage == llvm.Linkage.linkonce_odr]
+    for function in own:
+        function.linkage = "internal"
+    _finalize(library)  # type: ignore[no-untyped-call]  # makes the machine code
+    for function in own:
+        function.linkage = "linkonce_odr"  # for kernels that it is linked into
+
+
+_finalize = codegen.JITCodeLibrary._finalize_final_module
+codegen.JITCodeLibrary._finalize_final_module = _keep_to_itself  # type: ignore[method-assign]
 
 
 def kernel(function: F) -> F:

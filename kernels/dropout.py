@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .compile import kernel
+from .gemm import width
 from .types import Array
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -33,6 +34,17 @@ def philox(
 
 
 @kernel
+def philox_of_sixteen(words: Array, k0: np.uint64, k1: np.uint64) -> None:
+    """The same of 16 counters, words (4,16), which become the random words: vectors, round by round."""
+    for _ in range(10):
+        for j in range(16):
+            p0, p1 = (words[0, j] & _LOW) * _M0, (words[2, j] & _LOW) * _M1
+            words[0, j], words[2, j] = (p1 >> _HALF) ^ words[1, j] ^ k0, (p0 >> _HALF) ^ words[3, j] ^ k1
+            words[1, j], words[3, j] = p1 & _LOW, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+
+
+@kernel
 def dropout(
     y: Array, x: Array, x_row: int, begin: int, end: int, p: float, lanes: Array, seed: int, step: int, layer: int
 ) -> None:
@@ -41,7 +53,7 @@ def dropout(
     lanes (B,) int64 are global lane numbers; seed, step, layer are not negative. The gradient is the same call on dy.
     p is kept to 2^-32; p = 0 copies. R divides 16.
     """
-    B, R = lanes.shape[0], x.shape[2]
+    B, R = lanes.shape[0], width(x)
     parts = 16 // R  # panels of a block
     groups = (x.shape[0] + 4 * parts - 1) // (4 * parts)
     threshold = np.uint64(p * 4294967296.0)
@@ -56,8 +68,8 @@ def dropout(
             lane, row = np.uint64(lanes[n]), t * B + n
             for group in range(groups):
                 for j in range(16):
-                    counter = np.uint64((t * groups + group) * 16 + j)
-                    words[0, j], words[1, j], words[2, j], words[3, j] = philox(counter, lane, c2, c3, k0, k1)
+                    words[0, j], words[1, j], words[2, j], words[3, j] = np.uint64((t * groups + group) * 16 + j), lane, c2, c3
+                philox_of_sixteen(words, k0, k1)
                 for part in range(min(4 * parts, x.shape[0] - 4 * parts * group)):
                     panel, block, first = 4 * parts * group + part, part // parts, part % parts * R
                     for j in range(R):

@@ -22,6 +22,20 @@ reduce.copy(np.zeros(3), np.zeros(3))
 reduce.fence()
 print(*reduce.fence.stats.cache_hits.values(), *reduce.copy.stats.cache_hits.values())
 """
+ATTEND = """
+import hashlib
+import numpy as np
+from dllm.kernels import attention
+from dllm.kernels.gemm import aligned
+from dllm.kernels.team import Team
+rng, S, T, B = np.random.default_rng(1), 11, 9, 64
+h, k, m = (aligned((4, rows * B, 16), np.float32) for rows in (T, S, S))
+for x in (h, k, m):
+    x[:] = rng.standard_normal(x.shape)
+c, A = aligned(h.shape, np.float32), np.zeros((B, T, S), np.float32)
+attention.attend(c, A, h, 0, k, m, np.full(B, S), S, T, B, Team())
+print(*attention.attend_lanes.stats.cache_hits.values(), hashlib.sha256(A.tobytes()).hexdigest())
+"""
 NOBODY = """
 import os, sys, tempfile
 from dllm.kernels import caches
@@ -75,6 +89,12 @@ def test_what_was_cut_short_is_compiled_and_kept_again(tmp_path):
         os.truncate(path, number % 3 * 10)
     assert run(COMPILE, -1, NUMBA_CACHE_DIR=tmp_path) == ("", [])
     assert run(COMPILE, -1, NUMBA_CACHE_DIR=tmp_path) == ("1 1", [])
+
+
+def test_a_process_that_compiles_has_the_bits_of_one_that_loads(tmp_path):
+    """A sum in a kernel that another one calls is added up in the order that it has there, whoever else has brought it."""
+    (fresh, _), (loaded, _) = (run(ATTEND, NUMBA_CACHE_DIR=tmp_path) for _ in range(2))
+    assert loaded == f"1 {fresh}"  # hits of the cache, and a hash
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a home")
