@@ -101,6 +101,7 @@ class Model(ABC):
             check_memory(layout, window, lanes)
         self.operands, self.learning = Operands(self.dtype, bf16, team), learning
         self._mask: Mask | None = None
+        self._weights = layout.weights()
         self._stages = stages(layout) if learning.unfreeze else {}
         self._frozen: list[Extent] = []  # what of the gradient is zero
         self._final = 0  # elements of the gradient that the backward has finished
@@ -146,6 +147,15 @@ class Model(ABC):
     @abstractmethod
     def example(self) -> Batch:
         """Zeros of one lane that such a model takes, two steps of which one has no target; they reach every kernel."""
+
+    @abstractmethod
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        """Rows of a batch that weights are multiplied with, by the part of the model, as `Layout.weights` names them."""
+
+    def flops(self, batch: Batch) -> int:
+        """Operations of products with weights in a step of a batch: 2 a weight and row in the forward, 4 in the backward."""
+        rows = self._multiplied(batch)
+        return 6 * sum(count * rows[part] for part, count in self._weights.items())
 
     def backward(self, on_ready: Ready | None = None, between: Between | None = None) -> None:
         """The rest of the gradient of the last `forward`, into `self.gradient` (size,).

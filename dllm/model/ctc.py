@@ -96,6 +96,9 @@ class Ctc(EncoderModel):
         self.output.lengths = np.full(B, S) if batch.lengths is None else batch.lengths
         return super().forward(batch, h, c, scale, mask, between)
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return dict.fromkeys(("encoder", "projection", "output"), batch.steps)
+
     def transcribe(self, frames: Array, lengths: Array, beams: int = 0) -> list[list[int]]:
         """The labels that lanes say.
 
@@ -108,6 +111,10 @@ class Ctc(EncoderModel):
         """
         nothing = np.zeros((0, 0, 0), self.dtype)
         self.forward(Batch(frames, np.full((1, frames.shape[1]), IGNORE), lengths), nothing, nothing)
+        return self.said(lengths, beams)
+
+    def said(self, lengths: Array, beams: int = 0) -> list[list[int]]:
+        """The labels that lanes of their lengths (B,) say in the batch of the last `forward`. beams : as of `transcribe`"""
         y = log_probabilities(self.output.logits)
         lanes = [np.ascontiguousarray(y[:length, lane]) for lane, length in enumerate(lengths)]
         return [best_path(one) if not beams else beam_search(one, beams)[0] for one in lanes]

@@ -84,6 +84,9 @@ class EncoderModel(Model):
         found: Array = np.einsum("nk,lk->nl", seen.astype(np.float64), W) + b  # whose rows do not depend on each other
         return found.reshape(-1, self._shape[1], len(b))
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {"encoder": batch.steps, "projection": batch.steps, "output": batch.predicted}
+
     def example(self) -> Batch:
         inputs = np.zeros((2, 1, self.config.features), np.float32) if self.config.features else np.zeros((2, 1), np.int64)
         return Batch(inputs, np.array([[0], [IGNORE]]), np.array([2]))
@@ -139,6 +142,9 @@ class Classifier(EncoderModel):
         self._how, self._directions = pool.HOW[self.config.pool], len(blocks.directions(self.config))
         self._pooled = plan.panels(blocks.memory(self.config), self.lanes)
         self._where = np.zeros(self._pooled.shape, np.int32)
+
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {"encoder": batch.steps, "projection": batch.predicted, "output": batch.predicted}
 
     def example(self) -> Batch:
         return super().example()._replace(targets=np.zeros((1, 1), np.int64))

@@ -134,6 +134,11 @@ class Seq2Seq(Model):
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        assert batch.lengths is not None
+        rows = dict.fromkeys(("decoder", "combine", "gate", "output"), batch.predicted)
+        return {**rows, "encoder": batch.steps, "keys": batch.steps, "bridge": int(np.count_nonzero(batch.lengths))}
+
     def example(self) -> Batch:
         nothing = np.zeros((2, 1), np.int64)
         return Batch(nothing, np.array([[0], [IGNORE]]), np.array([2]), nothing)

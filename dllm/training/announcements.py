@@ -28,7 +28,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     rank, model, train = trainer.rank, trainer.config.model, trainer.config.train
     comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
-    parameters = rank.layout.parameters
+    parameters, units = rank.layout.parameters, blocks.units(model)
     precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     begin = {"beginning": f"the parameters of {train.init_from}"} if train.init_from and not resumed else {}
@@ -39,7 +39,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
         "model": f"{blocks.describe(model)}, dropout {model.dropout:g}: {parameters:,} parameters",
         **begin,
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
-        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
+        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} {units.predicted}",
         "averaging": trainer.averaging.describe(),
         **({"private": _what_others_learn(comm.size)} if trainer.config.data.private else {}),
         "run": f"{run}  {what}",
@@ -80,9 +80,11 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if not trainer.taken:
         further = "a larger train.patience" if exhausted else "--set train.epochs=N"
         parts = [f"nothing was left to do, all {summary['steps']} steps were done before; {further} goes further"]
-    parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
-    best = summary["best_valid_perplexity"]
+    units = blocks.units(settings.model)
+    parts += [f"{speed:,.0f} {units.read}/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
+    best, loss = summary["best_valid_perplexity"], summary["best_valid_loss"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
+    parts += [f"best validation loss {loss:.4f}"] if loss is not None and not units.text else []
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
