@@ -105,8 +105,8 @@ def _signs(facts: Facts) -> str:
 def _best(found: Facts | None) -> str:
     if found is None:
         return "not evaluated yet"
-    said = [f"loss {found['loss']:.4f}"]
-    said += [f"{words} {form.format(found[name])}" for name, (words, form) in SCORES.items() if name in found]
+    said = [f"{words} {form.format(found[name])}" for name, (words, form) in SCORES.items() if name in found]
+    said.append(f"loss {found['loss']:.4f}")
     said += [f"at step {found['step']:,}"] if "step" in found else []
     return f"validation {', '.join(said)}"
 

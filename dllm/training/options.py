@@ -126,7 +126,7 @@ def of_corpus(settings: config.Config, corpus: Corpus, said: Mapping[str, Any] |
         said = getattr(settings.model, name)
         if said not in (0, count):
             raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {said}")
-    return config.from_dict(config.merge(config.as_dict(settings), {"model": there}))
+    return replace(settings, model=replace(settings.model, **there))
 
 
 def print_settings(settings: config.Config, rank: int = 0) -> None:

@@ -93,7 +93,7 @@ def test_labels_have_accuracy_and_no_perplexity_wherever_they_are_shown(tmp_path
     shown, charts, best = as_shown(result, blocks.Units("tokens", "labels"))
     assert shown == f"loss {result['loss']:.4f}  accuracy {result['accuracy']:.2f} %"
     assert charts == {"loss/valid": result["loss"], "accuracy/valid": result["accuracy"]}
-    assert best == f"validation loss {result['loss']:.4f}, accuracy {result['accuracy']:.2f} %, at step 3"
+    assert best == f"validation accuracy {result['accuracy']:.2f} %, loss {result['loss']:.4f}, at step 3"
 
 
 def test_letters_have_error_rates_which_are_null_where_nothing_is_said(sounds):
@@ -117,7 +117,7 @@ def test_text_keeps_its_scores_and_targets_of_pairs_have_no_bits_per_byte():
     shown, charts, best = as_shown(line, blocks.Units())
     assert shown == "loss 1.0000  perplexity 2.72  bits per byte 0.500"
     assert charts == {"loss/valid": 1.0, "perplexity/valid": math.e, "bits per byte/valid": 0.5}
-    assert best == "validation loss 1.0000, perplexity 2.72, bits per byte 0.500, at step 3"
+    assert best == "validation perplexity 2.72, bits per byte 0.500, loss 1.0000, at step 3"
     model = types.SimpleNamespace(units=blocks.Units(), corpus=types.SimpleNamespace(content="pairs", tokenizer=None))
     model.corpus.tokenizer = types.SimpleNamespace(rate=0, bands=0)
     found = Evaluation._of_text(model, 1.0, np.ones(2))
