@@ -63,6 +63,8 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
     gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
+    for warning in model.warnings:
+        cli.warn_once(comm)(warning)
     if options.precision != "fp32" and model.config.kind != "lm" and options.pairs is None:
         raise UserError.of_all(
             f"--precision {options.precision} is of models of text, and with --pairs: {options.model} is none"

@@ -35,12 +35,17 @@ def labels_of(model: LoadedModel, name: str) -> tuple[str, ...]:
 
 def text_of(tokenizer: Tokenizer, line: str) -> Array:
     """Tokens (n,) of a line, as `prepare --classes` has it. Raises UserError."""
-    return tokenizer.encode(line.strip().encode(), False)
+    return tokenizer.encode(line.encode().strip(), False)
+
+
+def words_in(line: str) -> list[str]:
+    """The words of a line: what is between white space of ASCII, as in files of tags; other spaces may be part of a word."""
+    return [word.decode() for word in line.encode().split()]
 
 
 def words_of(tokenizer: Tokenizer, line: str) -> list[Array]:
     """Tokens of each word of a line, as `prepare --tags` has them. Raises UserError."""
-    words = [word.encode() for word in line.split()]
+    words = line.encode().split()
     return [tokenizer.encode(b" " + word if place else word, False) for place, word in enumerate(words)]
 
 

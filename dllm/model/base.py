@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..kernels.dropout import dropout
 from ..kernels.gemm import aligned
 from ..kernels.operands import Operands
-from ..kernels.softmax import GROUP
 from ..kernels.team import Team
 from ..kernels.types import Array
+from . import blocks
 from .batch import Batch
 from .factors import Factors
 from .inheriting import stages
@@ -29,19 +29,6 @@ from .layout import Extent, Layout
 Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
 Ready: TypeAlias = Callable[[slice], object]
 Between: TypeAlias = Callable[[], object]
-
-
-def check_memory(layout: Layout, window: int, lanes: int) -> None:
-    """Raise UserError where a model for inference and the states of its lanes take more than this machine's memory."""
-    config, B, tokens = layout.config, lanes, window * lanes
-    H, E = layout.R * -(-config.hidden // layout.R), config.embedding
-    numbers = 2 * B * H * (config.layers + 1) + tokens * (7 * H + E + min(layout.vocabulary, GROUP) + 5)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if numbers * layout.dtype.itemsize > memory:
-        raise UserError(
-            f"windows of {window:,} tokens in {lanes:,} lanes take {numbers * layout.dtype.itemsize >> 20:,} MB; "
-            f"this machine's memory has {memory >> 20:,}"
-        )
 
 
 class Learning(NamedTuple):
@@ -78,10 +65,13 @@ class Model(ABC):
     ----------
     layers : list of Layer
         Whoever has parameters, to be bound.
+    memory : int
+        Bytes that it takes beside its parameters; not of one that is trained.
     """
 
     theta: Array
     factors: Factors
+    memory: int
 
     def __init__(
         self,
@@ -97,8 +87,6 @@ class Model(ABC):
     ) -> None:
         self.layout, self.window, self.lanes, self.training = layout, window, lanes, training
         self.config, self.vocabulary, self.dtype = layout.config, layout.vocabulary, layout.dtype
-        if not training:
-            check_memory(layout, window, lanes)
         self.operands, self.learning = Operands(self.dtype, bf16, team), learning
         self._mask: Mask | None = None
         self._weights = layout.weights()
@@ -107,11 +95,27 @@ class Model(ABC):
         self._final = 0  # elements of the gradient that the backward has finished
         self._on_ready: Ready | None = None
         self.layers: list[Layer] = []
-        self._make(Plan(layout, self.operands, window * lanes, training))
+        plan = Plan(layout, self.operands, window * lanes, training)
+        if not training:
+            self._check_memory(plan)
+        self._make(plan)
         if training:
             self.bind_gradient(aligned((layout.size,), self.dtype))
         if theta is not None:
             self.bind(theta)
+
+    def _check_memory(self, plan: Plan) -> None:
+        """Raise UserError where a model for inference, with the states of its lanes, takes more than this machine's memory."""
+        taken: list[int] = []
+        self._make(plan._replace(operands=Operands(self.dtype, False), taken=taken))  # counted, not made
+        states = 2 * self.layout.carried * self.lanes * self.config.hidden * self.dtype.itemsize
+        self.memory = sum(taken) + states
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.memory > there:
+            raise UserError(
+                f"windows of {self.window:,} {blocks.units(self.config).read} in {self.lanes:,} lanes take "
+                f"{self.memory >> 20:,} MB; this machine's memory has {there >> 20:,}"
+            )
 
     @abstractmethod
     def _make(self, plan: Plan) -> None:

@@ -34,6 +34,8 @@ class CtcOutput(Head):
         self.columns, self.classes, dtype = columns, classes, plan.layout.dtype
         self._operands = Operands(dtype, False, plan.operands.team)
         self._z = plan.panels(classes)
+        plan.take(2 * plan.rows * classes)  # logits, and their probabilities
+        plan.take(3 * plan.rows * classes, 8)
         self._W, self._WT = zero_panels(classes, columns, dtype), zero_panels(columns, classes, dtype)
         self._plain = np.zeros((classes, columns + 1), dtype)
         self.training = plan.training

@@ -6,6 +6,7 @@ time t. A layer's backward overwrites the gradients of its weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,10 +34,21 @@ class Plan(NamedTuple):
     operands: Operands
     rows: int  # at most, T B
     training: bool
+    taken: list[int] | None = None  # bytes: where they are only counted, nothing is made
 
     def panels(self, columns: int, rows: int = 0) -> Array:
         """Zeros for so many columns, of all rows or of some."""
-        return zero_panels(rows or self.rows, columns, self.layout.dtype)
+        R, dtype = self.layout.R, self.layout.dtype
+        if self.taken is None:
+            return zero_panels(rows or self.rows, columns, dtype)
+        shape = -(-columns // R), rows or self.rows, R
+        self.take(math.prod(shape))
+        return np.broadcast_to(dtype.type(0), shape)
+
+    def take(self, numbers: int, itemsize: int = 0) -> None:
+        """Count numbers, of the model's dtype or of so many bytes each, that lie elsewhere, or not before a forward."""
+        if self.taken is not None:
+            self.taken.append(numbers * (itemsize or self.layout.dtype.itemsize))
 
 
 class Layer:

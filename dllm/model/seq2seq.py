@@ -41,6 +41,7 @@ class Seq2Seq(Model):
         self.embedding, self.encoder = Embedding(plan), Encoder(plan, config.encoder_layers, B)
         self.decoder = stack(plan, [f"decoder.{layer}" for layer in range(config.layers)], B)
         self.attention = Attention(plan, M, H, config.attention == "general")
+        plan.take(B * self.window**2)  # its weights
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
         self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
         self.copying = Copying(plan) if config.copy else None

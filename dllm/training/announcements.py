@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import __version__
@@ -11,10 +11,12 @@ from ..config import Config
 from ..data.corpus import Corpus
 from ..errors import UserError
 from ..inference import model_card
-from ..inference.answering import Answering, as_text, read_split
+from ..inference.answering import Answering, Pair, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
 from ..model import blocks
+from ..model.base import Model
 from ..model.decoder import Decoder
+from ..model.kinds import make_model
 from ..model.language_model import LanguageModel
 from ..model.precision import described
 from ..runs.run_folder import newest_step
@@ -88,7 +90,7 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
-    text = settings.model.kind == "lm" and not trainer.corpus.tokenizer.rate
+    text = settings.model.kind in ("lm", "seq2seq") and not trainer.corpus.tokenizer.rate
     if settings.log.sample and text and not settings.data.private:  # it might repeat another site's
         reporter.say("sample\n" + _sample(trainer))
     reporter.say(f"plot       {reporter.plot()}")
@@ -110,13 +112,15 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
 
 def _sample(trainer: Trainer) -> str:
     settings, corpus = trainer.config, trainer.corpus
-    lanes = SAMPLE_PAIRS if corpus.tokenizer.pairs else 1
-    model = LanguageModel(trainer.rank.layout, settings.train.window, lanes, theta=trainer.state.theta, training=False)
+    options: dict[str, Any] = {"theta": trainer.state.theta, "training": False}
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, model, settings))
+            pairs = _sample_pairs(corpus)
+            window = max(settings.train.window, *(len(pair.source) for pair in pairs))
+            model = make_model(trainer.rank.layout, window, SAMPLE_PAIRS, **options)
+            text = "\n".join(_answered(corpus, model, settings, pairs))
         else:
-            decoder = Decoder(model, 1)
+            decoder = Decoder(LanguageModel(trainer.rank.layout, settings.train.window, 1, **options), 1)
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
             tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
@@ -125,10 +129,15 @@ def _sample(trainer: Trainer) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus: Corpus, model: LanguageModel, settings: Config) -> Iterator[str]:
-    """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
-    tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+def _sample_pairs(corpus: Corpus) -> list[Pair]:
+    """The first pairs of the validation split, or of the training one. Raises UserError."""
+    return read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", SAMPLE_PAIRS)
+
+
+def _answered(corpus: Corpus, model: Model, settings: Config, pairs: Sequence[Pair]) -> Iterator[str]:
+    """The sources of pairs with the targets that the model gives them."""
+    tokenizer = corpus.tokenizer
     how = Answering(tokenizer=tokenizer, lanes=SAMPLE_PAIRS, limit=settings.log.sample)
-    sources = [pair.source for pair in read_split(corpus, split, SAMPLE_PAIRS)]
+    sources = [pair.source for pair in pairs]
     for source, (best, *_) in zip(sources, how.search(streams_of(model, tokenizer, SAMPLE_PAIRS), sources), strict=True):
         yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, best.tokens)}"

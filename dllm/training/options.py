@@ -121,12 +121,11 @@ def of_corpus(settings: config.Config, corpus: Corpus, said: Mapping[str, Any] |
     if by_record and "last_window" in said.get("train", {}):
         raise UserError(f"train.last_window is of running text, and {corpus.folder} holds {corpus.content}: leave it out")
     labels = len(corpus.labels) if settings.model.kind in blocks.LABELLED else 0
-    there = {"labels": labels, "features": corpus.features}
-    for name, count in there.items():
-        said = getattr(settings.model, name)
-        if said not in (0, count):
-            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {said}")
-    return replace(settings, model=replace(settings.model, **there))
+    for name, count in (("labels", labels), ("features", corpus.features)):
+        expected = getattr(settings.model, name)
+        if expected not in (0, count):
+            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {expected}")
+    return replace(settings, model=replace(settings.model, labels=labels, features=corpus.features))
 
 
 def print_settings(settings: config.Config, rank: int = 0) -> None:
