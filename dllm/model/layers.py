@@ -6,7 +6,6 @@ time t. A layer's backward overwrites the gradients of its weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -41,9 +40,9 @@ class Plan(NamedTuple):
         R, dtype = self.layout.R, self.layout.dtype
         if self.taken is None:
             return zero_panels(rows or self.rows, columns, dtype)
-        shape = -(-columns // R), rows or self.rows, R
-        self.take(math.prod(shape))
-        return np.broadcast_to(dtype.type(0), shape)
+        panels = -(-columns // R)
+        self.take(panels * R * (rows or self.rows))
+        return np.broadcast_to(dtype.type(0), (panels, 1, R))  # a row stands for all
 
     def take(self, numbers: int, itemsize: int = 0) -> None:
         """Count numbers, of the model's dtype or of so many bytes each, that lie elsewhere, or not before a forward."""
