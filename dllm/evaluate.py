@@ -33,7 +33,8 @@ The loss is in nats a token; perplexity is its exponential. State is carried ove
 train.eval_lanes of the run says (--lanes changes it; 1 reads the split from end to end). With --precision bf16 or int8 it is
 that of the products that dllm.serve and dllm.generate take with it, and perplexity_fp32 stands beside it.
 
-Of a tagger and a classifier there are accuracy and macro_f1, in per cent, and confusion: rows are true, columns said. Of tags
+Of a tagger and a classifier the loss is in nats a label, without perplexity. There are accuracy and macro_f1, in per cent, and
+confusion: rows are true, columns said. Of text of sound it is in nats a letter, with wer and cer, the error rates. Of tags
 that name spans (B-PER, I-PER, O) there are precision, recall and f1 of conlleval. --plot needs pip install 'dllm[plot]'.
 
 --pairs is for models of pairs: the likeliest target of every source, each alone, compared with the target that belongs to it,
@@ -62,6 +63,8 @@ def evaluate(argv: list[str], comm: MPI.Comm) -> int:
 
     gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
+    for warning in model.warnings:
+        cli.warn_once(comm)(warning)
     if options.precision != "fp32" and model.config.kind != "lm" and options.pairs is None:
         raise UserError.of_all(
             f"--precision {options.precision} is of models of text, and with --pairs: {options.model} is none"
@@ -109,7 +112,7 @@ def _options(argv: list[str], rank: int) -> argparse.Namespace:
 def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, model: LoadedModel) -> None:
     """Print the loss of a split."""
     from .inference.evaluation import Evaluation, corpus_of
-    from .inference.labelling import KINDS, measure_labels
+    from .inference.labelling import KINDS
     from .kernels.team import Team
     from .model.precision import described, products_of
     from .training.curves import check_picture
@@ -127,12 +130,10 @@ def _measure_split(comm: MPI.Comm, node: NodeInfo, options: argparse.Namespace, 
         warm_up(settings)
         _warm_up_decoder(model, options.precision)
     evaluation = Evaluation(comm, corpus, split, settings, model.dtype, private, Team(node.threads), warn)
-    result = evaluation.run(model.vector)
+    result = evaluation.run(model.vector, whole=True)
     if options.precision != "fp32":
         plain, result = result["perplexity"], evaluation.run(model.vector, precision=options.precision)
         result |= {"precision": products_of(options.precision, model.dtype), "perplexity_fp32": plain}
-    if model.config.kind in KINDS:
-        result |= measure_labels(evaluation, model.vector, model.tokenizer.labels)
     with runtime.together(comm):
         if comm.rank == 0 and options.plot:
             _draw_confusion(options.plot, model, result)

@@ -81,7 +81,7 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
 
     node = find_node(comm)
     corpus = _corpus(options, source, comm, node)
-    measured = [] if corpus is None else [_measure(options.split or "valid", source, result, corpus, comm, node)]
+    measured = [] if corpus is None else _measure(options.split or "valid", source, result, corpus, comm, node)
     facts = model_folder.describe(source.settings, source.tokenizer, options.weights, data)
     facts |= _origin(source, step, options.average or 1, measured)
     model_folder.write(options.out, data, source.tokenizer, facts)
@@ -142,8 +142,10 @@ def _corpus(options: argparse.Namespace, source: LoadedModel, comm: MPI.Comm, no
         return None
 
 
-def _measure(split: str, source: LoadedModel, result: Array, corpus: Corpus, comm: MPI.Comm, node: NodeInfo) -> dict[str, Any]:
-    """Perplexity before and after, as an entry of config.json; printed."""
+def _measure(
+    split: str, source: LoadedModel, result: Array, corpus: Corpus, comm: MPI.Comm, node: NodeInfo
+) -> list[dict[str, Any]]:
+    """Perplexity before and after, as an entry of config.json; printed. Where there is none, the loss is printed alone."""
     from .inference.evaluation import Evaluation
     from .kernels.team import Team
 
@@ -151,9 +153,12 @@ def _measure(split: str, source: LoadedModel, result: Array, corpus: Corpus, com
     for vector in (source.vector, result):
         evaluation = Evaluation(comm, corpus, split, settings, vector.dtype, team=team, say=_say)
         found.append(evaluation.run(vector))
-    before, after = (entry["perplexity"] for entry in found)
-    print(f"perplexity on the {split} split: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
-    return {"split": split, "tokens": found[0]["tokens"], "before": before, "after": after, "corpus": corpus.hash}
+    name = "perplexity" if evaluation.units.text else "loss"
+    before, after = (entry[name] for entry in found)
+    print(f"{name} on the {split} split: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
+    if name == "loss":
+        return []
+    return [{"split": split, "tokens": found[0]["tokens"], "before": before, "after": after, "corpus": corpus.hash}]
 
 
 def _origin(source: LoadedModel, step: int | None, averaged: int, measured: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from .data.tokenizers import Tokenizer
+    from .inference.generation import Sampling
     from .inference.loaded_model import LoadedModel
     from .kernels.types import Array
 
@@ -70,7 +71,9 @@ def generate(argv: list[str]) -> int:
     text_tokens, temperature = _tokens(options, model.tokenizer), options.temperature
     if temperature is None:
         temperature = Sampling.temperature if options.source is None else 0
-    sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    sampling = _sampling(options, temperature)
+    if model.config.kind == "seq2seq" and (drawing := _drawing(options)):
+        raise UserError(f"{options.model} searches for targets, and draws none: leave {drawing}, or give --beam")
 
     def show(text: str) -> None:
         if not options.json:
@@ -116,6 +119,8 @@ def answer_file(argv: list[str], comm: MPI.Comm) -> int:
     gather_run(comm, options.model, say, options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     runtime.check_same(comm, {"model": model.fingerprint})
+    for warning in model.warnings:
+        say(warning)
     replace = options.unknown == "source" or (options.unknown is None and model.config.copy)
     window, whole = model.window, model.config.kind != "seq2seq"
     with runtime.together(comm):
@@ -161,13 +166,13 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=cli.at_least(0, float), metavar="T", help="default: 0.8; with --source 0, always the most likely"
     )
-    parser.add_argument("--top-k", type=cli.at_least(0), default=0, metavar="K", help="among the K likeliest; 0: all")
-    parser.add_argument("--top-p", type=cli.at_least(0, float), default=1.0, metavar="P", help="among those that hold P")
+    parser.add_argument("--top-k", type=cli.at_least(0), metavar="K", help="among the K likeliest; 0: all")
+    parser.add_argument("--top-p", type=cli.at_least(0, float), metavar="P", help="among those that hold P")
     add_search(parser, "draw nothing, ")
     parser.add_argument("--n-best", type=whole, metavar="N", help="with --source-file: so many targets a line, as JSON")
     parser.add_argument("--unknown", choices=("never", "source"), help="with --source-file: what <unk> becomes")
     parser.add_argument("--attention", metavar="F", help="with --source: draw what each token looked at (.png, .svg, .pdf)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=1, metavar="S", help="default: 1")
+    parser.add_argument("--seed", type=cli.at_least(0), metavar="S", help="default: 1")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     cli.add_precision(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of streaming text")
@@ -178,13 +183,29 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
         needed = "source" if name == "attention" else "source_file"
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')}")
-    if options.source_file is not None and options.temperature:
-        parser.error("--source-file takes the likeliest targets: leave --temperature")
-    if options.top_p > 1:
+    if options.top_p is not None and options.top_p > 1:
         parser.error("argument --top-p: it is a probability, at most 1")
+    for name in ("source_file", "beam"):
+        if getattr(options, name) is not None and (drawing := _drawing(options)):
+            parser.error(f"--{name.replace('_', '-')} takes the likeliest texts and draws none: leave {drawing}")
     options.n_best = options.n_best or 1
     options.search = beam_of(parser, options, options.n_best, options.source_file is not None)
     return options
+
+
+def _drawing(options: argparse.Namespace) -> str:
+    """The first option given that says how tokens are drawn; "": there is none."""
+    names = (name for name in ("temperature", "top_k", "top_p", "seed") if getattr(options, name) is not None)
+    given = (name for name in names if name != "temperature" or options.temperature)  # 0: the likeliest
+    return next((f"--{name.replace('_', '-')}" for name in given), "")
+
+
+def _sampling(options: argparse.Namespace, temperature: float) -> Sampling:
+    """How tokens are drawn, as far as the options say it."""
+    from .inference.generation import Sampling
+
+    given = {name: getattr(options, name) for name in ("top_k", "top_p", "seed") if getattr(options, name) is not None}
+    return Sampling(temperature=temperature, **given)
 
 
 def _tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
@@ -201,7 +222,6 @@ def _tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
 
 def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
     """Write what a model of sound continues. Raises UserError."""
-    from .inference.generation import Sampling
     from .inference.speech import write_sound
 
     if model.tokenizer.bands:
@@ -213,7 +233,7 @@ def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
     if not options.out or options.prompt or options.search or options.json:
         raise UserError(f"{options.model} is a model of sound: give --out FILE.wav, and no --prompt, --beam or --json")
     temperature = 1.0 if options.temperature is None else options.temperature
-    sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    sampling = _sampling(options, temperature)
     write_sound(model, options.out, options.tokens or 0, sampling, options.precision)
     return DONE
 

@@ -40,7 +40,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     from .inference import model_folder
     from .inference.loaded_model import open_parent
     from .runs.gathering import gather_run
-    from .training.options import of_corpus, parent_of, print_settings, train_config, train_options
+    from .training.options import of_corpus, parent_of, print_settings, said_by_user, train_config, train_options
     from .training.progress import Reporter
 
     begin = time.monotonic()
@@ -65,6 +65,7 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     node = find_node(comm, configuration.train.threads)
 
     from .data.corpus import open_corpus
+    from .model import blocks
     from .runs import marks, run_folder
     from .training import announcements, recovery, trace
     from .training.setup import set_up
@@ -76,7 +77,8 @@ def train(argv: list[str], comm: MPI.Comm, stopping: list[bool]) -> int:
     ownership, resume = _open_folder(comm, options, reporter.warn, gathered)
     run = ownership.run
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
-    configuration = runtime.agree(comm, of_corpus, configuration, corpus)
+    configuration = runtime.agree(comm, of_corpus, configuration, corpus, said_by_user(options))
+    reporter.units = blocks.units(configuration.model)
     runtime.agree(comm, _check_fits, corpus, resume, run, parent, origin)
     compiling = time.monotonic()
     with leader_first(node, AT_ONCE):

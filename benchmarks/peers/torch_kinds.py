@@ -151,7 +151,7 @@ def train(module, corpus, settings, steps):
         nn.utils.clip_grad_norm_(module.parameters(), train.clip)
         optimizer.step()
         seconds += time.perf_counter() - start
-        tokens += (targets >= 0).sum()
+        tokens += lengths.sum() + (0 if before is None else (targets >= 0).sum())  # those that are read, as dllm counts them
         if (step + 1) % EVERY == 0:
             dist.all_reduce(tokens)
             rates.append(tokens.item() / seconds)

@@ -10,6 +10,7 @@ from .loading import (
     lay_over,
     load_toml,
     merge,
+    of_user,
     parse_settings,
     preset_names,
     preset_path,
@@ -33,11 +34,11 @@ from .sections import (
     path_of_rank,
 )
 from .table import SettingRow, settings_markdown, settings_table, settings_text
-from .together import SIDE_BY_SIDE, TEXT
+from .together import SIDE_BY_SIDE, TEXT, check_said, reads
 
 __all__ = [
     "FIELDS", "LARGEST", "SECTIONS", "SIDE_BY_SIDE", "TEXT", "AveragingConfig", "CheckpointConfig", "Config", "DataConfig",
-    "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict", "flat",
-    "from_dict", "is_private", "lay_over", "load_toml", "merge", "parse_settings", "path_of_rank", "preset_names",
-    "preset_path", "resolve", "settings_markdown", "settings_table", "settings_text",
+    "LogConfig", "ModelConfig", "ResilienceConfig", "SettingRow", "StorageConfig", "TrainConfig", "as_dict", "check_said",
+    "flat", "from_dict", "is_private", "lay_over", "load_toml", "merge", "of_user", "parse_settings", "path_of_rank",
+    "preset_names", "preset_path", "reads", "resolve", "settings_markdown", "settings_table", "settings_text",
 ]  # fmt: skip

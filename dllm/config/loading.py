@@ -17,7 +17,7 @@ from ..errors import UserError, reason, shown
 from ..files import storage
 from .bounds import KINDS, LARGEST, RULES, choices_in_words, demand
 from .sections import FIELDS, SECTIONS, Config, flat
-from .together import check_together
+from .together import check_said, check_together
 
 PRESETS = pathlib.Path(__file__).parents[1] / "presets"
 LONGEST_WORD = 4096  # characters of a setting that is a word, as many as a path has: all of them fit into storage.SMALL
@@ -43,12 +43,27 @@ def resolve(
     """
     below = load_toml(preset_path(preset))
     in_file, said = {} if file is None else load_toml(file), parse_settings(settings)
+    of_run = _is_of_run(in_file)
     if shape is not None:
         kind = _get(merge(merge(below, in_file), said), "model", "kind")
         below = merge(below, {"model": shape(kind if isinstance(kind, str) else None)})
-    if _get(in_file, "data", "path") is not None:  # that of a run, which belongs to its corpus as a preset does
-        return from_dict(lay_over(lay_over(below, in_file), said))
-    return from_dict(lay_over(below, merge(in_file, said)))
+    if of_run:
+        found = from_dict(lay_over(lay_over(below, in_file), said))
+    else:
+        found = from_dict(lay_over(below, merge(in_file, said)))
+    check_said(found, said if of_run else merge(in_file, said))
+    return found
+
+
+def of_user(file: str | pathlib.Path | None, settings: Iterable[str]) -> dict[str, Any]:
+    """What a user has said by a TOML file and by ``section.key=value`` strings: section -> key -> value. Raises UserError."""
+    in_file, said = {} if file is None else load_toml(file), parse_settings(settings)
+    return dict(said) if _is_of_run(in_file) else merge(in_file, said)
+
+
+def _is_of_run(in_file: Mapping[str, Any]) -> bool:
+    """Whether a file is that of a run, which has all settings and belongs to its corpus as a preset does."""
+    return _get(in_file, "data", "path") is not None
 
 
 def preset_names() -> list[str]:

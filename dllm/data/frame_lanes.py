@@ -40,6 +40,10 @@ class TranscriptLanes(TagLanes):
     group: ClassVar[int] = GROUP
     unit_in_words: ClassVar[str] = "recording"
 
+    def _sizes(self, places: Array) -> tuple[Array, Array]:
+        letters, frames = super()._sizes(places)
+        return np.maximum(letters, 1), frames  # to say nothing is something to learn
+
     def window(self, place: int, width: int) -> Batch:
         """Frames (S,B,F) and letters (U,B) at `place`, as long as the longest of this rank. width : no matter"""
         found = list(self._records(place))

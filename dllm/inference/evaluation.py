@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,12 +20,16 @@ from ..data.tokenizer_files import tokenizer_hash
 from ..errors import UserError
 from ..kernels.team import Team
 from ..kernels.types import Array, DType
+from ..model import blocks
+from ..model.batch import Batch
 from ..model.ctc import Ctc
+from ..model.encoder_model import EncoderModel
 from ..model.kinds import language_model, make_model
 from ..model.layout import Layout
 from .decoded_losses import DecodedLosses
+from .label_scores import LabelCounts
 from .loaded_model import LoadedModel
-from .speech import errors_of_split
+from .speech import TranscriptErrors
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,6 +40,33 @@ LARGEST_LOSS = 700.0  # nats; a diverged model's perplexity stays a number that 
 def perplexity(loss: float) -> float:
     """exp(loss) of a loss in nats a token, at most exp(700)."""
     return math.exp(min(loss, LARGEST_LOSS))
+
+
+class Counts(Protocol):
+    """What is counted of the windows of a split while a model reads them."""
+
+    def see(self, batch: Batch) -> None:
+        """Count what the model has just made of a batch."""
+
+    @property
+    def counts(self) -> Array:
+        """What can be added up over ranks: (n,) int64."""
+
+    def scores(self, counts: Array, whole: bool) -> dict[str, Any]:
+        """What counts of all ranks say. whole : also what is more than some numbers"""
+
+
+class Nothing:
+    """Counts of a model whose losses say all."""
+
+    counts: Array = np.zeros(0, np.int64)
+
+    def see(self, batch: Batch) -> None:
+        """Nothing."""
+
+    def scores(self, counts: Array, whole: bool) -> dict[str, Any]:
+        """None."""
+        return {}
 
 
 def corpus_of(
@@ -100,7 +131,7 @@ class Evaluation:
         team: Team | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.comm, self.split, self.tokenizer, self.labels = comm, split, corpus.tokenizer, corpus.labels
+        self.comm, self.split, self.corpus, self.units = comm, split, corpus, blocks.units(config.model)
         entry = corpus.split(split)
         ranks, rank = (1, 0) if private else (comm.size, comm.rank)
         wanted = config.train.eval_lanes or config.train.lanes
@@ -123,11 +154,25 @@ class Evaluation:
         with together(comm):
             self.model = make_model(layout, window, width, training=False, team=team)
 
-    def run(self, theta: Array, between: Callable[[], object] = lambda: None, precision: str = "") -> dict[str, Any]:
+    def run(
+        self, theta: Array, between: Callable[[], object] = lambda: None, precision: str = "", whole: bool = False
+    ) -> dict[str, Any]:
         """{"split", "tokens", "loss", "perplexity", "window_perplexity", "bits_per_token", "bits_per_byte"} of theta (P,).
 
         loss in nats a token; perplexity is its exponential, window_perplexity the mean of exp(loss of a window), as some
-        papers have it. between() is called after each window. precision: that of a Decoder that does it.
+        papers have it. Of a model that predicts labels or letters there are as many "labels" or "letters" in place of tokens,
+        and what they are counted by: "accuracy" and "macro_f1", or "wer" and "cer". A score that is not defined is None, and
+        NAME_reason says why.
+
+        Parameters
+        ----------
+        theta : (P,) array
+        between : callable
+            Called after each window.
+        precision : str
+            That of a Decoder that does it.
+        whole : bool
+            Also what is more than some numbers, such as "confusion".
         """
         B, layout = len(self.lanes.starts), self.model.layout
         self.model.bind(theta)
@@ -136,33 +181,43 @@ class Evaluation:
         h = np.zeros((layout.carried, B, layout.config.hidden), self.model.dtype)
         c = np.zeros_like(h)
         schedule = self.schedule
-        totals = np.zeros(schedule.windows)
+        totals, counts = np.zeros(schedule.windows), self._counts()
         with together(self.comm):
             for number, place in enumerate(schedule.places if B else ()):
                 batch = self.lanes.window(place, schedule.width(place))
                 if self.fresh:
                     h[:], c[:] = 0, 0
                 totals[number] = model.forward(batch, h, c).sum(dtype=np.float64)
+                counts.see(batch)
                 between()
-        count = schedule.per_epoch
-        everyones = total(self.comm, totals)
+        count, everyones = schedule.per_epoch, total(self.comm, totals)
         loss = float(everyones.sum()) / count
-        losses = everyones / [max(1, schedule.tokens(place)) for place in schedule.places]
-        found = self._of_speech(between)
-        if self.tokenizer.rate and not self.tokenizer.bands:
-            found["bits_per_sample"] = loss / math.log(2)
-        return {
-            "split": self.split, "tokens": count, "loss": loss, "perplexity": perplexity(loss),
-            "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
-            "bits_per_token": loss / math.log(2), "bits_per_byte": loss / math.log(2) / self.bytes_per_token, **found,
-        }  # fmt: skip
+        found = {"split": self.split, self.units.predicted: count, "loss": loss}
+        windows = np.array([schedule.tokens(place) for place in schedule.places])
+        found |= self._of_text(loss, everyones[windows > 0] / windows[windows > 0])
+        return found | counts.scores(total(self.comm, counts.counts), whole)
 
-    def _of_speech(self, between: Callable[[], object]) -> dict[str, Any]:
-        """Error rates of words and letters of all ranks, in per cent, where the model writes down what it hears. Collective."""
-        if not isinstance(self.model, Ctc):
-            return {}
-        with together(self.comm):
-            counts = errors_of_split(self.model, self.labels, self.lanes, self.schedule, between)
-        everyones = total(self.comm, counts.reshape(-1)).reshape(2, 2)
-        rates = (100 * int(wrong) / max(1, int(count)) for wrong, count in everyones)
-        return dict(zip(("wer", "cer"), rates, strict=True))
+    def _counts(self) -> Counts:
+        if isinstance(self.model, Ctc):
+            return TranscriptErrors(self.model, self.corpus.labels)
+        return LabelCounts(self.model, self.corpus.labels) if isinstance(self.model, EncoderModel) else Nothing()
+
+    def _of_text(self, loss: float, losses: Array) -> dict[str, Any]:
+        """What a loss, nats a token, means for a text. losses : of each window"""
+        if not self.units.text:
+            reason = f"{self.units.predicted} are predicted, no text"
+            names = "perplexity", "bits_per_byte"
+            return dict.fromkeys(names) | {f"{name}_reason": reason for name in names}
+        bits = loss / math.log(2)
+        found: dict[str, Any] = {
+            "perplexity": perplexity(loss),
+            "window_perplexity": float(np.exp(np.minimum(losses, LARGEST_LOSS)).mean()),
+            "bits_per_token": bits,
+        }
+        if self.corpus.content == "pairs":
+            found |= {"bits_per_byte": None, "bits_per_byte_reason": "how many bytes the targets have is not known"}
+        else:
+            found["bits_per_byte"] = bits / self.bytes_per_token
+        if self.corpus.tokenizer.rate and not self.corpus.tokenizer.bands:
+            found["bits_per_sample"] = bits
+        return found

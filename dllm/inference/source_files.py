@@ -78,7 +78,8 @@ def tokens_of(tokenizer: Tokenizer, lines: Sequence[str], name: str, longest: in
     found, long = list[Array](), list[int]()
     for number, line in enumerate(lines, 1):
         try:
-            tokens = tokenizer.encode(line.encode() if line.strip() else b"", False)
+            text = line.encode()
+            tokens = tokenizer.encode(text if text.strip() else b"", False)
         except UnknownUnitError as error:
             raise error.within(f"{name} line {number}") from None
         if 0 < longest < len(tokens):

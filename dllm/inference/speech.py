@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data import audio
-from ..data.lanes import Lanes, Schedule
 from ..data.sound_tokenizers import MelTokenizer, MulawTokenizer
 from ..errors import UserError, reason
 from ..kernels.ctc import log_probabilities
@@ -81,18 +80,30 @@ def of_recording(model: LoadedModel, path: str) -> dict[str, Any]:
     }
 
 
-def errors_of_split(
-    model: Ctc, labels: Sequence[str], lanes: Lanes, schedule: Schedule, between: Callable[[], object]
-) -> Array:
-    """Of the transcripts of these lanes the words that are wrong, and all words; the same of letters: (2,2) int64."""
-    counts = np.zeros((2, 2), np.int64)
-    for place in schedule.places if len(lanes.starts) else ():
-        batch = lanes.window(place, schedule.width(place))
+class TranscriptErrors:
+    """How often a model is wrong in the transcripts of the windows of a split. labels : letters"""
+
+    def __init__(self, model: Ctc, labels: Sequence[str]) -> None:
+        self._model, self._labels = model, labels
+        self._counts = np.zeros((2, 2), np.int64)
+
+    def see(self, batch: Batch) -> None:
+        """Count what the model has just heard in a batch."""
         assert batch.lengths is not None
-        said = model.transcribe(batch.inputs, batch.lengths, BEAMS)
+        said = self._model.said(batch.lengths, BEAMS)
         for lane in np.flatnonzero(batch.lengths):
             there = batch.targets[:, lane]
-            wanted, text = ("".join(labels[label] for label in one) for one in (there[there != IGNORE], said[lane]))
-            counts += errors(wanted, text)
-        between()
-    return counts
+            wanted, text = ("".join(self._labels[label] for label in one) for one in (there[there != IGNORE], said[lane]))
+            self._counts += errors(wanted, text)
+
+    @property
+    def counts(self) -> Array:
+        """Words that are wrong, and all words that are wanted; the same of letters: (4,) int64."""
+        return self._counts.reshape(-1)
+
+    def scores(self, counts: Array, whole: bool) -> dict[str, Any]:
+        """{"wer", "cer"} of counts of all ranks, in per cent; null with a reason where nothing was to be heard."""
+        found: dict[str, Any] = {}
+        for name, (wrong, count) in zip(("wer", "cer"), counts.reshape(2, 2).tolist(), strict=True):
+            found |= {name: 100 * wrong / count} if count else {name: None, f"{name}_reason": "all transcripts are empty"}
+        return found

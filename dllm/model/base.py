@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..kernels.dropout import dropout
 from ..kernels.gemm import aligned
 from ..kernels.operands import Operands
-from ..kernels.softmax import GROUP
 from ..kernels.team import Team
 from ..kernels.types import Array
+from . import blocks
 from .batch import Batch
 from .factors import Factors
 from .inheriting import stages
@@ -29,19 +29,6 @@ from .layout import Extent, Layout
 Mask: TypeAlias = tuple[int, int, Array]  # seed, step, lanes (B,) int64: what names dropout masks
 Ready: TypeAlias = Callable[[slice], object]
 Between: TypeAlias = Callable[[], object]
-
-
-def check_memory(layout: Layout, window: int, lanes: int) -> None:
-    """Raise UserError where a model for inference and the states of its lanes take more than this machine's memory."""
-    config, B, tokens = layout.config, lanes, window * lanes
-    H, E = layout.R * -(-config.hidden // layout.R), config.embedding
-    numbers = 2 * B * H * (config.layers + 1) + tokens * (7 * H + E + min(layout.vocabulary, GROUP) + 5)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if numbers * layout.dtype.itemsize > memory:
-        raise UserError(
-            f"windows of {window:,} tokens in {lanes:,} lanes take {numbers * layout.dtype.itemsize >> 20:,} MB; "
-            f"this machine's memory has {memory >> 20:,}"
-        )
 
 
 class Learning(NamedTuple):
@@ -78,10 +65,13 @@ class Model(ABC):
     ----------
     layers : list of Layer
         Whoever has parameters, to be bound.
+    memory : int
+        Bytes that it takes beside its parameters; not of one that is trained.
     """
 
     theta: Array
     factors: Factors
+    memory: int
 
     def __init__(
         self,
@@ -97,20 +87,35 @@ class Model(ABC):
     ) -> None:
         self.layout, self.window, self.lanes, self.training = layout, window, lanes, training
         self.config, self.vocabulary, self.dtype = layout.config, layout.vocabulary, layout.dtype
-        if not training:
-            check_memory(layout, window, lanes)
         self.operands, self.learning = Operands(self.dtype, bf16, team), learning
         self._mask: Mask | None = None
+        self._weights = layout.weights()
         self._stages = stages(layout) if learning.unfreeze else {}
         self._frozen: list[Extent] = []  # what of the gradient is zero
         self._final = 0  # elements of the gradient that the backward has finished
         self._on_ready: Ready | None = None
         self.layers: list[Layer] = []
-        self._make(Plan(layout, self.operands, window * lanes, training))
+        plan = Plan(layout, self.operands, window * lanes, training)
+        if not training:
+            self._check_memory(plan)
+        self._make(plan)
         if training:
             self.bind_gradient(aligned((layout.size,), self.dtype))
         if theta is not None:
             self.bind(theta)
+
+    def _check_memory(self, plan: Plan) -> None:
+        """Raise UserError where a model for inference, with the states of its lanes, takes more than this machine's memory."""
+        taken: list[int] = []
+        self._make(plan._replace(operands=Operands(self.dtype, False), taken=taken))  # counted, not made
+        states = 2 * self.layout.carried * self.lanes * self.config.hidden * self.dtype.itemsize
+        self.memory = sum(taken) + states
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.memory > there:
+            raise UserError(
+                f"windows of {self.window:,} {blocks.units(self.config).read} in {self.lanes:,} lanes take "
+                f"{self.memory >> 20:,} MB; this machine's memory has {there >> 20:,}"
+            )
 
     @abstractmethod
     def _make(self, plan: Plan) -> None:
@@ -146,6 +151,15 @@ class Model(ABC):
     @abstractmethod
     def example(self) -> Batch:
         """Zeros of one lane that such a model takes, two steps of which one has no target; they reach every kernel."""
+
+    @abstractmethod
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        """Rows of a batch that weights are multiplied with, by the part of the model, as `Layout.weights` names them."""
+
+    def flops(self, batch: Batch) -> int:
+        """Operations of products with weights in a step of a batch: 2 a weight and row in the forward, 4 in the backward."""
+        rows = self._multiplied(batch)
+        return 6 * sum(count * rows[part] for part, count in self._weights.items())
 
     def backward(self, on_ready: Ready | None = None, between: Between | None = None) -> None:
         """The rest of the gradient of the last `forward`, into `self.gradient` (size,).

@@ -49,6 +49,24 @@ class Batch(NamedTuple):
         return cls(inputs, targets, lengths, before)
 
     @property
+    def steps(self) -> int:
+        """Steps of the inputs that count, of all lanes together."""
+        if self.lengths is not None:
+            return int(self.lengths.sum())
+        there = self.targets != IGNORE  # of text nothing is read behind a lane's last target
+        return int((there.any(axis=0) * (len(there) - there[::-1].argmax(axis=0))).sum())
+
+    @property
+    def predicted(self) -> int:
+        """Targets that there are."""
+        return int(np.count_nonzero(self.targets != IGNORE))
+
+    @property
+    def read(self) -> int:
+        """Tokens or frames that are read, padding left out: of pairs those of source and target."""
+        return self.steps + (0 if self.before is None else self.predicted)
+
+    @property
     def tokens(self) -> Array:
         """All tokens (n,) that are looked up in the embedding."""
         parts = [part.reshape(-1) for part in (self.inputs, self.before) if part is not None and part.dtype.kind == "i"]

@@ -25,6 +25,18 @@ class Dense(NamedTuple):
     units: int
 
 
+class Units(NamedTuple):
+    """What a kind of model reads and what it predicts, in words."""
+
+    read: str = "tokens"
+    predicted: str = "tokens"
+
+    @property
+    def text(self) -> bool:
+        """Whether text is predicted, so that a loss has a perplexity."""
+        return self.predicted == "tokens"
+
+
 Block: TypeAlias = Gates | Dense
 LABELLED = "tagger", "classifier", "ctc"  # kinds whose classes are the labels of a corpus
 
@@ -37,6 +49,12 @@ def directions(config: ModelConfig) -> tuple[str, ...]:
 def memory(config: ModelConfig) -> int:
     """Columns of what such layers give: their directions side by side."""
     return len(directions(config)) * config.hidden
+
+
+def units(config: ModelConfig) -> Units:
+    """What such a model reads, by which its speed is counted, and what it predicts, by which its losses are."""
+    predicted = {"tagger": "labels", "classifier": "labels", "ctc": "letters"}.get(config.kind, "tokens")
+    return Units("frames" if config.features else "tokens", predicted)
 
 
 def carried(config: ModelConfig) -> int:

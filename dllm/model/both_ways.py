@@ -70,6 +70,9 @@ class BothWays(Model):
         losses: Array = self._output.forward(self._top, 0, targets, scale, between).reshape(2, T, B).sum(axis=0)
         return losses
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {**dict.fromkeys(NAMES, batch.steps // 2), "output": batch.predicted}
+
     def example(self) -> Batch:
         nothing = np.zeros((2, 2), np.int64)
         return Batch(nothing, nothing + [[0], [IGNORE]])

@@ -20,7 +20,8 @@ class Copying(Layer):
         self._gate, self._plan = Dense(plan, "gate"), plan
         self.gate = plan.panels(1)  # z of each row, in column 0
         self._dgate = plan.panels(1)
-        self._a, self._da = np.zeros((2, plan.rows), plan.layout.dtype)
+        self._a, self._da = np.zeros((2, plan.rows if plan.taken is None else 0), plan.layout.dtype)
+        plan.take(2 * plan.rows)
 
     def bind(self, parameters: Mapping[str, Array], factors: Mapping[str, Weight]) -> None:
         self._gate.bind(parameters, factors)

@@ -34,6 +34,8 @@ class CtcOutput(Head):
         self.columns, self.classes, dtype = columns, classes, plan.layout.dtype
         self._operands = Operands(dtype, False, plan.operands.team)
         self._z = plan.panels(classes)
+        plan.take(2 * plan.rows * classes)  # logits, and their probabilities
+        plan.take(3 * plan.rows * classes, 8)
         self._W, self._WT = zero_panels(classes, columns, dtype), zero_panels(columns, classes, dtype)
         self._plain = np.zeros((classes, columns + 1), dtype)
         self.training = plan.training
@@ -96,6 +98,9 @@ class Ctc(EncoderModel):
         self.output.lengths = np.full(B, S) if batch.lengths is None else batch.lengths
         return super().forward(batch, h, c, scale, mask, between)
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return dict.fromkeys(("encoder", "projection", "output"), batch.steps)
+
     def transcribe(self, frames: Array, lengths: Array, beams: int = 0) -> list[list[int]]:
         """The labels that lanes say.
 
@@ -108,6 +113,10 @@ class Ctc(EncoderModel):
         """
         nothing = np.zeros((0, 0, 0), self.dtype)
         self.forward(Batch(frames, np.full((1, frames.shape[1]), IGNORE), lengths), nothing, nothing)
+        return self.said(lengths, beams)
+
+    def said(self, lengths: Array, beams: int = 0) -> list[list[int]]:
+        """The labels that lanes of their lengths (B,) say in the batch of the last `forward`. beams : as of `transcribe`"""
         y = log_probabilities(self.output.logits)
         lanes = [np.ascontiguousarray(y[:length, lane]) for lane, length in enumerate(lengths)]
         return [best_path(one) if not beams else beam_search(one, beams)[0] for one in lanes]

@@ -34,16 +34,18 @@ class EncoderModel(Model):
         config, M = self.config, blocks.memory(self.config)
         self._embedding = None if config.features else Embedding(plan)
         self.encoder = Encoder(plan, config.layers, self.lanes)
-        self._projection = Dense(plan, "projection") if config.projection else None
-        self.output = self._make_output(plan)
+        seen = plan._replace(rows=self._most_rows(plan.rows))
+        self._projection = Dense(seen, "projection") if config.projection else None
+        self.output = self._make_output(seen)
+        seen.take(seen.rows * (blocks.top(config) + blocks.outputs(config, self.vocabulary)), 12)  # `logits`
         parts = self._embedding, self.encoder, self._projection, self.output
         self.layers = [part for part in parts if part is not None]
         self._x = plan.panels(config.features or config.embedding)
-        self._top = plan.panels(blocks.top(config))  # what the output reads
-        if plan.training:
-            self._dm, self._dtop = plan.panels(M), plan.panels(M)
-        if plan.training and config.dropout:
-            self._before_drop = plan.panels(blocks.top(config))
+        if config.projection:
+            self._top = seen.panels(config.projection)
+        if config.projection and plan.training:
+            self._dtop = seen.panels(M)
+            self._before_drop = seen.panels(config.projection if config.dropout else 0)
 
     def _make_output(self, plan: Plan) -> Head:
         return Output(plan, blocks.top(self.config), blocks.outputs(self.config, self.vocabulary), self.learning.smoothing)
@@ -84,6 +86,9 @@ class EncoderModel(Model):
         found: Array = np.einsum("nk,lk->nl", seen.astype(np.float64), W) + b  # whose rows do not depend on each other
         return found.reshape(-1, self._shape[1], len(b))
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {"encoder": batch.steps, "projection": batch.steps, "output": batch.predicted}
+
     def example(self) -> Batch:
         inputs = np.zeros((2, 1, self.config.features), np.float32) if self.config.features else np.zeros((2, 1), np.int64)
         return Batch(inputs, np.array([[0], [IGNORE]]), np.array([2]))
@@ -118,6 +123,10 @@ class EncoderModel(Model):
         """Of what is looked at."""
         return self._shape[0] * self._shape[1]
 
+    def _most_rows(self, rows: int) -> int:
+        """The same at most, where so many are read."""
+        return rows
+
     def _looked_at(self, m: Array) -> Array:
         """What of the encoder's output (M/R,SB,R) goes on."""
         return m
@@ -138,16 +147,21 @@ class Classifier(EncoderModel):
         super()._make(plan)
         self._how, self._directions = pool.HOW[self.config.pool], len(blocks.directions(self.config))
         self._pooled = plan.panels(blocks.memory(self.config), self.lanes)
+        if plan.training:
+            self._dm = plan.panels(blocks.memory(self.config))
         self._where = np.zeros(self._pooled.shape, np.int32)
+
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {"encoder": batch.steps, "projection": batch.predicted, "output": batch.predicted}
 
     def example(self) -> Batch:
         return super().example()._replace(targets=np.zeros((1, 1), np.int64))
 
-    def _make_output(self, plan: Plan) -> Head:
-        return super()._make_output(plan._replace(rows=self.lanes))
-
     def _rows(self) -> int:
         return self._shape[1]
+
+    def _most_rows(self, rows: int) -> int:
+        return self.lanes
 
     def _looked_at(self, m: Array) -> Array:
         S, B = self._shape

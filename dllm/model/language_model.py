@@ -35,6 +35,9 @@ class LanguageModel(Model):
         y, row = self._hidden(batch.inputs, h, c, between)
         return self._output.forward(y, row, batch.targets, scale, between)
 
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        return {"lstm": batch.steps, "output": batch.predicted}
+
     def example(self) -> Batch:
         return Batch(np.zeros((2, 1), np.int64), np.array([[0], [IGNORE]]))
 

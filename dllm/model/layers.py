@@ -33,10 +33,21 @@ class Plan(NamedTuple):
     operands: Operands
     rows: int  # at most, T B
     training: bool
+    taken: list[int] | None = None  # bytes: where they are only counted, nothing is made
 
     def panels(self, columns: int, rows: int = 0) -> Array:
         """Zeros for so many columns, of all rows or of some."""
-        return zero_panels(rows or self.rows, columns, self.layout.dtype)
+        R, dtype = self.layout.R, self.layout.dtype
+        if self.taken is None:
+            return zero_panels(rows or self.rows, columns, dtype)
+        panels = -(-columns // R)
+        self.take(panels * R * (rows or self.rows))
+        return np.broadcast_to(dtype.type(0), (panels, 1, R))  # a row stands for all
+
+    def take(self, numbers: int, itemsize: int = 0) -> None:
+        """Count numbers, of the model's dtype or of so many bytes each, that lie elsewhere, or not before a forward."""
+        if self.taken is not None:
+            self.taken.append(numbers * (itemsize or self.layout.dtype.itemsize))
 
 
 class Layer:

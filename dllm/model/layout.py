@@ -222,8 +222,15 @@ class Layout:
                     place = gate * H + first
                     yield block[gates * (first // R) + gate, :, :columns], np.s_[:, place : place + columns]
 
-    def active(self) -> int:
-        """Parameters that take part in a matrix product for each token; what GFLOP/s are counted by."""
-        matrices = (math.prod(t.shape) for name, t in self.tensors.items() if len(t.shape) == 2 and not name.endswith("bias"))
-        looked_up = 0 if self.table is None else math.prod(self.table.shape)
-        return sum(matrices) - looked_up
+    def weights(self) -> dict[str, int]:
+        """Numbers in matrices of products, by the part of the model, the first word of a name; what GFLOP/s are counted by.
+
+        A table that is looked up is none of them; a tied one is that of the output.
+        """
+        found: dict[str, int] = {}
+        for name, tensor in self.tensors.items():
+            part = name.partition(".")[0]
+            if len(tensor.shape) == 2 and not name.endswith("bias") and (part != "embedding" or self.config.tied):
+                part = "output" if part == "embedding" else part
+                found[part] = found.get(part, 0) + math.prod(tensor.shape)
+        return found

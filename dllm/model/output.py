@@ -8,7 +8,7 @@ import numpy as np
 
 from ..kernels.operands import Weight
 from ..kernels.panel_rows import put_rows, take_rows
-from ..kernels.softmax import IGNORE, Chunk, softmax_cross_entropy
+from ..kernels.softmax import GROUP, IGNORE, Chunk, softmax_cross_entropy
 from ..kernels.types import Array
 from .layers import Layer, Plan
 
@@ -40,8 +40,11 @@ class Output(Head):
         self.training, self.smoothing = plan.training, smoothing
         size = 2 if operands.bf16 else itemsize
         tokens = tokens_of_chunk(rows, classes, operands.R, size) if plan.training else rows
-        self._chunk = Chunk(tokens, columns, classes, operands, plan.training)
-        self._losses: Array = np.zeros(rows, plan.layout.dtype)
+        if plan.taken is None:
+            self._chunk = Chunk(tokens, columns, classes, operands, plan.training)
+        plan.take(tokens * (min(classes, GROUP) + columns + 7))
+        plan.take(rows * columns)  # "rows with a target"
+        self._losses: Array = np.zeros(rows if plan.taken is None else 0, plan.layout.dtype)
         self._shape, self._operands = (-(-columns // operands.R), rows, operands.R), operands
         self.dy = plan.panels(columns if plan.training else 0)
 
@@ -68,7 +71,8 @@ class Output(Head):
             self._run(losses, self.dy, (y, row), flat, scale, between, of_rows)
             return losses.reshape(targets.shape)
         dtype = self._losses.dtype
-        packed, dy = (self._operands.empty(name, self._shape, dtype) for name in ("rows with a target", "their gradient"))
+        packed = self._operands.empty("rows with a target", self._shape, dtype)
+        dy = self._operands.empty("their gradient", self._shape, dtype) if self.training else self.dy
         take_rows(packed, y, row, some)
         found = self._operands.empty("their losses", (len(some),), dtype)
         self._run(found, dy, (packed, 0), flat[some], scale, between, of_rows)

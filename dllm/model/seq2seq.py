@@ -41,6 +41,7 @@ class Seq2Seq(Model):
         self.embedding, self.encoder = Embedding(plan), Encoder(plan, config.encoder_layers, B)
         self.decoder = stack(plan, [f"decoder.{layer}" for layer in range(config.layers)], B)
         self.attention = Attention(plan, M, H, config.attention == "general")
+        plan.take(B * self.window**2)  # its weights
         self.bridge, self.combine = Dense(plan, "bridge"), Dense(plan, "combine")
         self.output = Output(plan, blocks.top(config), self.vocabulary, self.learning.smoothing)
         self.copying = Copying(plan) if config.copy else None
@@ -133,6 +134,11 @@ class Seq2Seq(Model):
         memory.h[:, :B], memory.c[:, :B] = self._first[:, :B], 0
         self.decoder[layer].forward(x, row, T, B)
         return memory.h
+
+    def _multiplied(self, batch: Batch) -> dict[str, int]:
+        assert batch.lengths is not None
+        rows = dict.fromkeys(("decoder", "combine", "gate", "output"), batch.predicted)
+        return {**rows, "encoder": batch.steps, "keys": batch.steps, "bridge": int(np.count_nonzero(batch.lengths))}
 
     def example(self) -> Batch:
         nothing = np.zeros((2, 1), np.int64)

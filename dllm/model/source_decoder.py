@@ -13,6 +13,7 @@ import numpy as np
 
 from ..kernels.attention import attend_rows
 from ..kernels.copying import mix_distributions
+from ..kernels.ctc import log_probabilities
 from ..kernels.dense import tanh_rows
 from ..kernels.sample import Choice, Scratch, draw
 from ..kernels.slots import load_states, store_states
@@ -127,8 +128,7 @@ class SourceDecoder:
         gate, (_, N, R), V = self._empty("gate", 1, z.shape[1]), z.shape, self.vocabulary
         self._products.multiply(gate, self._top, 0, self._gate, self._H + self._M)
         P = z.transpose(1, 0, 2).reshape(N, -1)[:, :V] + self._b
-        P = np.exp(P - P.max(axis=1, keepdims=True))
-        P /= P.sum(axis=1, keepdims=True)
+        P = np.exp(log_probabilities(P)).astype(self.dtype)
         mix_distributions(P, self._A, gate, self._tokens, self.source, self._lengths)
         z.transpose(1, 0, 2)[:] = np.pad(np.log(np.maximum(P, LEAST)), [(0, 0), (0, len(z) * R - V)]).reshape(N, len(z), R)
         return z

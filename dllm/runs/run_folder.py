@@ -153,7 +153,9 @@ def read_settings(run: Path, extra: Mapping[str, Any] | None = None) -> config.C
     path = pathlib.Path(run, "config.toml")
     if not path.exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
-    return config.from_dict(config.lay_over(config.load_toml(path), extra or {}, of_run=True))
+    settings = config.from_dict(config.lay_over(config.load_toml(path), extra or {}, of_run=True))
+    config.check_said(settings, extra or {})
+    return settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from .. import cli
 from ..errors import DONE, UserError, printable
 from ..remote.locate import local_copy
-from ..training.curves import check_picture, curves_of, draw, read_lines, write_picture
+from ..training.curves import SCORES, check_picture, curves_of, draw, read_lines, write_picture
 from .facts import Facts, as_json, look
 
 EPILOG = """
@@ -21,12 +21,14 @@ examples
   dllm compare runs/a runs/b --json                  for scripts
 
 A run that goes on is compared as far as it is. The best of a row of results has a star. Of settings only those are shown that
-differ; where a run's corpus has another vocabulary, compare bits per byte, not perplexity.
+differ; where a run's corpus has another vocabulary, compare bits per byte, not perplexity or loss. Of a model that hears
+tokens/s counts frames.
 """
 LONGEST = 24  # characters of a cell
 RESULTS = {  # a row of the table -> whether the highest (True), the lowest (False) or none (None) is best
     "state": None, "steps": None, "epoch": None, "parameters": None, "vocabulary": None, "ranks": None,
-    "best valid perplexity": False, "bits per byte": False, "at step": None, "last train loss": False, "tokens/s": True,
+    "best valid loss": False, "best valid perplexity": False, "bits per byte": False, "accuracy": True, "F1": True,
+    "word error rate": False, "letter error rate": False, "at step": None, "last train loss": False, "tokens/s": True,
     "wall seconds": None,
 }  # fmt: skip
 
@@ -84,8 +86,8 @@ def _results(facts: Facts) -> dict[str, Any]:
     best = facts["best"] or {}
     values = (
         facts["state"], facts["step"], facts["epoch"], facts["parameters"], facts["vocabulary"], facts["ranks"],
-        best.get("perplexity"), best.get("bits_per_byte"), best.get("step"), facts["last_loss"], facts["tokens_per_second"],
-        facts["wall_seconds"],
+        best.get("loss"), *(best.get(name) for name in SCORES), best.get("step"), facts["last_loss"],
+        facts["tokens_per_second"], facts["wall_seconds"],
     )  # fmt: skip
     return dict(zip(RESULTS, values, strict=True))
 

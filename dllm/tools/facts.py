@@ -15,9 +15,10 @@ from ..errors import UserError, reason
 from ..files import storage
 from ..inference import model_folder
 from ..inference.evaluation import perplexity
+from ..model import blocks
 from ..runs import checkpoint, marks, ownership
 from ..runs.run_folder import read_settings
-from ..training.curves import Line, is_number, is_step, read_lines
+from ..training.curves import SCORES, Line, is_number, is_step, read_lines
 
 Facts = dict[str, Any]  # name -> number, text, list or Facts, as JSON has them
 OF_A_RUN_ALONE = (  # beginnings of settings that no recipe is known by
@@ -85,7 +86,8 @@ def of_run(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
         "pairs": tokenizer.pairs, "vocabulary": tokenizer.size, "model": config.as_dict(settings)["model"],
         "parameters": newest.get("parameters", summary.get("parameters")),
         "state": _state(folder, silent), "alive": silent, "owner": ownership.owner(folder),
-        **_progress(settings, train, newest), "best": best(lines, newest), "last_loss": train[-1]["loss"] if train else None,
+        **_progress(settings, train, newest), "units": blocks.units(settings.model)._asdict(),
+        "best": best(lines, newest, blocks.units(settings.model).text), "last_loss": train[-1]["loss"] if train else None,
         "tokens_per_second": _speed(summary, train), "ranks": newest.get("ranks", summary.get("ranks")),
         "wall_seconds": summary.get("wall_seconds"), "skipped": newest.get("scalars", {}).get("skipped"),
         "checkpoints": [one.step for one in reversed(found)], "problems": [*wrong, *_lost(found)],
@@ -104,9 +106,10 @@ def nearest_preset(settings: config.Config) -> tuple[str, Facts]:
     return least or ("", {})
 
 
-def best(lines: Iterable[Line], newest: Facts) -> Facts | None:
-    """The best evaluation of a run on its validation split: loss, perplexity, bits_per_byte, step; None: there was none.
+def best(lines: Iterable[Line], newest: Facts, text: bool = True) -> Facts | None:
+    """The best evaluation of a run on its validation split: loss, step, and what it has of SCORES; None: there was none.
 
+    text : whether a loss has a perplexity
     newest : manifest of the newest checkpoint. What it counts as the best may be later than an older, lower loss on another
     corpus; it may count none yet.
     """
@@ -116,10 +119,9 @@ def best(lines: Iterable[Line], newest: Facts) -> Facts | None:
     counted = [line for line in found if line["loss"] == known or line["step"] >= step]
     line = min(counted, key=lambda one: one["loss"], default=None)
     if line is None:
-        return {"loss": known, "perplexity": perplexity(known)} if math.isfinite(known) else None
-    measured = {"loss": line["loss"], "perplexity": perplexity(line["loss"]), "step": line["step"]}
-    bits = line.get("bits_per_byte")
-    return measured | ({"bits_per_byte": bits} if is_number(bits) else {})
+        return ({"loss": known} | ({"perplexity": perplexity(known)} if text else {})) if math.isfinite(known) else None
+    measured = {"loss": line["loss"], "step": line["step"]} | ({"perplexity": perplexity(line["loss"])} if text else {})
+    return {name: line[name] for name in SCORES if is_number(line.get(name))} | measured
 
 
 def _summary(folder: pathlib.Path) -> Facts:

@@ -13,6 +13,7 @@ from ..errors import DONE, printable
 from ..inference import model_card
 from ..model import blocks
 from ..remote.locate import local_copy
+from ..training.curves import SCORES
 from .facts import Facts, as_json, look
 
 EPILOG = """
@@ -76,12 +77,12 @@ def _run(facts: Facts) -> Iterator[tuple[str, str]]:
     yield from _of_model(facts)
     step, steps = f"step {facts['step']:,}", f" of {facts['steps']:,}" if facts["steps"] else ""
     epoch = f", epoch {facts['epoch']:.2f} of {facts['epochs']}"
-    epoch += f", {facts['texts'][-1]['tokens']:,} tokens seen" if facts["texts"] else ""
+    epoch += f", {facts['texts'][-1]['tokens']:,} {facts['units']['predicted']} seen" if facts["texts"] else ""
     yield "progress", f"{facts['state']}, {step}{steps}{epoch}{_signs(facts)}"
     yield "best", _best(facts["best"])
     speed = facts["tokens_per_second"]
     if speed:
-        yield "speed", f"{speed:,.0f} tokens/s" + (f" on {facts['ranks']} ranks" if facts["ranks"] else "")
+        yield "speed", f"{speed:,.0f} {facts['units']['read']}/s" + (f" on {facts['ranks']} ranks" if facts["ranks"] else "")
     steps = ", ".join(f"{step:,}" for step in facts["checkpoints"])
     yield "checkpoints", f"of step {steps}" if steps else "none"
     for problem in facts["problems"]:
@@ -104,9 +105,10 @@ def _signs(facts: Facts) -> str:
 def _best(found: Facts | None) -> str:
     if found is None:
         return "not evaluated yet"
-    bits = f", {found['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in found else ""
-    step = f", at step {found['step']:,}" if "step" in found else ""
-    return f"validation perplexity {found['perplexity']:.4g}, loss {found['loss']:.4f}{bits}{step}"
+    said = [f"{words} {form.format(found[name])}" for name, (words, form) in SCORES.items() if name in found]
+    said.append(f"loss {found['loss']:.4f}")
+    said += [f"at step {found['step']:,}"] if "step" in found else []
+    return f"validation {', '.join(said)}"
 
 
 def _of_model(facts: Facts) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import cli, config
@@ -24,9 +25,10 @@ from ..comm.node_info import find_node, leader_first
 from ..errors import DONE, UserError
 from ..inference import model_folder
 from ..inference.loaded_model import LoadedModel, open_parent
+from ..model import blocks
 from ..runs.ownership import Ownership
 from ..training.curves import Curve, Line, check_picture, draw, write_picture
-from ..training.options import parent_of, train_config, train_options
+from ..training.options import of_corpus, parent_of, said_by_user, train_config, train_options
 from ..training.progress import Reporter
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def lr_find(argv: list[str], comm: MPI.Comm) -> int:
         settings = train_config(train, model_folder.shape_for(parent.config if parent else None))
         configuration = _configuration(options, settings)
     runtime.check_same(comm, vars(options) | config.flat(configuration))
-    _test(comm, configuration, reporter, parent)
+    _test(comm, configuration, reporter, parent, said_by_user(train))
     found = runtime.agree(comm, judge, reporter.lines)
     with runtime.together(comm):
         if comm.rank == 0:
@@ -162,9 +164,11 @@ def _configuration(options: argparse.Namespace, settings: config.Config) -> conf
     )
 
 
-def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent: LoadedModel | None) -> None:
+def _test(
+    comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent: LoadedModel | None, said: Mapping[str, Any]
+) -> None:
     """Take the steps. Collective. An error that all ranks share ends it, where some steps were taken: such as one of a loss
-    that is not finite.
+    that is not finite. said : settings, by the user
     """
     from ..data.corpus import open_corpus
     from ..training.setup import set_up
@@ -176,6 +180,8 @@ def _test(comm: MPI.Comm, configuration: config.Config, reporter: Watch, parent:
     corpus = open_corpus(comm, node, configuration.data.path, reporter.say, configuration.storage)
     if parent:
         runtime.agree(comm, corpus.check_vocabulary, parent.vocabulary, configuration.train.init_from)
+    configuration = runtime.agree(comm, of_corpus, configuration, corpus, said)
+    reporter.units = blocks.units(configuration.model)
     with leader_first(node):
         warm_up(configuration)
     nowhere = os.path.join(tempfile.gettempdir(), f"dllm-lr-find-{os.urandom(8).hex()}")

@@ -12,12 +12,15 @@ from .. import cli
 from ..comm import runtime
 from ..comm.node_info import find_node, leader_first
 from ..errors import DONE, UserError
+from ..files import telling
+from ..inference.labelling import words_in
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
     from ..inference.answering import Answer
     from ..inference.loaded_model import LoadedModel
+    from ..kernels.types import Array
 
 EPILOG = """
 examples
@@ -59,9 +62,12 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
     from ..runs.gathering import gather_run
     from ..training.warmup import warm_up
 
-    gather_run(comm, options.model, cli.warn_once(comm), options.checkpoint == "best")
+    say = cli.warn_once(comm)
+    gather_run(comm, options.model, say, options.checkpoint == "best")
     model = runtime.agree(comm, LoadedModel.open, options.model, options.checkpoint == "best")
     runtime.check_same(comm, {"model": model.fingerprint})
+    for warning in model.warnings:
+        say(warning)
     if model.tokenizer.bands:
         return _of_recording(comm, options, model)
     labels = runtime.agree(comm, labelling.labels_of, model, options.model)
@@ -78,17 +84,36 @@ def predict(argv: list[str], comm: MPI.Comm) -> int:
             if not classes and not all(map(len, words)):
                 raise UserError(f"{options.file} line {number} has a word of which the vocabulary has nothing")
             texts.append(words)
-        longest = max(sum(map(len, words)) for words in texts)
-        network = model.network(model.window if classes else max(1, longest), TOGETHER, Team(node.threads))
+        window, lanes = (model.window, TOGETHER) if classes else windows_of(texts, model.window, options.file)
+        network = model.network(window, lanes, Team(node.threads))
     with leader_first(node):
         warm_up(model.settings)
     assert isinstance(network, EncoderModel)  # as `labels_of` has seen
     said = labelling.say_labels(comm, network, labels, texts)
     with runtime.together(comm):
         if comm.rank == 0:
-            _tell(options.out, as_json(lines, said, labels, classes) if options.json else as_text(lines, said, classes))
+            _tell(
+                options.out,
+                as_json(lines, said, labels, classes, _ascii(options)) if options.json else as_text(lines, said, classes),
+            )
     runtime.finish(comm)
     return DONE
+
+
+def windows_of(texts: Sequence[Sequence[Array]], window: int, name: str) -> tuple[int, int]:
+    """Steps and lanes of windows that hold any of some sentences, and no more than TOGETHER windows of training do.
+
+    texts : tokens of each word of each sentence
+    name : of their file
+
+    Raises UserError where one sentence alone is longer.
+    """
+    lengths, most = [sum(map(len, words)) for words in texts], TOGETHER * window
+    longest = max(1, *lengths)
+    if longest > most:
+        where = f"{name} line {lengths.index(longest) + 1}"
+        raise UserError(f"{where} has {longest:,} tokens, which is no sentence: at most {most:,} are read at once")
+    return longest, min(TOGETHER, most // longest)
 
 
 def _tell(out: str | None, shown: str) -> None:
@@ -109,11 +134,13 @@ def _of_recording(comm: MPI.Comm, options: argparse.Namespace, model: LoadedMode
 
     with runtime.together(comm):
         source_files.check_place("--out", options.out)
+        if options.file == "-":
+            raise UserError(f"{options.model} hears recordings, which are files: give the path of one in place of -")
         if comm.rank == 0:
             found = of_recording(model, options.file)
             label = found.get("label")
             shown = found["text"] if label is None else f"{label}\t{found['probabilities'][label]:.4f}"
-            _tell(options.out, (json.dumps(found, ensure_ascii=False) if options.json else shown) + "\n")
+            _tell(options.out, (json.dumps(found, ensure_ascii=_ascii(options)) if options.json else shown) + "\n")
     runtime.finish(comm)
     return DONE
 
@@ -122,11 +149,18 @@ def as_text(lines: Sequence[str], said: Sequence[Answer], classes: bool) -> str:
     """A word, a tab and its tag a line, an empty line behind each sentence; or a class, a tab and its probability a line."""
     if classes:
         return "".join(f"{found[0]}\t{max(values):.4f}\n" if found else "\t\n" for found, values in said)
-    parts = [zip(line.split(), tags, strict=True) for line, (tags, _) in zip(lines, said, strict=True)]
+    parts = [zip(words_in(line), tags, strict=True) for line, (tags, _) in zip(lines, said, strict=True)]
     return "".join("".join(f"{word}\t{tag}\n" for word, tag in part) + "\n" for part in parts)
 
 
-def as_json(lines: Sequence[str], said: Sequence[Answer], labels: Sequence[str], classes: bool) -> str:
+def _ascii(options: argparse.Namespace) -> bool:
+    """Whether what is written has to do without other letters."""
+    return not (options.out or telling.has_all_letters())
+
+
+def as_json(
+    lines: Sequence[str], said: Sequence[Answer], labels: Sequence[str], classes: bool, ascii_only: bool = False
+) -> str:
     """The same with probabilities, an object a line."""
     rows: list[dict[str, object]] = []
     for line, (found, values) in zip(lines, said, strict=True):
@@ -134,8 +168,8 @@ def as_json(lines: Sequence[str], said: Sequence[Answer], labels: Sequence[str],
             label = found[0] if found else None
             rows.append({"label": label, "probabilities": dict(zip(labels, values, strict=True)) if found else {}})
         else:
-            rows.append({"words": line.split(), "tags": found, "probabilities": values})
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            rows.append({"words": words_in(line), "tags": found, "probabilities": values})
+    return "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

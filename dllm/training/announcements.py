@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import __version__
@@ -11,10 +11,12 @@ from ..config import Config
 from ..data.corpus import Corpus
 from ..errors import UserError
 from ..inference import model_card
-from ..inference.answering import Answering, as_text, read_split
+from ..inference.answering import Answering, Pair, as_text, read_split
 from ..inference.generation import Sampling, sample, start_tokens, streams_of
 from ..model import blocks
+from ..model.base import Model
 from ..model.decoder import Decoder
+from ..model.kinds import make_model
 from ..model.language_model import LanguageModel
 from ..model.precision import described
 from ..runs.run_folder import newest_step
@@ -28,7 +30,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
     rank, model, train = trainer.rank, trainer.config.model, trainer.config.train
     comm, node, corpus, run = rank.comm, rank.node, rank.corpus, rank.ownership.run
     schedule, tokens = trainer.schedule, corpus.manifest["splits"]["train"]["tokens"]
-    parameters = rank.layout.parameters
+    parameters, units = rank.layout.parameters, blocks.units(model)
     precision = described(train.precision)
     what = f"going on from step {trainer.state.step}" if resumed else "config.toml, metrics.jsonl, checkpoints/"
     begin = {"beginning": f"the parameters of {train.init_from}"} if train.init_from and not resumed else {}
@@ -39,7 +41,7 @@ def header(trainer: Trainer, compiling: float, starting: float, resumed: bool) -
         "model": f"{blocks.describe(model)}, dropout {model.dropout:g}: {parameters:,} parameters",
         **begin,
         "training": f"{train.optimizer}, lr {train.lr:g} {train.schedule}, clip {train.clip or 'none'}, {precision}",
-        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} tokens",
+        "length": f"{trainer.total_steps:,} steps, {schedule.windows:,} an epoch of {schedule.per_epoch:,} {units.predicted}",
         "averaging": trainer.averaging.describe(),
         **({"private": _what_others_learn(comm.size)} if trainer.config.data.private else {}),
         "run": f"{run}  {what}",
@@ -80,13 +82,15 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
     if not trainer.taken:
         further = "a larger train.patience" if exhausted else "--set train.epochs=N"
         parts = [f"nothing was left to do, all {summary['steps']} steps were done before; {further} goes further"]
-    parts += [f"{speed:,.0f} tokens/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
-    best = summary["best_valid_perplexity"]
+    units = blocks.units(settings.model)
+    parts += [f"{speed:,.0f} {units.read}/s", f"{summary['gflops']:.1f} GFLOP/s"] if speed else []
+    best, loss = summary["best_valid_perplexity"], summary["best_valid_loss"]
     parts += [f"best validation perplexity {best:.2f}"] if best and best < 1e6 else []
+    parts += [f"best validation loss {loss:.4f}"] if loss is not None and not units.text else []
     if exhausted and trainer.taken:
         parts.append(f"ended early, since {trainer.state.stale} evaluations brought nothing better")
     reporter.say("done       " + ", ".join(parts))
-    text = settings.model.kind == "lm" and not trainer.corpus.tokenizer.rate
+    text = settings.model.kind in ("lm", "seq2seq") and not trainer.corpus.tokenizer.rate
     if settings.log.sample and text and not settings.data.private:  # it might repeat another site's
         reporter.say("sample\n" + _sample(trainer))
     reporter.say(f"plot       {reporter.plot()}")
@@ -108,13 +112,15 @@ def farewell(trainer: Trainer, summary: dict[str, Any], done: bool) -> None:
 
 def _sample(trainer: Trainer) -> str:
     settings, corpus = trainer.config, trainer.corpus
-    lanes = SAMPLE_PAIRS if corpus.tokenizer.pairs else 1
-    model = LanguageModel(trainer.rank.layout, settings.train.window, lanes, theta=trainer.state.theta, training=False)
+    options: dict[str, Any] = {"theta": trainer.state.theta, "training": False}
     try:
         if corpus.tokenizer.pairs:
-            text = "\n".join(_pairs(corpus, model, settings))
+            pairs = _sample_pairs(corpus)
+            window = max(settings.train.window, *(len(pair.source) for pair in pairs))
+            model = make_model(trainer.rank.layout, window, SAMPLE_PAIRS, **options)
+            text = "\n".join(_answered(corpus, model, settings, pairs))
         else:
-            decoder = Decoder(model, 1)
+            decoder = Decoder(LanguageModel(trainer.rank.layout, settings.train.window, 1, **options), 1)
             prompt = start_tokens(corpus.tokenizer, settings.log.prompt)
             tokens = list(sample(decoder, prompt, settings.log.sample, Sampling(temperature=0.7, seed=settings.train.seed)))
             text = corpus.tokenizer.decode([*prompt, *tokens]).decode(errors="replace").strip("\n")
@@ -123,10 +129,15 @@ def _sample(trainer: Trainer) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-def _pairs(corpus: Corpus, model: LanguageModel, settings: Config) -> Iterator[str]:
-    """The first sources of the validation split, or of the training one, with the targets that the model gives them."""
-    tokenizer, split = corpus.tokenizer, "valid" if "valid" in corpus.manifest["splits"] else "train"
+def _sample_pairs(corpus: Corpus) -> list[Pair]:
+    """The first pairs of the validation split, or of the training one. Raises UserError."""
+    return read_split(corpus, "valid" if "valid" in corpus.manifest["splits"] else "train", SAMPLE_PAIRS)
+
+
+def _answered(corpus: Corpus, model: Model, settings: Config, pairs: Sequence[Pair]) -> Iterator[str]:
+    """The sources of pairs with the targets that the model gives them."""
+    tokenizer = corpus.tokenizer
     how = Answering(tokenizer=tokenizer, lanes=SAMPLE_PAIRS, limit=settings.log.sample)
-    sources = [pair.source for pair in read_split(corpus, split, SAMPLE_PAIRS)]
+    sources = [pair.source for pair in pairs]
     for source, (best, *_) in zip(sources, how.search(streams_of(model, tokenizer, SAMPLE_PAIRS), sources), strict=True):
         yield f"{as_text(tokenizer, source)} -> {as_text(tokenizer, best.tokens)}"

@@ -18,6 +18,10 @@ from ..kernels.types import Array
 
 FONTS = ("Noto Sans CJK", "WenQuanYi", "IPAGothic", "Droid Sans Fallback")  # which have the letters of East Asia
 Line = dict[str, Any]  # of metrics.jsonl
+SCORES = {  # of a line beside its loss, as far as they are defined -> in words, and how they are written
+    "perplexity": ("perplexity", "{:.2f}"), "bits_per_byte": ("bits per byte", "{:.3f}"), "accuracy": ("accuracy", "{:.2f} %"),
+    "f1": ("F1", "{:.2f} %"), "wer": ("word error rate", "{:.2f} %"), "cer": ("letter error rate", "{:.2f} %"),
+}  # fmt: skip
 
 
 class Curve(NamedTuple):
@@ -96,7 +100,7 @@ def draw(curves: Sequence[Curve], title: str, x: str = "step", log: bool = False
         marker, dashed = "o" if curve.marked else "", curve.marked and _shared(curve, curves)
         points = zip(*curve.points, strict=True)
         axes.plot(*points, label=_plain(curve.label), color=f"C{curve.colour % 10}", marker=marker, ls="--" if dashed else "-")
-    axes.set(xlabel=x, ylabel="loss (nats a token)", title=_plain(title), xscale="log" if log else "linear")
+    axes.set(xlabel=x, ylabel="loss (nats)", title=_plain(title), xscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()

@@ -16,8 +16,7 @@ from typing import Any
 
 from ..config import LogConfig
 from ..errors import UserError, printable, reason
-from ..inference.evaluation import perplexity
-from .curves import Line
+from .curves import SCORES, Line, is_number
 
 FOLDER = "tensorboard"
 TRAINING = {  # of a line of training: its name -> the chart
@@ -44,12 +43,11 @@ def check(log: LogConfig) -> None:
 
 def charts(line: Line) -> dict[str, float]:
     """Chart -> value of a line of metrics."""
-    if "split" not in line:
-        found = {chart: line[name] for name, chart in TRAINING.items() if isinstance(line.get(name), int | float)}
-        return found | {"perplexity/train": perplexity(line["loss"])}
-    split = line["split"]
-    bits = {f"bits per byte/{split}": line["bits_per_byte"]} if "bits_per_byte" in line else {}
-    return {f"loss/{split}": line["loss"], f"perplexity/{split}": perplexity(line["loss"])} | bits
+    split = line.get("split", "train")
+    found = {f"{words}/{split}": line[name] for name, (words, _) in SCORES.items() if is_number(line.get(name))}
+    if "split" in line:
+        return {f"loss/{split}": line["loss"]} | found
+    return {chart: line[name] for name, chart in TRAINING.items() if is_number(line.get(name))} | found
 
 
 class EventFile:

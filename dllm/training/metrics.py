@@ -13,6 +13,8 @@ from ..comm.averaging import Averaging
 from ..comm.messages import allgather, total
 from ..comm.replicas import Domains
 from ..errors import UserError
+from ..inference.evaluation import perplexity
+from ..kernels.types import Array
 from ..runs.ownership import Ownership
 from ..runs.state import State
 from .progress import Reporter
@@ -32,7 +34,8 @@ class Clock:
 
     begun: float = field(default_factory=time.monotonic)
     settled_seconds: float = 0.0  # of steps behind the first few, after which speed counts
-    settled_tokens: int = 0
+    settled: Array = field(default_factory=lambda: np.zeros(2))  # in these: tokens or frames read by all ranks, operations
+    own: Array = field(default_factory=lambda: np.zeros(2))  # the same of this rank, of which the others do not know yet
     exposed_seconds: float = 0.0
     logged_seconds: float = 0.0
 
@@ -74,23 +77,33 @@ class Metrics:
     def begin(self) -> None:
         """An interval begins."""
         self.seconds = self.exposed = self.flight = 0.0
-        self.tokens = self.steps = 0
+        self.read = self.steps = 0
 
     def start(self) -> None:
         """A step begins. What was sent since the last one, for an evaluation or a checkpoint, does not count."""
         self.averaging.exposed_seconds = self.averaging.flight_seconds = 0.0
         self.started = time.perf_counter()
 
-    def count(self, tokens: int, settled: bool) -> None:
-        """A step was taken. settled : its speed counts."""
+    def count(self, read: int, flops: int, settled: bool) -> None:
+        """A step was taken.
+
+        Parameters
+        ----------
+        read : int
+            Tokens or frames that this rank has read.
+        flops : int
+            Operations of products that it took.
+        settled : bool
+            Its speed counts.
+        """
         self.last = seconds = time.perf_counter() - self.started
         self.seconds += seconds
         self.exposed += self.averaging.exposed_seconds
         self.flight += self.averaging.flight_seconds
-        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+        self.read, self.steps = self.read + read, self.steps + 1
         if settled:
             self.clock.settled_seconds += seconds
-            self.clock.settled_tokens += tokens
+            self.clock.own += read, flops
         self.show_alive()
 
     def show_alive(self) -> None:
@@ -113,8 +126,10 @@ class Metrics:
         own_times = self.seconds, self.exposed, self.flight
         own = digest, own_times, self._is_held(), self.averaging.round_trips(), state.bytes_sent
         digests, times, holds, trips, sent = zip(*allgather(self.comm, own, TOLD), strict=True)
-        loss = total(self.comm, state.lane_loss.sum(keepdims=True))[0]  # of all lanes: that of one says how one text reads
-        loss = float(loss / state.tokens) if state.tokens else 0.0
+        own_sums = np.array([state.lane_loss.sum(), self.read])  # of all lanes: that of one says how one text reads
+        loss, read = total(self.comm, own_sums).tolist()
+        loss = loss / state.tokens if state.tokens else 0.0
+        self.settle()
         self._check(state.step, digests, loss)
         self._check_owner(state.step, list(holds))
         seconds, exposed, flight = np.mean(times, axis=0)
@@ -127,10 +142,11 @@ class Metrics:
                     "step": state.step,
                     "epoch": state.epoch + progress,
                     "loss": loss,
+                    **({"perplexity": perplexity(loss)} if self.reporter.units.text else {}),
                     "grad_norm": norm,
                     "lr": lr,
                     "skipped": state.skipped,
-                    "tokens_per_second": self.tokens / seconds,
+                    "tokens_per_second": read / seconds,
                     "exposed_comm_fraction": exposed / seconds,
                     "hidden_comm_fraction": max(0.0, 1 - exposed / flight) if flight else 1.0,
                     "busy_seconds": [min(busy), float(np.median(busy)), busy[slowest]],
@@ -146,6 +162,11 @@ class Metrics:
         state.lane_loss[:] = 0
         state.tokens = state.bytes_sent = 0
         self.begin()
+
+    def settle(self) -> None:
+        """Let the clock have what all ranks have read and computed. Collective."""
+        self.clock.settled += total(self.comm, self.clock.own)
+        self.clock.own[:] = 0
 
     def _links(self, trips: tuple[dict[int, float], ...]) -> dict[str, dict[str, float]]:
         """The pairs of neighbours whose messages took longest: "rank-rank" -> seconds there and back."""

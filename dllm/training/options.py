@@ -13,6 +13,8 @@ from typing import Any
 from .. import cli, config
 from ..comm import methods, topology
 from ..data.corpus import Corpus
+from ..data.lane_kinds import lanes_of
+from ..data.record_lanes import RecordLanes
 from ..errors import UserError
 from ..model import blocks
 from ..remote.locate import is_url
@@ -76,8 +78,7 @@ def parent_of(options: argparse.Namespace) -> str:
     """The model whose parameters a new run begins with, by --init-from or train.init_from; "": they are drawn."""
     if options.resume or options.init_from:
         return options.init_from or ""
-    said = config.merge(config.load_toml(options.config) if options.config else {}, config.parse_settings(options.set))
-    train = said.get("train")
+    train = said_by_user(options).get("train")
     name = train.get("init_from") if isinstance(train, dict) else None
     return name if isinstance(name, str) else ""
 
@@ -102,15 +103,29 @@ def train_config(options: argparse.Namespace, shape: Callable[[str | None], Mapp
     return settings
 
 
-def of_corpus(settings: config.Config, corpus: Corpus) -> config.Config:
-    """The settings with the labels and the frames that a corpus has. Raises UserError where the model is of others."""
+def said_by_user(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line says, not a preset or a run: section -> key -> value. Raises UserError."""
+    return config.of_user(options.config, options.set)
+
+
+def of_corpus(settings: config.Config, corpus: Corpus, said: Mapping[str, Any] | None = None) -> config.Config:
+    """The settings with the labels and the frames that a corpus has.
+
+    said : settings that the user has said
+
+    Raises UserError where such a model cannot learn from it, or is of others; and where a setting that was said has no effect.
+    """
+    by_record, said = issubclass(lanes_of(corpus, settings.model.kind), RecordLanes), said or {}
+    if corpus.features and "embedding" in said.get("model", {}):
+        raise UserError(f"model.embedding is of tokens, and {corpus.folder} holds frames of sound: leave it out")
+    if by_record and "last_window" in said.get("train", {}):
+        raise UserError(f"train.last_window is of running text, and {corpus.folder} holds {corpus.content}: leave it out")
     labels = len(corpus.labels) if settings.model.kind in blocks.LABELLED else 0
-    there = {"labels": labels, "features": corpus.features}
-    for name, count in there.items():
-        said = getattr(settings.model, name)
-        if said not in (0, count):
-            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {said}")
-    return config.from_dict(config.merge(config.as_dict(settings), {"model": there}))
+    for name, count in (("labels", labels), ("features", corpus.features)):
+        expected = getattr(settings.model, name)
+        if expected not in (0, count):
+            raise UserError(f"{corpus.folder} has {count} {name}, and the model was made for {expected}")
+    return replace(settings, model=replace(settings.model, labels=labels, features=corpus.features))
 
 
 def print_settings(settings: config.Config, rank: int = 0) -> None:

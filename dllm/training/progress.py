@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, Any
 from ..errors import printable, reason
 from ..files import storage
 from ..files.starter import launched_rank
-from ..inference.evaluation import perplexity
+from ..model.blocks import Units
 from . import event_files
-from .curves import Line, can_draw, curves_of, draw, read_lines, write_whole
+from .curves import SCORES, Line, can_draw, curves_of, draw, is_number, read_lines, write_whole
 from .event_files import EventFile
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Reporter:
         self.failed: set[str] = set()  # files that could not be written
         self.tensorboard: bool = before.tensorboard if before else False  # whether TensorBoard's files are wanted
         self.events: EventFile | None = None
+        self.units: Units = before.units if before else Units()  # of what a run reads and predicts
 
     def say(self, text: str) -> None:
         """A line, or several, in one write."""
@@ -115,11 +116,11 @@ class Reporter:
             self._attempt(event_files.FOLDER, self.events.log, line)
         if self.mode == "none":
             return
-        text = f"loss {line['loss']:.4f}  perplexity {_in_words(perplexity(line['loss']))}"
         if "split" in line:
-            self.say(f"step {line['step']}  {line['split']} {text}  bits per byte {line['bits_per_byte']:.3f}")
+            self.say(f"step {line['step']}  {line['split']} {scores_in_words(line)}")
             return
-        text += f"  {line['tokens_per_second']:,.0f} tokens/s  communication hidden {line['hidden_comm_fraction']:.0%}"
+        speed = f"{line['tokens_per_second']:,.0f} {self.units.read}/s"
+        text = f"{scores_in_words(line)}  {speed}  communication hidden {line['hidden_comm_fraction']:.0%}"
         if self.bar is not None:
             self.bar.update(self.task, completed=line["step"], description=text)
         elif self.mode == "plain":
@@ -185,6 +186,16 @@ def _on_terminal() -> bool:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def scores_in_words(line: Line) -> str:
+    """The loss of a line of metrics, and what else it has of SCORES."""
+    said = [f"loss {line['loss']:.4f}"]
+    for name, (words, form) in SCORES.items():
+        value = line.get(name)
+        if value is not None and is_number(value):
+            said.append(f"{words} {_in_words(value) if name == 'perplexity' else form.format(value)}")
+    return "  ".join(said)
 
 
 def _in_words(perplexity: float) -> str:

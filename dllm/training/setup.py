@@ -206,7 +206,10 @@ def _deal_lanes(
     supply(comm, corpus, agree(comm, lane_files, corpus, "train", mine, of, config.model.kind), reporter.warn)
     lanes = agree(comm, read_lanes, corpus, "train", mine, of, train.window, own.start, config.model.kind)
     lanes.arrange(begin.order, begin.epoch)
-    return own, lanes, Schedule(lanes, train.last_window, comm, begin.place)
+    schedule = Schedule(lanes, train.last_window, comm, begin.place)
+    if not schedule.per_epoch:
+        raise UserError.of_all(f"the train split of {corpus.folder} has nothing that a model could say right or wrong")
+    return own, lanes, schedule
 
 
 def _make_model(config: Config, layout: Layout, lanes: int, team: Team, memory: SharedMemory | None) -> Model:

@@ -15,6 +15,7 @@ from ..comm.runtime import mpi_library
 from ..config import as_dict
 from ..errors import UserError
 from ..inference.evaluation import perplexity
+from ..model import blocks
 from ..runs.gathering import spread_checkpoints
 from ..runs.state import parameters_hash
 from . import optim
@@ -64,6 +65,7 @@ class Trainer:
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
         self.deaths = self.taken = 0
+        self._work = 0, 0  # of the last step: what this rank has read, and operations
 
     def run(self, max_steps: int = 0, max_seconds: float = 0, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train until the configured end, `max_steps` steps in all, `max_seconds` from now, or until stop() on any rank.
@@ -87,7 +89,7 @@ class Trainer:
             self.taken += 1
             agreed = self.averaging.agreed()
             self._leave_out_if_spoilt(norm, tokens, finite)
-            metrics.count(tokens, settled=self.state.step > first + SETTLED)
+            metrics.count(*self._work, settled=self.state.step > first + SETTLED)
             self._write_down(agreed, norm, lr)
         metrics.check_owner(self.state.step)
         upkeep.end()
@@ -141,6 +143,7 @@ class Trainer:
         lanes, copies = self.rank.lanes, self.rank.copies
         width, tokens = self.schedule.width(state.place), self.schedule.tokens(state.place)
         batch = lanes.window(state.place, width)
+        self._work = batch.read, model.flops(batch)
         scale = averaging.scale * (width if train.loss_norm == "window" else 1) / max(1, tokens)
         mask = (train.seed, state.step, lanes.numbers)
         lr = optim.learning_rate(train, state.step, state.epoch, state.lr_factor, self.total_steps)
@@ -226,18 +229,21 @@ class Trainer:
         """What summary.json holds. Collective."""
         peaks = allgather(self.comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, int)
         clock, saver, best = self.rank.metrics.clock, self.rank.saver, self.rank.validation.best
-        speed = clock.settled_tokens / clock.settled_seconds if clock.settled_seconds else None
+        self.rank.metrics.settle()
+        speed, flops = (clock.settled / clock.settled_seconds).tolist() if clock.settled_seconds else (None, None)
+        text = blocks.units(self.config.model).text
         return {
             "ranks": self.comm.size,
             "mpi_library": mpi_library(),
             "parameters": self.rank.layout.parameters,
             "tokens_per_second": speed,
-            "gflops": speed and 6 * self.rank.layout.active() * speed / 1e9,
+            "gflops": flops and flops / 1e9,
             "exposed_comm_fraction": clock.exposed_seconds / clock.logged_seconds if clock.logged_seconds else None,
             "checkpoints": saver.count,
             "checkpoint_seconds": saver.stalled,
             "peak_rss_bytes": peaks,
-            "best_valid_perplexity": perplexity(best) if np.isfinite(best) else None,
+            "best_valid_loss": best if np.isfinite(best) else None,
+            "best_valid_perplexity": perplexity(best) if text and np.isfinite(best) else None,
             "steps": self.state.step,
             "wall_seconds": time.monotonic() - clock.begun,
             "threads": self.rank.node.threads,

@@ -70,9 +70,9 @@ def _output_layer(config: Config, dtype: DType) -> None:
 def _model(config: Config, dtype: DType, training: bool = True) -> Model:
     """One with few weights that has every part of the real one."""
     real, units = config.model, 2 if config.model.kind in TEXT else SIDE_BY_SIDE
-    small = dataclasses.replace(real, embedding=min(2, real.embedding), hidden=units, layers=2, encoder_layers=1)
+    embedding = units if real.tied and real.kind in TEXT else min(2, real.embedding)  # as what is tied needs it
     small = dataclasses.replace(
-        small, tied=real.tied and small.embedding in (0, units, real.projection), projection=min(2, real.projection)
+        real, embedding=embedding, hidden=units, layers=2, encoder_layers=1, projection=min(2, real.projection)
     )
     layout = Layout(small, 5, dtype)
     bf16, learning = training and uses_bf16(config.train.precision), Learning(config.train.smoothing)

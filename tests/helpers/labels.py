@@ -13,7 +13,7 @@ def make_corpus(out, drawing, splits, kind="char", size=0, comm=MPI.COMM_SELF):
     """split -> files, or (file, label); the Corpus that they make."""
     names = {split: [LabelledFile(*one) if isinstance(one, tuple) else LabelledFile(one) for one in files] for split, files in
              splits.items()}  # fmt: skip
-    prepare_corpus(comm, names, Vocabulary(kind, size), out, drawing=drawing)
+    prepare_corpus(comm, names, Vocabulary(kind, size, rate=8000 * (kind == "mel")), out, drawing=drawing)
     return Corpus(out)
 
 

@@ -197,6 +197,7 @@ def train_arguments(data, run, *settings, preset=None, extra=()):
         "model.embedding=16", "model.hidden=16", "train.window=8", "train.lanes=8", "train.schedule=constant",
         "train.warmup=0", "train.eval_every=0", "log.every=1", "checkpoint.every_minutes=0",
     )  # fmt: skip
+    small = [setting for setting in small if "model.kind=ctc" not in settings or "embedding" not in setting]  # which reads none
     arguments = ["-m", "dllm.train", "--data", data, "--out", run, "--progress", "none", *extra]
     return arguments + [part for setting in (*small, *settings) for part in ("--set", setting)]
 

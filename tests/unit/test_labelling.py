@@ -14,7 +14,7 @@ from dllm.config import resolve
 from dllm.data.labelling import Classing, Tagging
 from dllm.errors import UserError
 from dllm.files import storage
-from dllm.inference import labelling
+from dllm.inference import label_scores, labelling
 from dllm.inference.evaluation import Evaluation
 from dllm.tools import predict
 from dllm.training.options import of_corpus
@@ -41,7 +41,7 @@ def conlleval(tags):
 @FEW
 @given(st.lists(TYPES, max_size=9))
 def test_spans_are_those_of_conlleval(tags):
-    found = list(labelling.spans_of(tags))
+    found = list(label_scores.spans_of(tags))
     assert set(found) == conlleval(tags)
     assert all(first < stop for first, stop, _ in found)
 
@@ -57,12 +57,12 @@ def test_spans_are_those_of_conlleval(tags):
     ],
 )
 def test_some_spans(tags, spans):
-    assert list(labelling.spans_of(tags.split())) == spans
+    assert list(label_scores.spans_of(tags.split())) == spans
 
 
 def test_precision_and_recall_count_spans_and_labels_that_are_no_spans_have_none():
     labels = ["B-X", "B-Y", "I-X", "O"]
-    spans = labelling.Spans(labels)
+    spans = label_scores.Spans(labels)
     number = {label: place for place, label in enumerate(labels)}
     true, said = ("B-X I-X O B-Y B-X", "B-X I-X O B-X B-X")
     spans.count(*(np.array([number[tag] for tag in tags.split()]) for tags in (true, said)))
@@ -72,7 +72,7 @@ def test_precision_and_recall_count_spans_and_labels_that_are_no_spans_have_none
     assert found["types"]["X"] == {"precision": thirds, "recall": 100, "f1": 80}
     assert found["types"]["Y"] == {"precision": 0, "recall": 0, "f1": 0}
     for others in (["NOUN", "O"], ["A-X", "O"], ["O", "P"]):
-        plain = labelling.Spans(others)
+        plain = label_scores.Spans(others)
         plain.count(np.zeros(2, np.int64), np.ones(2, np.int64))
         assert plain.measured(plain.seen) == {}
 
@@ -122,7 +122,7 @@ def test_a_text_gets_the_same_labels_alone_and_in_any_batch(measured):
 
 def test_measures_are_those_of_labels_one_by_one(measured):
     corpus, evaluation, theta = measured
-    found, classes = labelling.measure_labels(evaluation, theta, corpus.labels), corpus.content == "classes"
+    found, classes = evaluation.run(theta, whole=True), corpus.content == "classes"
     model = type(evaluation.model)(evaluation.model.layout, 40, 1, theta=theta, training=False)
     true, said, spans = [], [], np.zeros(3, int)
     for tokens, labels in records(corpus):
@@ -151,7 +151,7 @@ def test_the_mask_of_a_lane_that_has_nothing_is_no_label(measured):
     """More lanes than records of a window: nothing is counted of the others."""
     _, evaluation, theta = measured
     total = sum(evaluation.schedule.tokens(place) for place in evaluation.schedule.places)
-    assert labelling.measure_labels(evaluation, theta, evaluation.lanes.corpus.labels)["labels"] == total
+    assert evaluation.run(theta)["labels"] == total
 
 
 def test_a_model_that_says_no_labels_is_refused():

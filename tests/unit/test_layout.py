@@ -51,6 +51,6 @@ def test_number_of_parameters_is_that_of_the_published_models():
     assert Layout(ptb, 10_000, np.float32).parameters == 2 * 10_000 * 650 + 10_000 + 2 * (2 * 650 * 2600 + 2 * 2600)
     char = ModelConfig(embedding=0, hidden=128, layers=2)
     assert Layout(char, 65, np.float32).parameters == 65 * 512 + 128 * 512 + 512 + 2 * 128 * 512 + 512 + 65 * 128 + 65
-    assert Layout(char, 65, np.float32).active() == 3 * 128 * 512 + 65 * 128
+    assert sum(Layout(char, 65, np.float32).weights().values()) == 3 * 128 * 512 + 65 * 128
     tied = ModelConfig(embedding=200, hidden=200, layers=2, tied=True)
-    assert Layout(tied, 33_278, np.float32).active() == 2 * 8 * 200**2 + 33_278 * 200
+    assert sum(Layout(tied, 33_278, np.float32).weights().values()) == 2 * 8 * 200**2 + 33_278 * 200
