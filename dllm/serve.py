@@ -60,7 +60,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--max-prompt", positive, 32768, "N", "tokens"),
         ("--max-source", positive, 8192, "N", "tokens or frames of a source; so many in all are read at once"),
         ("--max-tokens", positive, 4096, "N", "tokens of a choice"),
-        ("--max-body", positive, 1 << 20, "N", "bytes"),
+        ("--max-body", positive, 1 << 20, "N", "bytes of a request, with its recording"),
         ("--max-requests", positive, 256, "N", "at once, of a rank"),
         ("--max-connections", positive, 512, "N", "of a rank; beyond it the idle ones go"),
         ("--deadline", seconds, 600.0, "S", "for a whole request"),

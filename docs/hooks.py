@@ -133,22 +133,35 @@ def _http():
     from dllm.serving import openapi
     from dllm.serving.limits import Limits
 
-    description = openapi.describe("MODEL", 2048, Limits(), True)
-    lines = ["# HTTP", "", "`dllm serve` answers on these paths. The server gives the same description at `/openapi.json`.",
+    schemas, paths = {}, {}
+    for kind in openapi.POSTS:
+        description = openapi.describe("MODEL", 2048, Limits(), True, kind)
+        schemas |= description["components"]["schemas"]
+        for path, methods in description["paths"].items():
+            for method, entry in methods.items():
+                paths.setdefault((path, method), {})[kind] = entry
+    lines = ["# HTTP", "", "`dllm serve` answers on these paths. `/openapi.json` describes those of the model served.",
              "The numbers below are those of a model with 2,048 tokens and of the default limits.",
              "A server with a token expects the header `Authorization: Bearer TOKEN` on every path but `/` and `/health`.",
              ""]  # fmt: skip
-    for path, methods in description["paths"].items():
-        for method, entry in methods.items():
-            lines += [f"## {method.upper()} {path}", "", f"{entry['summary']}.", ""]
-            if "requestBody" in entry:
-                lines += [f"Request: {_reference(entry['requestBody']['content'])}", ""]
-            lines += ["| status | meaning | body |", "| --- | --- | --- |"]
-            for status, answer in entry["responses"].items():
-                lines.append(f"| {status} | {answer['description']} | {_reference(answer.get('content', {}))} |")
-            lines.append("")
+    for (path, method), entries in paths.items():
+        entry = next(iter(entries.values()))
+        lines += [f"## {method.upper()} {path}", ""]
+        if "requestBody" in entry:
+            for kind, one in entries.items():
+                lines += [
+                    f"{one['summary']}, of a model of kind {kind}. Request: {_reference(one['requestBody']['content'])}",
+                    "",
+                ]
+        else:
+            lines += [f"{entry['summary']}.", ""]
+        lines += ["| status | meaning | body |", "| --- | --- | --- |"]
+        for status, answer in entry["responses"].items():
+            meaning = "The answer" if status == "200" else answer["description"]
+            lines.append(f"| {status} | {meaning} | {_reference(answer.get('content', {}))} |")
+        lines.append("")
     lines += ["# Bodies", ""]
-    for name, schema in description["components"]["schemas"].items():
+    for name, schema in schemas.items():
         lines += [f"## {name}", ""]
         for alternative in schema.get("oneOf", [schema]):
             required = alternative.get("required", [])

@@ -152,7 +152,10 @@ class _Search:
             self.cover = self.cover + attention
         going = np.ones(len(parents), bool) if self.end is None else chosen != self.end
         for row in np.flatnonzero(~going).tolist():
-            self.ended[self.owner[row]].append(self._found(row, True))
+            ended = self.ended[self.owner[row]]
+            ended.append(self._found(row, True))
+            ended.sort(key=lambda one: -one.score)
+            del ended[self.beam.best :]  # which nobody will want: a long search ends thousands
         sources, first = np.unique(self.owner[going], return_index=True)
         for source, most in zip(sources.tolist(), self.total[going][first].tolist(), strict=True):
             if self._is_over(source, most):
@@ -182,9 +185,8 @@ class _Search:
 
     def _is_over(self, source: int, total: float) -> bool:
         """Whether no row of a source can still be among the wanted texts; total : log P of its most likely row."""
-        scores = sorted((one.score for one in self.ended[source]), reverse=True)
-        best = self.beam.best
-        return len(scores) >= best and scores[best - 1] >= total / self.beam.divisor(self.longest)
+        ended, best = self.ended[source], self.beam.best
+        return len(ended) >= best and ended[best - 1].score >= total / self.beam.divisor(self.longest)
 
     def _found(self, row: int, ended: bool) -> Found:
         text, total = self.text[row].tolist(), float(self.total[row])

@@ -77,14 +77,18 @@ class EncoderModel(Model):
         self._seen = y
         return self.output.forward(y, 0, batch.targets, scale, between)
 
-    def logits(self) -> Array:
-        """Of the batch of the last `forward` those of all labels: (S,B,labels), of a classifier (1,B,labels), float64."""
-        rows, vector = self._rows(), self.theta
-        seen = np.empty((rows, blocks.top(self.config)), self.dtype)
-        from_panels(seen, self._seen, 0)
+    def logits(self, first: int = 0, last: int | None = None) -> Array:
+        """Of the batch of the last `forward` those of all labels: (S,B,labels), of a classifier (1,B,labels), float64.
+
+        first, last : steps [first, last) alone
+        """
+        B, vector = self._shape[1], self.theta
+        rows = self._rows() if last is None else last * B
+        seen = np.empty((rows - first * B, blocks.top(self.config)), self.dtype)
+        from_panels(seen, self._seen, first * B)
         W, b = (self.layout.read(vector, f"output.{name}").astype(np.float64) for name in ("weight", "bias"))
         found: Array = np.einsum("nk,lk->nl", seen.astype(np.float64), W) + b  # whose rows do not depend on each other
-        return found.reshape(-1, self._shape[1], len(b))
+        return found.reshape(-1, B, len(b))
 
     def _multiplied(self, batch: Batch) -> dict[str, int]:
         return {"encoder": batch.steps, "projection": batch.steps, "output": batch.predicted}

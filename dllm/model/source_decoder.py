@@ -8,6 +8,7 @@ is a sum over k in one order (gemm.py), all else is done a row at a time, and of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,19 @@ from .products import products
 from .seq2seq import Seq2Seq
 
 LEAST = 1e-37  # a probability of float32 with a logarithm
+
+
+class Kept(NamedTuple):
+    """Targets under way, and what was read for them."""
+
+    lengths: Array
+    tokens: Array
+    m: Array
+    k: Array
+    source: Array
+    states: Array
+    attention: Array
+    top: Array
 
 
 class SourceDecoder:
@@ -86,6 +100,17 @@ class SourceDecoder:
         self.source = self.source[parents]
         self.states[: len(parents)] = self.states[parents]
         self._read(tokens)
+
+    def keep(self) -> Kept:
+        """A copy of what the targets under way need, so that others may be begun before they go on."""
+        size, rows = self._tokens.size, len(self.source)
+        m, k = (panels[:, :size].copy() for panels in (self._m, self._k))
+        return Kept(self._lengths, self._tokens, m, k, self.source, self.states[:rows].copy(), self._A.copy(), self._top.copy())
+
+    def restore(self, kept: Kept) -> None:
+        """Go on with targets where they were, to the bit."""
+        self._lengths, self._tokens, self._m, self._k, self.source, states, self._A, self._top = kept
+        self._S, self.states[: len(states)] = len(self._tokens), states
 
     def choose(self, most: int) -> tuple[Array, Array]:
         """The most likely next tokens (N,most) of each row and their log-probabilities. Raises UserError."""

@@ -31,7 +31,7 @@ from . import metrics, openapi
 from .errors import Disconnected, Refused
 from .limits import Guard, Limits
 from .log import Log
-from .openai import Json, encode, models_body
+from .openai import CHOICES, Json, encode, models_body
 from .peers import Peers
 from .reports import state_of
 from .routes import HANDLERS, PATHS, no_such_route
@@ -78,9 +78,13 @@ class Service:
     def app(self, clients: Clients, hosts: set[str] | None = None) -> ASGIApp:
         """The ASGI application. clients, hosts: see limits.Guard."""
         page, policy = _page()
-        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, self.kind)
+        kind = openapi.SOUND if self.features and self.kind == "classifier" else self.kind
+        beams = min(CHOICES, self.engine.slots)
+        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, kind, beams)
 
         async def show_page(request: HttpRequest) -> Response:
+            if request.scope["dllm"]["authenticated"] and self.kind not in WITH_PAGE:  # which strangers are not to learn
+                return await no_such_route(self, request)
             headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
             return Response(page, media_type="text/html", headers=headers)
 
@@ -88,8 +92,7 @@ class Service:
             return JSONResponse(description)
 
         routes = [
-            Route("/", show_page if self.kind in WITH_PAGE else functools.partial(no_such_route, self)),
-            Route("/openapi.json", describe),
+            Route("/", show_page), Route("/openapi.json", describe),
             Route("/health", self.health), Route("/metrics", self.metrics), Route("/v1/models", self.models),
         ]  # fmt: skip
         for path in PATHS:
@@ -104,7 +107,7 @@ class Service:
     def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
         fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
         route = scope["path"] if scope["path"] in self._paths else "other"
-        self._answered.add(route, status, seconds)
+        self._answered.add(route, status, seconds, fields.get("inputs", 0) if status == 200 else 0)
         if route in ("/health", "/metrics") and status == 200:
             return  # asked for all the time
         line = {"method": scope["method"][:10], "route": route, "status": status, "seconds": round(seconds, 4), **fields}

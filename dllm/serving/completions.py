@@ -21,8 +21,6 @@ from .tokens import mixed
 if TYPE_CHECKING:
     from .app import Service
 
-MOST_NUMBERS = 32  # times the tokens of a choice: tokens and alternatives that an answer may have
-
 
 class CompletionChoice:
     """One choice of an answer.
@@ -110,7 +108,7 @@ class CompletionRun:
     vocabulary : Vocabulary
     peers : Peers
     most : int
-        Numbers that an answer may hold, so that memory is bounded.
+        Numbers that it may hold, so that memory is bounded.
 
     Attributes
     ----------
@@ -122,9 +120,10 @@ class CompletionRun:
         self, wanted: Completion, prompts: list[Prompt], salt: bytes, vocabulary: Vocabulary, peers: Peers, most: int
     ) -> None:  # fmt: skip
         tokens = sum(wanted.max_tokens + wanted.echo * len(prompt) for prompt in prompts)
-        numbers = wanted.n * tokens * (1 + (wanted.logprobs or 0))
+        numbers = wanted.best_of * tokens * (1 + (wanted.logprobs or 0))
         if numbers > most:
-            raise Refused(f"choices x tokens x (1 + logprobs) are {numbers}; {most} are allowed", "max_tokens")
+            texts = "best_of" if wanted.best_of > wanted.n else "choices"
+            raise Refused(f"{texts} x tokens x (1 + logprobs) are {numbers}; {most} are allowed", "max_tokens")
         self.inbox, self._wanted = Inbox(), wanted
         self.choices: list[CompletionChoice] = []
         for prompt in prompts:
@@ -202,9 +201,9 @@ async def answer(
 ) -> Response | EventStream:
     """The answer of a run that is begun."""
     fields = service.log_fields(request, wanted.prompts)
-    fields["stream"] = wanted.stream
+    fields["stream"], fields["inputs"] = wanted.stream, len(prompts)
     salt = mixed(request.scope["dllm.salt"], wanted.cache_salt)
-    run = run_of(wanted, prompts, salt, service.vocabulary, service.peers, MOST_NUMBERS * service.limits.tokens)
+    run = run_of(wanted, prompts, salt, service.vocabulary, service.peers, service.limits.numbers)
     fields["computed_by"], answer = run.rank, Answer(service.name, wanted.seed)
     headers = {"x-dllm-rank": str(run.rank)}
     if wanted.stream:

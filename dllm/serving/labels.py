@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..data import audio
 from ..data.sound_tokenizers import MelTokenizer
+from ..data.tokenizers import Tokenizer
 from ..errors import UserError
 from ..inference.labelling import text_of, words_of
 from ..kernels.mel import HOP, WINDOW
@@ -25,56 +27,49 @@ from .sources import ask, check_source
 if TYPE_CHECKING:
     from .app import Service
 
+CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\";]*)", re.IGNORECASE)
 FORM = {"file", "model", "response_format", "language", "prompt", "temperature"}  # the last three say nothing to such a model
 
 
 async def tag(service: Service, request: HttpRequest) -> Response:
     """A tag for each word of each text, and how probable it is. Raises Refused, Disconnected."""
     texts = _inputs(Fields(read_json(await request.body()), service.name))
-    words = [text.split() for text in texts]
-    if not all(words):
-        raise Refused("input has a text without a word", "input")
-    pieces = await service.read_prompts(
-        words, "input", lambda some: _Words(words_of(service.vocabulary.tokenizer, " ".join(some)))
-    )
+    pieces = await service.read_prompts(texts, "input", lambda text: _Words(service.vocabulary.tokenizer, text))
+    found, headers = await _say(service, request, texts, [one.tokens for one in pieces], sum(len(one.words) for one in pieces))
     data = list[Json]()
-    found, headers = await _say(service, request, texts, [one.tokens for one in pieces])
-    for index, ((probable,), given, parts) in enumerate(zip(found, words, pieces, strict=True)):
-        rows = probable[parts.starts]
-        best = rows.argmax(axis=1).tolist()
-        said = [
-            {"word": word, "tag": service.labels[label], "probability": float(row[label])}
-            for word, row, label in zip(given, rows, best, strict=True)
-        ]
+    for index, ((labels, probable), one) in enumerate(zip(found, pieces, strict=True)):
+        rows = zip(one.words, labels[one.starts, 0].tolist(), probable[one.starts, 0].tolist(), strict=True)
+        said = [{"word": word, "tag": service.labels[label], "probability": value} for word, label, value in rows]
         data.append({"index": index, "words": said})
     return await service.answer(_body(service, data, pieces), headers)
 
 
 async def classify(service: Service, request: HttpRequest) -> Response:
-    """The class of each text, or of a recording, and how probable each is. Raises Refused, Disconnected."""
+    """The class of each text, or of a recording, and the likeliest ones, the first first. Raises Refused, Disconnected."""
     if service.features:
-        sources, texts = [await _recording(service, await _form(service, request))], list[str]()
+        sources, texts = [await _recording(service, await _form(service, request, {"file", "model"}))], list[str]()
     else:
         texts = _inputs(Fields(read_json(await request.body()), service.name))
         sources = await service.read_prompts(texts, "input", lambda text: text_of(service.vocabulary.tokenizer, text))
+    inputs = len(sources[0]) * HOP if service.features else len(sources)
     sources = [source[-service.window :] for source in sources]  # as training has seen long ones
-    found, headers = await _say(service, request, texts, sources)
+    found, headers = await _say(service, request, texts, sources, inputs)
     data = list[Json]()
-    for index, (probable,) in enumerate(found):
-        best, each = int(probable[0].argmax()), probable[0].tolist()
-        probabilities = dict(zip(service.labels, each, strict=True))
-        data.append({"index": index, "label": service.labels[best], "probability": each[best], "probabilities": probabilities})
+    for index, (labels, probable) in enumerate(found):
+        names, values = [service.labels[label] for label in labels[0].tolist()], probable[0].tolist()
+        entry = {"label": names[0], "probability": values[0], "probabilities": dict(zip(names, values, strict=True))}
+        data.append({"index": index, **entry})
     return await service.answer(_body(service, data, sources), headers)
 
 
 async def transcribe(service: Service, request: HttpRequest) -> Response:
     """What is said in a recording, in OpenAI's form. Raises Refused, Disconnected."""
-    form = await _form(service, request)
+    form = await _form(service, request, FORM)
     wanted = form.get("response_format", "json")
     if wanted not in ("json", "text"):
         raise Refused("response_format must be json or text", "response_format")
     frames = await _recording(service, form)
-    ((labels,),), headers = await _say(service, request, [], [frames])
+    ((labels,),), headers = await _say(service, request, [], [frames], len(frames) * HOP)
     text = "".join(service.labels[label] for label in labels.tolist())
     if wanted == "text":
         return PlainTextResponse(text + "\n", headers=headers)
@@ -82,11 +77,15 @@ async def transcribe(service: Service, request: HttpRequest) -> Response:
 
 
 class _Words:
-    """The tokens (n,) of a text, and where its words begin."""
+    """The words of a text, its tokens (n,), and where words begin. Raises Refused, UserError."""
 
-    def __init__(self, words: Sequence[Array]) -> None:
-        self.tokens = np.concatenate(words)
-        self.starts = np.cumsum([0, *map(len, words)])[:-1]
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        self.words = text.split()
+        if not self.words:
+            raise Refused("input has a text without a word", "input")
+        pieces = words_of(tokenizer, text)
+        self.tokens = np.concatenate(pieces)
+        self.starts = np.cumsum([0, *map(len, pieces)])[:-1]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -104,10 +103,12 @@ def _inputs(fields: Fields) -> list[str]:
 
 
 async def _say(
-    service: Service, request: HttpRequest, given: Sequence[Any], sources: Sequence[Array]
+    service: Service, request: HttpRequest, given: Sequence[Any], sources: Sequence[Array], inputs: float
 ) -> tuple[list[tuple[Array, ...]], dict[str, str]]:
+    """What is found of each source. inputs : words, texts or seconds, to be counted"""
     for source in sources:
         check_source(service, source, "file" if service.features else "input")
+    request.scope["dllm"]["inputs"] = round(inputs, 3)
     return await ask(service, request, given, [SourceRequest(source=source) for source in sources])
 
 
@@ -117,18 +118,23 @@ def _body(service: Service, data: list[Json], sources: Sequence[Any]) -> Json:
     return {"object": "list", "data": data, "model": service.name, "usage": counts}
 
 
-async def _form(service: Service, request: HttpRequest) -> dict[str, str | bytes]:
-    """The fields of a form, the file's as bytes. Raises Refused where it is no such form."""
+async def _form(service: Service, request: HttpRequest, names: Collection[str]) -> dict[str, str | bytes]:
+    """The fields of a form, the file's as bytes. Raises Refused where it is no such form, or has others than these."""
     kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
+    if not kind.lower().startswith("multipart/form-data"):
         raise Refused("a recording comes as multipart/form-data, in the field file")
+    if not all(charset.lower() in ("utf-8", "utf8", "us-ascii") for charset in CHARSET.findall(kind)):
+        raise Refused("the charset of a form must be utf-8")
     found: dict[str, str | bytes] = {}
-    async with request.form(max_files=1, max_fields=10, max_part_size=10_000) as form:
-        for name, value in form.multi_items():
-            if name in found:
-                raise Refused(f"{name[:100]} is there more than once", name[:100])
-            found[name] = await value.read() if isinstance(value, UploadFile) else value
-    for name in sorted(found.keys() - FORM):
+    try:
+        async with request.form(max_files=1, max_fields=10, max_part_size=10_000) as form:
+            for name, value in form.multi_items():
+                if name in found:
+                    raise Refused(f"{name[:100]} is there more than once", name[:100])
+                found[name] = await value.read() if isinstance(value, UploadFile) else value
+    except ValueError:  # of a codec, of whatever text
+        raise Refused("the form cannot be read") from None
+    for name in sorted(found.keys() - set(names)):
         raise Refused(f"unknown parameter {name[:100]!r}", name[:100], code="unknown_parameter")
     model = found.get("model", service.name)
     if model != service.name:
@@ -144,6 +150,9 @@ async def _recording(service: Service, form: dict[str, str | bytes]) -> Array:
     assert isinstance(tokenizer, MelTokenizer)
     most = (service.limits.source + 2) * HOP + WINDOW  # seconds; a little more is refused by its frames
     try:
-        return await asyncio.to_thread(lambda: tokenizer.frames(audio.decode(data, most)))
+        frames = await asyncio.to_thread(lambda: tokenizer.frames(audio.decode(data, most)))
     except UserError as error:
         raise Refused(f"file: {error}", "file") from None
+    if not np.isfinite(frames).all():
+        raise Refused("file: its samples are too large to be sound", "file")
+    return frames

@@ -15,6 +15,7 @@ from .tokens import Clients
 OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
 ONCE = {b"authorization", b"host", b"origin"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+MOST_NUMBERS = 32  # times the tokens of a choice, or of a source: what one request may hold
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
 
 
@@ -31,6 +32,16 @@ class Limits:
     head: float = 10.0  # for a whole request head
     upload: float = 20.0  # for a whole body
     deadline: float = 600.0  # for a whole request
+
+    @property
+    def numbers(self) -> int:
+        """Tokens and alternatives that a request may hold, of all its choices, or of all texts that a search keeps."""
+        return MOST_NUMBERS * self.tokens
+
+    @property
+    def attention(self) -> int:
+        """Tokens of a source, once for each text that a search keeps: each of them attends to all."""
+        return MOST_NUMBERS * self.source
 
 
 class Guard:
@@ -128,7 +139,8 @@ class Guard:
         return limited
 
     def _too_large(self) -> Refused:
-        return Refused(f"the body is larger than {self.limits.body} bytes", status=413, code="too_large")
+        text = f"the body is larger than {self.limits.body} bytes, as --max-body says"
+        return Refused(text, status=413, code="too_large")
 
 
 class _Answer:

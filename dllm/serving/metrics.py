@@ -15,12 +15,15 @@ class RequestCounts:
         self.counts: Counter[tuple[str, int]] = Counter()  # (route, status), status 0: no answer began
         self.within: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(BOUNDS) + 1))
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.inputs: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, route: str, status: int | None, seconds: float) -> None:
-        """Count a request. status None: no answer began."""
+    def add(self, route: str, status: int | None, seconds: float, inputs: float = 0) -> None:
+        """Count a request. status None: no answer began. inputs : texts, words to tag, or seconds of sound"""
         self.counts[route, status or 0] += 1
         self.within[route][bisect.bisect_left(BOUNDS, seconds)] += 1
         self.seconds[route] += seconds
+        if inputs:
+            self.inputs[route] += inputs
 
 
 def render(
@@ -61,6 +64,10 @@ def render(
     lines += ["# HELP dllm_requests_total requests answered", "# TYPE dllm_requests_total counter"]
     for (route, status), count in sorted(answered.counts.items()):
         lines.append(f'dllm_requests_total{{rank="{rank}",route="{route}",status="{status}"}} {count}')
+    lines += ["# HELP dllm_inputs_total texts, words to tag or seconds of sound answered", "# TYPE dllm_inputs_total counter"]
+    lines += [
+        f'dllm_inputs_total{{rank="{rank}",route="{route}"}} {count:.15g}' for route, count in sorted(answered.inputs.items())
+    ]
     lines += ["# HELP dllm_request_seconds time of whole requests", "# TYPE dllm_request_seconds histogram"]
     for route, counts in sorted(answered.within.items()):
         total = 0

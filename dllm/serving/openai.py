@@ -57,6 +57,11 @@ class Fields:
     body : dict
     model : str
         The one there is.
+
+    Attributes
+    ----------
+    cache_salt : str
+        What was kept for requests with another is not used for this one; where nothing is kept it says nothing.
     """
 
     def __init__(self, body: Json, model: str) -> None:
@@ -66,6 +71,7 @@ class Fields:
             raise Refused("model must be a string", "model")
         if wanted not in (None, model):
             raise Refused(f"there is no model {wanted[:100]!r}; there is {model!r}", "model", 404, "model_not_found")
+        self.cache_salt = self._cache_salt()
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field, whatever it holds; null is the same as none."""
@@ -96,8 +102,7 @@ class Fields:
             raise Refused(f"{name} must be true or false", name)
         return value
 
-    def cache_salt(self) -> str:
-        """The field of that name: what was kept for requests with another is not used for this one."""
+    def _cache_salt(self) -> str:
         value = self.get("cache_salt", "")
         if not isinstance(value, str) or len(value) > SALT_LENGTH or not _is_unicode(value):
             raise Refused(f"cache_salt must be a string of at most {SALT_LENGTH} characters", "cache_salt")
@@ -192,7 +197,7 @@ class Completion:
             best_of=fields.integer("best_of", n, n, CHOICES),
             stream=fields.flag("stream"),
             include_usage=_include_usage(fields.get("stream_options"), body.get("stream")),
-            cache_salt=fields.cache_salt(),
+            cache_salt=fields.cache_salt,
         )
         fields.refuse_unread()
         if len(wanted.prompts) * n > CHOICES:

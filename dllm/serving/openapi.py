@@ -6,22 +6,30 @@ from .. import __version__
 from .limits import Limits
 from .openai import CHOICES, SALT_LENGTH, SEEDS, STOP_LENGTH, STOPS
 from .requests import MAX_LOGPROBS
-from .routes import HANDLERS, PATHS
 
 Schema: TypeAlias = dict[str, Any]
 
 
-POSTS = {  # what is done, the schemas of the request and of the answer; completions come as events, too
-    "/v1/completions": ("Continue texts, or give targets to sources", "CompletionRequest", "Completion"),
-    "/v1/score": ("Log-probabilities of a text, or of a target after its source", "ScoreRequest", "Score"),
-    "/v1/embeddings": ("The model's state after a text", "EmbeddingRequest", "Embeddings"),
-    "/v1/tag": ("Tags of the words of texts", "LabelRequest", "Tags"),
-    "/v1/classify": ("Classes of texts, or of a recording", "LabelRequest", "Classes"),
-    "/v1/audio/transcriptions": ("What is said in a recording", "RecordingRequest", "Transcription"),
+SOUND = "classifier of recordings"  # a kind of its own for clients: they send forms
+POSTS = {  # kind -> path -> what is done, the schemas of the request and of the answer; completions come as events, too
+    "lm": {
+        "/v1/completions": ("Continue texts", "CompletionRequest", "Completion"),
+        "/v1/score": ("Log-probabilities of a text", "ScoreRequest", "Score"),
+        "/v1/embeddings": ("The model's state after a text", "EmbeddingRequest", "Embeddings"),
+    },
+    "seq2seq": {
+        "/v1/completions": ("Give targets to sources", "TargetRequest", "Completion"),
+        "/v1/score": ("Log-probabilities of a target after its source", "TargetScoreRequest", "Score"),
+    },
+    "tagger": {"/v1/tag": ("Tags of the words of texts", "LabelRequest", "Tags")},
+    "classifier": {"/v1/classify": ("Classes of texts", "LabelRequest", "Classes")},
+    SOUND: {"/v1/classify": ("The class of a recording", "RecordingRequest", "Classes")},
+    "ctc": {"/v1/audio/transcriptions": ("What is said in a recording", "TranscriptionRequest", "Transcription")},
 }
+FORMS = {"RecordingRequest", "TranscriptionRequest"}  # the others are JSON
 
 
-def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kind: str | None = None) -> Schema:
+def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kind: str = "lm", beams: int = CHOICES) -> Schema:
     """The whole description, a dict.
 
     Parameters
@@ -30,11 +38,14 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
     vocabulary : int
     limits : limits.Limits
     needs_token : bool
-    kind : str, optional
-        Of the model; without it, what all kinds answer.
+    kind : str
+        Of POSTS.
+    beams : int
+        That a search may have.
     """
-    paths = PATHS if kind is None else HANDLERS[kind]
-    posts = {path: {"post": _post(path, *POSTS[path])} for path in POSTS if path in paths}
+    posts = {path: {"post": _post(*post)} for path, post in POSTS[kind].items()}
+    used = {name for _, *names in POSTS[kind].values() for name in names} | {"Models", "Health", "Error"}
+    schemas = _requests(model, vocabulary, limits, beams) | _answers()
     description: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -47,7 +58,7 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
             "/v1/models": {"get": _get("The model there is", _schema("Models"))},
             **posts,
         },
-        "components": {"schemas": _requests(model, vocabulary, limits) | _answers()},
+        "components": {"schemas": {name: schema for name, schema in schemas.items() if name in used}},
     }  # fmt: skip
     if needs_token:
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -76,11 +87,11 @@ def _get(what: str, schema: Schema, kind: str = "application/json") -> Schema:
     return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
 
 
-def _post(path: str, what: str, request: str, answer: str) -> Schema:
-    done, form = _content(_schema(answer)), "application/json"
-    if path == "/v1/audio/transcriptions":
-        form, done["content"]["text/plain"] = "multipart/form-data", {"schema": {"type": "string"}}
-    if path == "/v1/completions":
+def _post(what: str, request: str, answer: str) -> Schema:
+    done, form = _content(_schema(answer)), "multipart/form-data" if request in FORMS else "application/json"
+    if answer == "Transcription":
+        done["content"]["text/plain"] = {"schema": {"type": "string"}}
+    if answer == "Completion":
         done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
     return {
         "summary": what, "requestBody": {"required": True, **_content(_schema(request), form)},
@@ -110,37 +121,59 @@ def _number(least: float | None = None, most: float | None = None) -> Schema:
     return _integer(least, most) | {"type": "number"}
 
 
-def _requests(model: str, vocabulary: int, limits: Limits) -> Schema:
+def _requests(model: str, vocabulary: int, limits: Limits, beams: int) -> Schema:
     text, flag = {"type": "string"}, _maybe({"type": "boolean"})
     tokens = {"type": "array", "minItems": 1, "items": _integer(0, vocabulary - 1)}
     several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
     texts = {"anyOf": [text, tokens, *several]}
     stop = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
     salt = _maybe({"type": "string", "maxLength": SALT_LENGTH})
-    named = {"model": _maybe({"const": model}), "user": _maybe(text), "cache_salt": salt}
+    named = {"model": _maybe({"const": model}), "user": _maybe(text), "metadata": {}, "cache_salt": salt}
+    written = named | {
+        "prompt": texts,
+        "max_tokens": _maybe(_integer(0, limits.tokens)),
+        "seed": _maybe(_integer(0, SEEDS - 1)),
+        "stop": _maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
+        "logprobs": _maybe(_integer(0, MAX_LOGPROBS)),
+        "stream": flag,
+        "stream_options": _maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
+        "suffix": _maybe({"const": ""}),
+        "logit_bias": _maybe({"type": "object", "maxProperties": 0}),
+        "presence_penalty": _maybe({"const": 0}),
+        "frequency_penalty": _maybe({"const": 0}),
+    }
+    drawn = {
+        "temperature": _maybe(_number(0, 2)),
+        "top_p": _maybe(_number(0, 1)),
+        "top_k": _maybe(_integer(0, vocabulary)),
+        "echo": flag,
+        "n": _maybe(_integer(1, CHOICES)),
+        "best_of": {"description": "The same as n", **_maybe(_integer(1, CHOICES))},
+    }
+    searched = {
+        "temperature": _maybe({"enum": [0, 1]}),
+        "top_p": _maybe({"const": 1}),
+        "top_k": _maybe({"const": 0}),
+        "echo": _maybe({"const": False}),
+        "n": {"description": "At most best_of", **_maybe(_integer(1, beams))},
+        "best_of": {"description": "1 with stream or logprobs", **_maybe(_integer(1, beams))},
+    }
+    recording = {"file": {"type": "string", "format": "binary"}, "model": {"const": model}}
     return {
-        "CompletionRequest": _object(
-            ["prompt"], closed=True, **named, prompt=texts,
-            max_tokens=_maybe(_integer(0, limits.tokens)), temperature=_maybe(_number(0, 2)), top_p=_maybe(_number(0, 1)),
-            top_k=_maybe(_integer(0, vocabulary)), seed=_maybe(_integer(0, SEEDS - 1)),
-            stop=_maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
-            logprobs=_maybe(_integer(0, MAX_LOGPROBS)), echo=flag,
-            n=_maybe(_integer(1, CHOICES)), best_of=_maybe(_integer(1, CHOICES)), stream=flag,
-            stream_options=_maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
-            suffix=_maybe({"const": ""}), logit_bias=_maybe({"type": "object", "maxProperties": 0}),
-            presence_penalty=_maybe({"const": 0}), frequency_penalty=_maybe({"const": 0}),
-        ),
+        "CompletionRequest": _object(["prompt"], closed=True, **written, **drawn),
+        "TargetRequest": _object(["prompt"], closed=True, **written, **searched),
         "ScoreRequest": {
             "oneOf": [
                 _object(["text"], closed=True, **named, text=text),
                 _object(["tokens"], closed=True, **named, tokens=tokens),
-                _object(["source", "target"], closed=True, **named, source=text, target=text),
             ]
         },
+        "TargetScoreRequest": _object(["source", "target"], closed=True, **named, source=text, target=text),
         "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [text, several[0]]}),
-        "RecordingRequest": _object(
-            ["file"], closed=True, file={"type": "string", "format": "binary"}, model={"const": model},
-            response_format={"enum": ["json", "text"]}, language=text, prompt=text, temperature=text,
+        "RecordingRequest": _object(["file"], closed=True, **recording),
+        "TranscriptionRequest": _object(
+            ["file"], closed=True, **recording, response_format={"enum": ["json", "text"]}, language=text, prompt=text,
+            temperature=text,
         ),
         "EmbeddingRequest": _object(
             ["input"], closed=True, **named, input=texts, encoding_format=_maybe({"enum": ["float", "base64"]}),

@@ -32,7 +32,7 @@ async def score(service: Service, request: HttpRequest) -> Response:
     if isinstance(fields.body[given[0]], str) != (given[0] == "text"):
         raise Refused("text must be a string, tokens a list of token numbers", given[0])
     texts = fields.texts(given[0], service.vocabulary.size, most=1)
-    salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
+    salt = mixed(request.scope["dllm.salt"], fields.cache_salt)
     fields.refuse_unread()
     prompts = await service.read_prompts(texts, given[0], service.vocabulary.prompt)
     wanted = [Request(prompt=prompts[0].tokens, logprobs=0, score_only=True, salt=salt)]
@@ -58,7 +58,7 @@ async def embeddings(service: Service, request: HttpRequest) -> Response:
         raise Refused("encoding_format must be float or base64", "encoding_format")
     if fields.get("dimensions") is not None:
         raise Refused("dimensions is not supported", "dimensions", code="unsupported_parameter")
-    salt = mixed(request.scope["dllm.salt"], fields.cache_salt())
+    salt = mixed(request.scope["dllm.salt"], fields.cache_salt)
     fields.refuse_unread()
     prompts = await service.read_prompts(inputs, "input", service.vocabulary.prompt)
     wanted = [Request(prompt=prompt.tokens, max_tokens=0, want_state=True, salt=salt) for prompt in prompts]
@@ -80,12 +80,14 @@ async def _compute(
     """The events of the streams `wanted`, and headers that say who computed them."""
     fields, inbox = service.log_fields(request, given), Inbox()
     rank, _ = service.peers.submit(dict(enumerate(wanted)), inbox)
-    fields["computed_by"], fields["prompt_tokens"] = rank, sum(map(len, prompts))
+    fields["computed_by"], fields["prompt_tokens"], fields["inputs"] = rank, sum(map(len, prompts)), len(prompts)
     events = await unless_disconnected(request.receive, inbox, collect(inbox, len(wanted)))
     return events, {"x-dllm-rank": str(rank)}
 
 
 def _vector(state: Array | None, form: str) -> str | list[float]:
     vector = np.asarray(state, "<f4")
+    if not np.isfinite(vector).all():
+        raise Refused("the model gave numbers that are not finite", status=500, code="engine_failed")
     values: list[float] = vector.tolist()
     return base64.b64encode(vector.tobytes()).decode() if form == "base64" else values

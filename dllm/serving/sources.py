@@ -23,7 +23,10 @@ def check_source(service: Service, source: Array, field: str) -> None:
     most = service.limits.source
     if len(source) > most:
         raise Refused(
-            f"{field} has {len(source)} tokens or frames; {most} are read as a whole", field, status=413, code="too_large"
+            f"{field} has {len(source)} tokens or frames; {most} are read as a whole, as --max-source says",
+            field,
+            status=413,
+            code="too_large",
         )
 
 

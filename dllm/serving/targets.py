@@ -65,6 +65,9 @@ async def complete(service: Service, request: HttpRequest) -> Response | EventSt
         check_source(service, prompt.tokens, "prompt")
     if wanted.best_of > service.engine.slots:
         raise Refused(f"best_of may be {service.engine.slots} here, as many as --slots has", "best_of")
+    rows, most = wanted.best_of * max(len(prompt.tokens) for prompt in prompts), service.limits.attention
+    if rows > most:
+        raise Refused(f"best_of x tokens of a source are {rows}; {most} are allowed", "best_of")
     return await answer(service, request, wanted, prompts, TargetRun)
 
 
@@ -83,6 +86,7 @@ async def score(service: Service, request: HttpRequest) -> Response:
         what = f"target has {len(target)} tokens; {service.limits.tokens} are allowed"
         raise Refused(what, "target", status=413, code="too_large")
     wanted = [SourceRequest(source=source.tokens, target=target.tokens)]
+    request.scope["dllm"]["inputs"] = 1
     (found,), headers = await ask(service, request, texts, wanted)
     values, tokens = found[0].tolist(), [*target.tokens.tolist(), service.vocabulary.end]
     total = math.fsum(values)

@@ -75,6 +75,9 @@ def read_question(message: bytes, limits: Limits) -> Request:
         raise ValueError("a request that no client may make")
     if asked.top_k >= 2**31 or abs(asked.seed) >= 2**64:
         raise ValueError("a request with numbers that none has")
+    scored = asked.prompt.size if asked.echo or asked.score_only else 0
+    if (asked.max_tokens + scored) * (1 + (asked.logprobs or 0)) > max(limits.numbers, limits.prompt):  # which /v1/score may
+        raise ValueError("a request for more than a client may hold")
     return Request(**asked._asdict() | {"salt": bytes.fromhex(asked.salt)})
 
 
@@ -84,6 +87,9 @@ def read_source_question(message: bytes, limits: Limits) -> SourceRequest:
     target = 0 if asked.target is None else asked.target.size
     if len(asked.source) > limits.source or max(asked.max_tokens, target) > limits.tokens:
         raise ValueError("a request that no client may make")
+    numbers = asked.beams * asked.max_tokens * (1 + (asked.logprobs or 0))
+    if numbers > limits.numbers or asked.beams * len(asked.source) > limits.attention:
+        raise ValueError("a search that is larger than that of a client")
     return SourceRequest(**asked._asdict())
 
 

@@ -5,8 +5,8 @@ order (gemm.py), all else is done a row at a time, and what is behind a source's
 
     targets that a search has found    (ended, logprob, score) of each, (3,n) float64; tokens (k,) int64 of each, the best first
     of a target that is given          the log-probability of each of its tokens and of its end, (n+1,) float64
-    of a tagger                        the probability of each label at each token, (n,labels) float64
-    of a classifier                    the probability of each label, (1,labels) float64
+    of a tagger                        the likeliest label at each token, (n,1) int64, and its probability, (n,1) float64
+    of a classifier                    the likeliest labels, the first of them first, (1,k) int64, and theirs, (1,k) float64
     what is said in a recording        labels, (k,) int64
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..inference.generation import banned
 from ..inference.search import Beam, steps
 from ..inference.speech import BEAMS
-from ..kernels.ctc import log_probabilities
+from ..kernels.ctc import beam_search, log_probabilities
 from ..kernels.softmax import IGNORE
 from ..kernels.team import Team
 from ..kernels.types import Array
@@ -32,10 +32,13 @@ from ..model.batch import Batch
 from ..model.ctc import Ctc
 from ..model.encoder_model import Classifier, EncoderModel
 from ..model.seq2seq import Seq2Seq
-from ..model.source_decoder import SourceDecoder
+from ..model.source_decoder import Kept, SourceDecoder
 from .requests import Event, Finished, SourceRequest, Stream, Token
 
 LANES = 64  # sources of a batch at most
+MOST_LABELS = 100  # that are said of a text, of more the likeliest
+BLOCK = 1 << 22  # logits of labels that are in memory at a time, as far as a step allows
+NOT_FINITE = "the model gave numbers that are not finite"
 News: TypeAlias = list[tuple[int, Event]]  # what has happened to which source of a batch
 
 
@@ -85,6 +88,8 @@ class Worker(ABC):
     def run(self, streams: Sequence[Stream[SourceRequest]]) -> Iterator[News]:
         """What happens to each stream, step by step. One that has ended meanwhile wants nothing more.
 
+        Between two steps another `run` may go on, where this one's state is kept and restored.
+
         Raises ArithmeticError where the model's numbers are not finite.
         """
 
@@ -99,6 +104,13 @@ class Worker(ABC):
     def together(self, request: SourceRequest) -> Hashable:
         """Equal for requests that can be in one batch."""
         return None
+
+    def keep(self) -> Any:
+        """What the `run` under way needs to go on when another was in between; of a single step nothing."""
+        return None
+
+    def restore(self, kept: Any) -> None:  # what keeps nothing has nothing to restore
+        """Let the `run` that has this from `keep` be the one under way."""
 
     def warm_up(self) -> None:
         """Run every kernel once: all are compiled then, or loaded from the cache."""
@@ -126,6 +138,12 @@ class Targets(Worker):
         if request.target is not None:
             return "given"
         return (request.beams, request.best, request.max_tokens) if request.beams > 1 else "greedy"
+
+    def keep(self) -> Kept:
+        return self.decoder.keep()
+
+    def restore(self, kept: Kept) -> None:
+        self.decoder.restore(kept)
 
     def run(self, streams: Sequence[Stream[SourceRequest]]) -> Iterator[News]:
         first = streams[0].request
@@ -224,6 +242,7 @@ class Labels(Worker):
         self.model, self.whole = model, isinstance(model, Classifier)
         self.vocabulary, self.features, self.labels = model.vocabulary, model.config.features, model.config.labels
         self.end = None  # no text is written
+        self.said = min(MOST_LABELS, self.labels) if self.whole else 1  # labels of each text, or token
 
     def check(self, request: SourceRequest) -> None:
         if request.source.ndim != 1 + (self.features > 0):
@@ -235,21 +254,43 @@ class Labels(Worker):
 
     def run(self, streams: Sequence[Stream[SourceRequest]]) -> Iterator[News]:
         inputs, lengths = _side_by_side([stream.request.source for stream in streams])
-        yield [(lane, Finished("length", found=(found,))) for lane, found in enumerate(self._say(inputs, lengths))]
+        yield [
+            (lane, Finished("length", found=found) if found else Finished("error", NOT_FINITE))
+            for lane, found in enumerate(self._say(inputs, lengths))
+        ]
 
-    def _say(self, inputs: Array, lengths: Array) -> list[Array]:
-        S, B = inputs.shape[:2]
-        targets, nothing = np.full((1 if self.whole else S, B), IGNORE), np.zeros((0, B, 0), self.model.dtype)
-        self.model.forward(Batch(inputs, targets, lengths), nothing, nothing)
-        logits = self.model.logits()
-        if not np.isfinite(logits).all():
-            raise ArithmeticError("the model gave numbers that are not finite")
-        found = np.exp(log_probabilities(logits))
-        return [found[:length, lane].copy() for lane, length in enumerate(lengths.tolist())]
+    def _say(self, inputs: Array, lengths: Array) -> list[tuple[Array, ...]]:
+        """What is found of each lane; () where its numbers are not finite, which spoil no other's."""
+        (S, B), k = inputs.shape[:2], self.said
+        steps = 1 if self.whole else S
+        self._read(inputs, lengths, steps)
+        labels, probable, finite = np.zeros((steps, B, k), np.int64), np.zeros((steps, B, k)), np.ones((steps, B), bool)
+        block = max(1, BLOCK // (B * self.labels))
+        for first in range(0, steps, block):
+            some = slice(first, min(first + block, steps))
+            logits = self.model.logits(some.start, some.stop)
+            finite[some] = np.isfinite(logits).all(axis=2)
+            logits[~finite[some]] = 0
+            order = np.argsort(-logits, axis=2, kind="stable")[..., :k] if k > 1 else logits.argmax(axis=2)[..., None]
+            labels[some], probable[some] = order, np.take_along_axis(np.exp(log_probabilities(logits)), order, axis=2)
+        return [
+            (labels[:length, lane].copy(), probable[:length, lane].copy()) if finite[:length, lane].all() else ()
+            for lane, length in enumerate(lengths.tolist())
+        ]
+
+    def _read(self, inputs: Array, lengths: Array, steps: int) -> None:
+        """Take a batch in, of which something is said at so many steps."""
+        B = inputs.shape[1]
+        nothing = np.zeros((0, B, 0), self.model.dtype)
+        self.model.forward(Batch(inputs, np.full((steps, B), IGNORE), lengths), nothing, nothing)
 
     def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
-        shape = 1 if self.whole else len(request.source), self.labels
-        return len(found) == 1 and _are_numbers(found[0], shape) and bool((found[0] >= 0).all() and (found[0] <= 1).all())
+        if len(found) != 2:
+            return False
+        labels, probable = found
+        shape = 1 if self.whole else len(request.source), self.said
+        possible = _are_numbers(probable, shape) and bool((probable >= 0).all() and (probable <= 1).all())
+        return possible and labels.shape == shape and _are_below(labels.reshape(-1), self.labels, labels.size)
 
     def example(self) -> list[SourceRequest]:
         source = np.zeros((2, self.features), np.float32) if self.features else np.zeros(2, np.int64)
@@ -262,9 +303,15 @@ class Transcripts(Labels):
     def fits(self, request: SourceRequest, found: Sequence[Array]) -> bool:
         return len(found) == 1 and _are_below(found[0], self.labels, len(request.source))
 
-    def _say(self, inputs: Array, lengths: Array) -> list[Array]:
+    def _say(self, inputs: Array, lengths: Array) -> list[tuple[Array, ...]]:
         assert isinstance(self.model, Ctc)
-        return [np.array(labels, np.int64) for labels in self.model.transcribe(inputs, lengths, BEAMS)]
+        self._read(inputs, lengths, 1)
+        found = list[tuple[Array, ...]]()
+        for lane, length in enumerate(lengths.tolist()):
+            logits = np.ascontiguousarray(self.model.output.logits[:length, lane])
+            finite = bool(np.isfinite(logits).all())  # a search among others need not end
+            found.append((np.array(beam_search(log_probabilities(logits), BEAMS)[0], np.int64),) if finite else ())
+        return found
 
 
 def _side_by_side(sources: Sequence[Array]) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from helpers.model_folders import make_kind
 
 from dllm.data import audio
+from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
 from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.labelling import words_of
@@ -21,12 +23,12 @@ from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
 from dllm.inference.speech import BEAMS
 from dllm.serving import engines as engines_table
-from dllm.serving import openapi
 from dllm.serving.app import Service
 from dllm.serving.engines import make_engine
 from dllm.serving.limits import Limits
 from dllm.serving.log import Log
 from dllm.serving.peers import Peers
+from dllm.serving.routes import HANDLERS, PATHS
 from dllm.serving.streams import LocalStreams
 from dllm.serving.tokens import Clients
 
@@ -53,14 +55,14 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(models):
-    """name -> its engine, started when it is asked for."""
+    """name, slots -> its engine, started when it is asked for."""
     started = {}
 
-    def find(name):
-        if name not in started:
-            started[name] = make_engine(models[name], SimpleNamespace(**OPTIONS), 1)
-            started[name].start()
-        return started[name]
+    def find(name, slots):
+        if (name, slots) not in started:
+            started[name, slots] = make_engine(models[name], SimpleNamespace(**OPTIONS | {"slots": slots}), 1)
+            started[name, slots].start()
+        return started[name, slots]
 
     yield find
     for engine in started.values():
@@ -71,15 +73,16 @@ def engines(models):
 def ask(models, engines):
     """ask(name, path, ...): the response of a server of that model, or of several requests at once."""
 
-    def send(name, *requests, tokens=(), **limits):
+    def send(name, *requests, tokens=(), slots=8, in_turn=False, **limits):
         async def work():
-            local = LocalStreams(engines(name), asyncio.get_running_loop())
+            local = LocalStreams(engines(name, slots), asyncio.get_running_loop())
             gossip = SimpleNamespace(rank=0, table=dict, known={})
             bounds = Limits(source=64, **limits)
             service = Service(models[name], local, Peers(gossip, local, None, bounds), bounds, Log(0))
             transport = httpx.ASGITransport(service.app(Clients(tokens)))
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                return await asyncio.gather(*(client.post(path, **what) for path, what in requests))
+                asked = [client.request(**{"method": "POST", "url": path} | what) for path, what in requests]
+                return [await one for one in asked] if in_turn else await asyncio.gather(*asked)
 
         return asyncio.run(asyncio.wait_for(work(), LIMIT))
 
@@ -153,7 +156,8 @@ def test_words_get_tags_and_texts_a_class(ask, models):
     assert sum(entry["probabilities"].values()) == pytest.approx(1)
     assert entry["probability"] == max(entry["probabilities"].values()) == entry["probabilities"][entry["label"]]
     assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
-    assert list(entry["probabilities"]) == ["A", "B", "C"]
+    assert set(entry["probabilities"]) == {"A", "B", "C"}
+    assert list(entry["probabilities"].values()) == sorted(entry["probabilities"].values(), reverse=True)
     window = models["classifier"].window  # of a longer text its end is read, as in training
     ends = [ask("classifier", "/v1/classify", {"input": start + "abc" * window}).json()["data"] for start in ("k", "hhh")]
     assert ends[0] == ends[1]
@@ -251,6 +255,20 @@ def test_what_cannot_be_answered_is_refused_in_one_line(ask, name, path, body, s
     refused(ask(name, path, body), status, says)
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"prompt": ["a"] * 5, "best_of": 8, "max_tokens": 4096}, "best_of x tokens x .* are 163840; 131072 are allowed"),
+        ({"prompt": "a" * 64, "best_of": 33}, "best_of x tokens of a source are 2112; 2048 are allowed"),
+        ({"prompt": ["a", "a" * 64], "best_of": 40, "n": 2, "max_tokens": 9}, "tokens of a source are 2560"),
+        ({"prompt": ["a"] * 8, "n": 1, "logprobs": 20, "max_tokens": 1000}, "choices x tokens x .* are 168000"),
+    ],
+)
+def test_a_search_holds_no_more_than_a_request_may(ask, more, says):
+    ((response),) = ask.together("seq2seq", ("/v1/completions", {"json": more}), slots=40)
+    refused(response, 400, says)
+
+
 def test_many_requests_get_what_each_gets_alone(ask):
     prompts = ["a", "abcabcabc", "kkj", "hgfed", "b" * 40]
     alone = [ask("seq2seq", "/v1/completions", TARGET | {"prompt": prompt}).json()["choices"] for prompt in prompts]
@@ -271,8 +289,140 @@ def test_no_tokens_asked_for_is_an_empty_text(ask):
     assert (choice["text"], choice["finish_reason"]) == ("", "length")
 
 
-def test_the_description_has_the_routes_of_the_kind_alone():
-    paths = lambda kind: [path for path in openapi.describe("M", 9, Limits(), False, kind)["paths"] if path in openapi.POSTS]
-    assert paths("tagger") == ["/v1/tag"]
-    assert paths("seq2seq") == ["/v1/completions", "/v1/score"]
-    assert set(paths(None)) == set(openapi.POSTS)
+@pytest.mark.parametrize(
+    "charset", ["punycode", "idna", "hex", "utf-7", "undefined", "a\0b", "utf-16", "\xe9", "unicode_escape"]
+)
+@pytest.mark.parametrize("name", ["ctc", "sound"])
+def test_a_form_in_another_code_is_refused(ask, name, charset):
+    pytest.importorskip("python_multipart")
+    path = "/v1/classify" if name == "sound" else "/v1/audio/transcriptions"
+    data = b'--x\r\nContent-Disposition: form-data; name="f\xffile-"; filename="\xff-"\r\n\r\nabc-\xff\r\n--x--\r\n'
+    for kind in (f"multipart/form-data; boundary=x; charset={charset}", f'Multipart/Form-Data;CHARSET="{charset}"; boundary=x'):
+        refused(ask(name, path, content=data, headers={b"content-type": kind.encode("latin-1")}), 400, "charset|form")
+
+
+def test_sound_that_is_too_loud_for_numbers_is_refused(ask):
+    pytest.importorskip("python_multipart")
+    soundfile = pytest.importorskip("soundfile")
+    loud = np.repeat(np.tile(np.float32([3.4e38, -3.4e38]), 40), 100)  # at another rate it would go beyond its edges
+    for name, path in (("ctc", "/v1/audio/transcriptions"), ("sound", "/v1/classify")):
+        with io.BytesIO() as file:
+            soundfile.write(file, loud, 16000, format="WAV", subtype="FLOAT")
+            refused(ask(name, path, files={"file": ("x.wav", file.getvalue())}), 400, "^file: its samples are too large")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "body"),
+    [
+        ("tagger", "/v1/tag", {"input": "a" * 5000}),
+        ("classifier", "/v1/classify", {"input": ["a", "b" * 5000]}),
+        ("seq2seq", "/v1/completions", {"prompt": "a" * 5000}),
+        ("seq2seq", "/v1/score", {"source": "a", "target": "b" * 5000}),
+        ("lm", "/v1/completions", {"prompt": "a" * 5000, "max_tokens": 1}),
+        ("lm", "/v1/score", {"text": "a" * 5000}),
+        ("lm", "/v1/embeddings", {"input": "a" * 5000}),
+    ],
+)
+def test_long_texts_are_made_tokens_outside_of_the_event_loop(ask, models, monkeypatch, name, path, body):
+    threads, encode = {}, CharTokenizer.encode
+
+    def watched(tokenizer, data, end=True):
+        threads[len(data)] = threading.current_thread()
+        return encode(tokenizer, data, end)
+
+    monkeypatch.setattr(CharTokenizer, "encode", watched)
+    refused(ask.together(name, (path, {"json": body}), prompt=4000)[0], 400, "has 500[01] tokens; 4000 are")
+    assert threads[5000] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_strangers_learn_nothing_of_the_kind(ask, name):
+    """As before there were kinds: the page, that the server is there, and that it wants a token."""
+    for path in ("/", "/health", "/openapi.json", "/v1/models", "/nothing", *PATHS):
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
+            ((answer),) = ask.together(name, (path, {"method": method}), tokens=["secret"])
+            expected = ask.together("lm", (path, {"method": method}), tokens=["secret"])[0]
+            assert (answer.status_code, answer.content, answer.headers) == (
+                expected.status_code, expected.content, expected.headers,
+            )  # fmt: skip
+    known = ask.together(name, ("/", {"method": "GET", "headers": {"Authorization": "Bearer secret"}}), tokens=["secret"])[0]
+    assert known.status_code == (200 if name in ("lm", "seq2seq") else 404)
+
+
+def described(ask, name):
+    """path -> schema of its request, of the description that a server of a model gives out."""
+    text = ask.together(name, ("/openapi.json", {"method": "GET"}))[0].text
+    description = json.loads(text)
+    schemas = description["components"]["schemas"]
+    assert set(re.findall(r"#/components/schemas/(\w+)", text)) == set(schemas)
+    found = {}
+    for path, methods in description["paths"].items():
+        for media, content in methods.get("post", {}).get("requestBody", {}).get("content", {}).items():
+            found[path] = media, schemas[content["schema"]["$ref"].rpartition("/")[2]]
+    return found
+
+
+FIELDS = {  # of all kinds, with a value that every kind which has them takes
+    "temperature": 1, "top_p": 1, "top_k": 0, "echo": False, "n": 1, "best_of": 1, "stream": False, "logprobs": 1, "seed": 3,
+    "cache_salt": "x", "user": "u", "metadata": {"a": "b"}, "max_tokens": 2, "stop": "k", "encoding_format": "float",
+}  # fmt: skip
+NEEDED = {
+    "/v1/completions": {"prompt": "ab"}, "/v1/embeddings": {"input": "ab"}, "/v1/tag": {"input": "ab"},
+    "/v1/classify": {"input": "ab"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_description_is_true_for_the_model_served(ask, name):
+    paths = described(ask, name)
+    assert set(paths) == set(HANDLERS["classifier" if name == "sound" else name])
+    files = {"file": ("x.wav", recording()[0])}
+    for path, (media, schema) in paths.items():
+        assert (media == "multipart/form-data") == (name in ("ctc", "sound"))
+        for one in schema.get("oneOf", [schema]):
+            needed = NEEDED.get(path, {"text": "ab"} if name == "lm" else {"source": "ab", "target": "k"})
+            needed = {"tokens": [1, 2]} if "tokens" in one["required"] else needed
+            for field, value in FIELDS.items():
+                if media == "multipart/form-data":
+                    answer = ask(name, path, files=files, data={field: str(value)})
+                else:
+                    answer = ask(name, path, needed | {field: value})
+                taken = answer.status_code == 200
+                assert taken == (field in one["properties"]), (path, field, answer.text)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_schemathesis_makes_nothing_of_the_description_that_is_refused_as_another_form(ask, name):
+    schemathesis, hypothesis = pytest.importorskip("schemathesis"), pytest.importorskip("hypothesis")
+    description = json.loads(ask.together(name, ("/openapi.json", {"method": "GET"}))[0].text)
+    schema = schemathesis.openapi.from_dict(description)
+
+    def check(case):
+        sent = case.as_transport_kwargs(base_url="http://here")
+        answer = ask(name, case.path, **{key: sent[key] for key in ("json", "files", "data") if sent.get(key) is not None})
+        assert answer.status_code < 500, answer.text
+        if answer.status_code != 200:
+            assert answer.json()["error"]["code"] not in ("unknown_parameter", "unsupported_parameter"), answer.text
+
+    few = hypothesis.settings(
+        max_examples=8, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    for operation in (one.ok() for one in schema.get_all_operations()):
+        if operation.method.upper() == "POST":
+            few(hypothesis.given(operation.as_strategy())(check))()
+
+
+def test_inputs_are_counted_by_route(ask):
+    def counted(name, *requests):
+        text = ask.together(name, *requests, ("/metrics", {"method": "GET"}), in_turn=True)[-1].text
+        return dict(re.findall(r'^dllm_inputs_total{rank="0",route="([^"]*)"} (.*)$', text, re.MULTILINE))
+
+    post = lambda path, body: (path, {"json": body})
+    assert counted("tagger", post("/v1/tag", {"input": ["ab", "k"]}), post("/v1/tag", {"input": ""})) == {"/v1/tag": "2"}
+    assert counted("classifier", post("/v1/classify", {"input": ["ab"] * 3})) == {"/v1/classify": "3"}
+    assert counted("seq2seq", post("/v1/completions", TARGET), post("/v1/score", {"source": "a", "target": "b"})) == {
+        "/v1/completions": "1", "/v1/score": "1",
+    }  # fmt: skip
+    pytest.importorskip("python_multipart")
+    sound = ("/v1/audio/transcriptions", {"files": {"file": ("x", recording()[0])}})
+    assert float(counted("ctc", sound)["/v1/audio/transcriptions"]) == pytest.approx(0.18, abs=0.02)

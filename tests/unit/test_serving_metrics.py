@@ -27,6 +27,8 @@ def test_metrics_have_this_ranks_engine_and_what_is_known_of_others():
     for seconds in (0.02, 0.02, 200.0):
         answered.add("/v1/score", 200, seconds)
     answered.add("other", None, 0.5)
+    answered.add("/v1/tag", 200, 0.5, 7)
+    answered.add("/v1/audio/transcriptions", 200, 0.5, 1.25)
     table = {0: (REPORT, 0.0, False), 1: (REPORT, 0.25, False)}
     found, kinds = values(render(LOAD, answered, table, 0, {0: True, 1: False}))
     assert (found['dllm_cache_hits_total{rank="0"}'], found['dllm_cache_bytes{rank="0"}']) == (3, 4096)
@@ -36,6 +38,10 @@ def test_metrics_have_this_ranks_engine_and_what_is_known_of_others():
     assert found['dllm_queued{rank="1"}'] == 5
     assert found['dllm_requests_total{rank="0",route="/v1/score",status="200"}'] == 3
     assert found['dllm_requests_total{rank="0",route="other",status="0"}'] == 1
+    assert {name: value for name, value in found.items() if name.startswith("dllm_inputs")} == {
+        'dllm_inputs_total{rank="0",route="/v1/tag"}': 7,
+        'dllm_inputs_total{rank="0",route="/v1/audio/transcriptions"}': 1.25,
+    }
     buckets = [found[f'dllm_request_seconds_bucket{{rank="0",route="/v1/score",le="{le}"}}'] for le in ("0.01", "0.03", "+Inf")]
     assert buckets == [0, 2, 3]
     assert found['dllm_request_seconds_sum{rank="0",route="/v1/score"}'] == pytest.approx(200.04)

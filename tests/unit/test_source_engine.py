@@ -15,9 +15,11 @@ from dllm.inference.search import Beam
 from dllm.kernels.ctc import log_probabilities
 from dllm.kernels.softmax import IGNORE
 from dllm.model.batch import Batch
+from dllm.serving import source_engine, workers
 from dllm.serving.engines import make_engine
-from dllm.serving.requests import Finished, Full, SourceRequest, Stopped, Token
+from dllm.serving.requests import Finished, Full, SourceRequest, Stopped, Stream, Token
 from dllm.serving.source_engine import WAITING
+from dllm.serving.wire import write_news
 
 OPTIONS = {"slots": 8, "queue": 64, "cache": 0, "precision": "fp32", "max_source": 64}
 SHAPES = {
@@ -116,8 +118,32 @@ def test_labels_have_the_probabilities_of_the_model(start, models, kind):
         Batch(tokens, np.full((1, 1) if kind == "classifier" else tokens.shape, IGNORE), np.array([30])),
         *np.zeros((2, 0, 1, 0), np.float32),
     )
-    np.testing.assert_array_equal(end.found[0], np.exp(log_probabilities(model.logits()))[:, 0])
-    np.testing.assert_allclose(end.found[0].sum(axis=1), 1)
+    labels, probable = end.found
+    expected = np.exp(log_probabilities(model.logits()))[:, 0]
+    order = np.argsort(-expected, axis=1)[:, : labels.shape[1]]
+    np.testing.assert_array_equal(labels, order)
+    np.testing.assert_array_equal(probable, np.take_along_axis(expected, order, axis=1))
+    assert labels.shape[1] == (3 if kind == "classifier" else 1)
+
+
+def test_of_many_labels_the_likeliest_are_said_a_block_at_a_time(tmp_path, monkeypatch):
+    """All of them would be more than a message between ranks may hold."""
+    names = [f"L{number:04}" for number in range(5000)]
+    monkeypatch.setattr(workers, "BLOCK", 20_000)
+    for kind, rows, said in (("tagger", 500, 1), ("classifier", 1, workers.MOST_LABELS)):
+        make_kind(tmp_path / kind, {"kind": kind}, labels=names)
+        engine = make_engine(LoadedModel.open(tmp_path / kind), SimpleNamespace(**OPTIONS | {"max_source": 1000}), 1)
+        sources = [RNG.integers(0, 11, 500), RNG.integers(0, 11, 3)]
+        streams = [Stream(SourceRequest(source=source), print, print) for source in sources]
+        ((_, long), (_, short)) = next(engine.worker.run(streams))
+        logits = engine.worker.model.logits()
+        best = np.argsort(-log_probabilities(logits)[:rows, 0], axis=1, kind="stable")[:, :said]
+        np.testing.assert_array_equal(long.found[0], best)
+        assert len(write_news([long])) < 100_000
+        assert engine.worker.fits(streams[0].request, long.found)
+        assert len(short.found[0]) == min(rows, 3)
+        assert not engine.worker.fits(streams[0].request, (long.found[0] + 5000, long.found[1]))
+        assert not engine.worker.fits(streams[0].request, (long.found[0][:, :0], long.found[1][:, :0]))
 
 
 def test_what_waits_is_computed_together(start):
@@ -189,9 +215,46 @@ def test_what_is_cancelled_ends_and_a_stopped_engine_takes_nothing(start):
         engine.submit(SourceRequest(source=SOURCES[0]), inbox)
 
 
+def test_a_long_target_lets_others_have_their_turn_and_stays_the_same(start, monkeypatch):
+    """Whatever is in between: targets that come as they are written, searches, and given ones."""
+    engine, inbox = start("seq2seq"), Collected()
+    long = [{"max_tokens": 3000}, {"max_tokens": 300, "beams": 3, "best": 2}, {"target": np.zeros(1500, np.int64)}]
+    wanted = [SourceRequest(source=SOURCES[3], **how) for how in long]
+    monkeypatch.setattr(engine.worker, "never", [*engine.worker.never, engine.worker.end])
+    alone = [ask(engine, request)[0] for request in wanted]
+    monkeypatch.setattr(source_engine, "TURN", 0.01)
+    streams = [engine.submit(request, inbox) for request in wanted]
+    inbox.wait(lambda: len(inbox.events.get(streams[0], [])) > 3)
+    for source in SOURCES[:3]:
+        inbox.whole(engine.submit(SourceRequest(source=source, max_tokens=2, beams=2), inbox))
+    assert not streams[0].ended  # nobody has waited for its end
+    gone = engine.submit(SourceRequest(source=SOURCES[0], max_tokens=100_000, beams=4), inbox)
+    gone.cancel()
+    assert all(map(same, inbox.whole(*streams), alone))
+    assert inbox.whole(gone)[0][-1].reason == "cancelled"
+    assert engine.load()["active"] == engine.load()["source_rows"] == 0
+
+
+@pytest.mark.parametrize("kind", ["tagger", "classifier", "ctc"])
+def test_a_source_whose_numbers_are_not_finite_ends_in_an_error_alone(start, monkeypatch, kind):
+    """Of a batch of two, by what the model says of the first."""
+    engine = start(kind)
+    model, sources = engine.worker.model, FRAMES[4:6] if kind == "ctc" else SOURCES[4:6]
+    if kind == "ctc":
+        read = engine.worker._read
+        monkeypatch.setattr(engine.worker, "_read", lambda *given: (read(*given), model.output.logits[:, 0].fill(np.nan)))
+    else:
+        logits = model.logits
+        monkeypatch.setattr(model, "logits", lambda *some: np.where([[[True], [False]]], np.inf, logits(*some)))
+    streams = [Stream(SourceRequest(source=source), print, print) for source in sources]
+    (_, bad), (_, good) = next(engine.worker.run(streams))
+    assert bad == Finished("error", "the model gave numbers that are not finite")
+    assert (good.reason, good.message) == ("length", "")
+
+
 def test_numbers_that_are_not_finite_end_in_an_error_and_the_next_is_answered(start, monkeypatch):
     engine = start("tagger")
-    monkeypatch.setattr(engine.worker.model, "logits", lambda: np.full((1, 1, 3), np.nan))
+    monkeypatch.setattr(engine.worker.model, "logits", lambda *_: np.full((1, 1, 3), np.nan))
     ((end,),) = ask(engine, SourceRequest(source=SOURCES[0]))
     assert end == Finished("error", "the model gave numbers that are not finite")
     monkeypatch.undo()

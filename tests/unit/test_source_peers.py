@@ -147,9 +147,10 @@ LIES = {
     "floats for a text": ("a search", [Finished("length", found=(FACTS, TEXT * 1.0))]),
     "not finite": ("a score", [Finished("length", found=(np.full(4, np.nan),))]),
     "a short score": ("a score", [Finished("length", found=(np.zeros(3),))]),
-    "no probabilities": ("tags", [Finished("length", found=(np.full((5, 3), 2.0),))]),
-    "tags of another text": ("tags", [Finished("length", found=(np.zeros((4, 3)),))]),
-    "classes of each token": ("a class", [Finished("length", found=(np.zeros((5, 3)),))]),
+    "no probabilities": ("tags", [Finished("length", found=(np.zeros((5, 1), np.int64), np.full((5, 1), 2.0)))]),
+    "tags of another text": ("tags", [Finished("length", found=(np.zeros((4, 1), np.int64), np.zeros((4, 1))))]),
+    "a tag that is none": ("tags", [Finished("length", found=(np.full((5, 1), 3), np.zeros((5, 1))))]),
+    "classes of each token": ("a class", [Finished("length", found=(np.zeros((5, 3), np.int64), np.zeros((5, 3))))]),
     "an end that is none": ("a class", [Finished("cancelled")]),
 }
 
@@ -172,13 +173,14 @@ def question(**changes):
     "message",
     [
         b"", pack({}), question(source=np.zeros(65, np.int64)), question(source=np.zeros(0, np.int64)), question(beams=0),
-        question(source=SOURCE * 1.0), question(source=SOURCE + 20), question(source=np.zeros((2, 2, 2))), question(beams=3),
+        question(source=SOURCE * 1.0), question(source=SOURCE + 20), question(source=np.zeros((2, 2, 2))), question(beams=41),
         question(max_tokens=3001), question(target=np.zeros(3001, np.int64)), question(target=np.zeros((2, 2), np.int64)),
-        question(logprobs=99), question(source=np.array(1)),
+        question(logprobs=99), question(source=np.array(1)), question(beams=33, max_tokens=3000),
+        question(source=np.zeros(64, np.int64), beams=33), question(beams=2, max_tokens=3000, logprobs=20),
     ],
 )  # fmt: skip
 def test_a_rank_that_asks_for_what_no_client_may_is_refused(models, message):
-    engine = make_engine(models["seq2seq"], OPTIONS, 1)
+    engine = make_engine(models["seq2seq"], SimpleNamespace(**vars(OPTIONS) | {"slots": 40}), 1)
     with pytest.raises((ValueError, TypeError)):
         engine.check(engine.read_question(message, LIMITS))
 
