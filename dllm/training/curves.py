@@ -46,7 +46,7 @@ def read_lines(path: pathlib.Path) -> list[Line]:
 
 def is_number(value: Any) -> bool:
     """Whether a value out of a file is one that a run may have measured, which can be computed with."""
-    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
+    return isinstance(value, float) or (type(value) is int and abs(value) <= 2**53)
 
 
 def is_step(value: Any) -> bool:

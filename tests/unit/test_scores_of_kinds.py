@@ -113,7 +113,7 @@ def test_letters_have_error_rates_which_are_null_where_nothing_is_said(sounds):
 
 
 def test_text_keeps_its_scores_and_targets_of_pairs_have_no_bits_per_byte():
-    line = {"step": 3, "split": "valid", "loss": 1.0, "perplexity": math.e, "bits_per_byte": 0.5}
+    line = {"step": 3, "split": "valid", "loss": 1.0, "perplexity": math.e, "bits_per_byte": np.float64(0.5)}
     shown, charts, best = as_shown(line, blocks.Units())
     assert shown == "loss 1.0000  perplexity 2.72  bits per byte 0.500"
     assert charts == {"loss/valid": 1.0, "perplexity/valid": math.e, "bits per byte/valid": 0.5}
