@@ -72,6 +72,10 @@ class RecordFile:
         """The error of a line."""
         return UserError(f"{self.lines.place(line)} {what}")
 
+    def unreadable(self, line: int, why: str) -> UserError:
+        """The error of a recording that a line names: without its name, which may be private text in a wrong column."""
+        return self.wrong(line, f"names a recording that cannot be read: {why}")
+
     def _label(self, data: bytes, line: int) -> str:
         try:
             label = data.strip().decode()

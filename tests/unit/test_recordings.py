@@ -130,12 +130,18 @@ def test_lanes_refuse_what_no_window_holds_and_what_they_do_not_hear(folder):
         ),
         (["--classes", "class.tsv", "--tokenizer", "byte", "--augment", "2"], "--augment is of recordings with labels"),
         (["--classes", "class.tsv", "--tokenizer", "mulaw"], "--tokenizer mulaw makes levels of recordings: give --audio"),
-        (["--classes", "gone.tsv", "--tokenizer", "mel"], "cannot read gone.wav"),
-        (["--classes", "no.tsv", "--tokenizer", "mel"], "cannot read text: it is no WAV file"),
+        (
+            ["--classes", "gone.tsv", "--tokenizer", "mel"],
+            "gone.tsv line 1 names a recording that cannot be read: No such file",
+        ),
+        (
+            ["--classes", "no.tsv", "--tokenizer", "mel"],
+            "no.tsv line 1 names a recording that cannot be read: it is no WAV file",
+        ),
         (["--transcripts", "control.tsv", "--tokenizer", "mel"], "control.tsv line 1 has a transcript with characters"),
         (
             ["--transcripts", "said.tsv", "--valid-transcripts", "other.tsv", "--tokenizer", "mel"],
-            "other.tsv line 1 has a letter that no transcript of the train recordings has",
+            "other.tsv line 1 has a letter that is none of the 3 of the train text",
         ),
     ],
 )
