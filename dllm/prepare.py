@@ -17,7 +17,7 @@ from .data import audio, source_names, text
 from .data.corpus import Corpus
 from .data.drawing import Drawing
 from .data.forms import LABELLED, RECORDED, SPLITS, files_of, form_of, named, named_file, option
-from .data.label_names import of_class_files, public_names
+from .data.label_names import check_options, public_names
 from .data.labelling import Classing, Tagging
 from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
@@ -111,7 +111,13 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     for split in SPLITS:
         sound = "--audio" if split == "train" else f"--{split}-audio"
         parser.add_argument(
-            f"--{split}", sound, nargs="+", default=[], metavar="FILE", help=f"{split} text, or recordings for mulaw"
+            f"--{split}",
+            sound,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            action=_Files,
+            help=f"{split} text, or recordings for mulaw",
         )
     _add_reading(parser)
     for split in SPLITS:
@@ -149,8 +155,18 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     splits = _splits(parser, options, rank)
     options.alone = config.is_private(options.out) and not options.deal
     _check_vocabulary(parser, options)
-    _check_labels(parser, options)
+    check_options(parser, options)
     return options, splits
+
+
+class _Files(argparse.Action):
+    """Files of a split; `options.audio`: some of them were given as recordings."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(options, self.dest, values)
+        options.audio = getattr(options, "audio", False) or "-a" in (option_string or "")
 
 
 def _add_labels(parser: cli.Parser) -> None:
@@ -295,6 +311,8 @@ def _sound(options: argparse.Namespace, rank: int) -> Tokenizer | None:
         raise UserError(f"--transcripts are of recordings, and {name} reads none: take --tokenizer mel")
     if options.augment and not found.bands:
         raise UserError(f"--augment is of recordings with labels, and {name} reads none: take --tokenizer mel")
+    if getattr(options, "audio", False) and (found.bands or not found.rate):
+        raise UserError(f"--audio is of recordings, and {name} makes no levels of them: take --tokenizer mulaw")
     if found.bands and options.form not in RECORDED:
         raise UserError(f"{name} makes frames of recordings with labels: give --classes, --class or --transcripts")
     if found.rate and not found.bands and (options.form != "text" or options.field):
@@ -328,29 +346,6 @@ def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
         raise UserError(
             f"a vocabulary of --tokenizer {options.tokenizer} tells of private text: take --tokenizer byte, --tokenizer-from "
             "DIR (of public text) or --epsilon E (a private count); --share-vocabulary shares all words and counts"
-        )
-
-
-def _check_labels(parser: cli.Parser, options: argparse.Namespace) -> None:
-    """Raises UserError where labels of private text would be told and nobody has said so."""
-    labelled = options.form in LABELLED
-    if options.labels is not None and not labelled:
-        parser.error("--labels goes with --tags, --classes, --class or --transcripts")
-    if options.labels == "":
-        parser.error("--labels names no labels")
-    if options.share_labels:
-        if not (labelled and options.alone):
-            parser.error("--share-labels is for labels of private text, with {rank} in --out")
-        if options.labels:
-            parser.error(
-                "give either --labels or --share-labels: one is a list that all may know, the other tells what there is"
-            )
-        if options.epsilon:
-            parser.error("--epsilon promises that little is told of a text, and --share-labels tells its labels: give --labels")
-    elif labelled and options.alone and not (options.labels or of_class_files(options)):
-        raise UserError(
-            "labels tell of private text, in a wrong column all of it: give those that all may know by --labels A,B,C or "
-            "--labels FILE (one a line); --share-labels tells the names of all labels to all ranks"
         )
 
 

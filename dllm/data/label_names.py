@@ -18,12 +18,36 @@ from ..errors import UserError
 from ..files import storage
 from . import vocabulary
 from .checked_tokens import LONGEST_LABEL, MOST_LABELS, problem_of_label, problem_of_letter
+from .forms import LABELLED
 from .lines import plain_lines
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 MOST_SHARED, LONGEST_SHARED = 256, 64  # names of private text, and characters of one: more than that are no labels
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Raises UserError where labels of private text would be told and nobody has said so."""
+    labelled = options.form in LABELLED
+    if options.labels is not None and not labelled:
+        parser.error("--labels goes with --tags, --classes, --class or --transcripts")
+    if options.labels == "":
+        parser.error("--labels names no labels")
+    if options.share_labels:
+        if not (labelled and options.alone):
+            parser.error("--share-labels is for labels of private text, with {rank} in --out")
+        if options.labels:
+            parser.error(
+                "give either --labels or --share-labels: one is a list that all may know, the other tells what there is"
+            )
+        if options.epsilon:
+            parser.error("--epsilon promises that little is told of a text, and --share-labels tells its labels: give --labels")
+    elif labelled and options.alone and not (options.labels or _of_class_files(options)):
+        raise UserError(
+            "labels tell of private text, in a wrong column all of it: give those that all may know by --labels A,B,C or "
+            "--labels FILE (one a line); --share-labels tells the names of all labels to all ranks"
+        )
 
 
 def public_names(options: argparse.Namespace, rank: int) -> tuple[str, ...]:
@@ -60,12 +84,12 @@ def public_names(options: argparse.Namespace, rank: int) -> tuple[str, ...]:
 
 def _of_classes(options: argparse.Namespace) -> tuple[str, ...]:
     """The names of --class where private text has no others, and its user does not share them."""
-    if options.share_labels or not options.alone or not of_class_files(options):
+    if options.share_labels or not options.alone or not _of_class_files(options):
         return ()
     return tuple(sorted({word.partition("=")[0].strip(" \t") for word in getattr(options, "class")}))
 
 
-def of_class_files(options: argparse.Namespace) -> bool:
+def _of_class_files(options: argparse.Namespace) -> bool:
     """Whether the command line names the class of each train text."""
     return options.form == "class" and not options.classes
 

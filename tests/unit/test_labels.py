@@ -19,6 +19,7 @@ from dllm.data.source_names import listed
 from dllm.data.vocabulary import Vocabulary
 from dllm.errors import UserError
 from dllm.files import storage
+from dllm.tools import facts, info
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +100,19 @@ def test_a_line_that_is_no_text_with_a_class_is_named(tmp_path, case):
         [*ClassFile(LabelledFile(tmp_path / "file"))]
 
 
-def test_an_empty_line_of_a_class_is_named(tmp_path):
+def test_an_empty_line_of_a_class_is_no_text(tmp_path):
     (tmp_path / "file").write_bytes(b"one\r\n \ntwo")
     file = ClassFile(LabelledFile(tmp_path / "file", "pos"))
-    assert (file[0], file[2]) == (([b"one"], ["pos"], [0]), ([b"two"], ["pos"], [2]))
-    with pytest.raises(UserError, match="line 2 has no text"):
-        file[1]
+    assert [*file] == [([b"one"], ["pos"], [0]), ([b"two"], ["pos"], [2])]
+
+
+def test_a_number_sign_is_a_word_of_columns_and_a_text_of_classes(tmp_path):
+    assert tags_of(tmp_path / "file", "# this is a comment\n#\tP\nx\tN\n\n#\tQ\n") == [
+        (["#", " x"], ["P", "N"]),
+        (["#"], ["Q"]),
+    ]
+    (tmp_path / "file").write_text("# one\n#two\n")
+    assert [record.units for record in ClassFile(LabelledFile(tmp_path / "file", "pos"))] == [[b"# one"], [b"#two"]]
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
@@ -231,7 +239,11 @@ def test_the_command_takes_files_of_classes_packed_or_in_patterns(tmp_path, monk
     assert sorted((bytes(tokens).decode(), *label) for tokens, label in records(corpus)) == [
         ("bad 0", "neg"), ("bad 1", "neg"), ("bad 2", "neg"), ("good 1", "pos"), ("good 2", "pos"), ("news", "new=er")
     ]  # fmt: skip
+    assert "--preset classifier" in info.next_command(facts.look("new", tmp_path / "new"))
+    assert info.info(["new"]) == 0
     said = capsys.readouterr().out
+    assert "classes     3 labels: neg, new=er, pos" in said
+    assert "train       6 records, " in said
     assert "texts: train 6, valid 2\n3 labels: neg, new=er, pos\n" in said
     assert "--preset classifier\n" in said
 
