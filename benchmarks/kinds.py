@@ -63,7 +63,13 @@ def kinds(options: argparse.Namespace) -> Measured:
 
 def by_dllm(preset: str, corpus: pathlib.Path, out: pathlib.Path, ranks: int, steps: int) -> float | None:
     """Tokens a second, the median over every EVERY steps but the first."""
-    settings = {"train.threads": 1, "train.max_steps": steps, "train.eval_every": 1 << 30, "log.every": EVERY}
+    settings = {
+        "train.precision": "fp32",
+        "train.threads": 1,
+        "train.max_steps": steps,
+        "train.eval_every": 1 << 30,
+        "log.every": EVERY,
+    }
     train(ranks, out, "--preset", preset, "--data", corpus, settings=settings)
     return middle([line["tokens_per_second"] for line in metrics(out) if "split" not in line][1:])
 
