@@ -6,6 +6,7 @@ same to the bit for any number of threads.
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TypeAlias, no_type_check
 
@@ -19,29 +20,38 @@ from .compile import kernel
 from .processor import ARM, X86
 from .types import Array
 
-Tasks: TypeAlias = queue.SimpleQueue[tuple[Callable[[int], object], int]]  # a function and the part of it to do
+Tasks: TypeAlias = queue.SimpleQueue[tuple[Callable[[int], object], int] | None]  # a function and the part of it to do
+Done: TypeAlias = queue.SimpleQueue[BaseException | None]  # what became of a part
 
 PATIENCE = 2000  # looks at a barrier, some tens of nanoseconds each, before the core is given away
 
 
+def _work(tasks: Tasks, done: Done) -> None:
+    """What a thread of a team does, until it is told nothing more. It holds on to nothing while it waits."""
+    while (task := tasks.get()) is not None:
+        try:
+            task[0](task[1])
+            done.put(None)
+        except BaseException as error:
+            done.put(error)
+        del task
+
+
+def _end(every: list[Tasks]) -> None:
+    for tasks in every:
+        tasks.put(None)
+
+
 class Team:
-    """`size` threads, the caller's among them. The others sleep between calls, and end with the process."""
+    """`size` threads, the caller's among them. The others sleep between calls, and end when nobody has the team any more."""
 
     def __init__(self, size: int = 1) -> None:
         self.size = size
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._done: Done = queue.SimpleQueue()
         self._tasks: list[Tasks] = [queue.SimpleQueue() for _ in range(size - 1)]
         for tasks in self._tasks:
-            threading.Thread(target=self._work, args=(tasks,), daemon=True).start()
-
-    def _work(self, tasks: Tasks) -> None:
-        while True:
-            function, part = tasks.get()
-            try:
-                function(part)
-                self._done.put(None)
-            except BaseException as error:
-                self._done.put(error)
+            threading.Thread(target=_work, args=(tasks, self._done), daemon=True).start()
+        weakref.finalize(self, _end, self._tasks).atexit = False
 
     def run(self, function: Callable[[int], object]) -> None:
         """function(part) for every part in range(size), at the same time."""

@@ -127,7 +127,9 @@ def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
     assert generated(world, "--beam", 1) == generated(world, "--temperature", 0)
     found = generated(world, "--beam", 5)
     assert found.startswith("First")
-    assert generated(world, "--beam", 5, "--seed", 3) == found
+    refused = mpirun(0, "-m", "dllm.generate", "run", "--beam", 5, "--seed", 3, cwd=world)
+    assert (refused.returncode, refused.stderr.count("\n")) == (REFUSED, 1)
+    assert "--beam takes the likeliest texts and draws none: leave --seed" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Models of labels, sound and pairs in use: memory, white space, letters that a terminal lacks, options without effect."""
 
 import argparse
+import gc
 import io
 import json
+import threading
 import tracemalloc
 
 import numpy as np
@@ -13,6 +15,7 @@ from dllm import config, generate
 from dllm.data.tokenizers import ByteTokenizer
 from dllm.errors import UserError
 from dllm.inference import labelling, source_files
+from dllm.kernels.team import Team
 from dllm.model.batch import Batch
 from dllm.model.kinds import make_model
 from dllm.model.layout import Layout
@@ -49,6 +52,21 @@ def test_memory_is_foreseen_as_it_is_taken(shape):
     finally:
         tracemalloc.stop()
     assert 0.85 * LONG[shape] * taken <= foreseen <= 1.3 * taken, (foreseen / taken, taken)
+
+
+def test_threads_of_a_model_end_with_it():
+    """Its team's, and those by which each direction has its own."""
+    before = set(threading.enumerate())
+    model = make_model(Layout(configured("tagger"), 30, np.float32), 8, 2, training=False, team=Team(4))
+    model.bind(np.zeros(model.layout.size, np.float32))
+    model.forward(model.example(), *np.zeros((2, 0, 1, 16), np.float32))
+    mine = set(threading.enumerate()) - before
+    assert len(mine) == 3 + 1 + 2  # of four, of the two directions, and of two teams of two
+    del model
+    gc.collect()
+    for thread in mine:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_nothing_is_taken_before_memory_is_refused():
