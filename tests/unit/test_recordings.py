@@ -108,7 +108,7 @@ def test_lanes_give_every_recording_once_an_epoch(folder):
     said = prepared(folder, "--transcripts", str(folder / "said.tsv"), name="said")
     lanes = read_lanes(said, "train", range(5), 5, 100, None, "ctc")
     batch = lanes.window(0, 0)
-    assert lanes.shapes(np.array([0]))[0] == [3 + 5 + 1 + 0 + 4]
+    assert lanes.shapes(np.array([0]))[0] == [3 + 5 + 1 + 1 + 4]  # an empty transcript counts as one
     texts = {int(n): [label for label in batch.targets[:, lane] if label >= 0] for lane, n in enumerate(batch.lengths)}
     assert texts == {len(one): [label for label in labels if label >= 0] for one, labels in recordings(said)}
 
