@@ -88,7 +88,7 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{printable(options.out)}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
     out = shlex.quote(printable(options.out))
-    print(f"try it: {model_card.command(source.config.kind, out, source.tokenizer.pairs)}")
+    print(f"try it: {model_card.command(source.config.kind, out, source.tokenizer.pairs, source.tokenizer.rate > 0)}")
     return DONE
 
 

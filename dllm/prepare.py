@@ -16,7 +16,8 @@ from .comm import messages, runtime
 from .data import audio, source_names, text
 from .data.corpus import Corpus
 from .data.drawing import Drawing
-from .data.forms import RECORDED, SPLITS, files_of, form_of, named, named_file, option
+from .data.forms import LABELLED, RECORDED, SPLITS, files_of, form_of, named, named_file, option
+from .data.label_names import check_options, public_names
 from .data.labelling import Classing, Tagging
 from .data.lane_kinds import PRESETS
 from .data.new_folder import left_over
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
-    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate", "augment",
+    "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate", "augment", "labels", "share_labels",
 )  # fmt: skip
 LONGEST_LIST = 500  # characters of labels that are shown
 EPILOG = """
@@ -47,6 +48,7 @@ examples
   python -m dllm.prepare --train 'crawl/*.jsonl.zst' --field text --valid-fraction 0.01 --tokenizer bpe --out data/crawl
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer-from data/web --out 'data/site{rank}'
   mpirun -n 4 python -m dllm.prepare --train 'texts/site{rank}.txt' --tokenizer bpe --epsilon 2 --out 'data/site{rank}'
+  mpirun -n 4 python -m dllm.prepare --classes 'site{rank}.tsv' --labels good,bad --tokenizer byte --out 'data/site{rank}'
   mpirun -n 8 python -m dllm.prepare --train *.txt --deal dirichlet --alpha 0.3 --tokenizer char --out 'data/part{rank}'
   python -m dllm.prepare --pairs train.en train.de --valid-pairs valid.en valid.de --tokenizer bpe --out data/en-de
   python -m dllm.prepare --audio recordings --valid-audio held-out --tokenizer mulaw --out data/sound
@@ -87,8 +89,11 @@ Tags are of words, in CoNLL-U or in columns between tabs or white space: a word 
 --tag-column counts from 1; without it, it is 4 of CoNLL-U (UPOS) and else the last. Words of a sentence are joined by single
 spaces, and the tag stands on a word's first token. Classes are of texts, one a line: --classes has a label and a tab before
 each, --class LABEL=FILE one label for a file. Both are shuffled by --seed, and --tokenizer-from RUN takes the vocabulary of a
-language model that is to lie beneath. Labels are those of the train text of all ranks. The names of labels, without how often
-they are there, are told to all ranks, of private text too.
+language model that is to lie beneath. Labels are those of the train text of all ranks, or of --labels. In a wrong column they
+are the text itself, so say of private text where their names come from:
+  --class LABEL=FILE     has named them: nothing travels
+  --labels A,B,C|FILE    a list, or a file with one a line; of transcripts the letters in it: nothing travels but its hash
+  --share-labels         those of the train text, at most 256 of 64 characters, go to all ranks, without how many there are
 
 tokenizers
   byte   256 tokens; exact for any file: marks, CR LF and ends of files stay as they are
@@ -106,7 +111,13 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     for split in SPLITS:
         sound = "--audio" if split == "train" else f"--{split}-audio"
         parser.add_argument(
-            f"--{split}", sound, nargs="+", default=[], metavar="FILE", help=f"{split} text, or recordings for mulaw"
+            f"--{split}",
+            sound,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            action=_Files,
+            help=f"{split} text, or recordings for mulaw",
         )
     _add_reading(parser)
     for split in SPLITS:
@@ -142,8 +153,20 @@ def arguments(argv: Sequence[str], rank: int = 0) -> tuple[argparse.Namespace, d
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the corpus")
     options = parser.parse_args(argv)
     splits = _splits(parser, options, rank)
+    options.alone = config.is_private(options.out) and not options.deal
     _check_vocabulary(parser, options)
+    check_options(parser, options)
     return options, splits
+
+
+class _Files(argparse.Action):
+    """Files of a split; `options.audio`: some of them were given as recordings."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(options, self.dest, values)
+        options.audio = getattr(options, "audio", False) or "-a" in (option_string or "")
 
 
 def _add_labels(parser: cli.Parser) -> None:
@@ -160,6 +183,10 @@ def _add_labels(parser: cli.Parser) -> None:
     parser.add_argument(
         "--tag-column", type=cli.at_least(1), default=0, metavar="N", help="where tags stand (default: UPOS, or last)"
     )
+    parser.add_argument(
+        "--labels", metavar="A,B,C|FILE", help="all labels, or a file with one a line (default: of the train text)"
+    )
+    parser.add_argument("--share-labels", action="store_true", help="private text: tell all ranks the names of its labels")
 
 
 def _add_reading(parser: cli.Parser) -> None:
@@ -194,19 +221,19 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     with runtime.together(comm):
         options, splits = arguments(argv, comm.rank)
     runtime.check_same(comm, {"--" + name.replace("_", "-"): str(getattr(options, name)) for name in OF_ALL})
-    private = config.is_private(options.out)
-    if private and not options.deal:
+    private, alone = config.is_private(options.out), options.alone
+    if alone:
         storage.owner_only()
     with runtime.together(comm):
         splits = {name: named(paths, comm.rank) for name, paths in splits.items()}
-    alone = private and not options.deal
     if not alone:
         runtime.check_same(comm, {f"list of {name} files": paths for name, paths in splits.items()})
     out = config.path_of_rank(options.out, comm.rank)
     held_out = {"valid": options.valid_fraction, "test": options.test_fraction}
     held_out = {name: share for name, share in held_out.items() if share}
     sound = runtime.agree(comm, _sound, options, comm.rank)
-    drawing = _drawing(options, held_out, sound is not None)
+    names = runtime.agree(comm, public_names, options, comm.rank)
+    drawing = _drawing(options, held_out, sound is not None, names)
     rate = sound.rate if sound and not sound.bands else 0
     reading = Reading(options.field, options.keep_bytes, {} if drawing else held_out, options.seed, rate)
     above = pathlib.Path(os.path.abspath(out if alone else options.out)).parents
@@ -250,17 +277,17 @@ def prepare(argv: Sequence[str], comm: MPI.Comm) -> int:
     return DONE
 
 
-def _drawing(options: argparse.Namespace, held_out: dict[str, float], recorded: bool) -> Drawing | None:
-    """What to do with records; None: it is running text, or sound."""
+def _drawing(options: argparse.Namespace, held_out: dict[str, float], recorded: bool, names: tuple[str, ...]) -> Drawing | None:
+    """What to do with records; None: it is running text, or sound. names : of labels, where they are given"""
     seed, longest = options.seed, options.longest
     if recorded and options.form in RECORDED:
         kind = Transcribing if options.transcripts else Recordings
-        return kind(seed, longest, held_out, copies=options.augment)
+        return kind(seed, longest, held_out, names=names, copies=options.augment)
     if options.pairs:
         return Pairing(seed, longest, held_out)
     if options.tags:
-        return Tagging(seed, longest, held_out, column=options.tag_column)
-    return Classing(seed, longest, held_out) if options.classes or getattr(options, "class") else None
+        return Tagging(seed, longest, held_out, names=names, column=options.tag_column)
+    return Classing(seed, longest, held_out, names=names) if options.form in LABELLED else None
 
 
 def _vocabulary(options: argparse.Namespace, rank: int) -> Vocabulary:
@@ -284,6 +311,8 @@ def _sound(options: argparse.Namespace, rank: int) -> Tokenizer | None:
         raise UserError(f"--transcripts are of recordings, and {name} reads none: take --tokenizer mel")
     if options.augment and not found.bands:
         raise UserError(f"--augment is of recordings with labels, and {name} reads none: take --tokenizer mel")
+    if getattr(options, "audio", False) and (found.bands or not found.rate):
+        raise UserError(f"--audio is of recordings, and {name} makes no levels of them: take --tokenizer mulaw")
     if found.bands and options.form not in RECORDED:
         raise UserError(f"{name} makes frames of recordings with labels: give --classes, --class or --transcripts")
     if found.rate and not found.bands and (options.form != "text" or options.field):
@@ -294,7 +323,7 @@ def _sound(options: argparse.Namespace, rank: int) -> Tokenizer | None:
 def _check_vocabulary(parser: cli.Parser, options: argparse.Namespace) -> None:
     """Raises UserError where a vocabulary of private text would tell of it and nobody has said so."""
     counted = not (options.tokenizer is None or KINDS[options.tokenizer].fixed)
-    private = config.is_private(options.out) and not options.deal
+    private = options.alone
     chosen = [name for name in ("epsilon", "share_vocabulary") if getattr(options, name)]
     if options.tokenizer_from == "":
         parser.error("--tokenizer-from names no folder")
@@ -333,7 +362,7 @@ def _splits(parser: cli.Parser, options: argparse.Namespace, rank: int) -> dict[
         split: [named_file(parser, one, word) for one in forms for word in files_of(options, one, split)] for split in SPLITS
     }
     if options.files_from:
-        splits["train"] += source_names.listed(config.path_of_rank(options.files_from, rank))
+        splits["train"] += source_names.listed(config.path_of_rank(options.files_from, rank), rank)
     splits = {split: words for split, words in splits.items() if words}
     private = {split: [*paths, *([options.files_from] if split == "train" else [])] for split, paths in splits.items()}
     ranks = [split for split, paths in private.items() if config.is_private(str(paths))]

@@ -5,7 +5,6 @@ WAV is read by the standard library. What that refuses, and FLAC, OGG and MP3, i
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
@@ -21,10 +20,13 @@ from ..files import storage
 from ..kernels.types import Array
 
 RATE = 8000  # samples a second, as telephones have
-LEAST_RATE, MOST_RATE = 1000, 768_000
+LEAST_RATE, MOST_RATE = 1000, 384_000
+MOST_SAMPLES = 1 << 28  # of a recording; a few bytes of FLAC can say hours of silence
+LOUDEST = 1 << 16  # of a float; 1 is the loudest of a sound card, and some programs count in whole numbers
 ENDLESS = 1 << 30  # bytes of sound that a header may promise falsely: whoever writes to a pipe does not know how many come
 ZEROS, BETA, ROLLOFF = 32, 9.0, 0.95  # of the filter: zeros on a side, Kaiser window, edge as a part of the lower rate
-BLOCK = 1 << 22  # weights of the filter that are in memory at a time
+BLOCK = 1 << 22  # weights of the filter, or samples of all channels, that are in memory at a time
+PHASES = 1024  # of the filter that are computed: between them it is interpolated, with an error below 1e-6
 
 
 class Sound(NamedTuple):
@@ -36,15 +38,21 @@ class Sound(NamedTuple):
 
 def read(path: str | os.PathLike[str]) -> Sound:
     """The recording in a file, its channels averaged. Raises UserError."""
-    with contextlib.suppress(OSError):  # which opening it says
-        storage.check_regular(path)
     try:
-        with open(path, "rb") as file:
-            return decode(file.read())
+        return load(path)
     except UserError as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def load(path: str | os.PathLike[str]) -> Sound:
+    """As `read`, but the error says why alone and names no file: its name may be private text."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe has no end
+            raise UserError("it is not a file")
+        with open(path, "rb") as file:
+            return decode(file.read())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+        raise UserError(reason(error)) from None
 
 
 def decode(data: bytes, most: float = math.inf) -> Sound:
@@ -55,13 +63,19 @@ def decode(data: bytes, most: float = math.inf) -> Sound:
     sound = _decode(data, most)
     if len(sound.samples) > most * sound.rate:
         raise UserError(f"it is longer than {most:,.0f} seconds")
-    if not LEAST_RATE <= sound.rate <= MOST_RATE:
-        raise UserError(f"it has {sound.rate:,} samples a second; {LEAST_RATE:,} to {MOST_RATE:,} are read")
+    _check_rate(sound.rate)
     if not len(sound.samples):
         raise UserError("there is no sound in it")
     if not np.isfinite(sound.samples).all():
         raise UserError("it has samples that are no numbers")
+    if (loudest := float(np.abs(sound.samples).max())) > LOUDEST:
+        raise UserError(f"it has samples of {loudest:.3g}, and 1 is the loudest of a recording")
     return sound
+
+
+def _check_rate(rate: int) -> None:
+    if not LEAST_RATE <= rate <= MOST_RATE:
+        raise UserError(f"it has {rate:,} samples a second; {LEAST_RATE:,} to {MOST_RATE:,} are read")
 
 
 def _decode(data: bytes, most: float) -> Sound:
@@ -104,12 +118,25 @@ def _decode_by_library(file: io.BytesIO, why: str, most: float) -> Sound:
         raise UserError(f"{why}; FLAC and other kinds take pip install 'dllm[audio]'") from None
     try:
         with soundfile.SoundFile(file) as opened:
-            rate = opened.samplerate
-            samples = opened.read(-1 if most == math.inf else int(most * rate) + 1, dtype="float32", always_2d=True)
+            rate, channels = opened.samplerate, opened.channels
+            _check_rate(rate)
+            limit = min(MOST_SAMPLES, most * rate)
+            parts, there = [np.empty(0, np.float32)], 0
+            while there <= limit:  # the channels of all of it may not fit into memory
+                part = opened.read(max(1, BLOCK // channels), dtype="float32", always_2d=True)
+                if not len(part):
+                    break
+                with np.errstate(all="ignore"):  # `decode` says what is wrong with numbers that are none
+                    parts.append(part.mean(axis=1, dtype=np.float32))
+                there += len(part)
+            if there > MOST_SAMPLES:
+                raise UserError(f"it has more than {MOST_SAMPLES:,} samples")
+    except UserError:
+        raise
     except Exception as error:  # the library has errors of its own
         says = getattr(error, "error_string", "") or reason(error)  # without the name of the file
         raise UserError(f"{why}, and soundfile says: {says}") from None
-    return Sound(samples.mean(axis=1, dtype=np.float32), int(rate))
+    return Sound(np.concatenate(parts), int(rate))
 
 
 def write(path: str | os.PathLike[str], sound: Sound) -> None:
@@ -141,13 +168,18 @@ def resample(samples: Array, rate: int, wanted: int) -> Array:
     taps = np.arange(1 - half, half + 1)
     near = sliding_window_view(np.pad(samples, (half - 1, half + 1)), 2 * half)
     count, block, parts = -(-len(samples) * up // down), max(1, BLOCK // (2 * half)), []
+    rows = min(up, PHASES)
+    t = np.arange(rows + 1)[:, None] / rows - taps
+    h = np.sinc(c * t) * np.i0(BETA * np.sqrt(np.maximum(0, 1 - (t / half) ** 2)))
+    h = (h / h.sum(axis=1, keepdims=True)).astype(np.float32)  # what is constant stays so
     for first in range(0, count, block):
         places, phases = np.divmod(np.arange(first, min(count, first + block)) * down, up)
-        distinct, which = np.unique(phases, return_inverse=True)
-        t = distinct[:, None] / up - taps
-        h = np.sinc(c * t) * np.i0(BETA * np.sqrt(np.maximum(0, 1 - (t / half) ** 2)))
-        h /= h.sum(axis=1, keepdims=True)  # what is constant stays so
-        parts.append(np.einsum("nk,nk->n", near[places], h.astype(np.float32)[which]))
+        which, between = np.divmod(phases * rows, up)
+        x, part = near[places], np.zeros(len(places), np.float32)
+        if up > rows:
+            after = (between / up).astype(np.float32)
+            part = after * np.einsum("nk,nk->n", x, h[which + 1] - h[which])
+        parts.append(part + np.einsum("nk,nk->n", x, h[which]))
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 

@@ -32,6 +32,7 @@ from ..kernels.types import Array
 from ..remote.locate import RemoteFolder, cache_folder, is_url, open_folder
 from .checked_tokens import checked_labels
 from .embedded import embedded_corpus
+from .label_names import hash_of
 from .placing import ShardFile, shard_file
 from .private_counts import check_described
 from .shards import FORMAT, FRAME_DTYPE, LABELLED, LABELS_FORMAT, columns, read_shard
@@ -284,7 +285,10 @@ def open_corpus(
         How stores are reached.
     """
     if is_private(path):
-        return agree(comm, Corpus, path_of_rank(path, comm.rank), True)
+        corpus = agree(comm, Corpus, path_of_rank(path, comm.rank), True)
+        alike = {"content": corpus.content, "labels (the sha256 of their names)": hash_of(corpus.labels)}
+        check_same(comm, alike | {"features": corpus.features})  # they shape the model
+        return corpus
     if not path:
         return agree(comm, Corpus, embedded_corpus(comm, node.comm, progress))
     folder, store = pathlib.Path(path), None

@@ -12,6 +12,7 @@ from .label_files import LabelledFile
 
 SPLITS = ("train", "valid", "test")
 FORMS = ("text", "pairs", "tags", "classes", "class", "transcripts")
+LABELLED = ("tags", "classes", "class", "transcripts")  # forms with labels
 RECORDED = ("classes", "class", "transcripts")  # forms whose texts may be recordings
 
 
@@ -53,7 +54,7 @@ def named_file(parser: argparse.ArgumentParser, form: str, word: Any) -> Any:
             parser.error(f"--class {word}: it takes LABEL=FILE")
         if problem := problem_of_label(label):
             parser.error(f"--class {word}: the label {problem}")
-        return LabelledFile(name, label.strip())
+        return LabelledFile(name, label.strip(" \t"))
     return LabelledFile(word) if form in ("tags", "classes", "transcripts") else word
 
 

@@ -72,6 +72,10 @@ class RecordFile:
         """The error of a line."""
         return UserError(f"{self.lines.place(line)} {what}")
 
+    def unreadable(self, line: int, why: str) -> UserError:
+        """The error of a recording that a line names: without its name, which may be private text in a wrong column."""
+        return self.wrong(line, f"names a recording that cannot be read: {why}")
+
     def _label(self, data: bytes, line: int) -> str:
         try:
             label = data.strip().decode()
@@ -83,13 +87,15 @@ class RecordFile:
 
 
 class ClassFile(RecordFile):
-    """A text a line, with its label before a tab, or all with one label."""
+    """A text a line, with its label before a tab; or all with one label, where empty lines are none."""
 
     def __init__(self, file: LabelledFile) -> None:
         super().__init__(file)
-        self.sizes = np.array([len(self.lines[line]) for line in range(len(self.lines))], np.int64)
+        self._numbers = [line for line in range(len(self.lines)) if not self.label or self.lines[line].strip()]
+        self.sizes = np.array([len(self.lines[line]) for line in self._numbers], np.int64)
 
     def __getitem__(self, number: int) -> Record:
+        number = self._numbers[number]
         line = self.lines[number]
         if self.label:
             text, label = line, self.label
@@ -112,14 +118,12 @@ class TagFile(RecordFile):
     def __init__(self, file: LabelledFile, column: int = 0) -> None:
         super().__init__(file)
         spans, sizes, first, size = list[tuple[int, int]](), list[int](), -1, 0
-        self._form: tuple[bool, int] | None = None  # CoNLL-U?, columns
+        self._form = self._find_form()  # CoNLL-U?, columns
         for number in range(len(self.lines) + 1):
             line = self.lines[number] if number < len(self.lines) else b""
             line = line if line.strip() else b""
-            if line and not line.startswith((BREAK, b"#")):
-                self._form = self._form or self._form_of(line)
-                first, size = number if first < 0 else first, size + len(line)
-            elif line.startswith(b"#") and self._form and not self._is_comment(line):
+            word = not self._is_comment(line) if line.startswith(b"#") else bool(line) and not line.startswith(BREAK)
+            if word:
                 first, size = number if first < 0 else first, size + len(line)
             elif not line and first >= 0:
                 spans.append((first, number))
@@ -133,6 +137,13 @@ class TagFile(RecordFile):
             many = f"{columns} columns" if columns > 1 else "one column"
             raise self.wrong(spans[0][0], f"has {many}" + (f": there is no --tag-column {column}" if columns > 1 else
                              ", where a word and its tag are two, with a tab or a space between"))  # fmt: skip
+
+    def _find_form(self) -> tuple[bool, int] | None:
+        """That of the first line that is a word whatever the form: one with # may be a comment. None: there is no such line."""
+        for line in map(self.lines.__getitem__, range(len(self.lines))):
+            if line.strip() and not line.startswith((BREAK, b"#")):
+                return self._form_of(line)
+        return None
 
     @staticmethod
     def _form_of(line: bytes) -> tuple[bool, int]:

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import numpy as np
 
-from ..comm import messages
-from ..comm.runtime import together
+from ..comm.runtime import agree
 from ..errors import UserError
 from ..kernels.softmax import IGNORE
 from ..kernels.types import Array
-from . import vocabulary
-from .checked_tokens import MOST_LABELS
 from .drawing import Drawing
 from .label_files import ClassFile, LabelledFile, Record, RecordFile, TagFile
+from .label_names import same_names, shared_names
 from .shards import LABEL_DTYPE
 from .text import Encoded
 from .tokenizers import Tokenizer, UnknownUnitError
@@ -36,6 +34,7 @@ class LabelledPiece:
     size: int  # bytes
     longest: int  # records of more tokens are left out; 0: none
     numbers_of: Mapping[str, int]  # label -> its number, once ranks have agreed on them
+    source: str  # of these labels, for messages
 
     def records(self) -> Iterator[tuple[RecordFile, Record]]:
         """Each with its file. Raises UserError."""
@@ -91,7 +90,7 @@ class LabelledPiece:
         if label is None:
             return IGNORE
         if label not in self.numbers_of:  # which is not told: it may be of a private text
-            raise file.wrong(record.lines[unit], f"has a label that is none of the {len(self.numbers_of)} of the train text")
+            raise file.wrong(record.lines[unit], f"has a label that is none of the {len(self.numbers_of)} of {self.source}")
         return self.numbers_of[label]
 
 
@@ -150,10 +149,13 @@ class Labelling(Drawing):
     ----------
     numbers : dict
         label -> its number; filled by `agree`.
+    names : tuple of str
+        Labels that everybody may know; (): those of the train text.
     """
 
     piece: ClassVar[type[LabelledPiece]]
     numbers: dict[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def open(self, file: LabelledFile) -> RecordFile:
         """The records of a file. Raises UserError."""
@@ -169,32 +171,29 @@ class Labelling(Drawing):
 
     def make(self, files: Sequence[RecordFile], numbers: Array, size: int, split: str) -> LabelledPiece:
         """A piece of a split. numbers, size : as `in_pieces` gives them"""
-        return self.piece([*files], numbers, size, self.longest, self.numbers)
+        return self.piece([*files], numbers, size, self.longest, self.numbers, self.source)
+
+    @property
+    def source(self) -> str:
+        """Where labels come from, for messages."""
+        return "--labels" if self.names else "the train text"
 
     def examples(self, pieces: Iterable[LabelledPiece], tokenizer: type[Tokenizer]) -> Iterator[set[str]]:
         return ({*units} for piece in pieces for units in piece.units(tokenizer))
 
-    def agree(self, comm: MPI.Comm, pieces: Iterable[LabelledPiece]) -> list[str]:
-        """The labels of the train text of all ranks, in order. Collective. Raises UserError on all ranks.
+    def agree(self, comm: MPI.Comm, pieces: Iterable[LabelledPiece], private: bool = False) -> list[str]:
+        """The labels of the corpus, in order. Collective. Raises UserError on all ranks.
 
-        pieces : this rank's part. How often a label is there is not told.
+        pieces : this rank's part of the train text
+        private : which nobody else can read; its labels have stricter limits
         """
-        with together(comm):
-            mine: set[str] = set().union(*(piece.labels() for piece in pieces))
-            _check_count(len(mine))
-        merged = vocabulary.merge(comm, dict.fromkeys(mine, 1))
-        labels = messages.broadcast(comm, sorted(merged), list[str])
-        if len(labels) < 2:
-            raise UserError.of_all(f"the train text has {'one label' if labels else 'no labels'}: there is nothing to learn")
-        with together(comm):
-            _check_count(len(labels))
+        if self.names:
+            labels = same_names(comm, self.names)
+        else:
+            mine = agree(comm, lambda: set[str]().union(*(piece.labels() for piece in pieces)))
+            labels = shared_names(comm, mine, private, self.content == "transcripts")
         self.numbers.update({label: number for number, label in enumerate(labels)})
         return labels
-
-
-def _check_count(labels: int) -> None:
-    if labels > MOST_LABELS:
-        raise UserError(f"the train text has {labels:,} labels, and {MOST_LABELS:,} are the most: is it the right column?")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from . import text
 from .text import Path, TextFile
 
 
+def plain_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends. Only LF and CR LF end one: `str.splitlines` also takes marks within a line."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 class Lines:
     """The lines of a file by number, without their ends and a byte-order mark; only where they begin is in memory."""
 

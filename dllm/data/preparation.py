@@ -95,7 +95,7 @@ def prepare_corpus(
         with together(comm):  # after all ranks have seen what is there, so that the last to leave removes parents they share
             if domains.leads:
                 folder.make()
-        facts = work.facts(plans, wanted)
+        facts = work.facts(plans, wanted, private)
         tokenizer = work.tokenizer(plans, wanted)
         with together(comm):
             tokenizer.labels = tuple(facts.get("labels", ()))  # not those of the folder that it may be taken from
@@ -150,14 +150,14 @@ class _Preparation:
         """Of a split, the same on every rank. Raises UserError."""
         return plan_text(paths) if self.drawing is None else self.drawing.plan(paths, split, self.say)
 
-    def facts(self, plans: dict[str, Plan], wanted: Vocabulary) -> dict[str, Any]:
+    def facts(self, plans: dict[str, Plan], wanted: Vocabulary, private: bool) -> dict[str, Any]:
         """What the manifest says of labels and of private counts. Collective. Raises UserError."""
         example = self.drawing.unit if self.drawing else "line"
         facts = {"counts": wanted.counting.described(example)} if wanted.counting else {}
         if not isinstance(self.drawing, Labelling):
             return facts
         mine: Iterator[Any] = (piece for _, pieces in self._my_share("train", plans["train"], "labels of") for piece in pieces)
-        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine)}
+        return facts | {"content": self.drawing.content, "labels": self.drawing.agree(self.comm, mine, private)}
 
     def tokenizer(self, plans: dict[str, Plan], wanted: Vocabulary) -> Tokenizer:
         """The tokenizer of all ranks. Collective. Raises UserError."""

@@ -36,10 +36,16 @@ class Table(ClassFile):
         super().__init__(file)
         folder = os.path.dirname(self.lines.name)
         self._paths = [os.path.join(folder, os.fsdecode(self._cell(line))) for line in range(len(self.lines))]
-        self.sizes = np.array([_size(path) for path in self._paths], np.int64)
+        self.sizes = np.array([self._size(line, path) for line, path in enumerate(self._paths)], np.int64)
 
     def _cell(self, line: int) -> bytes:
         return super().__getitem__(line).units[0].strip()
+
+    def _size(self, line: int, path: str) -> int:
+        try:
+            return os.path.getsize(path)
+        except (OSError, ValueError) as error:
+            raise self.unreadable(line, reason(error)) from None
 
     def __getitem__(self, number: int) -> Record:
         return Record([os.fsencode(self._paths[number])], super().__getitem__(number).labels, [number])
@@ -63,7 +69,10 @@ class OneRecording(RecordFile):
 
     def __init__(self, file: LabelledFile) -> None:
         self._file, self.label = text.as_file(file.file), file.label
-        self.sizes = np.array([_size(self._file.path)], np.int64)
+        try:
+            self.sizes = np.array([os.path.getsize(self._file.path)], np.int64)
+        except (OSError, ValueError) as error:
+            raise self.unreadable(0, reason(error)) from None
 
     @property
     def name(self) -> str:
@@ -75,12 +84,8 @@ class OneRecording(RecordFile):
     def wrong(self, line: int, what: str) -> UserError:
         return UserError(f"{self.name} {what}")
 
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+    def unreadable(self, line: int, why: str) -> UserError:
+        return UserError(f"cannot read {self.name}: {why}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class RecordedPiece(LabelledPiece):
             for place, (file, record) in enumerate(self.records()):
                 if place in left_out:
                     continue
-                one = self._frames(tokenizer, os.fsdecode(record.units[0]), copy)
+                one = self._frames(tokenizer, file, record, copy)
                 numbers = self._numbers(file, record)
                 if 0 < self.longest < len(one) or len(one) < _least(numbers):
                     left_out += [place] * (copy == 0)
@@ -109,8 +114,12 @@ class RecordedPiece(LabelledPiece):
         joined = np.concatenate([np.empty(0, np.int32), *labels]).astype(np.int32)
         return Encoded(np.concatenate(frames), self.size, tuple(left_out), figures, ends, joined)
 
-    def _frames(self, tokenizer: MelTokenizer, path: str, copy: int) -> Array:
-        sound = audio.at_rate(audio.read(path), tokenizer.rate)
+    def _frames(self, tokenizer: MelTokenizer, file: RecordFile, record: Record, copy: int) -> Array:
+        path = os.fsdecode(record.units[0])
+        try:
+            sound = audio.at_rate(audio.load(path), tokenizer.rate)
+        except UserError as error:
+            raise file.unreadable(record.lines[0], str(error)) from None
         if copy:
             sound = audio.varied(sound, [self.seed, copy, zlib.crc32(os.fsencode(os.path.basename(path)))])
         return np.clip(tokenizer.frames(sound), -DEVIATIONS, DEVIATIONS).astype(FRAME_DTYPE)
@@ -133,7 +142,7 @@ class TranscribedPiece(RecordedPiece):
     def _numbers(self, file: RecordFile, record: Record) -> Array:
         said = record.labels[0] or ""
         if any(letter not in self.numbers_of for letter in said):
-            raise file.wrong(record.lines[0], "has a letter that no transcript of the train recordings has")
+            raise file.wrong(record.lines[0], f"has a letter that is none of the {len(self.numbers_of)} of {self.source}")
         return np.array([self.numbers_of[letter] for letter in said], np.int64)
 
     def _spread(self, numbers: Array, frames: int) -> Array:
@@ -159,7 +168,7 @@ class Recordings(Labelling):
 
     def make(self, files: Sequence[RecordFile], numbers: Array, size: int, split: str) -> LabelledPiece:
         copies = self.copies if split == "train" else 0
-        return self.piece([*files], numbers, size, self.longest, self.numbers, copies, self.seed)
+        return self.piece([*files], numbers, size, self.longest, self.numbers, self.source, copies, self.seed)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from ..comm import messages
+from ..config import path_of_rank
 from ..errors import UserError, reason
 from ..files import storage
 from ..remote.locate import is_url, local_copy
+from .lines import plain_lines
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,10 +28,14 @@ def named(words: Iterable[str]) -> list[str]:
     return [name for word in words for name in _named(word)]
 
 
-def listed(path: str) -> list[str]:
-    """The words in a file, one a line. Raises UserError."""
-    words = [line.strip() for line in storage.read_text(path, storage.LARGEST_LIST, "the list ").splitlines()]
-    return [word for word in words if word]
+def listed(path: str, rank: int = 0) -> list[str]:
+    """The words in a file, one a line. Raises UserError, which quotes no line: it may be a private text instead of a list."""
+    lines = [line.strip(" \t") for line in plain_lines(storage.read_text(path, storage.LARGEST_LIST, "the list "))]
+    for number, line in enumerate(lines, 1):
+        word = path_of_rank(line, rank)
+        if line and not ("://" in word or word in NAMES_OF_STDIN or os.path.lexists(word) or glob.glob(word, recursive=True)):
+            raise UserError(f"{path} line {number} names no file that is there")
+    return [line for line in lines if line]
 
 
 def one(word: str) -> str:

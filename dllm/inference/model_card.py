@@ -56,10 +56,11 @@ USES = {
 }  # fmt: skip
 
 
-def command(kind: str, folder: str, pairs: bool) -> str:
-    """What makes use of a model of a kind. folder : as a shell reads it"""
-    asked = "--source '...'" if pairs else "--prompt '...'"
-    return "python -m dllm." + USES.get(kind, f"generate {{}} {asked}").format(folder)
+def command(kind: str, folder: str, pairs: bool, sound: bool = False) -> str:
+    """What makes use of a model of a kind. folder : as a shell reads it; sound : it is one of recordings"""
+    asked = "--out sound.wav" if sound else "--source '...'" if pairs else "--prompt '...'"
+    use = USES.get(kind, f"generate {{}} {asked}")
+    return "python -m dllm." + (f"{use}.wav" if sound and use.endswith(" FILE") else use).format(folder)
 
 
 def label(name: str) -> str:
@@ -79,7 +80,8 @@ def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -
         name=label(name), tag=TAGS[model.kind], kind=kind + f", vocabulary of {facts['vocabulary']:,}",
         parameters=facts["parameters"], version=version,
         weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
-        command=command(model.kind, shlex.quote(printable(name)), tokenizer.pairs), folder=shlex.quote(printable(name)),
+        command=command(model.kind, shlex.quote(printable(name)), tokenizer.pairs, tokenizer.rate > 0),
+        folder=shlex.quote(printable(name)),
         numbers=_numbers(model, tokenizer), script=torch_script.script(facts, tokenizer.sep),
     )  # fmt: skip
 

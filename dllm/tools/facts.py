@@ -48,10 +48,11 @@ def of_corpus(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
     manifest, splits = corpus.manifest, {}
     for name, entry in manifest["splits"].items():
         lost = [part["name"] for part in entry["shards"] if not (folder / part["name"]).is_file()]
-        splits[name] = {key: entry[key] for key in ("tokens", "bytes", "pairs", "longest") if key in entry}
+        splits[name] = {key: entry[key] for key in ("tokens", "bytes", "pairs", "records", "longest") if key in entry}
         splits[name] |= {"shards": len(entry["shards"]), "not_on_this_disk": lost}
     return {
         "kind": "corpus", "path": str(path), "hash": corpus.hash, "tokenizer": manifest["kind"],
+        "content": corpus.content, "labels": corpus.labels, "features": corpus.features,
         "pairs": corpus.tokenizer.pairs, "vocabulary": corpus.vocabulary, "tokenizer_hash": corpus.tokenizer_hash,
         "private_counts": manifest.get("counts"), "splits": splits, "disk_bytes": _size(folder),
     }  # fmt: skip
@@ -64,6 +65,7 @@ def of_model(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
     return {
         "kind": "model", "path": str(path), "model": facts["model"], "parameters": facts["parameters"],
         "weights": facts["weights"], "tokenizer": found.tokenizer.kind, "pairs": found.tokenizer.pairs,
+        "sound": found.tokenizer.rate > 0,
         "vocabulary": facts["vocabulary"], "tokenizer_hash": facts["tokenizer"], "embedded": facts["embedded"],
         "training": facts.get("training"), "imported": facts.get("imported"), "disk_bytes": _size(folder),
     }  # fmt: skip
@@ -82,7 +84,7 @@ def of_run(path: str | os.PathLike[str], folder: pathlib.Path) -> Facts:
     return {
         "kind": "run", "path": str(path), "corpus": settings.data.path or TEXT, "private": settings.data.private,
         "preset": preset, "changed": changed, "begun_from": settings.train.init_from or None, "texts": texts,
-        "tokenizer": tokenizer.kind,
+        "tokenizer": tokenizer.kind, "sound": tokenizer.rate > 0,
         "pairs": tokenizer.pairs, "vocabulary": tokenizer.size, "model": config.as_dict(settings)["model"],
         "parameters": newest.get("parameters", summary.get("parameters")),
         "state": _state(folder, silent), "alive": silent, "owner": ownership.owner(folder),

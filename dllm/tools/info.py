@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from .. import cli
 from ..config import ModelConfig
+from ..data.lane_kinds import PRESETS
 from ..errors import DONE, printable
 from ..inference import model_card
 from ..model import blocks
@@ -16,6 +17,7 @@ from ..remote.locate import local_copy
 from ..training.curves import SCORES
 from .facts import Facts, as_json, look
 
+LONGEST_LIST = 500  # characters of labels that are shown
 EPILOG = """
 examples
   dllm info RUN                          how far it is, how good, whether its job is alive, and what to type next
@@ -54,7 +56,8 @@ def next_command(facts: Facts) -> str:
     """What to type next."""
     path = shlex.quote(facts["path"])
     if facts["kind"] == "corpus":
-        return f"mpirun -n 4 python -m dllm.train --data {path}" + (" --preset pairs" if facts["pairs"] else "")
+        preset = PRESETS.get(facts["content"])
+        return f"mpirun -n 4 python -m dllm.train --data {path}" + (f" --preset {preset}" if preset else "")
     if facts["kind"] == "run":
         if facts["state"] == "running":
             return f"tail -f {shlex.quote(facts['path'] + '/metrics.jsonl')}"
@@ -62,7 +65,7 @@ def next_command(facts: Facts) -> str:
             return f"mpirun -n 4 python -m dllm.train --config {shlex.quote(facts['path'] + '/config.toml')} --out NEW"
         if facts["state"] != "done":
             return f"mpirun -n {facts['ranks']} python -m dllm.train --resume {path}"
-    return model_card.command(ModelConfig(**facts["model"]).kind, path, facts["pairs"])
+    return model_card.command(ModelConfig(**facts["model"]).kind, path, facts["pairs"], facts["sound"])
 
 
 def _run(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -120,14 +123,18 @@ def _of_model(facts: Facts) -> Iterator[tuple[str, str]]:
 def _corpus(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "corpus", facts["path"]
     yield "tokenizer", f"{facts['tokenizer']}{', pairs' if facts['pairs'] else ''}, vocabulary {facts['vocabulary']:,}"
+    if facts["labels"]:
+        count = f"{len(facts['labels'])} {'letters' if facts['content'] == 'transcripts' else 'labels'}"
+        yield facts["content"], f"{count}: {', '.join(facts['labels'])}"[:LONGEST_LIST]
     if facts["private_counts"]:
         yield "vocabulary", f"of private counts, epsilon {facts['private_counts']['epsilon']}"
+    token, text = ("frames", "recordings") if facts["features"] else ("tokens", "text")
     for name, split in facts["splits"].items():
-        pairs = f"{split['pairs']:,} pairs, " if "pairs" in split else ""
+        pairs = "".join(f"{split[unit]:,} {unit}, " for unit in ("pairs", "records") if unit in split)
         shards = f"{split['shards']} shard{'s' * (split['shards'] != 1)}"
         lost = len(split["not_on_this_disk"])
         where = f", {lost} of them not on this disk" if lost else ""
-        yield name, f"{pairs}{split['tokens']:,} tokens, {_bytes(split['bytes'])} of text, {shards}{where}"
+        yield name, f"{pairs}{split['tokens']:,} {token}, {_bytes(split['bytes'])} of {text}, {shards}{where}"
     yield "hash", facts["hash"]
     yield "on disk", _bytes(facts["disk_bytes"])
 

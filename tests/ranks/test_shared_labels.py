@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from dllm.comm.messages import broadcast
 from dllm.data import text
-from dllm.data.corpus import Corpus
+from dllm.data.corpus import Corpus, open_corpus
 from dllm.data.label_files import LabelledFile
 from dllm.data.labelling import Classing, Tagging
 from dllm.data.preparation import prepare_corpus
@@ -74,3 +74,20 @@ def test_what_one_rank_finds_wrong_ends_all_and_leaves_nothing(place):
     with pytest.raises(UserError, match=f"own{comm.size - 1} line 2 has no tab"):
         prepare_corpus(comm, {"train": [LabelledFile(own)]}, Vocabulary("byte"), out, private=True, drawing=Classing(1))
     assert not out.exists()
+
+
+def test_ranks_with_other_labels_are_refused_and_told_none_of_them(place):
+    comm = MPI.COMM_WORLD
+    if comm.size == 1:
+        pytest.skip("of several ranks")
+    own, out = place / f"own{comm.rank}", place / f"out{comm.rank}"
+    own.write_text(f"secret{comm.rank}\tabc\nall\tcab\n")
+    files, wanted = {"train": [LabelledFile(own)]}, Vocabulary("byte")
+    with pytest.raises(UserError, match="do not agree on the labels") as error:
+        prepare_corpus(comm, files, wanted, out, private=True, drawing=Classing(1, names=("all", f"secret{comm.rank}")))
+    assert "secret" not in str(error.value)
+    prepare_corpus(MPI.COMM_SELF, files, wanted, out, private=True, drawing=Classing(1))
+    comm.Barrier()
+    with pytest.raises(UserError, match="do not agree on the labels") as error:
+        open_corpus(comm, None, str(place / "out{rank}"), print)
+    assert "secret" not in str(error.value)

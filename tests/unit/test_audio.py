@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 import wave
 
 import numpy as np
@@ -206,3 +207,38 @@ def test_what_is_longer_than_wanted_is_refused(name):
     assert len(audio.decode(data.getvalue(), 10.0).samples) == 80_000
     with pytest.raises(UserError, match="it is longer than 9 seconds"):
         audio.decode(data.getvalue(), 9.0)
+
+
+@pytest.mark.parametrize("value", [3e38, -1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.filterwarnings("error")
+def test_floats_that_no_sound_has_are_one_line(tmp_path, value, channels):
+    samples = np.zeros((100, channels), np.float32)
+    samples[50] = value
+    pytest.importorskip("soundfile").write(tmp_path / "a.wav", samples, 8000, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"it has samples (of|that are no numbers)"):
+        audio.read(tmp_path / "a.wav")
+
+
+def test_many_channels_take_no_memory_and_rates_that_nothing_has_are_refused(monkeypatch):
+    soundfile, data = pytest.importorskip("soundfile"), io.BytesIO()
+    rng = np.random.default_rng(1)
+    samples = rng.uniform(-0.5, 0.5, (5000, 8))
+    soundfile.write(data, samples, 8000, format="FLAC")
+    monkeypatch.setattr(audio, "BLOCK", 1000)
+    assert np.abs(audio.decode(data.getvalue()).samples - samples.mean(axis=1)).max() < 1e-4
+    monkeypatch.setattr(audio, "MOST_SAMPLES", 4000)
+    with pytest.raises(UserError, match="more than 4,000 samples"):
+        audio.decode(data.getvalue())
+    soundfile.write(data := io.BytesIO(), samples, 655_350, format="FLAC")
+    with pytest.raises(UserError, match="655,350 samples a second; 1,000 to 384,000"):
+        audio.decode(data.getvalue())
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(383_999, 8000), (44_101, 8000), (8000, 12_347)])
+def test_rates_without_a_common_divisor_cost_little(rate, wanted):
+    tone = lambda rate: np.sin(2 * np.pi * 440 * np.arange(rate) / rate + 0.3)
+    begin = time.process_time()
+    found = audio.resample(tone(rate), rate, wanted)
+    assert time.process_time() - begin < 5  # it was a minute
+    assert np.abs(found - tone(wanted)[: len(found)])[500:-500].max() < 1e-4

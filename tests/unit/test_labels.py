@@ -12,9 +12,14 @@ from dllm import prepare
 from dllm.data import drawing, text
 from dllm.data.corpus import Corpus
 from dllm.data.label_files import ClassFile, LabelledFile, TagFile
+from dllm.data.label_names import public_names
 from dllm.data.labelling import Classing, Tagging
+from dllm.data.preparation import prepare_corpus
+from dllm.data.source_names import listed
+from dllm.data.vocabulary import Vocabulary
 from dllm.errors import UserError
 from dllm.files import storage
+from dllm.tools import facts, info
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +100,19 @@ def test_a_line_that_is_no_text_with_a_class_is_named(tmp_path, case):
         [*ClassFile(LabelledFile(tmp_path / "file"))]
 
 
-def test_an_empty_line_of_a_class_is_named(tmp_path):
+def test_an_empty_line_of_a_class_is_no_text(tmp_path):
     (tmp_path / "file").write_bytes(b"one\r\n \ntwo")
     file = ClassFile(LabelledFile(tmp_path / "file", "pos"))
-    assert (file[0], file[2]) == (([b"one"], ["pos"], [0]), ([b"two"], ["pos"], [2]))
-    with pytest.raises(UserError, match="line 2 has no text"):
-        file[1]
+    assert [*file] == [([b"one"], ["pos"], [0]), ([b"two"], ["pos"], [2])]
+
+
+def test_a_number_sign_is_a_word_of_columns_and_a_text_of_classes(tmp_path):
+    assert tags_of(tmp_path / "file", "# this is a comment\n#\tP\nx\tN\n\n#\tQ\n") == [
+        (["#", " x"], ["P", "N"]),
+        (["#"], ["Q"]),
+    ]
+    (tmp_path / "file").write_text("# one\n#two\n")
+    assert [record.units for record in ClassFile(LabelledFile(tmp_path / "file", "pos"))] == [[b"# one"], [b"#two"]]
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
@@ -227,6 +239,93 @@ def test_the_command_takes_files_of_classes_packed_or_in_patterns(tmp_path, monk
     assert sorted((bytes(tokens).decode(), *label) for tokens, label in records(corpus)) == [
         ("bad 0", "neg"), ("bad 1", "neg"), ("bad 2", "neg"), ("good 1", "pos"), ("good 2", "pos"), ("news", "new=er")
     ]  # fmt: skip
+    assert "--preset classifier" in info.next_command(facts.look("new", tmp_path / "new"))
+    assert info.info(["new"]) == 0
     said = capsys.readouterr().out
+    assert "classes     3 labels: neg, new=er, pos" in said
+    assert "train       6 records, " in said
     assert "texts: train 6, valid 2\n3 labels: neg, new=er, pos\n" in said
     assert "--preset classifier\n" in said
+
+
+def asked(words):
+    return prepare.arguments([*words.split(" "), "--out", "new{rank}"])[0]
+
+
+UNSAID = {
+    "classes": "--classes {rank}.tsv --tokenizer byte",
+    "tags": "--tags {rank} --tokenizer-from public",
+    "transcripts": "--transcripts {rank}.tsv --tokenizer mel",
+    "classes beside a class": "--class a={rank} --classes {rank}.tsv --tokenizer byte",
+}
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_labels_of_private_text_are_told_only_where_the_user_says_so(case):
+    with pytest.raises(UserError, match=r"--labels A,B,C or --labels FILE .* --share-labels tells"):
+        asked(UNSAID[case])
+    assert asked(f"{UNSAID[case]} --labels a,b").labels == "a,b"
+    assert asked(f"{UNSAID[case]} --share-labels").share_labels
+
+
+def test_epsilon_promises_nothing_beside_labels_that_are_shared(capsys):
+    words = "--classes {rank}.tsv --tokenizer word --epsilon 2"
+    with pytest.raises(UserError, match="--share-labels tells its labels: give --labels"):
+        asked(f"{words} --share-labels")
+    assert asked(f"{words} --labels a,b").epsilon == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"secret one\n" + b"x" * 300, "list line 2 has a label that has more than 200 characters"),
+        (b"a\nsecret \x1b\n", "list line 2 has a label that has characters"),
+        (b"secret\n\n", "--labels gives 1 names"),
+    ],
+)
+def test_a_list_of_labels_that_is_none_is_refused_and_not_quoted(tmp_path, data, message):
+    (tmp_path / "list").write_bytes(data)
+    options = asked(f"--classes {{rank}}.tsv --tokenizer byte --labels {tmp_path}/list")
+    with pytest.raises(UserError, match=message) as error:
+        public_names(options, 0)
+    assert "secret" not in str(error.value)
+
+
+def test_names_come_from_a_list_from_classes_and_letters_from_transcripts(tmp_path):
+    (tmp_path / "list").write_bytes(b"b,\r\n\na\x85c\xc2\xa0d\r\n".replace(b"\x85", b""))
+    for words, names in (
+        ("--class b={rank} --class a={rank}", ("a", "b")),
+        ("--classes {rank} --labels b,a", ("a", "b")),
+        (f"--classes {{rank}} --labels {tmp_path}/list", None),
+        ("--transcripts {rank} --labels ba,c", (" ", "a", "b", "c")),
+    ):
+        options = asked(f"{words} --tokenizer byte")
+        if names is None:  # a space that does not break is no label's
+            with pytest.raises(UserError, match="list line 3 has a label"):
+                public_names(options, 0)
+        else:
+            assert public_names(options, 0) == names
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [([f"secret {number}" for number in range(300)], "300 labels, and 256 are"), (["secret" * 20, "b"], "more than 64 char")],
+)
+def test_shared_labels_of_private_text_have_limits(tmp_path, lines, why):
+    (tmp_path / "text").write_text("".join(f"{line}\tx\n" for line in lines))
+    names = {"train": [LabelledFile(tmp_path / "text")]}
+    with pytest.raises(UserError, match=f"{why}.*right column") as error:
+        prepare_corpus(MPI.COMM_SELF, names, Vocabulary("byte"), tmp_path / "out", private=True, drawing=Classing(1))
+    assert "secret" not in str(error.value)
+    assert len(make_corpus(tmp_path / "public", Classing(1), {"train": [tmp_path / "text"]}).labels) == len(lines)
+
+
+def test_a_list_of_files_that_is_a_text_is_refused_and_not_quoted(tmp_path):
+    (tmp_path / "real").write_text("x")
+    (tmp_path / "list").write_text(f"{tmp_path}/real\nsecret line\n")
+    with pytest.raises(UserError, match="list line 2 names no file") as error:
+        listed(str(tmp_path / "list"))
+    assert "secret" not in str(error.value)
+    (tmp_path / "odd\x85name").write_text("x")
+    (tmp_path / "list").write_text(f"{tmp_path}/odd\x85name\r\n")
+    assert listed(str(tmp_path / "list")) == [f"{tmp_path}/odd\x85name"]

@@ -11,6 +11,7 @@ from dllm.data.lane_kinds import read_lanes
 from dllm.data.sound_tokenizers import MelTokenizer
 from dllm.data.tokenizers import load
 from dllm.errors import UserError
+from dllm.inference.model_card import command
 from dllm.prepare import main
 
 RATE = 8000
@@ -107,7 +108,7 @@ def test_lanes_give_every_recording_once_an_epoch(folder):
     said = prepared(folder, "--transcripts", str(folder / "said.tsv"), name="said")
     lanes = read_lanes(said, "train", range(5), 5, 100, None, "ctc")
     batch = lanes.window(0, 0)
-    assert lanes.shapes(np.array([0]))[0] == [3 + 5 + 1 + 1 + 4]  # to say nothing counts as a letter
+    assert lanes.shapes(np.array([0]))[0] == [3 + 5 + 1 + 1 + 4]  # an empty transcript counts as one
     texts = {int(n): [label for label in batch.targets[:, lane] if label >= 0] for lane, n in enumerate(batch.lengths)}
     assert texts == {len(one): [label for label in labels if label >= 0] for one, labels in recordings(said)}
 
@@ -123,6 +124,11 @@ def test_lanes_refuse_what_no_window_holds_and_what_they_do_not_hear(folder):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        (["--audio", "0.wav", "--tokenizer", "byte"], "--audio is of recordings, and --tokenizer byte makes no levels"),
+        (
+            ["--train", "text", "--valid-audio", "0.wav", "--tokenizer", "char"],
+            "--audio is of recordings, and --tokenizer char makes no levels",
+        ),
         (["--train", "text", "--tokenizer", "mel"], "--tokenizer mel makes frames of recordings with labels"),
         (
             ["--transcripts", "said.tsv", "--tokenizer", "char"],
@@ -130,12 +136,18 @@ def test_lanes_refuse_what_no_window_holds_and_what_they_do_not_hear(folder):
         ),
         (["--classes", "class.tsv", "--tokenizer", "byte", "--augment", "2"], "--augment is of recordings with labels"),
         (["--classes", "class.tsv", "--tokenizer", "mulaw"], "--tokenizer mulaw makes levels of recordings: give --audio"),
-        (["--classes", "gone.tsv", "--tokenizer", "mel"], "cannot read gone.wav"),
-        (["--classes", "no.tsv", "--tokenizer", "mel"], "cannot read text: it is no WAV file"),
+        (
+            ["--classes", "gone.tsv", "--tokenizer", "mel"],
+            "gone.tsv line 1 names a recording that cannot be read: No such file",
+        ),
+        (
+            ["--classes", "no.tsv", "--tokenizer", "mel"],
+            "no.tsv line 1 names a recording that cannot be read: it is no WAV file",
+        ),
         (["--transcripts", "control.tsv", "--tokenizer", "mel"], "control.tsv line 1 has a transcript with characters"),
         (
             ["--transcripts", "said.tsv", "--valid-transcripts", "other.tsv", "--tokenizer", "mel"],
-            "other.tsv line 1 has a letter that no transcript of the train recordings has",
+            "other.tsv line 1 has a letter that is none of the 3 of the train text",
         ),
     ],
 )
@@ -168,3 +180,11 @@ def test_a_manifest_that_lies_about_frames_is_refused(folder, key):
 def test_frames_that_nothing_says_are_refused(value):
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load({"kind": "mel", **value}, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("lm", "generate x --out sound.wav"), ("classifier", "tools.predict x FILE.wav"), ("ctc", "tools.predict x FILE.wav")],
+)
+def test_a_model_of_sound_is_asked_for_sound(kind, wanted):
+    assert command(kind, "x", False, True) == f"python -m dllm.{wanted}"
