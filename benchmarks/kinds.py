@@ -39,7 +39,7 @@ def kinds(options: argparse.Namespace) -> Measured:
     if options.data is None:
         sys.exit(f"say where the texts are: --data FOLDER, with {', '.join(folder for folder, _ in TEXTS.values())} in it")
     columns = [("preset fp32", 14), ("tokens/s", 30), ("PyTorch DDP", 30), ("ratio", 9), ("attention", 12)]
-    table, data, groups = Table(f"Predicted tokens a second, {options.ranks} ranks", columns), {}, {}
+    table, data, groups = Table(f"Tokens read a second, {options.ranks} ranks", columns), {}, {}
     steps = EVERY * (3 if options.quick else 10)
     with_torch = installed("torch") and "torch" in options.peers
     for preset, (folder, words) in TEXTS.items():

@@ -16,7 +16,7 @@ from ..data import audio
 from ..data.sound_tokenizers import MelTokenizer
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError
-from ..inference.labelling import text_of, words_of
+from ..inference.labelling import text_of, words_in, words_of
 from ..kernels.mel import HOP, WINDOW
 from ..kernels.types import Array
 from .errors import Refused
@@ -80,7 +80,7 @@ class _Words:
     """The words of a text, its tokens (n,), and where words begin. Raises Refused, UserError."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self.words = text.split()
+        self.words = words_in(text)
         if not self.words:
             raise Refused("input has a text without a word", "input")
         pieces = words_of(tokenizer, text)

@@ -15,7 +15,7 @@ import pytest
 from helpers.model_folders import make_kind
 
 from dllm.data import audio
-from dllm.data.tokenizers import CharTokenizer
+from dllm.data.tokenizers import ByteTokenizer, CharTokenizer
 from dllm.errors import UserError
 from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.labelling import words_of
@@ -25,6 +25,7 @@ from dllm.inference.speech import BEAMS
 from dllm.serving import engines as engines_table
 from dllm.serving.app import Service
 from dllm.serving.engines import make_engine
+from dllm.serving.labels import _Words
 from dllm.serving.limits import Limits
 from dllm.serving.log import Log
 from dllm.serving.peers import Peers
@@ -309,6 +310,12 @@ def test_sound_that_is_too_loud_for_numbers_is_refused(ask):
         with io.BytesIO() as file:
             soundfile.write(file, loud, 16000, format="WAV", subtype="FLOAT")
             refused(ask(name, path, files={"file": ("x.wav", file.getvalue())}), 400, "^file: it has samples of 3.4e.38")
+
+
+def test_a_word_to_tag_ends_at_white_space_of_ascii_alone():
+    text = _Words(ByteTokenizer(), "no\u00a0break and\x85more")
+    assert text.words == ["no\u00a0break", "and\x85more"]
+    assert text.starts.tolist() == [0, len(text.words[0].encode())]
 
 
 @pytest.mark.parametrize(
