@@ -14,6 +14,7 @@ import numpy as np
 from . import cli, config
 from .comm import messages, runtime
 from .data import audio, source_names, text
+from .data.checked_tokens import LONGEST_LIST
 from .data.corpus import Corpus
 from .data.drawing import Drawing
 from .data.forms import LABELLED, RECORDED, SPLITS, files_of, form_of, named, named_file, option
@@ -40,7 +41,6 @@ OF_ALL = (  # the same on all ranks
     "tokenizer", "vocab_size", "epsilon", "words_per_line", "share_vocabulary", "deal", "copies", "field", "keep_bytes",
     "valid_fraction", "test_fraction", "longest", "seed", "tag_column", "rate", "augment", "labels", "share_labels",
 )  # fmt: skip
-LONGEST_LIST = 500  # characters of labels that are shown
 EPILOG = """
 examples
   python -m dllm.prepare --train book.txt --tokenizer char --out data/book

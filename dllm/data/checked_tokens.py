@@ -12,6 +12,7 @@ LONGEST_TOKEN = 4096  # characters; longer words are <unk>
 
 MOST_LABELS = 1 << 15
 LONGEST_LABEL = 200  # characters
+LONGEST_LIST = 500  # characters of labels that are shown
 
 
 def problem_of_label(label: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from .. import cli
 from ..config import ModelConfig
+from ..data.checked_tokens import LONGEST_LIST
 from ..data.lane_kinds import PRESETS
 from ..errors import DONE, printable
 from ..inference import model_card
@@ -17,7 +18,6 @@ from ..remote.locate import local_copy
 from ..training.curves import SCORES
 from .facts import Facts, as_json, look
 
-LONGEST_LIST = 500  # characters of labels that are shown
 EPILOG = """
 examples
   dllm info RUN                          how far it is, how good, whether its job is alive, and what to type next
