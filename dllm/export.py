@@ -14,6 +14,7 @@ from . import cli, config
 from .comm.node_info import NodeInfo, find_node
 from .data.corpus import Corpus
 from .errors import DONE, UserError, printable
+from .exchange import formats
 from .files import safetensors, storage
 from .inference import model_card, model_folder
 from .inference.loaded_model import LoadedModel
@@ -46,6 +47,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
     parser.add_argument("--average", type=cli.at_least(1), metavar="K", help="take the mean of the last K checkpoints")
     parser.add_argument("--weights", choices=tuple(torch_weights.KINDS), default="fp32", help="default: fp32")
+    parser.add_argument("--also", action="append", choices=tuple(formats.FORMATS), default=[], help="and a file for it")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     parser.add_argument("--data", metavar="DIR", help="corpus to measure perplexity on (default: the run's)")
     parser.add_argument("--split", metavar="NAME", help="split of it (default: valid)")
@@ -75,7 +77,9 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
         vector, step = _average(options, source, layout)
     tensors = torch_weights.read_vector(layout, vector)
     torch_weights.check_finite(options.run, tensors)
-    data = safetensors.pack(torch_weights.encode(tensors, options.weights))
+    encoded = torch_weights.encode(tensors, options.weights)
+    data = safetensors.pack(encoded)
+    also = formats.pack(options.also, formats.Stored(source.settings, source.tokenizer, encoded, options.weights))
     stored = torch_weights.decode(safetensors.unpack(data, options.out))
     result = model_folder.flat(source.config, source.tokenizer.size, stored)
 
@@ -84,7 +88,7 @@ def export(argv: list[str], comm: MPI.Comm) -> int:
     measured = [] if corpus is None else _measure(options.split or "valid", source, result, corpus, comm, node)
     facts = model_folder.describe(source.settings, source.tokenizer, options.weights, data)
     facts |= _origin(source, step, options.average or 1, measured)
-    model_folder.write(options.out, data, source.tokenizer, facts)
+    model_folder.write(options.out, data, source.tokenizer, facts, also)
     size = sum(path.stat().st_size for path in pathlib.Path(options.out).iterdir())
     print(f"{printable(options.out)}: {size / 1e6:,.1f} MB, {facts['parameters']:,} parameters in {options.weights}")
     out = shlex.quote(printable(options.out))

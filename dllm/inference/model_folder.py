@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -44,6 +44,7 @@ OF_KINDS = (
 )  # fmt: skip
 SHAPE = OF_TEXT + OF_KINDS
 KEYS = ("format", "vocabulary", "parameters", "model", "window", "lanes", "weights", "sha256", "tokenizer", "embedded")
+NOTHING: Mapping[str, bytes] = {}
 LARGEST = 1 << 20  # bytes of a config.json, which has 3 kB
 LONGEST_WINDOW, MOST_IN_WINDOWS = 1 << 20, 1 << 26  # tokens of a window, and of the windows of all lanes
 
@@ -230,17 +231,21 @@ def check_free(out: str | os.PathLike[str]) -> None:
         raise UserError(f"--out {out} exists; choose another name, or remove it first")
 
 
-def write(out: str | os.PathLike[str], data: bytes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+def write(
+    out: str | os.PathLike[str], data: bytes, tokenizer: Tokenizer, facts: dict[str, Any], also: Mapping[str, bytes] = NOTHING
+) -> None:
     """Make the model folder `out`, whole or not at all. Raises UserError where it cannot.
 
     data : the bytes of its weights
     facts : its config.json
+    also : file name -> bytes of what else it holds, for other programs
     """
     path = pathlib.Path(os.path.abspath(out))
     check_free(path)
     try:
         with storage.atomic_folder(path) as folder:
-            (folder / WEIGHTS).write_bytes(data)
+            for name, content in {WEIGHTS: data, **also}.items():
+                (folder / name).write_bytes(content)
             save_tokenizer(folder, tokenizer)
             storage.write_json(folder / CONFIG, facts)
             storage.write_text(folder / README, model_card.text(path.name, facts, tokenizer, __version__))

@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("config",),
     ("comm", "model", "remote"),
     ("data", "cli"),
-    ("runs",),
+    ("runs", "exchange"),
     ("inference", "launching"),
     ("training",),
     ("serving",),

@@ -1,0 +1,1 @@
+"""Models as other programs have them: Hugging Face's transformers, Keras, ONNX."""
