@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, kinds, papers, replicas, resilience, tokenizing
+from . import commands, decentralised, http_load, kinds, papers, replicas, resilience, tokenizing
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "memory": commands.memory,
     "generation": commands.generation,
     "serving": commands.serving,
+    "http": http_load.http,
     "quality": commands.quality,
     "resilience": resilience.resilience,
     "recovery": resilience.recovery,
