@@ -1,10 +1,9 @@
-"""A task of summaries that anybody can make: the sentence of a short text that holds its key word.
+"""A task of summaries that anybody can make: the sentence of a short text that holds a key word.
 
     python -m benchmarks.summaries FOLDER [--pairs 20000]
 
-writes train, valid and test .src and .tgt to FOLDER. A source is a key word, a bar and some sentences of made-up names; its
-target is the sentence with the key word. There are more names than a vocabulary of words holds, and those of test are in no
-other split: only a model that copies can say them.
+writes train, valid and test .src and .tgt to FOLDER. A source is some sentences of made-up names, one of which has a key word;
+its target is that sentence. The names of test are in no other split: only a model that copies can say them.
 """
 
 import argparse
@@ -15,7 +14,8 @@ import numpy as np
 
 SYLLABLES = list(map("".join, itertools.product("bdfglmnprstvz", "aeiou")))
 VERBS = ["saw", "met", "told", "found", "called", "thanked"]
-KEYS = ["river", "garden", "window", "market", "station", "letter", "winter", "kitchen", "bridge", "island", "music", "silver"]
+KEYS = ["election", "storm", "strike", "victory"]
+PLAIN = ["river", "garden", "window", "market", "station", "letter", "winter", "kitchen", "bridge", "island", "music", "silver"]
 HELD = 5  # one name in so many is of test alone
 
 
@@ -26,11 +26,11 @@ def names(rng, count):
 
 
 def pair(rng, known, sentences=4):
-    """(source, target): each sentence is of two names and another key word."""
-    keys = rng.permutation(KEYS)[:sentences]
-    texts = [f"{one} {rng.choice(VERBS)} {other} in the {key} ." for key in keys for one, other in [rng.choice(known, 2)]]
-    chosen = int(rng.integers(sentences))
-    return f"{keys[chosen]} | {' '.join(texts)}", texts[chosen]
+    """(source, target): each sentence is of two names and another word, of which one is a key word."""
+    words, chosen = [*map(str, rng.permutation(PLAIN)[:sentences])], int(rng.integers(sentences))
+    words[chosen] = str(rng.choice(KEYS))
+    texts = [f"{one} {rng.choice(VERBS)} {other} in the {word} ." for word in words for one, other in [rng.choice(known, 2)]]
+    return " ".join(texts), texts[chosen]
 
 
 def write(folder, pairs=20000, seed=1):

@@ -1,11 +1,11 @@
 """Log-mel frames: what a recording sounds like, 100 times a second, in bands as wide as the ear has them.
 
     X_t = rfft(w * x[t hop : t hop + len w])         w the periodic Hann window of 25 ms, hop 10 ms
-    e_tb = log max(sum_f m_fb |X_tf|^2, floor)       floor: 80 dB below the loudest, so that loudness says nothing
-    y_tb = (e_tb - mean_b) / deviation_b             over the frames of the recording
+    e_tb = log max(sum_f m_fb |X_tf|^2, floor)       floor: 80 dB below the loudest
+    y_tb = (e_tb - mean) / deviation                 over all frames and bands of the recording, so that loudness says nothing
 
 m are triangles between points that are equally far apart in mel(f) = 2595 log10(1 + f / 700) (O'Shaughnessy 1987, HTK).
-The mean of a recording holds what a microphone and a throat add to every frame (Viikki and Laurila 1998).
+Bands are not brought to a mean of their own (Viikki and Laurila 1998): of a single word that would take away the vowel, too.
 """
 
 import functools
@@ -18,7 +18,7 @@ from .types import Array
 
 WINDOW, HOP = 0.025, 0.010  # seconds
 RANGE = 1e-8  # of the loudest band's power: what is below counts as that
-LEAST_DEVIATION = 1e-3  # nats; of a band in which nothing happens
+LEAST_DEVIATION = 1e-3  # nats; of a recording in which nothing happens
 BLOCK = 1 << 12  # frames at a time
 
 
@@ -46,5 +46,4 @@ def log_mel(samples: Array, rate: int, bands: int) -> Array:
     blocks = (parts[start : start + BLOCK] for start in range(0, len(parts), BLOCK))
     power = np.concatenate([np.square(np.abs(np.fft.rfft(part * w, size))) @ m for part in blocks])
     e = np.log(np.maximum(power, RANGE * power.max() + np.finfo(np.float64).tiny))
-    e -= e.mean(axis=0)
-    return (e / np.maximum(e.std(axis=0), LEAST_DEVIATION)).astype(np.float32)
+    return ((e - e.mean()) / max(e.std(), LEAST_DEVIATION)).astype(np.float32)
