@@ -132,7 +132,7 @@ def read_library_form(value: Mapping[str, Any]) -> Json:
         if value["post_processor"] is not None:
             own["pairs"] = True
         return own
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         raise ValueError("it is no tokenizer that dllm wrote for transformers") from None
 
 

@@ -114,12 +114,12 @@ class DllmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _read_masked(self, x: Tensor, mask: Tensor, before: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What nn.LSTM makes of the steps of each row that count, which are put first for it, and put back."""
-        order = (mask == 0).long().argsort(1, stable=True)
+        order = (mask == 0).long().argsort(dim=1, stable=True)
         lengths = mask.ne(0).sum(1).clamp(min=1).cpu()
         packed = pack_padded_sequence(_reordered(x, order), lengths, batch_first=True, enforce_sorted=False)
         y, after = self.lstm(packed, before)
         y, _ = pad_packed_sequence(y, batch_first=True, total_length=x.shape[1])
-        return _reordered(y, order.argsort(1)), after
+        return _reordered(y, order.argsort(dim=1)), after
 
     # How `generate` hands the state on. It lies in a list under both of the names that versions of transformers know, so that
     # a beam search, which gives rows new places, changes what all of them see.

@@ -68,7 +68,7 @@ TRANSFORMERS = """In transformers, 4.57 or later, without dllm. It runs `modelin
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer({prompt}, return_tensors="pt"){says}
 tokens = model.generate(**inputs, max_new_tokens=40, do_sample={sample})
