@@ -22,8 +22,6 @@ from . import torch_script
 
 CARD = """---
 license: other  # yours to choose: the text that a model was trained on may have a say in it
-# language: yours to say, such as en
-# datasets: yours to name; this model folder knows the sha256 of its corpus only
 {metadata}
 ---
 
@@ -62,6 +60,7 @@ TAGS |= {"lm": "language-model", "bilm": "language-model", "ctc": "automatic-spe
 PIPELINES = {  # of text; what Hugging Face calls what such a model does
     "lm": "text-generation", "seq2seq": "translation", "tagger": "token-classification", "classifier": "text-classification",
 }  # fmt: skip
+YOURS = "  # language and datasets are yours to say: of its corpus the folder knows the sha256 only"
 OF_SOUND = {"classifier": "audio-classification", "ctc": "automatic-speech-recognition"}
 TRANSFORMERS = """In transformers, 4.57 or later, without dllm. It runs `modeling_dllm.py` of this folder:
 
@@ -128,9 +127,9 @@ def _metadata(name: str, facts: dict[str, Any], model: ModelConfig, tokenizer: T
     """What Hugging Face's pages search for, as YAML: names in it are of letters, digits and the like alone."""
     plain = lambda text: json.dumps(re.sub(r"[^A-Za-z0-9 ._-]", "_", text)[:100])
     causal = hugging_face.is_causal(model, facts["weights"])
-    lines = [f"library_name: {'transformers' if causal else 'pytorch'}", f"tags: [lstm, {TAGS[model.kind]}, dllm]"]
+    lines = [f"library_name: {'transformers' if causal else 'pytorch'}", f"tags: [lstm, {TAGS[model.kind]}, dllm]{YOURS}"]
     pipelines = PIPELINES if hugging_face.is_text(tokenizer) else OF_SOUND
-    lines += [f"pipeline_tag: {pipelines[model.kind]}"] * (model.kind in pipelines)
+    lines += [f"pipeline_tag: {pipelines[model.kind]}"] if model.kind in pipelines else []
     measured = [entry for entry in (facts.get("training") or {}).get("measured", []) if math.isfinite(entry["after"])]
     if measured:
         lines += ["model-index:", f"- name: {plain(name)}", "  results:"]

@@ -8,8 +8,8 @@ SAMPLE = "Hello, wörld!\n\n  two  spaces\tand a tab\r\nOnce upon a time <unk>, 
 NASTY = [
     "", "\n", " ", "\n\n", "two", " two ", "two\n", "two\n\n", "\r\n two\r\n\r\n", "x\x1cy\x1dz\x1e\x1f", "x\x85y\xa0z",
     "a\u2028b\u2029c\u200bd\u3000e\u180ef", "\U0001f600\u200d\U0001f600", "\u0301\u0301e\u0301", "\ufeffx",
-    "a\0b\0", "<unk> <eos>", "x<eos>y<unk>z", "<|sep|> <|end|><|pad|>", "a\tb\x0bc\x0cd", "unknown qqq \u0416\u4e00", "don't I'll 12 345 ...",
-    "\ud7ff\ue000\U0010ffff",
+    "a\0b\0", "<unk> <eos>", "x<eos>y<unk>z", "<|sep|> <|end|><|pad|>", "a\tb\x0bc\x0cd", "unknown qqq \u0416\u4e00",
+    "don't I'll 12 345 ...", "\ud7ff\ue000\U0010ffff",
 ]  # fmt: skip
 
 
