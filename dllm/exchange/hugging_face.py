@@ -88,6 +88,7 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     found = list[str]()
     if tokenizer.kind == "word" and not tokenizer.pairs:
         found.append("A text that does not end with a line gets no `<eos>` behind it, which dllm puts there in a corpus.")
+        found.append("A pipeline of transformers 5 puts the first new word right behind the prompt: end that with a space.")
     if isinstance(tokenizer, UnitTokenizer) and tokenizer.unknown is None:
         found.append(f"A {tokenizer.unit} that is not in the vocabulary raises an exception.")
     if tokenizer.kind == "bpe":
@@ -129,7 +130,7 @@ def read_library_form(value: Mapping[str, Any]) -> Json:
                 raise KeyError("a number that is missing")
         elif kind == "bpe":
             own["model"] = {"model": model}
-        if value["post_processor"] is not None:
+        if (value["post_processor"] or {}).get("special_tokens"):
             own["pairs"] = True
         return own
     except (LookupError, TypeError, AttributeError):

@@ -74,7 +74,8 @@ tokens = model.generate(**inputs, max_new_tokens=40, do_sample={sample})
 print(tokenizer.decode({tokens}, skip_special_tokens=True)){pair}
 ```"""
 OF_LEVELS = """transformers, 4.57 or later, runs `modeling_dllm.py` of this folder: the model is loaded by
-`AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)`. There is no tokenizer for it, since tokens are levels of sound."""
+`AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)`.
+There is no tokenizer for it, since tokens are levels of sound."""
 PAIR = """
 pair = tokenizer({prompt}, {prompt})["input_ids"]  # {end} source {sep} target {end}"""
 USES = {

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 def main(jobs):
     transformers.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
     return [look(**job) for job in jobs]
 
 
 def look(folder, texts, tokens, prompts, new, saved):
-    """Of one folder. texts : to be encoded; tokens : of which there are logits; prompts : two, to go on from by so many new tokens"""
+    """Of one folder. texts : to be encoded; tokens : of which there are logits; prompts : two, to go on from by `new` tokens"""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     found = {"ids": [numbers(tokenizer, text) for text in texts], "size": len(tokenizer), "pad": tokenizer.pad_token_id}
     found["card"] = ModelCard.load(pathlib.Path(folder, "README.md")).data.to_dict()
@@ -77,7 +78,8 @@ def generated(model, tokenizer, prompts, new):
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts[0], **greedy)[0]["generated_text"]
     return {
         "greedy": [row[length:] for row, length in zip(alone, lengths, strict=True)], "together": together,
-        "drawn": drawn[:, width:].tolist(), "pipeline": text, "decoded": tokenizer.decode(alone[0], skip_special_tokens=True),
+        "drawn": drawn[:, width:].tolist(), "pipeline": text,
+        "decoded": [tokenizer.decode(alone[0][start:], skip_special_tokens=True) for start in (0, lengths[0])],
         "beam": beams.sequences[0].tolist(), "prompt": lengths[0], "score": float(beams.sequences_scores[0]),
     }  # fmt: skip
 

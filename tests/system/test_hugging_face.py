@@ -75,7 +75,8 @@ def found(request, folders):
     folder.mkdir()
     jobs = [
         {
-            "folder": str(folders / name), "texts": [*NASTY, SAMPLE], "prompts": PROMPTS, "new": NEW, "saved": str(folder / name),
+            "folder": str(folders / name), "texts": [*NASTY, SAMPLE], "prompts": PROMPTS, "new": NEW,
+            "saved": str(folder / name),
             "tokens": tokens(name).tolist() if name in CAUSAL else None,
         }
         for name in MODELS
@@ -131,7 +132,8 @@ def test_texts_go_on_as_in_dllm_alone_in_a_batch_and_in_a_pipeline(found, folder
     greedy = [[*continuation(model, start_tokens(tokenizer, text), NEW, Sampling(temperature=0), GREEDY)] for text in PROMPTS]
     for rows in (one["greedy"], one["together"]):
         assert [_until(row, tokenizer.end) for row in rows] == greedy
-    assert one["pipeline"] == one["decoded"]
+    whole, continued = one["decoded"]
+    assert one["pipeline"] in (whole, PROMPTS[0] + continued)  # the latter of version 5
     assert np.array(one["drawn"]).shape[0] == 4
     assert len({tuple(row) for row in one["drawn"]}) > 1
 

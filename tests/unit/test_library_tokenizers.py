@@ -122,7 +122,7 @@ def test_long_texts_of_lines_have_the_same_numbers_but_for_a_cut_between_blank_l
         ("byte", False, True, []),
         ("char", False, True, []),
         ("char", True, False, ["A char that is not in the vocabulary", "`<|sep|>` and `<|end|>` in a text"]),
-        ("word", False, True, ["gets no `<eos>`"]),
+        ("word", False, True, ["gets no `<eos>`", "end that with a space"]),
     ],
 )
 def test_what_differs_is_said(kind, pairs, unknown, says):
