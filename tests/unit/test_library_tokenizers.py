@@ -6,11 +6,14 @@ import pathlib
 
 import pytest
 import tokenizers as library
+from helpers.model_folders import make, make_kind
 from helpers.text_tokenizers import NASTY, SAMPLE, built
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dllm
+from dllm.config import ModelConfig
+from dllm.data.sound_tokenizers import MelTokenizer, MulawTokenizer
 from dllm.data.tokenizers import BPETokenizer, WordTokenizer, load
 from dllm.errors import UserError
 from dllm.exchange import hugging_face
@@ -153,6 +156,34 @@ def changed(**changes):
 def test_a_tokenizer_of_somebody_else_is_not_taken_for_ours(value):
     with pytest.raises(ValueError, match="no tokenizer that dllm wrote"):
         hugging_face.read_library_form(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokenizer", "weights", "names"),
+    [
+        ("lm", built("byte"), "bf16", set(hugging_face.FILES)),
+        ("lm", built("byte"), "int8", {"tokenizer.json", "tokenizer_config.json"}),
+        ("bilm", built("word"), "fp32", {"tokenizer.json", "tokenizer_config.json"}),
+        ("seq2seq", built("char", pairs=True), "fp32", {"tokenizer.json", "tokenizer_config.json"}),
+        ("lm", MulawTokenizer(), "fp32", {"modeling_dllm.py", "generation_config.json"}),
+        ("ctc", MelTokenizer(), "fp32", set()),
+    ],
+)
+def test_a_folder_has_what_transformers_can_use(kind, tokenizer, weights, names):
+    model = ModelConfig(kind=kind)
+    assert hugging_face.files(model, tokenizer, weights).keys() == names
+    assert bool(hugging_face.keys(model, tokenizer, weights)) == ("modeling_dllm.py" in names)
+
+
+def test_a_card_says_how_others_load_the_model_or_why_they_do_not(tmp_path):
+    for stored, says in (("fp32", "AutoModelForCausalLM.from_pretrained"), ("int8", "transformers loads no weights of int8")):
+        make(tmp_path / stored, stored=stored)
+        assert says in (tmp_path / stored / "README.md").read_text()
+    make_kind(tmp_path / "sound", {"kind": "ctc", "features": 6})
+    assert "transformers does not load this model" in (tmp_path / "sound" / "README.md").read_text()
+    assert not (tmp_path / "sound" / "tokenizer.json").exists()
+    make_kind(tmp_path / "tagger", {"kind": "tagger"})
+    assert "transformers loads no model of this kind. `AutoTokenizer" in (tmp_path / "tagger" / "README.md").read_text()
 
 
 def test_dllm_never_imports_what_runs_in_transformers():
