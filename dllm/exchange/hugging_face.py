@@ -155,7 +155,8 @@ def _model(tokenizer: Tokenizer) -> Json:
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
     }  # fmt: skip
     if tokenizer.kind == "bpe":
-        return blank | tokenizer.vocabulary()["model"]["model"]
+        own: Json = tokenizer.vocabulary()["model"]["model"]
+        return blank | own
     return blank | {"vocab": letters() if tokenizer.kind == "byte" else {}, "merges": []}
 
 

@@ -126,21 +126,25 @@ def _numbers(model: ModelConfig, tokenizer: Tokenizer) -> str:
 
 def _metadata(name: str, facts: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer) -> str:
     """What Hugging Face's pages search for, as YAML: names in it are of letters, digits and the like alone."""
-    plain = lambda text: json.dumps(re.sub(r"[^A-Za-z0-9 ._-]", "_", text)[:100])
     causal = hugging_face.is_causal(model, facts["weights"])
     lines = [f"library_name: {'transformers' if causal else 'pytorch'}", f"tags: [lstm, {TAGS[model.kind]}, dllm]{YOURS}"]
     pipelines = PIPELINES if hugging_face.is_text(tokenizer) else OF_SOUND
     lines += [f"pipeline_tag: {pipelines[model.kind]}"] if model.kind in pipelines else []
     measured = [entry for entry in (facts.get("training") or {}).get("measured", []) if math.isfinite(entry["after"])]
     if measured:
-        lines += ["model-index:", f"- name: {plain(name)}", "  results:"]
+        lines += ["model-index:", f"- name: {_plain(name)}", "  results:"]
     for entry in measured:
         lines += [
             "  - task: {type: text-generation}",
-            f"    dataset: {{type: dllm-corpus, name: {plain(entry['corpus'])}, split: {plain(entry['split'])}}}",
+            f"    dataset: {{type: dllm-corpus, name: {_plain(entry['corpus'])}, split: {_plain(entry['split'])}}}",
             f"    metrics: [{{type: perplexity, name: Perplexity, value: {float(entry['after'])!r}}}]",
         ]
     return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    """A name in quotes, as YAML."""
+    return json.dumps(re.sub(r"[^A-Za-z0-9 ._-]", "_", name)[:100])
 
 
 def _transformers(model: ModelConfig, tokenizer: Tokenizer, weights: str) -> str:
