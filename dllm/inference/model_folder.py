@@ -146,7 +146,12 @@ def published(folder: pathlib.Path) -> tuple[list[str], list[str]]:
     """
     found = read(folder)
     names, strange = [CONFIG, WEIGHTS, tokenizer_file(folder).name, README], list[str]()
-    ours = hugging_face.files(found.settings.model, found.tokenizer, found.facts["weights"])
+    theirs = found.settings.model, found.tokenizer, found.facts["weights"]
+    code = storage.read_json(folder / CONFIG, KEYS, LARGEST).get("auto_map")
+    if code is not None and code != hugging_face.keys(*theirs).get("auto_map"):
+        name = f"{folder / CONFIG} names code for transformers (auto_map) that is not dllm's"
+        raise UserError(f"{name}: dllm export {folder} --out MODEL makes a folder without it")
+    ours = hugging_face.files(*theirs)
     for name in hugging_face.FILES:
         if name not in names and os.path.lexists(folder / name):
             same = (folder / name).is_file() and (folder / name).read_bytes() == ours.get(name)

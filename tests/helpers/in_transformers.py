@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 import warnings
+from copy import deepcopy
 
 import torch
 import transformers
@@ -38,6 +39,8 @@ def look(folder, texts, tokens, prompts, new, saved):
     found |= {"complaints": [str(one.message) for one in complaints], "loading": {k: list(v) for k, v in loading.items() if v}}
     found["logits"] = model(torch.tensor([tokens])).logits[0].tolist()
     found |= generated(model, tokenizer, prompts, new)
+    found["loss"] = float(model(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss)
+    found["falls"] = falls(model, tokens)
     found["padded"] = padded(model, tokens)
     model.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
@@ -82,6 +85,20 @@ def generated(model, tokenizer, prompts, new):
         "decoded": [tokenizer.decode(alone[0][start:], skip_special_tokens=True) for start in (0, lengths[0])],
         "beam": beams.sequences[0].tolist(), "prompt": lengths[0], "score": float(beams.sequences_scores[0]),
     }  # fmt: skip
+
+
+def falls(model, tokens):
+    """Whether steps of gradient descent on labels make the loss of a copy smaller."""
+    copy, losses = deepcopy(model), []
+    with torch.enable_grad():
+        optimizer = torch.optim.SGD(copy.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = copy(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
 
 
 def padded(model, tokens):

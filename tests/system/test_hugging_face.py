@@ -124,6 +124,14 @@ def test_logits_are_those_of_dllm_and_pads_change_nothing(found, folders, name):
     assert np.abs(ours - theirs).max() <= 1e-5
     assert relative(ours, theirs) <= 1e-5
     assert found[name]["padded"] <= 1e-5
+    chosen = log_probabilities(ours)[np.arange(len(ours) - 1), tokens(name)[1:]]
+    assert found[name]["loss"] == pytest.approx(-chosen.mean(), rel=1e-5)
+    assert found[name]["falls"]
+
+
+def log_probabilities(scores):
+    shifted = scores - scores.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -148,8 +156,7 @@ def test_a_beam_has_the_probability_that_dllm_gives_it(found, folders, name):
     one, model = found[name], LoadedModel.open(folders / name).model(1)
     row = np.array(one["beam"])
     assert row[: one["prompt"]].tolist() == prompt(name, PROMPTS[0]).tolist()
-    scores = logits(model, row)
-    scores = scores - np.log(np.exp(scores - scores.max(1, keepdims=True)).sum(1, keepdims=True)) - scores.max(1, keepdims=True)
+    scores = log_probabilities(logits(model, row))
     steps = np.arange(one["prompt"], len(row))
     assert len(steps) == NEW
     assert scores[steps - 1, row[steps]].sum() == pytest.approx(one["score"], abs=1e-3)

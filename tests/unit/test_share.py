@@ -163,6 +163,15 @@ def test_what_others_would_run_is_published_where_dllm_wrote_it_only(model, caps
     ]
 
 
+def test_a_folder_that_names_code_of_others_is_read_but_not_published(model, dllm, tmp_path):
+    path = model / "config.json"
+    path.write_text(path.read_text().replace('"modeling_dllm.', '"their/repository--modeling.'))
+    assert LoadedModel.open(model).config.hidden == 6
+    code, _, said = dllm("publish", model, "--to", tmp_path / "x.car")
+    assert code == 2
+    assert "config.json names code for transformers (auto_map) that is not dllm's: dllm export" in said
+
+
 def harm(path, what):
     if what == "flip":
         path.write_bytes(damaged(path.read_bytes()))
