@@ -11,6 +11,7 @@ import numpy as np
 from . import cli, config
 from .data import tokenizer_files, tokenizers
 from .errors import DONE, UserError, printable
+from .exchange import hugging_face
 from .files import safetensors, storage
 from .inference import model_folder
 from .model import torch_weights
@@ -23,6 +24,7 @@ rnn and decoder as in PyTorch's word_language_model, with any prefix before all 
 are one-hot; without an output weight, or with the embedding's, the two are tied.
 
 FILE is a tokenizer.json, or the folder of a run, model or corpus that has one: its token numbers must be the module's.
+It may be what transformers saved of a model folder: dllm import SAVED/model.safetensors --tokenizer SAVED --out MODEL.
 """
 
 OURS = {"embedding": "embedding", "encoder": "embedding", "output": "output", "decoder": "output"}
@@ -61,8 +63,18 @@ def import_(argv: list[str]) -> int:
 def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Of a tokenizer.json or of a folder that has one."""
     if pathlib.Path(path).is_dir() or (is_url(path) and not path.endswith(".json")):
-        return tokenizer_files.load_tokenizer(path)
-    return tokenizers.load(storage.read_json(local_copy(path), ["kind"]), path)
+        file = tokenizer_files.tokenizer_file(path)
+    else:
+        file = local_copy(path)
+    value = storage.read_json(file, [])
+    if isinstance(value, dict) and "kind" not in value and "model" in value:
+        try:
+            value = hugging_face.read_library_form(value)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
+    elif not isinstance(value, dict) or "kind" not in value:
+        raise UserError(f"{file} has no 'kind'; make the folder anew")
+    return tokenizers.load(value, file)
 
 
 def _renamed(tensors: Tensors, source: str) -> Tensors:

@@ -132,8 +132,9 @@ def published_files(folder: str, private: bool = False) -> Files:
     if (path / "config.toml").exists():
         names = _run_files(path, private)
     elif model_folder.is_model_folder(path):
-        model_folder.read(path)
-        names = [model_folder.CONFIG, model_folder.WEIGHTS, "tokenizer.json", model_folder.README]
+        names, strange = model_folder.published(path)
+        for name in strange:
+            print(f"dllm: {printable(str(path / name))} is not what dllm writes, and is not published", file=sys.stderr)
     elif (path / "manifest.json").exists():
         names = _corpus_files(path)
     else:

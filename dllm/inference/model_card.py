@@ -1,7 +1,12 @@
-"""The README.md of a model folder, made of its config.json: where the model comes from, and how PyTorch loads it."""
+"""The README.md of a model folder, made of its config.json: where the model comes from, and how others load it.
+
+What stands between --- is YAML for Hugging Face's pages: https://huggingface.co/docs/hub/model-cards.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 from typing import Any
@@ -10,14 +15,14 @@ import tomli_w
 
 from ..config import ModelConfig
 from ..data.tokenizers import Tokenizer
-from ..errors import printable
+from ..errors import UserError, printable
+from ..exchange import hugging_face
 from ..model import blocks
 from . import torch_script
 
 CARD = """---
 license: other  # yours to choose: the text that a model was trained on may have a say in it
-library_name: pytorch
-tags: [lstm, {tag}, dllm]
+{metadata}
 ---
 
 # {name}
@@ -39,6 +44,8 @@ In PyTorch, without dllm:
 
 {numbers}
 
+{transformers}
+
 ## Licence
 
 To be filled in by whoever publishes this model.
@@ -50,6 +57,27 @@ WHAT = {
 }  # fmt: skip
 TAGS = {"seq2seq": "translation", "tagger": "token-classification", "classifier": "text-classification"}
 TAGS |= {"lm": "language-model", "bilm": "language-model", "ctc": "automatic-speech-recognition"}
+PIPELINES = {  # of text; what Hugging Face calls what such a model does
+    "lm": "text-generation", "seq2seq": "translation", "tagger": "token-classification", "classifier": "text-classification",
+}  # fmt: skip
+YOURS = "  # language and datasets are yours to say: of its corpus the folder knows the sha256 only"
+OF_SOUND = {"classifier": "audio-classification", "ctc": "automatic-speech-recognition"}
+TRANSFORMERS = """In transformers, 4.57 or later, without dllm. It runs `modeling_dllm.py` of this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+inputs = tokenizer({prompt}, return_tensors="pt"){says}
+tokens = model.generate(**inputs, max_new_tokens=40, do_sample={sample})
+print(tokenizer.decode({tokens}, skip_special_tokens=True)){pair}
+```"""
+OF_LEVELS = """transformers, 4.57 or later, runs `modeling_dllm.py` of this folder: the model is loaded by
+`AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)`.
+There is no tokenizer for it, since tokens are levels of sound."""
+PAIR = """
+pair = tokenizer({prompt}, {prompt})["input_ids"]  # {end} source {sep} target {end}"""
 USES = {
     "tagger": "tools.predict {} FILE", "classifier": "tools.predict {} FILE", "ctc": "tools.predict {} FILE.wav",
     "bilm": "train --preset tagger --init-from {} --data DIR",
@@ -77,21 +105,76 @@ def text(name: str, facts: dict[str, Any], tokenizer: Tokenizer, version: str) -
     training = facts.get("training")
     recipe = "" if training is None else f"\n## Recipe\n\n{_recipe(training['recipe'])}\n"
     return CARD.format(
-        name=label(name), tag=TAGS[model.kind], kind=kind + f", vocabulary of {facts['vocabulary']:,}",
+        name=label(name), kind=kind + f", vocabulary of {facts['vocabulary']:,}",
+        metadata=_metadata(name, facts, model, tokenizer),
         parameters=facts["parameters"], version=version,
         weights=facts["weights"], origin=_imported(facts) if training is None else _trained(training), recipe=recipe,
         command=command(model.kind, shlex.quote(printable(name)), tokenizer.pairs, tokenizer.rate > 0),
         folder=shlex.quote(printable(name)),
-        numbers=_numbers(model, tokenizer), script=torch_script.script(facts, tokenizer.sep),
+        numbers=_numbers(model, tokenizer), transformers=_transformers(model, tokenizer, facts["weights"]),
+        script=torch_script.script(facts, tokenizer.sep),
     )  # fmt: skip
 
 
 def _numbers(model: ModelConfig, tokenizer: Tokenizer) -> str:
     """What stands for what in the script."""
-    read = f"`tokens` are numbers of tokenizer.json, of kind {tokenizer.kind}."
+    read = f"`tokens` are numbers of dllm_tokenizer.json, of kind {tokenizer.kind}."
     if model.features:
-        read = "`frames` are log-mel spectra, as tokenizer.json says."
+        read = "`frames` are log-mel spectra, as dllm_tokenizer.json says."
     return read + " Labels are in the order of its `labels`." * (model.kind in blocks.LABELLED)
+
+
+def _metadata(name: str, facts: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer) -> str:
+    """What Hugging Face's pages search for, as YAML: names in it are of letters, digits and the like alone."""
+    causal = hugging_face.is_causal(model, facts["weights"])
+    lines = [f"library_name: {'transformers' if causal else 'pytorch'}", f"tags: [lstm, {TAGS[model.kind]}, dllm]{YOURS}"]
+    pipelines = PIPELINES if hugging_face.is_text(tokenizer) else OF_SOUND
+    lines += [f"pipeline_tag: {pipelines[model.kind]}"] if model.kind in pipelines else []
+    measured = [entry for entry in (facts.get("training") or {}).get("measured", []) if math.isfinite(entry["after"])]
+    if measured:
+        lines += ["model-index:", f"- name: {_plain(name)}", "  results:"]
+    for entry in measured:
+        lines += [
+            "  - task: {type: text-generation}",
+            f"    dataset: {{type: dllm-corpus, name: {_plain(entry['corpus'])}, split: {_plain(entry['split'])}}}",
+            f"    metrics: [{{type: perplexity, name: Perplexity, value: {float(entry['after'])!r}}}]",
+        ]
+    return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    """A name in quotes, as YAML."""
+    return json.dumps(re.sub(r"[^A-Za-z0-9 ._-]", "_", name)[:100])
+
+
+def _transformers(model: ModelConfig, tokenizer: Tokenizer, weights: str) -> str:
+    """How transformers makes tokens of a text and generates, or why it does not."""
+    text = hugging_face.is_text(tokenizer)
+    if hugging_face.is_causal(model, weights):
+        if not text:
+            return OF_LEVELS
+        sep, end, _ = hugging_face.spellings(tokenizer)
+        prompt, pairs = ascii(_example(tokenizer)), tokenizer.pairs
+        lines = TRANSFORMERS.format(
+            prompt=prompt, says=f"  # {end} source {sep}" * pairs, sample=not pairs,
+            tokens='tokens[0, inputs["input_ids"].shape[1] :]' if pairs else "tokens[0]",
+            pair=PAIR.format(prompt=prompt, sep=sep, end=end) if pairs else "",
+        )  # fmt: skip
+    elif text:
+        why = "no weights of int8" if model.kind == "lm" else "no model of this kind"
+        lines = f"transformers loads {why}. `AutoTokenizer.from_pretrained` reads the tokenizer."
+    else:
+        return "transformers does not load this model."
+    return "\n\n".join([lines, *[" ".join(hugging_face.differences(tokenizer))] * bool(hugging_face.differences(tokenizer))])
+
+
+def _example(tokenizer: Tokenizer) -> str:
+    """A text that the vocabulary has tokens for."""
+    try:
+        text = "Once upon a time"
+        return text if tokenizer.encode(text.encode(), end=False).size else ""
+    except UserError:
+        return tokenizer.decode_text(range(min(8, tokenizer.text_size))).decode(errors="replace")
 
 
 def _imported(facts: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Model folders: what export and import write, and anything that uses a model opens (loaded_model.py).
 
-A model folder holds model.safetensors (model/torch_weights.py), tokenizer.json, README.md (model_card.py) and config.json with
+A model folder holds model.safetensors (model/torch_weights.py), dllm_tokenizer.json (older ones: tokenizer.json), README.md
+(model_card.py), what transformers reads (exchange/hugging_face.py), and config.json with
 
     format, vocabulary, parameters, window and lanes (of evaluations)
     model       embedding, hidden, layers, tied, biases; of kinds other than lm all of SHAPE
@@ -8,6 +9,8 @@ A model folder holds model.safetensors (model/torch_weights.py), tokenizer.json,
     embedded    whether the corpus is the embedded one, which every machine has
     training    of an exported run: step, averaged, tokens and corpus, those of the texts before, measured, recipe.
                 Not with `imported`, the name of a file
+
+and what transformers asks for, which is not read here.
 
 It may come from anywhere: nothing in it is believed before it was checked, and nothing but numbers and text is read.
 """
@@ -25,9 +28,10 @@ import msgspec
 import numpy as np
 
 from .. import __version__, config
-from ..data.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_hash
+from ..data.tokenizer_files import OF_MODEL, load_tokenizer, save_tokenizer, tokenizer_file, tokenizer_hash
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError, reason, shown
+from ..exchange import hugging_face
 from ..files import storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
@@ -110,6 +114,7 @@ def is_model_folder(folder: pathlib.Path) -> bool:
 def read(folder: pathlib.Path) -> ModelFolder:
     """Read a model folder. Raises UserError that says what in it no model has."""
     path = folder / CONFIG
+    _check_writer(folder)
     facts = storage.read_json(path, KEYS, LARGEST)
     settings, origin, tokenizer = _settings(path, facts), _origin(path, facts), load_tokenizer(folder)
     check_kind(settings.model, tokenizer, folder)
@@ -118,13 +123,40 @@ def read(folder: pathlib.Path) -> ModelFolder:
         or tokenizer.size != facts["vocabulary"]
         or tokenizer_hash(tokenizer) != facts["tokenizer"]
     ):
-        raise UserError(f"{folder}/tokenizer.json is not the one of its {CONFIG}")
+        raise UserError(f"{tokenizer_file(folder)} is not the one of its {CONFIG}")
     shape = settings.model, tokenizer.size
     tensors = torch_weights.read_model(folder / WEIGHTS, *shape, facts["weights"], facts["sha256"])
     parameters = Layout(*shape, np.float32).parameters
     if facts["parameters"] != parameters:
         raise UserError(f"{path}: parameters are {shown(facts['parameters'])}, a model of its shape has {parameters}")
     return ModelFolder(settings, tokenizer, flat(*shape, tensors), {name: facts[name] for name in KEYS} | origin)
+
+
+def _check_writer(folder: pathlib.Path) -> None:
+    """Raise UserError where transformers has saved a model of ours again: its weights may be others by now."""
+    facts = storage.read_json(folder / CONFIG, KEYS[:1], LARGEST)
+    if "sha256" not in facts and "transformers_version" in facts:
+        command = f"dllm import {folder / WEIGHTS} --tokenizer {folder} --out MODEL"
+        raise UserError(f"{folder} was saved by transformers: {command} makes a model folder of it")
+
+
+def published(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Names of what belongs to a model folder, and of what is there under such a name but is not what dllm writes: transformers
+    runs some of it. Reads all of the folder. Raises UserError.
+    """
+    found = read(folder)
+    names, strange = [CONFIG, WEIGHTS, tokenizer_file(folder).name, README], list[str]()
+    theirs = found.settings.model, found.tokenizer, found.facts["weights"]
+    code = storage.read_json(folder / CONFIG, KEYS, LARGEST).get("auto_map")
+    if code is not None and code != hugging_face.keys(*theirs).get("auto_map"):
+        name = f"{folder / CONFIG} names code for transformers (auto_map) that is not dllm's"
+        raise UserError(f"{name}: dllm export {folder} --out MODEL makes a folder without it")
+    ours = hugging_face.files(*theirs)
+    for name in hugging_face.FILES:
+        if name not in names and os.path.lexists(folder / name):
+            same = (folder / name).is_file() and (folder / name).read_bytes() == ours.get(name)
+            (names if same else strange).append(name)
+    return names, strange
 
 
 def texts(facts: dict[str, Any]) -> list[Text]:
@@ -171,14 +203,12 @@ def check_kind(model: config.ModelConfig, tokenizer: Tokenizer, folder: pathlib.
     labels, needed = len(tokenizer.labels), model.kind in blocks.LABELLED
     if model.features != tokenizer.bands or (model.kind == "ctc" and not model.features):
         of = f"for a model of kind {model.kind}"
-        raise UserError(
-            f"{folder}: model.features = {model.features} {of}, and frames of tokenizer.json have {tokenizer.bands}"
-        )
+        raise UserError(f"{folder}: model.features = {model.features} {of}, and frames of its tokenizer have {tokenizer.bands}")
     if model.kind == "seq2seq" and not tokenizer.pairs:
-        raise UserError(f"{folder}: a model of kind seq2seq has a tokenizer of pairs, and tokenizer.json holds none")
+        raise UserError(f"{folder}: a model of kind seq2seq has a tokenizer of pairs, and this one is of none")
     if model.labels != labels * needed or (needed and not labels):
         of = f"for a model of kind {model.kind}"
-        raise UserError(f"{folder}: model.labels = {model.labels} {of}, and tokenizer.json names {labels}")
+        raise UserError(f"{folder}: model.labels = {model.labels} {of}, and its tokenizer names {labels}")
 
 
 def shape(model: config.ModelConfig) -> dict[str, Any]:
@@ -237,16 +267,18 @@ def write(
     """Make the model folder `out`, whole or not at all. Raises UserError where it cannot.
 
     data : the bytes of its weights
-    facts : its config.json
+    facts : its config.json, to which comes what transformers asks for
     also : file name -> bytes of what else it holds, for other programs
     """
     path = pathlib.Path(os.path.abspath(out))
     check_free(path)
+    theirs = config.ModelConfig(**facts["model"]), tokenizer, facts["weights"]
+    facts = facts | hugging_face.keys(*theirs)
     try:
         with storage.atomic_folder(path) as folder:
-            for name, content in {WEIGHTS: data, **also}.items():
+            for name, content in {WEIGHTS: data, **hugging_face.files(*theirs), **also}.items():
                 (folder / name).write_bytes(content)
-            save_tokenizer(folder, tokenizer)
+            save_tokenizer(folder, tokenizer, OF_MODEL)
             storage.write_json(folder / CONFIG, facts)
             storage.write_text(folder / README, model_card.text(path.name, facts, tokenizer, __version__))
     except OSError as error:

@@ -150,14 +150,14 @@ def lies(folder, **facts):
         ("tagger", {"kind": "seq2seq"}, "model.labels is read by model.kind = tagger, classifier and ctc, not by seq2seq"),
         ("tagger", {"kind": "robot"}, "model.kind = robot"),
         ("tagger", {"kind": ["tagger"]}, "model.kind = "),
-        ("tagger", {"labels": 0}, "model.labels = 0 for a model of kind tagger, and tokenizer.json names 3"),
-        ("tagger", {"labels": 4}, "model.labels = 4 .* tokenizer.json names 3"),
-        ("tagger", {"labels": 2**31 - 1}, "tokenizer.json names 3"),
+        ("tagger", {"labels": 0}, "model.labels = 0 for a model of kind tagger, and its tokenizer names 3"),
+        ("tagger", {"labels": 4}, "model.labels = 4 .* its tokenizer names 3"),
+        ("tagger", {"labels": 2**31 - 1}, "its tokenizer names 3"),
         ("tagger", {"labels": True}, "model.labels = True"),
         ("tagger", {"bidirectional": False}, "by its config.json"),
         ("tagger", {"bidirectional": 1}, "model.bidirectional = 1"),
         ("tagger", {"projection": 2**31 - 1}, "the weights of its config.json take"),
-        ("tagger", {"features": 5}, "features = 5 .* frames of tokenizer.json have 0"),
+        ("tagger", {"features": 5}, "features = 5 .* frames of its tokenizer have 0"),
         ("tagger", {"hidden": 17}, "model.hidden = 17"),
         ("classifier, max", {"pool": "sum"}, "model.pool = sum"),
         ("classifier, max", {"copy": True}, "model.copy is read by model.kind = seq2seq"),
@@ -168,7 +168,7 @@ def lies(folder, **facts):
         ("seq2seq", {"features": 5}, "model.features is read by"),
         ("seq2seq", {"copy": True}, "gate.weight|the weights of its config.json"),
         ("bilm", {"labels": 3}, "model.labels is read by .*, not by bilm"),
-        ("bilm", {"kind": "tagger", "labels": 3}, "tokenizer.json names 0"),
+        ("bilm", {"kind": "tagger", "labels": 3}, "its tokenizer names 0"),
     ],
 )
 def test_lies_about_a_kind_are_refused_in_one_line(name, facts, says, tmp_path):
@@ -186,7 +186,7 @@ def test_lies_about_a_kind_are_refused_in_one_line(name, facts, says, tmp_path):
 )
 def test_labels_that_are_none_are_refused(labels, tmp_path):
     make_kind(tmp_path / "model", MODELS["tagger"])
-    path = tmp_path / "model" / "tokenizer.json"
+    path = tmp_path / "model" / "dllm_tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
     with pytest.raises(UserError, match="label"):
         LoadedModel.open(tmp_path / "model")
@@ -194,7 +194,7 @@ def test_labels_that_are_none_are_refused(labels, tmp_path):
 
 def test_a_seq2seq_without_pairs_is_refused(tmp_path):
     make_kind(tmp_path / "model", MODELS["seq2seq"])
-    path = tmp_path / "model" / "tokenizer.json"
+    path = tmp_path / "model" / "dllm_tokenizer.json"
     path.write_text(path.read_text().replace("true", "false"))
     with pytest.raises(UserError, match="has a tokenizer of pairs"):
         LoadedModel.open(tmp_path / "model")

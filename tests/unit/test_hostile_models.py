@@ -143,14 +143,22 @@ DEEP = "[" * 200_000
 ATTACKS = {  # what is wrong: (what is done to a folder, what is said of it)
     "no config": (removed("config.json"), "cannot read .*config.json: No such file"),
     "no weights": (removed("model.safetensors"), "cannot read .*model.safetensors: No such file"),
-    "no tokenizer": (removed("tokenizer.json"), "cannot read .*tokenizer.json: No such file"),
+    "no tokenizer": (removed("dllm_tokenizer.json"), "/tokenizer.json has no 'kind'"),
+    "no tokenizer at all": (
+        lambda folder: [(folder / name).unlink() for name in ("dllm_tokenizer.json", "tokenizer.json")],
+        "cannot read .*/tokenizer.json: No such file",
+    ),
+    "saved by transformers": (
+        lambda folder: (folder / "config.json").write_text('{"format": 1, "transformers_version": "5"}'),
+        "was saved by transformers: dllm import .*safetensors --tokenizer .* --out MODEL makes a model folder of it",
+    ),
     "a pipe for a config": (instead("config.json", os.mkfifo), "config.json: it is not a file"),
     "a pipe for weights": (instead("model.safetensors", os.mkfifo), "model.safetensors: it is not a file"),
     "a device for weights": (
         instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")),
         "model.safetensors: it is not a file",
     ),
-    "a pipe for a tokenizer": (instead("tokenizer.json", os.mkfifo), "tokenizer.json: it is not a file"),
+    "a pipe for a tokenizer": (instead("dllm_tokenizer.json", os.mkfifo), "tokenizer.json: it is not a file"),
     "config not JSON": (file("config.json", "{"), "config.json is not valid JSON"),
     "config not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b'"\xff"'), "config.json is not valid JSON"),
     "config too deep": (file("config.json", DEEP), "config.json is not valid JSON"),
@@ -225,12 +233,15 @@ ATTACKS = {  # what is wrong: (what is done to a folder, what is said of it)
     "infinity": (holds(output__bias=at(np.inf)), "'output.bias' has values that are not finite"),
     "far too large": (holds(output__weight=huge, output__bias=huge), "numbers are not finite"),
     "a terabyte": (sparse, "this machine's memory has"),
-    "no tokenizer of ours": (file("tokenizer.json", '{"kind": "os"}'), "holds no tokenizer that this version knows"),
-    "a tokenizer too deep": (file("tokenizer.json", DEEP), "tokenizer.json is not valid JSON"),
-    "numbers for words": (file("tokenizer.json", '{"kind": "word", "units": [1, 2]}'), "holds no tokenizer"),
-    "no text for words": (file("tokenizer.json", '{"kind": "word", "units": ["\\ud800"]}'), "tokenizer.json is not valid JSON"),
-    "a token beyond": (file("tokenizer.json", gap()), "holds no tokenizer"),
-    "no tokens": (file("tokenizer.json", '{"kind": "word", "units": []}'), "tokenizer.json is not the one"),
+    "no tokenizer of ours": (file("dllm_tokenizer.json", '{"kind": "os"}'), "holds no tokenizer that this version knows"),
+    "a tokenizer too deep": (file("dllm_tokenizer.json", DEEP), "tokenizer.json is not valid JSON"),
+    "numbers for words": (file("dllm_tokenizer.json", '{"kind": "word", "units": [1, 2]}'), "holds no tokenizer"),
+    "no text for words": (
+        file("dllm_tokenizer.json", '{"kind": "word", "units": ["\\ud800"]}'),
+        "tokenizer.json is not valid JSON",
+    ),
+    "a token beyond": (file("dllm_tokenizer.json", gap()), "holds no tokenizer"),
+    "no tokens": (file("dllm_tokenizer.json", '{"kind": "word", "units": []}'), "tokenizer.json is not the one"),
 }
 
 

@@ -15,7 +15,8 @@ from helpers.numerics import V, configured
 from dllm import share
 from dllm.comm.replicas import Domains
 from dllm.config import CheckpointConfig, Config, DataConfig
-from dllm.data.tokenizer_files import tokenizer_hash
+from dllm.data.tokenizer_files import load_tokenizer, tokenizer_hash
+from dllm.exchange import hugging_face
 from dllm.inference.loaded_model import LoadedModel
 from dllm.model.layout import Layout
 from dllm.runs import checkpoint, run_folder
@@ -105,7 +106,7 @@ def test_of_each_kind_what_belongs_to_it_comes_back(dllm, corpus, model, run, tm
     ]
     wanted = {
         corpus: {"manifest.json", "tokenizer.json", "train-00000.h5"},
-        model: {"config.json", "model.safetensors", "tokenizer.json", "README.md"},
+        model: {"config.json", "model.safetensors", "dllm_tokenizer.json", "README.md", *hugging_face.FILES},
         run: {"config.toml", "tokenizer.json", *parts},
     }
     for folder, names in wanted.items():
@@ -139,6 +140,38 @@ def test_a_model_is_used_by_its_url(run, monkeypatch):
         assert found.fingerprint == LoadedModel.open(run).fingerprint
 
 
+def test_the_tokenizer_of_an_url_is_that_of_its_folder(run, model, monkeypatch, tmp_path):
+    """Also of a model folder of an older version, which has no tokenizer for other programs."""
+    older = shutil.copytree(model, tmp_path / "older")
+    (older / "dllm_tokenizer.json").replace(older / "tokenizer.json")
+    assert LoadedModel.open(older).fingerprint == LoadedModel.open(model).fingerprint
+    for folder in (run, model, older):
+        with Gateway.of(share.published_files(str(folder))) as gateway:
+            monkeypatch.setenv("IPFS_GATEWAY", gateway.url)
+            assert load_tokenizer(f"ipfs://{gateway.root}").to_json() == TOKENIZER.to_json()
+
+
+def test_what_others_would_run_is_published_where_dllm_wrote_it_only(model, capsys):
+    for name in ("modeling_dllm.py", "tokenizer.json"):
+        (model / name).write_text((model / name).read_text() + " ")
+    names = set(share.published_files(str(model)))
+    left = {"config.json", "model.safetensors", "dllm_tokenizer.json", "README.md"}
+    assert names == left | {"tokenizer_config.json", "generation_config.json"}
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" is not what dllm writes")[0] for line in said] == [
+        f"dllm: {model / name}" for name in ("tokenizer.json", "modeling_dllm.py")
+    ]
+
+
+def test_a_folder_that_names_code_of_others_is_read_but_not_published(model, dllm, tmp_path):
+    path = model / "config.json"
+    path.write_text(path.read_text().replace('"modeling_dllm.', '"their/repository--modeling.'))
+    assert LoadedModel.open(model).config.hidden == 6
+    code, _, said = dllm("publish", model, "--to", tmp_path / "x.car")
+    assert code == 2
+    assert "config.json names code for transformers (auto_map) that is not dllm's: dllm export" in said
+
+
 def harm(path, what):
     if what == "flip":
         path.write_bytes(damaged(path.read_bytes()))
@@ -158,7 +191,7 @@ def harm(path, what):
         ("corpus", "manifest.json", "link", "is not a file: only files are published"),
         ("corpus", "manifest.json", "remove", "is not the folder of a run, a model or a corpus"),
         ("model", "model.safetensors", "flip", "model.safetensors"),
-        ("model", "tokenizer.json", "remove", "cannot read"),
+        ("model", "dllm_tokenizer.json", "remove", "tokenizer.json has no 'kind'"),
         ("run", "tokenizer.json", "remove", "cannot read"),
     ],
 )
