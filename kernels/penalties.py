@@ -74,12 +74,12 @@ class Changes:
     def __init__(self, rows: int) -> None:
         self.entries = np.zeros(rows, np.int64)
         self.repetition, self.presence, self.frequency = np.ones(rows), np.zeros(rows), np.zeros(rows)
-        self.at, self.plus = np.zeros((rows, FEW), np.int64), np.zeros((rows, FEW), np.float32)
-        self.count = np.full((rows, FEW), UNSEEN, np.int32)
+        kinds = np.int64, np.float32, np.int32
+        self.at, self.plus, self.count = (np.zeros((rows, FEW), kind) for kind in kinds)
         self._places: list[dict[int, int] | None] = [None] * rows  # token -> column, of rows that count what is generated
 
     @property
-    def arrays(self) -> tuple[Array, ...]:
+    def arrays(self) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
         """What `change_logits` takes of all rows."""
         return self.entries, self.at, self.plus, self.count, self.repetition, self.presence, self.frequency
 

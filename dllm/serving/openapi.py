@@ -296,7 +296,8 @@ def _answers() -> Schema:
         "TokenizerInfo": _object(
             ["tokenizer_class", "kind", "vocab_size", "bos_token", "eos_token"], tokenizer_class=text, kind=text,
             vocab_size=count, model_max_length=count,
-            **{f"{name}_token": _maybe(text) for name in ("bos", "eos", "pad", "unk")}, chat_template={"type": "null"},
+            bos_token=_maybe(text), eos_token=_maybe(text), pad_token={"type": "null"}, unk_token=_maybe(text),
+            chat_template={"type": "null"},
         ),
         "Model": entry,
         "Models": _object(["object", "data"], object={"const": "list"}, data=_several(entry)),

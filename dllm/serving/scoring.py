@@ -60,7 +60,7 @@ async def _score_target(service: Service, request: HttpRequest, fields: Fields) 
     if not len(source):
         raise Refused("source is empty", "source")
     (target,) = await service.read_prompts(texts[1:], "target", service.vocabulary.target)
-    said = [*target.written, service.vocabulary.end]
+    said = service.vocabulary.ended(target)
     whole = Prompt(np.concatenate([source.tokens, said]).astype(np.int64))
     if len(whole) > service.limits.prompt:
         raise Refused(f"source and target have {len(whole)} tokens; {service.limits.prompt} are allowed", "target")

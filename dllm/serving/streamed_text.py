@@ -163,6 +163,11 @@ class Vocabulary:
         """The same of a target, without its end."""
         return Prompt(self._tokens(given))
 
+    def ended(self, target: Prompt) -> list[int]:
+        """The tokens of a target and its end."""
+        assert self.end is not None
+        return [*target.written, self.end]
+
     def never_drawn(self, bias: Sequence[tuple[int, float]]) -> tuple[int, ...]:
         """Tokens that no text has whose request does not name them by a bias."""
         return never_drawn(self.tokenizer, bias)

@@ -89,5 +89,5 @@ async def score(service: Service, request: HttpRequest) -> Response:
     wanted = [SourceRequest(source=source.tokens, target=target.tokens)]
     request.scope["dllm"]["inputs"] = 1
     (found,), headers = await ask(service, request, texts, wanted)
-    said = [*target.written, service.vocabulary.end]
+    said = service.vocabulary.ended(target)
     return await service.answer(score_body(service, said, found[0].tolist(), len(source) + len(said), of_target=True), headers)

@@ -26,8 +26,8 @@ class Question(NamedTuple):
     top_p: float
     top_k: int
     min_p: float
-    logit_bias: list[tuple[int, float]]
-    banned: list[int]
+    logit_bias: tuple[tuple[int, float], ...]
+    banned: tuple[int, ...]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
