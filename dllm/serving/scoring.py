@@ -141,7 +141,7 @@ async def _compute(
     """The events of the streams `wanted`, some at a time, and headers that say who computed the last of them."""
     fields, found, rank = service.log_fields(request, given), list[list[Event]](), service.peers.rank
     fields["prompt_tokens"], fields["inputs"] = sum(map(len, prompts)), len(prompts)
-    turn = min(CHOICES, service.engine.slots)
+    turn = max(1, min(CHOICES, service.engine.slots, service.engine.queue))
     for start in range(0, len(wanted), turn):
         part, until = dict(enumerate(wanted[start : start + turn])), time.monotonic() + PATIENCE
         while True:

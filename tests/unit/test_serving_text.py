@@ -82,12 +82,14 @@ def read(**body):
         {"top_p": 1.1}, {"n": 0}, {"n": 65}, {"n": 2, "prompt": ["a"] * 33}, {"seed": -1},
         {"seed": 1 << 63}, {"logprobs": 21}, {"stop": ""}, {"stop": ["a"] * 17}, {"stop": [1]}, {"stop": "a" * 257},
         {"echo": 1}, {"stream": "yes"}, {"stream_options": {}}, {"stream": True, "stream_options": {"other": 1}},
-        {"suffix": "x"}, {"logit_bias": {"256": 2}}, {"logit_bias": {"-1": 2}}, {"logit_bias": {"a": 2}}, {"logit_bias": {"1": 101}},
-        {"logit_bias": {"1": True}}, {"logit_bias": {"1": "2"}}, {"logit_bias": [1]}, {"logit_bias": {"\u0663": 1}},
+        {"suffix": "x"}, {"logit_bias": {"256": 2}}, {"logit_bias": {"-1": 2}}, {"logit_bias": {"a": 2}},
+        {"logit_bias": {"1": 101}}, {"logit_bias": {"1": True}}, {"logit_bias": {"1": "2"}}, {"logit_bias": [1]},
+        {"logit_bias": {"\u0663": 1}},
         {"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, {"presence_penalty": 2.1}, {"frequency_penalty": "1"},
         {"repetition_penalty": 0}, {"repetition_penalty": 11}, {"min_p": 1.1}, {"top_k": -2}, {"n": 2, "best_of": 1},
         {"best_of": 2, "stream": True}, {"best_of": 33, "prompt": ["a", "b"]}, {"use_beam_search": True}, {"length_penalty": 2},
-        {"ignore_eos": 0}, {"min_tokens": False}, {"stop_token_ids": [1]}, {"response_format": {"type": "json_object"}}, {"unknown": None}, {"model": 3}, {"model": "other"},
+        {"ignore_eos": 0}, {"min_tokens": False}, {"stop_token_ids": [1]}, {"response_format": {"type": "json_object"}},
+        {"unknown": None}, {"model": 3}, {"model": "other"},
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(body):
