@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .data.tokenizer import is_behind_word
 from .data.tokenizers import Tokenizer
 from .errors import UserError
 from .files import storage
@@ -131,7 +132,7 @@ class Model:
         if not 0 <= top_p <= 1:
             raise UserError(f"top_p is {top_p}: it is a probability, from 0 to 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beam)
+        return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beam, is_behind_word(prompt))
 
     def answer(self, source: str, tokens: int = 200, *, beam: int | None = None) -> str:
         """The target that a model of pairs gives to a source, as `dllm generate --source` prints it.
@@ -202,9 +203,9 @@ class Model:
         """Token numbers (n,) int64 of a text that may go on."""
         return np.ascontiguousarray(self.tokenizer.encode(text.encode(), False), np.int64)
 
-    def _continue(self, prompt: Array, tokens: int, sampling: Sampling, beam: int | None) -> str:
+    def _continue(self, prompt: Array, tokens: int, sampling: Sampling, beam: int | None, behind: bool = False) -> str:
         found = continuation(self._loaded, prompt, tokens, sampling, Beam(width=beam) if beam else None)
-        return "".join(text for _, text in decode(self.tokenizer, found))
+        return "".join(text for _, text in decode(self.tokenizer, found, behind))
 
 
 def load(path: str | os.PathLike[str], checkpoint: str = "best") -> Model:

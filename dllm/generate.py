@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from .data.tokenizers import Tokenizer
-    from .inference.generation import Sampling
     from .inference.loaded_model import LoadedModel
     from .kernels.types import Array
 
@@ -26,6 +25,8 @@ examples
   python -m dllm.generate MODEL --temperature 0                    always the most likely token
   python -m dllm.generate MODEL --beam 8 --tokens 30               the likeliest text that a search finds
   python -m dllm.generate MODEL --top-p 0.9 --seed 7 --json        one JSON line with prompt, text and tokens
+  python -m dllm.generate MODEL --temperature 0 --repetition-penalty 1.2       without going round in circles
+  python -m dllm.generate MODEL --logit-bias "<unk>=0"              words that are not in the vocabulary may come as <unk>
   python -m dllm.generate MODEL --source "en 4071"                 the target, of a model of pairs
   python -m dllm.generate MODEL --source "ein Hund" --attention a.png        and a picture of what it looked at
   mpirun -n 8 python -m dllm.generate MODEL --source-file news.en --out news.de --beam 5
@@ -53,6 +54,8 @@ def generate(argv: list[str]) -> int:
     """Print what follows a prompt or a source, token by token or as JSON."""
     options = _options(argv)
 
+    from .data.tokenizer import is_behind_word
+    from .inference.drawing_options import drawing_asked, sampling_of
     from .inference.generation import Sampling, continuation, decode
     from .inference.loaded_model import LoadedModel
     from .inference.search_options import check_attention
@@ -71,8 +74,8 @@ def generate(argv: list[str]) -> int:
     text_tokens, temperature = _tokens(options, model.tokenizer), options.temperature
     if temperature is None:
         temperature = Sampling.temperature if options.source is None else 0
-    sampling = _sampling(options, temperature)
-    if model.config.kind == "seq2seq" and (drawing := _drawing(options)):
+    sampling = sampling_of(options, model.tokenizer, temperature)
+    if model.config.kind == "seq2seq" and (drawing := drawing_asked(options)):
         raise UserError(f"{options.model} searches for targets, and draws none: leave {drawing}, or give --beam")
 
     def show(text: str) -> None:
@@ -83,7 +86,7 @@ def generate(argv: list[str]) -> int:
     found = continuation(model, text_tokens, options.tokens or 200, sampling, options.search, options.precision)
     show(options.prompt)
     text, tokens = "", []
-    for token, piece in decode(model.tokenizer, found):
+    for token, piece in decode(model.tokenizer, found, is_behind_word(options.prompt)):
         if telling.has_no_reader():
             break
         show(piece)
@@ -151,6 +154,7 @@ def answer_file(argv: list[str], comm: MPI.Comm) -> int:
 
 
 def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
+    from .inference.drawing_options import add_drawing, check_drawing, drawing_asked
     from .inference.search_options import add_search, beam_of
 
     parser = cli.Parser("generate", __doc__, EPILOG, rank)
@@ -163,16 +167,11 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=whole, metavar="N", help="at most (default: 200; with --source-file the window of training)"
     )
-    parser.add_argument(
-        "--temperature", type=cli.at_least(0, float), metavar="T", help="default: 0.8; with --source 0, always the most likely"
-    )
-    parser.add_argument("--top-k", type=cli.at_least(0), metavar="K", help="among the K likeliest; 0: all")
-    parser.add_argument("--top-p", type=cli.at_least(0, float), metavar="P", help="among those that hold P")
+    add_drawing(parser)
     add_search(parser, "draw nothing, ")
     parser.add_argument("--n-best", type=whole, metavar="N", help="with --source-file: so many targets a line, as JSON")
     parser.add_argument("--unknown", choices=("never", "source"), help="with --source-file: what <unk> becomes")
     parser.add_argument("--attention", metavar="F", help="with --source: draw what each token looked at (.png, .svg, .pdf)")
-    parser.add_argument("--seed", type=cli.at_least(0), metavar="S", help="default: 1")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run; default: best")
     cli.add_precision(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of streaming text")
@@ -183,29 +182,13 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
         needed = "source" if name == "attention" else "source_file"
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')}")
-    if options.top_p is not None and options.top_p > 1:
-        parser.error("argument --top-p: it is a probability, at most 1")
+    check_drawing(parser, options)
     for name in ("source_file", "beam"):
-        if getattr(options, name) is not None and (drawing := _drawing(options)):
+        if getattr(options, name) is not None and (drawing := drawing_asked(options)):
             parser.error(f"--{name.replace('_', '-')} takes the likeliest texts and draws none: leave {drawing}")
     options.n_best = options.n_best or 1
     options.search = beam_of(parser, options, options.n_best, options.source_file is not None)
     return options
-
-
-def _drawing(options: argparse.Namespace) -> str:
-    """The first option given that says how tokens are drawn; "": there is none."""
-    names = (name for name in ("temperature", "top_k", "top_p", "seed") if getattr(options, name) is not None)
-    given = (name for name in names if name != "temperature" or options.temperature)  # 0: the likeliest
-    return next((f"--{name.replace('_', '-')}" for name in given), "")
-
-
-def _sampling(options: argparse.Namespace, temperature: float) -> Sampling:
-    """How tokens are drawn, as far as the options say it."""
-    from .inference.generation import Sampling
-
-    given = {name: getattr(options, name) for name in ("top_k", "top_p", "seed") if getattr(options, name) is not None}
-    return Sampling(temperature=temperature, **given)
 
 
 def _tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
@@ -222,6 +205,7 @@ def _tokens(options: argparse.Namespace, tokenizer: Tokenizer) -> Array:
 
 def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
     """Write what a model of sound continues. Raises UserError."""
+    from .inference.drawing_options import sampling_of
     from .inference.speech import write_sound
 
     if model.tokenizer.bands:
@@ -233,7 +217,7 @@ def _sound(options: argparse.Namespace, model: LoadedModel) -> int:
     if not options.out or options.prompt or options.search or options.json:
         raise UserError(f"{options.model} is a model of sound: give --out FILE.wav, and no --prompt, --beam or --json")
     temperature = 1.0 if options.temperature is None else options.temperature
-    sampling = _sampling(options, temperature)
+    sampling = sampling_of(options, model.tokenizer, temperature)
     write_sound(model, options.out, options.tokens or 0, sampling, options.precision)
     return DONE
 

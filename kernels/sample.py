@@ -1,7 +1,9 @@
-r"""Drawing tokens from logits: temperature, the k most likely, the nucleus (Holtzman et al. 2020), for all rows in one call.
+r"""Drawing tokens from logits: temperature, the k most likely, the nucleus (Holtzman et al. 2020), those that are not too far
+behind the most likely (min_p, Nguyen et al. 2024), for all rows in one call.
 
-    l_v = z_v + b_v                   logits of a row            log p_v = l_v - m - log sum_w exp(l_w - m),  m = max l
-    q_v ~ exp((l_v - m) / temperature)                           cut to top_k, then to top_p of what is left
+    l_v = z_v + b_v                     logits of a row          log p_v = l_v - m - log sum_w exp(l_w - m),  m = max l
+    q_v ~ exp((l'_v - m') / temperature)      l' changed as penalties.py says, m' = max l'
+                                              cut to top_k and to q_v >= min_p max q, then to top_p of what is left
 
 Tokens are ordered by l, the larger first, of equal ones the lower number. top_p keeps the shortest prefix of that order that
 holds at least top_p of the probability. temperature 0 takes the first.
@@ -14,7 +16,8 @@ Nothing is sorted. Without cuts, sums by blocks of tokens say in which block the
 touches fewer of them each time. What cannot be within a cut is left out beforehand: for top_k what is below the k-th largest
 of the maxima of some columns, for top_p the tail that even together has too little probability.
 
-A row without any finite largest logit, or with NaN, gives token -1 and NaN.
+What is told of a token is log p: the model's own, whatever was changed or cut before it was drawn. A row without any finite
+largest logit, or with NaN, gives token -1 and NaN.
 """
 
 import math
@@ -25,6 +28,7 @@ from .activations import exp_rows
 from .compile import kernel
 from .dropout import philox
 from .gemm import width
+from .penalties import Changes, Wants, change_logits
 from .team import Team
 from .types import Array, Real
 
@@ -37,7 +41,8 @@ COLUMNS = 1024  # of a row, whose maxima bound the k-th largest logit; where k i
 class Choice:
     """What each of some rows wants, and what it got. Arrays (rows,), to be read and written by rows.
 
-    temperature, top_p : float64        top_k : int64, 0: all
+    temperature, top_p, min_p : float64        top_k : int64, 0: all
+    changes : Changes                   of logits, before a token is drawn
     seed, position : uint64             of the uniform number
     given : int64                       not -1: nothing is drawn, this token's probability is told
     wanted : int64                      most likely tokens to tell, at most `most`
@@ -50,15 +55,22 @@ class Choice:
         def make(kind: type[np.generic], value: float, *shape: int) -> Array:
             return np.full((rows, *shape), value, kind)
 
-        self.temperature, self.top_p = make(np.float64, 1), make(np.float64, 1)
+        self.temperature, self.top_p, self.min_p = make(np.float64, 1), make(np.float64, 1), make(np.float64, 0)
         self.top_k, self.given = make(np.int64, 0), make(np.int64, -1)
         self.seed, self.position = make(np.uint64, 0), make(np.uint64, 0)
         self.wanted, self.tokens, self.logprobs = make(np.int64, 0), make(np.int64, -1, most), make(np.float64, np.nan, most)
         self.token, self.logprob = make(np.int64, BAD), make(np.float64, np.nan)
         self.arrays = (
-            self.token, self.logprob, self.tokens, self.logprobs, self.temperature, self.top_k, self.top_p, self.seed,
-            self.position, self.given, self.wanted,
+            self.token, self.logprob, self.tokens, self.logprobs, self.temperature, self.top_k, self.top_p, self.min_p,
+            self.seed, self.position, self.given, self.wanted,
         )  # fmt: skip
+        self.changes = Changes(rows)
+
+    def begin(self, row: int, wants: Wants, prompt: Array) -> None:
+        """Have a row draw as a text wants it, from its first token behind its prompt (n,) on."""
+        self.temperature[row], self.top_k[row], self.top_p[row] = wants.temperature, wants.top_k, wants.top_p
+        self.min_p[row], self.seed[row], self.position[row] = wants.min_p, wants.seed % 2**64, 0
+        self.changes.begin(row, wants, prompt)
 
 
 class Scratch:
@@ -87,57 +99,65 @@ def draw(choice: Choice, rows: Array, z: Array, b: Array, scratch: Scratch, team
         first, last = N * part // team.size, N * (part + 1) // team.size
         memory = scratch.logits[part], scratch.e[part], scratch.keys[part], scratch.other[part]
         if first < last:
-            draw_rows(*choice.arrays, rows, z, b, *memory, first, last)
+            draw_rows(*choice.arrays, *choice.changes.arrays, rows, z, b, *memory, first, last)
 
     work(0) if team.size == 1 else team.run(work)
 
 
 @kernel
 def draw_rows(
-    token: Array, logprob: Array, tokens: Array, logprobs: Array, temperature: Array, top_k: Array, top_p: Array, seed: Array,
-    position: Array, given: Array, wanted: Array, rows: Array, z: Array, b: Array, logits: Array, e: Array, keys: Array,
+    token: Array, logprob: Array, tokens: Array, logprobs: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array,
+    seed: Array, position: Array, given: Array, wanted: Array, entries: Array, at: Array, plus: Array, count: Array,
+    repetition: Array, presence: Array, frequency: Array, rows: Array, z: Array, b: Array, logits: Array, e: Array, keys: Array,
     other: Array, first: int, last: int,
 ) -> None:  # fmt: skip
     """Rows first to last - 1 of `draw`."""
-    V = b.size
+    V, R = b.size, width(z)
     sums = np.zeros((V + BLOCK - 1) // BLOCK, np.float64)
     maxima = np.empty(COLUMNS, np.float32)
     for n in range(first, last):
         r = rows[n]
         tokens[r, :], logprobs[r, :] = BAD, np.nan
-        largest = take_logits(logits, z, n, b)
+        token[r], logprob[r] = BAD, np.nan
+        take_logits(logits, z, n, b)
+        largest = largest_of(logits)
         total = weigh(e, sums, logits, largest, 1.0)
         if not (total > 0 and total < np.inf):
-            token[r], logprob[r] = BAD, np.nan
             continue
         log_total = math.log(total) + np.float64(largest)
-        count = min(wanted[r], tokens.shape[1], V)
-        if count > 0:
-            keep_largest(keys, other, maxima, logits, V, count)
-            keys[:count] = np.sort(keys[:count])[::-1]
-            for i in range(count):
+        told = min(wanted[r], tokens.shape[1], V)
+        if told > 0:
+            keep_largest(keys, other, maxima, logits, V, told)
+            keys[:told] = np.sort(keys[:told])[::-1]
+            for i in range(told):
                 tokens[r, i] = token_of(keys[i])
                 logprobs[r, i] = np.float64(logits[tokens[r, i]]) - log_total
-        if given[r] >= 0:
-            chosen = given[r]
-        elif temperature[r] == 0:
-            chosen = 0
-            while logits[chosen] != largest:
-                chosen += 1
-        else:
-            if temperature[r] != 1:
-                total = weigh(e, sums, logits, largest, 1 / temperature[r])
-            u = uniform(seed[r], position[r])
-            if 0 < top_k[r] < V or top_p[r] < 1:
-                chosen = draw_within(keys, other, maxima, logits, e, V, top_k[r], top_p[r], total, u)
+        chosen = given[r]
+        if chosen < 0:
+            if entries[r] > 0:
+                change_logits(logits, r, entries, at, plus, count, repetition, presence, frequency)
+                largest = largest_of(logits)
+                if not (largest > -np.inf and largest < np.inf):
+                    continue
+            if temperature[r] == 0:
+                chosen = 0
+                while logits[chosen] != largest:
+                    chosen += 1
             else:
-                chosen = draw_from_all(e, sums, total, V, u)
-        token[r], logprob[r] = chosen, np.float64(logits[chosen]) - log_total
+                if temperature[r] != 1 or entries[r] > 0:
+                    total = weigh(e, sums, logits, largest, 1 / temperature[r])
+                u = uniform(seed[r], position[r])
+                if 0 < top_k[r] < V or top_p[r] < 1 or min_p[r] > 0:
+                    chosen = draw_within(keys, other, maxima, logits, e, V, top_k[r], top_p[r], min_p[r], total, u)
+                else:
+                    chosen = draw_from_all(e, sums, total, V, u)
+        own = np.float32(z[chosen // R, n, chosen % R] + b[chosen])
+        token[r], logprob[r] = chosen, np.float64(own) - log_total
 
 
 @kernel
-def take_logits(logits: Array, z: Array, n: int, b: Array) -> float:
-    """logits (Vp,) = row n of z + b, -inf beyond V. Returns the largest."""
+def take_logits(logits: Array, z: Array, n: int, b: Array) -> None:
+    """logits (Vp,) = row n of z + b, -inf beyond V."""
     R, V = width(z), b.size
     for panel in range(V // R):
         for j in range(R):
@@ -145,6 +165,11 @@ def take_logits(logits: Array, z: Array, n: int, b: Array) -> float:
     for v in range(V // R * R, V):
         logits[v] = z[v // R, n, v % R] + b[v]
     logits[V:] = -np.inf
+
+
+@kernel
+def largest_of(logits: Array) -> float:
+    """The largest of logits (Vp,)."""
     most = np.full(LANES, -np.inf, np.float32)
     for first in range(0, logits.size, LANES):
         for j in range(LANES):
@@ -204,21 +229,28 @@ def draw_from_all(e: Array, sums: Array, total: float, V: int, u: float) -> int:
 
 @kernel
 def draw_within(
-    keys: Array, other: Array, maxima: Array, logits: Array, e: Array, V: int, top_k: int, top_p: float, total: float, u: float
-) -> int:
-    """The same among the top_k most likely, of these among the most likely that hold top_p."""
+    keys: Array, other: Array, maxima: Array, logits: Array, e: Array, V: int, top_k: int, top_p: float, min_p: float,
+    total: float, u: float,
+) -> int:  # fmt: skip
+    """The same among the top_k most likely that are not below min_p, of these among the most likely that hold top_p."""
+    bits, count = logits.view(np.uint32), 0
     if 0 < top_k < V:
         keep_largest(keys, other, maxima, logits, V, top_k)
-        count, total = top_k, 0.0
-        for i in range(count):
-            total += e[token_of(keys[i])]
+        for i in range(top_k):
+            if e[token_of(keys[i])] >= np.float32(min_p):  # of the largest it is exp(0)
+                keys[count] = keys[i]
+                count += 1
     else:
-        bits, count = logits.view(np.uint32), 0
-        least = np.float32(0.999 * (1 - top_p) * total / V)  # all that are below have less than 1 - top_p together
+        # all that are below the second have less than 1 - top_p together
+        least = min_p if min_p > 0 else 0.999 * (1 - top_p) * total / V
         for v in range(V):
-            if e[v] >= least:
+            if e[v] >= np.float32(least):
                 keys[count] = key_of(bits[v], v)
                 count += 1
+    if 0 < top_k < V or min_p > 0:
+        total = 0.0
+        for i in range(count):
+            total += e[token_of(keys[i])]
     if top_p < 1:
         count, total = keep_nucleus(keys, other, e, count, top_p * total)
     rest, chosen = u * total, -1
@@ -321,7 +353,9 @@ def token_of(key: np.uint64) -> int:
     return np.int64(0xFFFFFFFF) - np.int64(key & np.uint64(0xFFFFFFFF))  # type: ignore[return-value]  # a kernel has one kind of int
 
 
-def probabilities_reference(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+def probabilities_reference(
+    logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Array:
     """What `draw` draws from: the probability of every token (V,), float64, by sorting."""
     logits = np.asarray(logits, np.float64)
     order = np.argsort(-logits, kind="stable")
@@ -329,6 +363,7 @@ def probabilities_reference(logits: Array, temperature: float = 1.0, top_k: int 
         return np.eye(len(logits))[order[0]]
     weight = np.exp((logits[order] - logits[order[0]]) / temperature)
     weight[top_k or len(order) :] = 0
+    weight[weight < min_p] = 0
     before = np.cumsum(weight) - weight
     weight[1:][before[1:] >= top_p * weight.sum()] = 0
     found = np.zeros(len(order))

@@ -13,6 +13,11 @@ from .checked_tokens import checked_labels
 Tokens = Sequence[int] | Array  # numbers of tokens, in a row
 
 
+def is_behind_word(text: str) -> bool:
+    """Whether a word that follows a text has to keep away from it: see Tokenizer.spell."""
+    return text != "" and not text[-1].isspace()
+
+
 class Tokenizer:
     """What every tokenizer does. `text_size` tokens are of text; `pairs`: there are `sep` and `end` too."""
 
@@ -75,6 +80,23 @@ class Tokenizer:
     def decode_text(self, tokens: Tokens) -> bytes:
         """The bytes of token numbers of text."""
         raise NotImplementedError
+
+    def spell(self, token: int, behind: bool = False) -> tuple[bytes, bool]:
+        """The bytes of one token more of a text, and whether it is a word that the next one has to keep away from.
+
+        So the bytes of tokens, one behind the other, are those of all together, wherever the row is cut.
+
+        behind : what was said of the token before; of a text that somebody else has written, `is_behind_word`
+        """
+        return self.decode([token]), False
+
+    def spell_all(self, tokens: Tokens, behind: bool = False) -> tuple[bytes, bool]:
+        """The same of tokens in a row."""
+        parts = list[bytes]()
+        for token in tokens:
+            data, behind = self.spell(int(token), behind)
+            parts.append(data)
+        return b"".join(parts), behind
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict from which `load` makes the tokenizer again."""

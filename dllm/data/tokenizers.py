@@ -5,8 +5,8 @@ merge counts; text itself never has to travel. Round trips are exact for byte an
 is known.
 
 To add one: a class with the methods of Tokenizer (tokenizer.py), its name in KINDS, its line in the help of prepare.py.
-`encode` sees a text in pieces that are cut behind a line or white space. The bytes of single tokens, one behind the other, must
-be those of all together.
+`encode` sees a text in pieces that are cut behind a line or white space. What `spell` says of single tokens, one behind the
+other, must be the text of all together.
 
 For pairs of texts every tokenizer has two tokens more, behind those of text: `sep` between source and target, `end` behind the
 target. They have no spelling, so that no text is ever encoded as one of them.
@@ -167,6 +167,11 @@ class WordTokenizer(UnitTokenizer):
     def decode_text(self, tokens: Tokens) -> bytes:
         words = [self.units[token] for token in tokens]
         return "".join("\n" if word == END_OF_LINE else word + " " for word in words).replace(" \n", "\n").encode()
+
+    def spell(self, token: int, behind: bool = False) -> tuple[bytes, bool]:
+        if token >= self.text_size or self.units[token] == END_OF_LINE:
+            return self.decode([token]), False
+        return (" " * behind + self.units[token]).encode(), True
 
 
 class BPETokenizer(Tokenizer):

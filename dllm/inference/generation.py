@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,12 +27,19 @@ WINDOW = 64  # tokens of a prompt that are read at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn (kernels/sample.py)."""
+    """How tokens are drawn (kernels/sample.py, kernels/penalties.py)."""
 
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 0  # among the k most likely; 0: among all
     top_p: float = 1.0  # among the most likely that together have this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # among those at least so probable, times the probability of the most likely (Nguyen et al. 2024)
     seed: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    banned: tuple[int, ...] = ()  # tokens that are never drawn
+    repetition_penalty: float = 1.0  # more than 1: less of what was said or is in the prompt (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # taken from the logits of what was said
+    frequency_penalty: float = 0.0  # the same, each time that it was said
+    best_of: int = 1  # texts that are drawn; that with the best mean log-probability is taken
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str) -> Array:
@@ -74,7 +81,11 @@ def continuation(
         beam, window = beam or GREEDY, len(text)
     if beam is None:
         prompt = source_prompt(tokenizer, text) if tokenizer.pairs else text
-        return sample(Decoder(model.model(window), 1, precision), prompt, tokens, sampling)
+        sampling = replace(sampling, banned=never_drawn(tokenizer, sampling.logit_bias))
+        decoder = Decoder(model.model(window), sampling.best_of, precision)
+        if sampling.best_of > 1:
+            return iter(draw_best(decoder, prompt, tokens, sampling, tokenizer.end))
+        return sample(decoder, prompt, tokens, sampling)
     streams = streams_of(model.network(window, 1), tokenizer, beam.width, precision)
     ((found, *_),) = search(streams, [text], tokens, beam, tokenizer.end, banned(tokenizer))
     return iter(found.tokens)
@@ -85,13 +96,24 @@ def banned(tokenizer: Tokenizer) -> list[int]:
     return [token for token in (tokenizer.unknown, tokenizer.sep) if token is not None]
 
 
-def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[tuple[int | None, str]]:
-    """Yield each token before <end> with the text that it completes, then None with the rest: characters may take several."""
+def never_drawn(tokenizer: Tokenizer, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
+    """The same where tokens are drawn, but for those that a user names by a bias, and unless there are no others."""
+    named = {token for token, _ in bias}
+    found = tuple(token for token in banned(tokenizer) if token not in named)
+    return found if len(found) < tokenizer.size else ()
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int], behind: bool = False) -> Iterator[tuple[int | None, str]]:
+    """Yield each token before <end> with the text that it completes, then None with the rest: characters may take several.
+
+    behind : a word stands before it, see Tokenizer.spell
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         if token == tokenizer.end:
             break
-        yield token, decoder.decode(tokenizer.decode([token]))
+        data, behind = tokenizer.spell(token, behind)
+        yield token, decoder.decode(data)
     yield None, decoder.decode(b"", final=True)
 
 
@@ -113,14 +135,65 @@ def sample(decoder: Decoder, prompt: Array, tokens: int, sampling: Sampling) -> 
         Where the model's numbers are not finite.
     """
     choice, slot = Choice(1), np.zeros(1, np.int64)
-    choice.temperature[:], choice.seed[:] = sampling.temperature, sampling.seed % 2**64
-    choice.top_k[:], choice.top_p[:] = sampling.top_k, sampling.top_p
+    _check(decoder, sampling)
+    choice.begin(0, sampling, prompt)
     _begin(decoder, [prompt], slot)
     for position in range(tokens):
         choice.position[:] = position
         choose(decoder, choice, slot)
-        yield int(choice.token[0])
+        token = int(choice.token[0])
+        choice.changes.note(0, token)
+        yield token
         decoder.read(choice.token[None], slot)
+
+
+def draw_best(decoder: Decoder, prompt: Array, tokens: int, sampling: Sampling, end: int | None) -> list[int]:
+    """Of some texts the tokens of the one with the best mean log-probability, of equal ones the first.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        With `sampling.best_of` slots.
+    prompt : (n,) int64, n at least 1
+    tokens : int
+        That a text has at most.
+    sampling : Sampling
+        Its seed is that of the first text, the next one has the next.
+    end : int or None
+        The token that ends a text; None: all have `tokens` tokens.
+
+    Raises
+    ------
+    UserError
+        Where the model's numbers are not finite.
+    """
+    count = sampling.best_of
+    choice, going = Choice(count), np.arange(count)
+    _check(decoder, sampling)
+    for row in range(count):
+        choice.begin(row, replace(sampling, seed=sampling.seed + row), prompt)
+    _begin(decoder, [prompt] * count, going)
+    texts: list[list[int]] = [[] for _ in range(count)]
+    totals = np.zeros(count)
+    for position in range(tokens):
+        choice.position[:] = position
+        choose(decoder, choice, going)
+        totals[going] += choice.logprob[going]
+        for row, token in zip(going.tolist(), choice.token[going].tolist(), strict=True):
+            texts[row].append(token)
+            choice.changes.note(row, token)
+        going = going[choice.token[going] != (-1 if end is None else end)]
+        if not len(going):
+            break
+        decoder.read(choice.token[going][None], going)
+    return max(zip(totals, texts, strict=True), key=lambda one: one[0] / max(1, len(one[1])))[1]
+
+
+def _check(decoder: Decoder, sampling: Sampling) -> None:
+    """Raise UserError where a token that is changed is none of the model."""
+    for token in (*(token for token, _ in sampling.logit_bias), *sampling.banned):
+        if not 0 <= token < decoder.vocabulary:
+            raise UserError(f"there is no token {token}: they are numbers from 0 to {decoder.vocabulary - 1}")
 
 
 class DecoderStreams:

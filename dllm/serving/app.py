@@ -29,12 +29,13 @@ from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from . import metrics, openapi
 from .errors import Disconnected, Refused
+from .fields import CHOICES, Json
 from .limits import Guard, Limits
 from .log import Log
-from .openai import CHOICES, Json, encode, models_body
+from .openai import encode, model_body, models_body
 from .peers import Peers
 from .reports import state_of
-from .routes import HANDLERS, PATHS, no_such_route
+from .routes import HANDLERS, INFO, PATHS, no_such_route, tokenizer_info
 from .streamed_text import Vocabulary
 from .streams import LocalStreams
 from .tokens import Clients
@@ -78,7 +79,7 @@ class Service:
     def app(self, clients: Clients, hosts: set[str] | None = None) -> ASGIApp:
         """The ASGI application. clients, hosts: see limits.Guard."""
         page, policy = _page()
-        kind = openapi.SOUND if self.features and self.kind == "classifier" else self.kind
+        kind = openapi.described_as(self.kind, self.features > 0, self.vocabulary.tokenizer.pairs)
         beams = min(CHOICES, self.engine.slots)
         description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, kind, beams)
 
@@ -94,6 +95,7 @@ class Service:
         routes = [
             Route("/", show_page), Route("/openapi.json", describe),
             Route("/health", self.health), Route("/metrics", self.metrics), Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model), Route(INFO, functools.partial(tokenizer_info, self)),
         ]  # fmt: skip
         for path in PATHS:
             handler = HANDLERS[self.kind].get(path, no_such_route)
@@ -139,6 +141,10 @@ class Service:
     async def models(self, request: HttpRequest) -> Response:
         """The only model, in OpenAI's form."""
         return JSONResponse(models_body(self.name, self.created))
+
+    async def model(self, request: HttpRequest) -> Response:
+        """The one that a client names."""
+        return JSONResponse(model_body(request.path_params["model"], self.name, self.created))
 
     # ---- of what is computed
 

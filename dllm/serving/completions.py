@@ -11,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import Disconnected, Refused
-from .openai import SEEDS, Answer, Completion, Json, choice_body, encode, logprobs_body, read_json
+from .fields import Json, read_json
+from .openai import SEEDS, Answer, Completion, choice_body, encode, logprobs_body
 from .peers import Peers
 from .requests import Event, Finished, Request, SourceRequest
 from .streamed_text import Detokenizer, Prompt, Vocabulary
@@ -32,8 +33,8 @@ class CompletionChoice:
     prompt : Prompt
     salt : bytes
         Of what may be kept of it.
-    echoed : bytes
-        What the text begins with.
+    echoed : (bytes, bool) or None
+        What the text begins with, and whether that ends with a word; None: the prompt is not shown, or token by token.
     vocabulary : Vocabulary
 
     Attributes
@@ -45,28 +46,32 @@ class CompletionChoice:
     """
 
     def __init__(
-        self, index: int, wanted: Completion, prompt: Prompt, salt: bytes, echoed: bytes, vocabulary: Vocabulary
-    ) -> None:
+        self, index: int, wanted: Completion, prompt: Prompt, salt: bytes, echoed: tuple[bytes, bool] | None,
+        vocabulary: Vocabulary,
+    ) -> None:  # fmt: skip
         self.index, self.wanted, self.prompt, self.salt, self.vocabulary = index, wanted, prompt, salt, vocabulary
-        self.text = Detokenizer(vocabulary.decode, wanted.stop)
-        self.count = 0
+        self.text = Detokenizer(vocabulary.spell, wanted.stop, prompt.behind and not wanted.echo)
+        self.count, self._number, self._logprob = 0, 0, 0.0
         self.reason: str | None = None
         self.cancel: Cancel = lambda: None
-        self._blanks = 1 if prompt.blank else 0  # prompt tokens that nobody wrote
-        self.text.begin(echoed)
+        self._heard = 0  # tokens of the prompt that came
+        if echoed is not None:
+            self.text.begin(*echoed)
         if not self.request():
             self.reason = "length"
 
     def request(self) -> Request | None:
         """What the engine has to do; None where that is nothing."""
-        wanted, seed = self.wanted, (self.wanted.seed + self.index % self.wanted.n) % SEEDS
+        wanted, seed = self.wanted, (self.wanted.seed + self.index % self.wanted.best_of) % SEEDS
         scored = wanted.echo and wanted.logprobs is not None
         if not wanted.max_tokens and not scored:
             return None
         return Request(
             prompt=self.prompt.tokens, max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p,
-            top_k=wanted.top_k, seed=seed, logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens,
-            salt=self.salt,
+            top_k=wanted.top_k, min_p=wanted.min_p, logit_bias=wanted.logit_bias,
+            banned=self.vocabulary.never_drawn(wanted.logit_bias), repetition_penalty=wanted.repetition_penalty,
+            presence_penalty=wanted.presence_penalty, frequency_penalty=wanted.frequency_penalty, seed=seed,
+            logprobs=wanted.logprobs, echo=scored, score_only=not wanted.max_tokens, salt=self.salt,
         )  # fmt: skip
 
     def add(self, event: Event) -> None:
@@ -76,16 +81,24 @@ class CompletionChoice:
         if isinstance(event, Finished):
             check_finished(event)
             self.reason = event.reason
-        elif event.prompt and self._blanks:
-            self._blanks -= 1
-        elif event.number == self.vocabulary.end and not event.prompt:  # a target ends here
+            return
+        if event.prompt:
+            place, prompt = self._heard, self.prompt
+            self._heard += 1
+            if prompt.before <= place < len(prompt.tokens) - prompt.after:
+                self.text.add(event)
+            return
+        ends = event.number == self.vocabulary.end  # a target
+        self.count += not ends
+        self._number, self._logprob = self._number + 1, self._logprob + (event.logprob or 0.0)
+        if ends or self.text.add(event):
             self.reason = "stop"
             self.cancel()
-        else:
-            self.count += not event.prompt
-            if self.text.add(event):
-                self.reason = "stop"
-                self.cancel()
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of all tokens that were generated, that of an end too, nats."""
+        return self._logprob / max(1, self._number)
 
     def new_part(self) -> Json | None:
         """The choice with what is new since the last call; None where there is nothing."""
@@ -127,8 +140,9 @@ class CompletionRun:
         self.inbox, self._wanted = Inbox(), wanted
         self.choices: list[CompletionChoice] = []
         for prompt in prompts:
-            echoed = vocabulary.echo(prompt) if wanted.echo and wanted.logprobs is None else b""
-            for _ in range(wanted.n):
+            at_once = wanted.echo and wanted.logprobs is None
+            echoed = vocabulary.tokenizer.spell_all(prompt.written) if at_once else None
+            for _ in range(self._texts):
                 self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, salt, echoed, vocabulary))
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self._left = [one for one in self.choices if not one.reason]
@@ -136,6 +150,11 @@ class CompletionRun:
         for index, cancel in cancels.items():
             for one in self._choices(index):
                 one.cancel = cancel
+
+    @property
+    def _texts(self) -> int:
+        """Choices of each prompt, among which those are that are answered."""
+        return self._wanted.best_of
 
     def _requests(self) -> Mapping[int, Request | SourceRequest]:
         """What the engine has to do, by the numbers of its streams."""
@@ -170,12 +189,20 @@ class CompletionRun:
         return self.prompt_tokens, sum(one.count for one in self.choices)
 
     async def whole(self) -> list[Json]:
-        """The choices when all have ended. Raises Refused, Disconnected."""
+        """The best choices of each prompt when all have ended. Raises Refused, Disconnected."""
         found = {one.index: choice_body(one.index, "", None, None) for one in self.choices}
         async for parts in self.parts():
             for part in parts:
                 _join(found[part["index"]], part)
-        return list(found.values())
+        return [found[one.index] | {"index": index} for index, one in enumerate(self._best())]
+
+    def _best(self) -> list[CompletionChoice]:
+        """The choices that are answered, those of a prompt by their log-probability where there are others."""
+        n, texts = self._wanted.n, self._texts
+        if n == texts:
+            return self.choices
+        groups = (self.choices[start : start + texts] for start in range(0, len(self.choices), texts))
+        return [one for group in groups for one in sorted(group, key=lambda one: -one.mean_logprob)[:n]]
 
 
 def _join(whole: Json, part: Json) -> None:

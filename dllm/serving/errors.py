@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+BUSY = "overloaded"  # the code of what may be tried again
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}  # status -> OpenAI's type
 
 
@@ -50,4 +51,4 @@ class Refused(Exception):
 
 def busy(message: str = "this server has as much to do as it may take on: try again") -> Refused:
     """The error of a server without room; clients try again by themselves."""
-    return Refused(message, status=503, code="overloaded", headers={"Retry-After": "1"})
+    return Refused(message, status=503, code=BUSY, headers={"Retry-After": "1"})

@@ -20,7 +20,8 @@ from ..inference.labelling import text_of, words_in, words_of
 from ..kernels.mel import HOP, WINDOW
 from ..kernels.types import Array
 from .errors import Refused
-from .openai import Fields, Json, read_json, usage
+from .fields import Fields, Json, read_json
+from .openai import usage
 from .requests import SourceRequest
 from .sources import ask, check_source
 

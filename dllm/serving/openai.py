@@ -1,7 +1,7 @@
 """OpenAI's protocol: what a request may say, checked, and the bodies of answers.
 
-The form is that of https://platform.openai.com/docs/api-reference/completions; `top_k`, `cache_salt` (of
-vLLM) and `seed` in answers are additions.
+The form is that of https://platform.openai.com/docs/api-reference/completions; `top_k`, `min_p`,
+`repetition_penalty` and `cache_salt` (of vLLM) and `seed` in answers are additions. fields.py reads bodies.
 """
 
 from __future__ import annotations
@@ -12,138 +12,19 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .errors import Refused
-from .requests import MAX_LOGPROBS, Token
+from .fields import CHOICES, Fields, Json, no_such_model
+from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_LOGPROBS, MAX_PENALTY
 
 if TYPE_CHECKING:
     from .streamed_text import PlacedToken
 
-Json: TypeAlias = dict[str, Any]  # an object
-Default = TypeVar("Default")
-
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 SEEDS = 1 << 63  # seeds are 0 to SEEDS - 1; the next choice has the next seed
-CHOICES = 64  # streams that one request may ask for
-STOPS, STOP_LENGTH = 4, 256
-SALT_LENGTH = 256
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # what we do not do, and the values of it that ask for nothing
-    "suffix": (None, ""), "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
-}  # fmt: skip
-IGNORED = {"user", "metadata"}  # say something about the client and nothing about the answer
-
-
-def read_json(data: bytes) -> Json:
-    """The object of a request's body. Raises Refused."""
-
-    def constant(text: str) -> None:
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        value = json.loads(data.decode(), parse_constant=constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise Refused(f"the body is no JSON in UTF-8: {str(error) or 'it is nested too deeply'}"[:300]) from None
-    if not isinstance(value, dict):
-        raise Refused("the body must be a JSON object")
-    return value
-
-
-class Fields:
-    """A request's body, field by field; what nobody has asked for is refused. All methods raise Refused.
-
-    Parameters
-    ----------
-    body : dict
-    model : str
-        The one there is.
-
-    Attributes
-    ----------
-    cache_salt : str
-        What was kept for requests with another is not used for this one; where nothing is kept it says nothing.
-    """
-
-    def __init__(self, body: Json, model: str) -> None:
-        self.body, self.unread = body, set(body) - IGNORED
-        wanted = self.get("model")
-        if wanted is not None and not isinstance(wanted, str):
-            raise Refused("model must be a string", "model")
-        if wanted not in (None, model):
-            raise Refused(f"there is no model {wanted[:100]!r}; there is {model!r}", "model", 404, "model_not_found")
-        self.cache_salt = self._cache_salt()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A field, whatever it holds; null is the same as none."""
-        self.unread.discard(name)
-        value = self.body.get(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: Default, least: int, most: int) -> int | Default:
-        """A field that holds an integer from `least` to `most`."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise Refused(f"{name} must be an integer from {least} to {most}", name)
-        return value
-
-    def real(self, name: str, default: float, least: float, most: float) -> float:
-        """A field that holds a number from `least` to `most`."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            raise Refused(f"{name} must be a number from {least} to {most}", name)
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """A field that holds true or false."""
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise Refused(f"{name} must be true or false", name)
-        return value
-
-    def _cache_salt(self) -> str:
-        value = self.get("cache_salt", "")
-        if not isinstance(value, str) or len(value) > SALT_LENGTH or not _is_unicode(value):
-            raise Refused(f"cache_salt must be a string of at most {SALT_LENGTH} characters", "cache_salt")
-        return value
-
-    def texts(self, name: str, vocabulary: int, most: int = CHOICES) -> list[str | list[int]]:
-        """Texts and lists of token numbers below `vocabulary`, at most `most`, from a field with one of them or several."""
-        value = self.get(name)
-        if isinstance(value, str) or _are_tokens(value):
-            value = [value]
-        if not isinstance(value, list) or not value or not all(isinstance(one, str) or _are_tokens(one) for one in value):
-            raise Refused(f"{name} must be a string, a list of strings, a list of token numbers or a list of such lists", name)
-        if len(value) > most:
-            raise Refused(f"{name} has {len(value)} parts; {most} are allowed", name)
-        for one in value:
-            if not isinstance(one, str) and not all(0 <= number < vocabulary for number in one):
-                raise Refused(f"{name}: token numbers are from 0 to {vocabulary - 1}", name)
-            if isinstance(one, str) and not _is_unicode(one):
-                raise Refused(f"{name} holds half of a surrogate pair, which is no character", name)
-        return value
-
-    def refuse_unread(self) -> None:
-        """Refuse what nobody has read, unless it asks for nothing."""
-        for name, neutral in NEUTRAL.items():
-            if name in self.unread and not any(self.body[name] == value for value in neutral):
-                raise Refused(f"{name} is not supported", name, code="unsupported_parameter")
-        unknown = sorted(self.unread - set(NEUTRAL))
-        if unknown:
-            raise Refused(f"unknown parameter {unknown[0][:100]!r}", unknown[0][:100], code="unknown_parameter")
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(type(one) is int for one in value)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+LARGEST_K = (1 << 31) - 1
+STOPS, STOP_LENGTH = 16, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +36,17 @@ class Completion:
     temperature: float
     top_p: float
     top_k: int  # 0: among all tokens
+    min_p: float
+    logit_bias: tuple[tuple[int, float], ...]
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
     seed: int  # of the first choice
     stop: tuple[str, ...]
     logprobs: int | None  # alternatives to each token
     echo: bool
     n: int  # choices for each prompt
-    best_of: int  # texts among which they are the best
+    best_of: int  # texts among which they are the best: those with the best mean log-probability, or those of a search
     stream: bool
     include_usage: bool
     cache_salt: str  # "": none
@@ -188,7 +74,12 @@ class Completion:
             max_tokens=fields.integer("max_tokens", 16, 0, max_tokens),
             temperature=fields.real("temperature", 1.0, 0, 2),
             top_p=fields.real("top_p", 1.0, 0, 1) or 1e-9,
-            top_k=fields.integer("top_k", 0, 0, vocabulary),
+            top_k=min(max(0, fields.integer("top_k", 0, -1, LARGEST_K)), vocabulary),
+            min_p=fields.real("min_p", 0, 0, 1),
+            logit_bias=fields.bias("logit_bias", vocabulary),
+            presence_penalty=fields.real("presence_penalty", 0, -MAX_PENALTY, MAX_PENALTY),
+            frequency_penalty=fields.real("frequency_penalty", 0, -MAX_PENALTY, MAX_PENALTY),
+            repetition_penalty=fields.real("repetition_penalty", 1, LEAST_REPETITION, LARGEST_REPETITION),
             seed=fields.integer("seed", secrets.randbelow(1 << 53), 0, SEEDS - 1),  # JavaScript's numbers end at 2^53
             stop=_stops(fields.get("stop", [])),
             logprobs=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
@@ -199,17 +90,21 @@ class Completion:
             include_usage=_include_usage(fields.get("stream_options"), body.get("stream")),
             cache_salt=fields.cache_salt,
         )
-        fields.refuse_unread()
-        if len(wanted.prompts) * n > CHOICES:
-            raise Refused(f"{len(wanted.prompts)} prompts with n = {n} are more than {CHOICES} choices", "n")
+        fields.refuse_unread(neutral=True)
+        texts = n if searched else wanted.best_of
+        if len(wanted.prompts) * texts > CHOICES:
+            name = "n" if texts == n else "best_of"
+            raise Refused(f"{len(wanted.prompts)} prompts with {name} = {texts} are more than {CHOICES} choices", name)
         wanted._check(searched)
         return wanted
 
     def _check(self, searched: bool) -> None:
         """Raise Refused where a field asks for what only the other kind of model does."""
-        if not searched and self.best_of != self.n:
-            raise Refused("best_of other than n is not supported", "best_of", code="unsupported_parameter")
-        drawn = {"temperature": self.temperature not in (0, 1), "top_p": self.top_p < 1, "top_k": self.top_k > 0}
+        drawn = {
+            "temperature": self.temperature not in (0, 1), "top_p": self.top_p < 1, "top_k": self.top_k > 0,
+            "min_p": self.min_p > 0, "logit_bias": self.logit_bias != (), "presence_penalty": self.presence_penalty != 0,
+            "frequency_penalty": self.frequency_penalty != 0, "repetition_penalty": self.repetition_penalty != 1,
+        }  # fmt: skip
         wide = {"stream": self.stream, "logprobs": self.logprobs is not None}
         for name in (name for name, asked in drawn.items() if asked and searched):
             raise Refused(f"{name}: targets are searched for, none is drawn", name, code="unsupported_parameter")
@@ -217,6 +112,8 @@ class Completion:
             raise Refused("echo: a source is no part of its target", "echo", code="unsupported_parameter")
         for name in (name for name, asked in wide.items() if asked and searched and self.best_of > 1):
             raise Refused(f"{name} goes with n = best_of = 1: of more a search tells at its end", name)
+        if not searched and self.stream and self.best_of > self.n:
+            raise Refused("stream goes with best_of = n: which texts are the best is known at their end", "stream")
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -262,24 +159,25 @@ def choice_body(index: int, text: str, logprobs: Json | None, reason: str | None
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def logprobs_body(placed: Iterable[PlacedToken], name: Callable[[int], str]) -> Json:
-    """OpenAI's four lists of some tokens. name : token number -> str."""
+def logprobs_body(placed: Iterable[PlacedToken], name: Callable[[int, bool], str]) -> Json:
+    """OpenAI's four lists of some tokens. name : token number, whether it is behind a word -> str."""
     placed = list(placed)
     return {
-        "tokens": [name(one.token.number) for one in placed],
+        "tokens": [name(one.token.number, one.behind) for one in placed],
         "token_logprobs": [json_number(one.token.logprob) for one in placed],
-        "top_logprobs": [_top_logprobs(one.token, name) for one in placed],
+        "top_logprobs": [_top_logprobs(one, name) for one in placed],
         "text_offset": [one.start for one in placed],
     }
 
 
-def _top_logprobs(token: Token, name: Callable[[int], str]) -> dict[str, float | None] | None:
-    """Text -> log-probability of a token's alternatives; of two with the same text the likelier."""
+def _top_logprobs(placed: PlacedToken, name: Callable[[int, bool], str]) -> dict[str, float | None] | None:
+    """Text -> log-probability of the most likely tokens and of the one that is there; of two with one text the likelier."""
+    token = placed.token
     if token.logprob is None:
         return None
     found: dict[str, float | None] = {}
-    for number, value in token.alternatives or ():
-        found.setdefault(name(number), json_number(value))
+    for number, value in (*token.alternatives, (token.number, token.logprob)):
+        found.setdefault(name(number, placed.behind), json_number(value))
     return found
 
 
@@ -290,5 +188,11 @@ def json_number(value: float | None) -> float | None:
 
 def models_body(model: str, created: int) -> Json:
     """The list of the only model. created : seconds since 1970."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "dllm"}
-    return {"object": "list", "data": [entry]}
+    return {"object": "list", "data": [model_body(model, model, created)]}
+
+
+def model_body(wanted: str, model: str, created: int) -> Json:
+    """What there is to say of the model `wanted`. Raises Refused where `model` is another."""
+    if wanted != model:
+        raise no_such_model(wanted, model)
+    return {"id": model, "object": "model", "created": created, "owned_by": "dllm"}

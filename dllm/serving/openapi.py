@@ -3,30 +3,50 @@
 from typing import Any, TypeAlias
 
 from .. import __version__
+from .fields import CHOICES, NEUTRAL, SALT_LENGTH
 from .limits import Limits
-from .openai import CHOICES, SALT_LENGTH, SEEDS, STOP_LENGTH, STOPS
-from .requests import MAX_LOGPROBS
+from .openai import LARGEST_K, SEEDS, STOP_LENGTH, STOPS
+from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_BIAS, MAX_BIASED, MAX_LOGPROBS, MAX_PENALTY
+from .scoring import EMBEDDED
 
 Schema: TypeAlias = dict[str, Any]
 
 
-SOUND = "classifier of recordings"  # a kind of its own for clients: they send forms
+SOUND, PAIRS = "classifier of recordings", "lm of pairs"  # kinds of their own for clients: they send forms, and pairs
+TOKENS = {
+    "/tokenize": ("The token numbers of a text", "TokenizeRequest", "Tokenized"),
+    "/detokenize": ("The text of token numbers", "DetokenizeRequest", "Detokenized"),
+}
 POSTS = {  # kind -> path -> what is done, the schemas of the request and of the answer; completions come as events, too
     "lm": {
         "/v1/completions": ("Continue texts", "CompletionRequest", "Completion"),
         "/v1/score": ("Log-probabilities of a text", "ScoreRequest", "Score"),
         "/v1/embeddings": ("The model's state after a text", "EmbeddingRequest", "Embeddings"),
+        **TOKENS,
+    },
+    PAIRS: {
+        "/v1/completions": ("Draw targets of sources", "CompletionRequest", "Completion"),
+        "/v1/score": ("Log-probabilities of a target after its source, or of tokens", "PairScoreRequest", "Score"),
+        "/v1/embeddings": ("The model's state after a source", "EmbeddingRequest", "Embeddings"),
+        **TOKENS,
     },
     "seq2seq": {
         "/v1/completions": ("Give targets to sources", "TargetRequest", "Completion"),
         "/v1/score": ("Log-probabilities of a target after its source", "TargetScoreRequest", "Score"),
+        **TOKENS,
     },
     "tagger": {"/v1/tag": ("Tags of the words of texts", "LabelRequest", "Tags")},
     "classifier": {"/v1/classify": ("Classes of texts", "LabelRequest", "Classes")},
     SOUND: {"/v1/classify": ("The class of a recording", "RecordingRequest", "Classes")},
     "ctc": {"/v1/audio/transcriptions": ("What is said in a recording", "TranscriptionRequest", "Transcription")},
 }
+JSON = "application/json"
 FORMS = {"RecordingRequest", "TranscriptionRequest"}  # the others are JSON
+
+
+def described_as(kind: str, of_sound: bool, of_pairs: bool) -> str:
+    """The kind of POSTS of a kind of model that hears recordings, or was trained on pairs."""
+    return {("classifier", True): SOUND}.get((kind, of_sound)) or (PAIRS if kind == "lm" and of_pairs else kind)
 
 
 def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kind: str = "lm", beams: int = CHOICES) -> Schema:
@@ -44,8 +64,10 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
         That a search may have.
     """
     posts = {path: {"post": _post(*post)} for path, post in POSTS[kind].items()}
-    used = {name for _, *names in POSTS[kind].values() for name in names} | {"Models", "Health", "Error"}
-    schemas = _requests(model, vocabulary, limits, beams) | _answers()
+    used = {name for _, *names in POSTS[kind].values() for name in names} | {"Models", "Model", "Health", "Error"}
+    info = {"/tokenizer_info": {"get": _get("What the tokenizer is", _schema("TokenizerInfo"))}} if "/tokenize" in posts else {}
+    used |= {"TokenizerInfo"} if info else set()
+    schemas = _completions(model, vocabulary, limits, beams) | _requests(model, vocabulary) | _answers()
     description: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -56,6 +78,8 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
             "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
             "/v1/models": {"get": _get("The model there is", _schema("Models"))},
+            "/v1/models/{model}": {"get": _named(model) | _get("The model of this name", _schema("Model"), JSON, 404)},
+            **info,
             **posts,
         },
         "components": {"schemas": {name: schema for name, schema in schemas.items() if name in used}},
@@ -70,25 +94,31 @@ def _schema(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _content(schema: Schema, kind: str = "application/json") -> Schema:
+def _content(schema: Schema, kind: str = JSON) -> Schema:
     return {"content": {kind: {"schema": schema}}}
 
 
 def _errors(*statuses: int) -> Schema:
     what = {
         400: "The request is wrong", 401: "The bearer token is wrong or missing", 403: "Of another site, or by another name",
-        404: "There is no such model", 408: "The body came too slowly", 413: "The body is too large", 500: "The engine failed",
-        503: "There is no room: try again", 504: "It took too long",
+        404: "There is no such model or path", 408: "The body came too slowly", 413: "The body is too large",
+        500: "The engine failed", 503: "There is no room: try again", 504: "It took too long",
     }  # fmt: skip
     return {str(status): {"description": what[status], **_content(_schema("Error"))} for status in statuses}
 
 
-def _get(what: str, schema: Schema, kind: str = "application/json") -> Schema:
-    return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
+def _get(what: str, schema: Schema, kind: str = JSON, *errors: int) -> Schema:
+    answers = {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403, *errors)}
+    return {"summary": what, "responses": answers}
+
+
+def _named(model: str) -> Schema:
+    place = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "example": model}
+    return {"parameters": [place]}
 
 
 def _post(what: str, request: str, answer: str) -> Schema:
-    done, form = _content(_schema(answer)), "multipart/form-data" if request in FORMS else "application/json"
+    done, form = _content(_schema(answer)), "multipart/form-data" if request in FORMS else JSON
     if answer == "Transcription":
         done["content"]["text/plain"] = {"schema": {"type": "string"}}
     if answer == "Completion":
@@ -121,63 +151,93 @@ def _number(least: float | None = None, most: float | None = None) -> Schema:
     return _integer(least, most) | {"type": "number"}
 
 
-def _requests(model: str, vocabulary: int, limits: Limits, beams: int) -> Schema:
-    text, flag = {"type": "string"}, _maybe({"type": "boolean"})
+def _bodies(model: str, vocabulary: int) -> tuple[Schema, Schema, Schema]:
+    """What many requests have: a text, tokens, and the fields of all requests."""
+    text = {"type": "string"}
     tokens = {"type": "array", "minItems": 1, "items": _integer(0, vocabulary - 1)}
-    several = [{"type": "array", "minItems": 1, "maxItems": CHOICES, "items": one} for one in (text, tokens)]
-    texts = {"anyOf": [text, tokens, *several]}
-    stop = {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
     salt = _maybe({"type": "string", "maxLength": SALT_LENGTH})
     named = {"model": _maybe({"const": model}), "user": _maybe(text), "metadata": {}, "cache_salt": salt}
+    return text, tokens, named
+
+
+def _some(schema: Schema, most: int = CHOICES) -> Schema:
+    return {"type": "array", "minItems": 1, "maxItems": most, "items": schema}
+
+
+def _completions(model: str, vocabulary: int, limits: Limits, beams: int) -> Schema:
+    """Requests for texts that are drawn, and for targets that are searched for."""
+    text, tokens, named = _bodies(model, vocabulary)
+    flag, stop = _maybe({"type": "boolean"}), {"type": "string", "minLength": 1, "maxLength": STOP_LENGTH}
     written = named | {
-        "prompt": texts,
+        "prompt": {"anyOf": [text, tokens, _some(text), _some(tokens)]},
         "max_tokens": _maybe(_integer(0, limits.tokens)),
         "seed": _maybe(_integer(0, SEEDS - 1)),
         "stop": _maybe({"anyOf": [stop, {"type": "array", "maxItems": STOPS, "items": stop}]}),
         "logprobs": _maybe(_integer(0, MAX_LOGPROBS)),
         "stream": flag,
         "stream_options": _maybe(_object([], closed=True, include_usage=flag, include_obfuscation=flag)),
-        "suffix": _maybe({"const": ""}),
-        "logit_bias": _maybe({"type": "object", "maxProperties": 0}),
-        "presence_penalty": _maybe({"const": 0}),
-        "frequency_penalty": _maybe({"const": 0}),
     }
+    written |= {name: {"description": "Asks for nothing", "enum": [*values]} for name, values in NEUTRAL.items()}
+    bias = {"type": "object", "maxProperties": MAX_BIASED, "additionalProperties": _number(-MAX_BIAS, MAX_BIAS)}
+    few = vocabulary <= MAX_BIASED
+    bias["propertyNames"] = {"enum": [str(one) for one in range(vocabulary)]} if few else {"pattern": "^[0-9]{1,9}$"}
+    penalty = _maybe(_number(-MAX_PENALTY, MAX_PENALTY))
     drawn = {
         "temperature": _maybe(_number(0, 2)),
         "top_p": _maybe(_number(0, 1)),
-        "top_k": _maybe(_integer(0, vocabulary)),
+        "top_k": {"description": "-1 and 0: among all", **_maybe(_integer(-1, LARGEST_K))},
+        "min_p": _maybe(_number(0, 1)),
+        "logit_bias": {"description": "Token number: what is added to its logit. `<unk>` comes only if named", **_maybe(bias)},
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+        "repetition_penalty": _maybe(_number(LEAST_REPETITION, LARGEST_REPETITION)),
         "echo": flag,
         "n": _maybe(_integer(1, CHOICES)),
-        "best_of": {"description": "The same as n", **_maybe(_integer(1, CHOICES))},
+        "best_of": {"description": "At least n; with stream the same as n", **_maybe(_integer(1, CHOICES))},
     }
     searched = {
         "temperature": _maybe({"enum": [0, 1]}),
         "top_p": _maybe({"const": 1}),
-        "top_k": _maybe({"const": 0}),
+        "top_k": _maybe({"enum": [-1, 0]}),
+        "min_p": _maybe({"const": 0}),
+        "logit_bias": _maybe({"type": "object", "maxProperties": 0}),
+        "presence_penalty": _maybe({"const": 0}),
+        "frequency_penalty": _maybe({"const": 0}),
+        "repetition_penalty": _maybe({"const": 1}),
         "echo": _maybe({"const": False}),
         "n": {"description": "At most best_of", **_maybe(_integer(1, beams))},
         "best_of": {"description": "1 with stream or logprobs", **_maybe(_integer(1, beams))},
     }
-    recording = {"file": {"type": "string", "format": "binary"}, "model": {"const": model}}
     return {
         "CompletionRequest": _object(["prompt"], closed=True, **written, **drawn),
         "TargetRequest": _object(["prompt"], closed=True, **written, **searched),
-        "ScoreRequest": {
-            "oneOf": [
-                _object(["text"], closed=True, **named, text=text),
-                _object(["tokens"], closed=True, **named, tokens=tokens),
-            ]
-        },
-        "TargetScoreRequest": _object(["source", "target"], closed=True, **named, source=text, target=text),
-        "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [text, several[0]]}),
+    }
+
+
+def _requests(model: str, vocabulary: int) -> Schema:
+    """All other requests."""
+    text, tokens, named = _bodies(model, vocabulary)
+    flag, recording = _maybe({"type": "boolean"}), {"file": {"type": "string", "format": "binary"}, "model": {"const": model}}
+    of_tokens = _object(["tokens"], closed=True, **named, tokens=tokens)
+    of_target = _object(["source", "target"], closed=True, **named, source=text, target=text)
+    many = {"anyOf": [text, tokens, _some(text, EMBEDDED), _some(tokens, EMBEDDED)]}
+    return {
+        "ScoreRequest": {"oneOf": [_object(["text"], closed=True, **named, text=text), of_tokens]},
+        "PairScoreRequest": {"oneOf": [of_target, of_tokens]},
+        "TargetScoreRequest": of_target,
+        "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [text, _some(text)]}),
         "RecordingRequest": _object(["file"], closed=True, **recording),
         "TranscriptionRequest": _object(
             ["file"], closed=True, **recording, response_format={"enum": ["json", "text"]}, language=text, prompt=text,
             temperature=text,
         ),
         "EmbeddingRequest": _object(
-            ["input"], closed=True, **named, input=texts, encoding_format=_maybe({"enum": ["float", "base64"]}),
+            ["input"], closed=True, **named, input=many, encoding_format=_maybe({"enum": ["float", "base64"]}),
         ),
+        "TokenizeRequest": _object(
+            ["prompt"], closed=True, **named, prompt=text, add_special_tokens=flag, return_token_strs=flag,
+        ),
+        "DetokenizeRequest": _object(["tokens"], closed=True, **named, tokens=_several(_integer(0, vocabulary - 1))),
     }  # fmt: skip
 
 
@@ -228,6 +288,18 @@ def _answers() -> Schema:
             probabilities={"type": "object", "additionalProperties": _number(0, 1)},
         )),
         "Transcription": _object(["text"], text=text),
+        "Tokenized": _object(
+            ["count", "max_model_len", "tokens", "token_strs"], count=count, max_model_len=count, tokens=_several(count),
+            token_strs=_maybe(_several(text)),
+        ),
+        "Detokenized": _object(["prompt"], prompt=text),
+        "TokenizerInfo": _object(
+            ["tokenizer_class", "kind", "vocab_size", "bos_token", "eos_token"], tokenizer_class=text, kind=text,
+            vocab_size=count, model_max_length=count,
+            bos_token=_maybe(text), eos_token=_maybe(text), pad_token={"type": "null"}, unk_token=_maybe(text),
+            chat_template={"type": "null"},
+        ),
+        "Model": entry,
         "Models": _object(["object", "data"], object={"const": "list"}, data=_several(entry)),
         "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=_several(rank)),
         "Error": _object(["error"], error=error),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -12,6 +12,9 @@ import numpy as np
 from ..kernels.types import Array
 
 MAX_LOGPROBS = 20  # most likely tokens that can be had beside each token
+MAX_BIASED, MAX_BANNED = 300, 8  # tokens whose logits a request may change: OpenAI's number, and those that are never drawn
+MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # OpenAI's
+LEAST_REPETITION, LARGEST_REPETITION = 0.01, 10.0
 Asked = TypeVar("Asked", bound="Request | SourceRequest")
 MAX_SALT = 64  # bytes: of a key of BLAKE2b
 
@@ -33,6 +36,12 @@ class Request:
     temperature: float = 1.0  # 0: always the most likely token
     top_p: float = 1.0  # of the top_k, those that together hold this probability
     top_k: int = 0  # among the k most likely; 0: among all
+    min_p: float = 0.0  # among those at least so probable, times the probability of the most likely
+    logit_bias: Sequence[tuple[int, float]] = ()  # (token, what is added to its logit)
+    banned: Sequence[int] = ()  # tokens that are never drawn
+    repetition_penalty: float = 1.0  # of what was generated or is in the prompt, see kernels/penalties.py
+    presence_penalty: float = 0.0  # of what was generated
+    frequency_penalty: float = 0.0  # the same, each time
     seed: int = 0  # modulo 2^64
     logprobs: int | None = None  # how many of the most likely tokens come with each token
     echo: bool = False  # the prompt's tokens come too, with their log-probabilities
@@ -49,12 +58,28 @@ class Request:
             raise ValueError("max_tokens and top_k are not negative")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError("temperature is a number of at least 0")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError("top_p is a probability")
+        if not (0 <= self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError("top_p and min_p are probabilities")
+        self._check_changes()
         if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
             raise ValueError(f"logprobs is at most {MAX_LOGPROBS}")
         if len(self.salt) > MAX_SALT:
             raise ValueError(f"a salt has at most {MAX_SALT} bytes")
+
+    def _check_changes(self) -> None:
+        if len(self.logit_bias) > MAX_BIASED or len(self.banned) > MAX_BANNED:
+            raise ValueError("too many tokens are to be changed")
+        if not all(abs(value) <= MAX_BIAS for _, value in self.logit_bias):
+            raise ValueError(f"a bias is a number from -{MAX_BIAS:g} to {MAX_BIAS:g}")
+        if not all(abs(value) <= MAX_PENALTY for value in (self.presence_penalty, self.frequency_penalty)):
+            raise ValueError(f"penalties are numbers from -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+        if not LEAST_REPETITION <= self.repetition_penalty <= LARGEST_REPETITION:
+            raise ValueError(f"a repetition penalty is a number from {LEAST_REPETITION} to {LARGEST_REPETITION:g}")
+
+    @property
+    def changed(self) -> list[int]:
+        """Tokens whose logits are changed before anything is generated."""
+        return [*(token for token, _ in self.logit_bias), *self.banned]
 
     @property
     def scores_prompt(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,12 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..inference.evaluation import perplexity
 from .completions import CompletionChoice, CompletionRun, EventStream, answer
 from .errors import Refused
-from .openai import Completion, Fields, json_number, read_json, usage
+from .fields import Fields, read_json
+from .openai import Completion
 from .requests import Event, Finished, SourceRequest, Token
+from .scoring import score_body, source_and_target
 from .sources import ask, check_source
 from .streams import check_finished
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 class TargetRun(CompletionRun):
     """See CompletionRun. A stream is a source, and makes all of its choices."""
+
+    @property
+    def _texts(self) -> int:
+        return self._wanted.n
 
     def _requests(self) -> Mapping[int, SourceRequest]:
         wanted, found = self._wanted, dict[int, SourceRequest]()
@@ -74,10 +78,7 @@ async def complete(service: Service, request: HttpRequest) -> Response | EventSt
 async def score(service: Service, request: HttpRequest) -> Response:
     """How probable a target is after its source: log P of its tokens and its end, nats. Raises Refused, Disconnected."""
     fields = Fields(read_json(await request.body()), service.name)
-    for name in ("source", "target"):
-        if not isinstance(fields.body.get(name), str):
-            raise Refused(f"{name} must be there, a string: this model says how probable a target is after a source", name)
-    texts = [str(fields.texts(name, service.vocabulary.size, most=1)[0]) for name in ("source", "target")]
+    texts = source_and_target(service, fields)
     fields.refuse_unread()
     (source,) = await service.read_prompts(texts[:1], "source", service.vocabulary.source)
     (target,) = await service.read_prompts(texts[1:], "target", service.vocabulary.target)
@@ -88,11 +89,5 @@ async def score(service: Service, request: HttpRequest) -> Response:
     wanted = [SourceRequest(source=source.tokens, target=target.tokens)]
     request.scope["dllm"]["inputs"] = 1
     (found,), headers = await ask(service, request, texts, wanted)
-    values, tokens = found[0].tolist(), [*target.tokens.tolist(), service.vocabulary.end]
-    total = math.fsum(values)
-    loss = -total / len(values)
-    return await service.answer({
-        "object": "score", "model": service.name, "logprob": json_number(total), "loss": json_number(loss),
-        "perplexity": perplexity(loss), "tokens": [service.vocabulary.name(token) for token in tokens], "token_ids": tokens,
-        "token_logprobs": [*map(json_number, values)], "usage": usage(len(source) + len(tokens), 0),
-    }, headers)  # fmt: skip
+    said = service.vocabulary.ended(target)
+    return await service.answer(score_body(service, said, found[0].tolist(), len(source) + len(said), of_target=True), headers)

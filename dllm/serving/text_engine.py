@@ -73,7 +73,8 @@ class TextEngine(Engine[Request]):
 
     def check(self, request: Request) -> None:
         prompt = request.prompt
-        if prompt.min() < 0 or prompt.max() >= self.decoder.vocabulary:
+        numbers = [int(prompt.min()), int(prompt.max()), *request.changed]
+        if min(numbers) < 0 or max(numbers) >= self.decoder.vocabulary:
             raise ValueError(f"tokens are numbers from 0 to {self.decoder.vocabulary - 1}")
 
     @property
@@ -100,7 +101,8 @@ class TextEngine(Engine[Request]):
         if request.scores_prompt:
             self.tell(stream, Token(int(request.prompt[0]), None, [], True))
         self.decoder.states[slot] = 0
-        _set_row(self._choice, slot, request)
+        self._choice.begin(slot, request, request.prompt)
+        self._choice.wanted[slot] = request.logprobs or 0
         self._next[slot] = request.prompt[-1]
         if request.to_read == 0:
             self._end_prompt(stream)
@@ -186,6 +188,7 @@ class TextEngine(Engine[Request]):
         self.tell(stream, Token(token, logprob, _alternatives(choice, row, stream.request.logprobs or 0), prompt))
         if not prompt:
             stream.generated.append(token)
+            choice.changes.note(row, token)
             if len(stream.generated) == stream.request.max_tokens:
                 self.end(stream, "length")
 
@@ -200,13 +203,6 @@ class TextEngine(Engine[Request]):
 
     def clear(self) -> list[Stream[Request]]:
         return self.scheduler.clear()
-
-
-def _set_row(choice: Choice, row: int, request: Request) -> None:
-    """Have a row of `choice` draw as a request wants it, from its first token on."""
-    choice.temperature[row], choice.top_k[row], choice.top_p[row] = request.temperature, request.top_k, request.top_p
-    choice.seed[row], choice.position[row] = request.seed % 2**64, 0
-    choice.wanted[row] = request.logprobs or 0
 
 
 def _alternatives(choice: Choice, row: int, count: int) -> list[tuple[int, float]]:

@@ -25,6 +25,12 @@ class Question(NamedTuple):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    logit_bias: tuple[tuple[int, float], ...]
+    banned: tuple[int, ...]
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int
     logprobs: int | None
     echo: bool

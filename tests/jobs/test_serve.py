@@ -102,7 +102,10 @@ def test_logprobs_are_those_of_the_model(client, bundle):
     assert told.token_logprobs[0] is None
     np.testing.assert_allclose(told.token_logprobs[1:], expected[np.arange(14), tokens[1:]], atol=1e-4)
     for best, row in zip(told.top_logprobs[1:], expected, strict=True):
-        np.testing.assert_allclose(sorted(best.values()), np.sort(row)[-3:], atol=1e-4)
+        np.testing.assert_allclose(sorted(best.values())[-3:], np.sort(row)[-3:], atol=1e-4)
+    for name, value, best in zip(told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+        assert best[name] == value
+        assert len(best) <= 4
 
 
 def test_scores_and_states_are_those_of_the_model(client, server, bundle):
@@ -130,6 +133,27 @@ def oracle(bundle, text):
 
 def state(bundle, tokens):
     return reference(bundle.model(1), tokens[:, None])[1][-1, 0]
+
+
+def test_openai_client_asks_for_all_that_a_text_may_be_drawn_by(client, bundle):
+    (letter,) = bundle.tokenizer.encode(b"e").tolist()
+    asked = {"model": "run", "prompt": "To be", "max_tokens": 60, "seed": 2}
+    told = client.completions.create(
+        **asked, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={str(letter): -100}, n=1, best_of=3,
+        extra_body={"repetition_penalty": 1.2, "min_p": 0.02, "top_k": -1, "use_beam_search": False},
+    )  # fmt: skip
+    assert "e" not in told.choices[0].text
+    assert told.usage.completion_tokens == 180
+    assert client.models.retrieve("run").id == "run"
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="ask it by POST /v1/completions, with a prompt"):
+        client.chat.completions.create(model="run", messages=[{"role": "user", "content": "Hello"}])
+    texts = [f"To be {number}" for number in range(300)]
+    found = client.embeddings.create(model="run", input=texts).data
+    assert [entry.index for entry in found] == [*range(300)]
+    alone = client.embeddings.create(model="run", input=texts[-1]).data[0].embedding
+    assert found[-1].embedding == alone
 
 
 def test_errors_have_openais_form(client, server):

@@ -1,6 +1,7 @@
 """The serving engine against a plain sampler, one stream at a time: whoever joins, leaves, waits, fails or is cancelled."""
 
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers.server import LIMIT, Collected
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel
 from dllm.kernels.int8 import HOW
+from dllm.kernels.penalties import changed_reference
 from dllm.kernels.processor import BF16
 from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
@@ -44,13 +46,26 @@ def start(model):
         assert not engine._thread.is_alive()
 
 
+def changed(rng):
+    """Of half of all requests: how their logits are changed."""
+    if rng.integers(2):
+        return {}
+    return {
+        "logit_bias": [(int(token), float(rng.normal(0, 2))) for token in set(rng.integers(0, V, 3).tolist())],
+        "banned": rng.integers(0, V, 2).tolist(), "presence_penalty": float(rng.choice([0, 0.5])),
+        "frequency_penalty": float(rng.choice([0, 0.3])), "repetition_penalty": float(rng.choice([1, 1.3])),
+        "min_p": float(rng.choice([0, 0.1])),
+    }  # fmt: skip
+
+
 def request(rng, **changes):
     """A random one."""
     return Request(**{
         "prompt": rng.integers(0, V, rng.integers(1, 30)), "max_tokens": int(rng.integers(1, 25)),
         "temperature": float(rng.choice([0, 0.5, 1, 1.5])), "top_p": float(rng.choice([1, 0.7])),
         "top_k": int(rng.choice([0, 0, 4])), "seed": int(rng.integers(2**62)), "logprobs": rng.choice([None, 0, 3]),
-        "echo": bool(rng.integers(2)), "want_state": bool(rng.integers(2)), **changes,
+        "echo": bool(rng.integers(2)), "want_state": bool(rng.integers(2)), **changed(rng),
+        **changes,
     })  # fmt: skip
 
 
@@ -85,8 +100,9 @@ def plain(wanted):
         if not told and wanted.to_generate:
             choice = Choice(1)
             choice.temperature[:], choice.top_k[:], choice.top_p[:] = wanted.temperature, wanted.top_k, wanted.top_p
-            choice.seed[:], choice.position[:] = wanted.seed, at + 1 - n
-            draw(choice, np.zeros(1, np.int64), in_panels(logits[None]), np.zeros(V), Scratch(V), Team())
+            choice.seed[:], choice.position[:], choice.min_p[:] = wanted.seed, at + 1 - n, wanted.min_p
+            values = changed_reference(logits, wanted, given[:n], given[n:])
+            draw(choice, np.zeros(1, np.int64), in_panels(values[None]), np.zeros(V), Scratch(V), Team())
             given.append(int(choice.token[0]))
         if wanted.scores_prompt if told else wanted.to_generate:
             best, token = np.argsort(-logp, kind="stable")[: wanted.logprobs or 0], given[at + 1]
@@ -163,7 +179,8 @@ def test_a_trained_model_says_in_the_engine_what_it_says_alone(world):
     engine = TextEngine(Bundled(model))
     engine.start()
     for each, events in zip(wanted, answers(engine, *wanted), strict=True):
-        wants = Sampling(temperature=each.temperature, top_k=each.top_k, top_p=each.top_p, seed=each.seed)
+        shared = {field.name for field in fields(Sampling)} & {field.name for field in fields(each)}
+        wants = Sampling(**{name: getattr(each, name) for name in shared})
         alone = sample(Decoder(model, 1), each.prompt, each.max_tokens, wants)
         assert [event.number for event in events[:-1]] == list(alone)
     engine.stop()
@@ -296,6 +313,9 @@ def test_an_engine_that_fails_says_so_to_all(start, capsys):
 IMPOSSIBLE = [
     {"prompt": []}, {"prompt": [[1]]}, {"max_tokens": -1}, {"top_k": -1}, {"temperature": -1.0}, {"temperature": float("nan")},
     {"temperature": float("inf")}, {"top_p": 1.1}, {"top_p": float("nan")}, {"logprobs": 1000}, {"logprobs": -1},
+    {"min_p": -0.1}, {"min_p": float("nan")}, {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")},
+    {"repetition_penalty": 0.0}, {"repetition_penalty": float("nan")}, {"logit_bias": [(0, 101.0)]},
+    {"logit_bias": [(0, float("nan"))]}, {"logit_bias": [(0, 1.0)] * 301}, {"banned": range(9)},
 ]  # fmt: skip
 
 
@@ -309,6 +329,9 @@ def test_requests_that_nobody_can_answer_are_refused(changes):
 def test_tokens_that_the_model_does_not_have_are_refused(start, token):
     with pytest.raises(ValueError, match="numbers from 0 to 10"):
         start().submit(Request(prompt=[1, token]), print)
+    for changes in ({"banned": [token]}, {"logit_bias": [(token, 1.0)]}):
+        with pytest.raises(ValueError, match="numbers from 0 to 10"):
+            start().submit(Request(prompt=[1], **changes), print)
 
 
 def test_a_prompt_of_another_client_is_read_as_if_nobody_had_said_it(start):

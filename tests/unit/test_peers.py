@@ -105,7 +105,8 @@ def test_a_stream_of_another_rank_is_the_same_even_if_that_rank_is_lost(bundle, 
 
             server = await asyncio.start_server(serve, "127.0.0.1", 0)
             one.hear_of(two, server.sockets[0].getsockname()[1])
-            request = Request(prompt=PROMPT, max_tokens=3000, seed=3, logprobs=2, echo=True, want_state=True)
+            changes = {"repetition_penalty": 1.1, "frequency_penalty": 0.01, "banned": (4,), "logit_bias": ((2, -1.0),)}
+            request = Request(prompt=PROMPT, max_tokens=3000, seed=3, logprobs=2, echo=True, want_state=True, **changes)
             expected, inbox = await alone(two, request), Inbox()
             rank, _ = one.peers.submit({0: request}, inbox)
             assert rank == 1
@@ -354,7 +355,9 @@ IMPOSSIBLE = {
     "many tokens": question(max_tokens=LIMITS.tokens + 1), "no tokens": question(max_tokens=-1), "text": question(echo="yes"),
     "top_p": question(top_p=2.0), "top_k": question(top_k=2**40), "logprobs": question(logprobs=10**6),
     "cold": question(temperature=-1.0), "seed": question(seed=2**63).replace(b"9223372036854775808", b"9" * 100),
-    "salt": question(salt="00" * 65), "no salt": question(salt="xy"),
+    "salt": question(salt="00" * 65), "no salt": question(salt="xy"), "a bias beyond": question(logit_bias=[(V, 1.0)]),
+    "a large bias": question(logit_bias=[(1, 1e300)]), "a ban before": question(banned=[-1]),
+    "many bans": question(banned=[1] * 9), "repetition": question(repetition_penalty=0.0), "min_p": question(min_p=2.0),
 }  # fmt: skip
 
 
@@ -379,8 +382,9 @@ def test_a_rank_that_asks_for_what_no_client_may_is_refused(bundle, kind):
 
 def test_a_request_and_its_news_are_the_same_on_the_other_side():
     request = Request(
-        prompt=PROMPT, max_tokens=7, temperature=0.3, top_p=0.1, top_k=3, seed=2**63 - 1, logprobs=2, salt=b"\0\xff"
-    )
+        prompt=PROMPT, max_tokens=7, temperature=0.3, top_p=0.1, top_k=3, seed=2**63 - 1, logprobs=2, salt=b"\0\xff", min_p=0.2,
+        logit_bias=((3, 1.5),), banned=(0,), repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.25,
+    )  # fmt: skip
     found = wire.read_question(wire.write_question(request), LIMITS)
     assert {**vars(found), "prompt": found.prompt.tolist()} == {**vars(request), "prompt": PROMPT.tolist()}
     answer = wire.Answer(Request(prompt=[3, 5], max_tokens=2, logprobs=1, echo=True, want_state=True), V, 2)

@@ -6,7 +6,8 @@ import pytest
 
 from dllm.data.tokenizers import ByteTokenizer
 from dllm.serving.errors import Refused
-from dllm.serving.openai import Completion, read_json
+from dllm.serving.fields import read_json
+from dllm.serving.openai import Completion
 from dllm.serving.requests import Token
 from dllm.serving.streamed_text import Detokenizer, Vocabulary
 
@@ -16,7 +17,7 @@ TEXTS = st.text(alphabet="ab\u00e9\u20ac\U0001f600", max_size=12)
 
 def run(data, stops, prompt=b""):
     """(text, [(start, byte)], whether a stop string came) by Detokenizer, a byte a token, taken after each."""
-    text, shown, pieces = Detokenizer(BYTES.decode, stops), "", []
+    text, shown, pieces = Detokenizer(BYTES.spell, stops), "", []
     for place, number in enumerate(prompt + data):
         ended = text.add(Token(number, -1.0, [], place < len(prompt)))
         new, more = text.flush(final=place + 1 == len(prompt + data) and not ended)
@@ -56,15 +57,15 @@ def test_offsets_say_where_in_the_text_a_token_begins():
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_does_not():
-    text = Detokenizer(BYTES.decode, ["abc"])
+    text = Detokenizer(BYTES.spell, ["abc"])
     taken = [(text.add(Token(byte, -1.0, [])), text.flush()[0])[1] for byte in b"xababd"]
     assert taken == ["x", "", "", "ab", "", "abd"]
 
 
 def test_bytes_that_are_no_characters_have_a_name():
     vocabulary = Vocabulary(BYTES)
-    assert vocabulary.name(0x61) == "a"
-    assert vocabulary.name(0xE2) == "bytes:\\xe2"
+    assert vocabulary.name(0x61, False) == "a"
+    assert vocabulary.name(0xE2, False) == "bytes:\\xe2"
 
 
 def read(**body):
@@ -78,10 +79,17 @@ def read(**body):
         {"prompt": 3}, {"prompt": ["a"] * 65}, {"prompt": "\ud800"}, {"prompt": ["a", 1]}, {"prompt": {"a": 1}},
         {"max_tokens": 101}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "1"}, {"max_tokens": True},
         {"max_tokens": 1e999}, {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": 1e999}, {"temperature": [1]},
-        {"top_p": 1.1}, {"top_k": 257}, {"n": 0}, {"n": 65}, {"n": 2, "prompt": ["a"] * 33}, {"best_of": 2}, {"seed": -1},
-        {"seed": 1 << 63}, {"logprobs": 21}, {"stop": ""}, {"stop": ["a"] * 5}, {"stop": [1]}, {"stop": "a" * 257},
+        {"top_p": 1.1}, {"n": 0}, {"n": 65}, {"n": 2, "prompt": ["a"] * 33}, {"seed": -1},
+        {"seed": 1 << 63}, {"logprobs": 21}, {"stop": ""}, {"stop": ["a"] * 17}, {"stop": [1]}, {"stop": "a" * 257},
         {"echo": 1}, {"stream": "yes"}, {"stream_options": {}}, {"stream": True, "stream_options": {"other": 1}},
-        {"suffix": "x"}, {"logit_bias": {"1": 2}}, {"presence_penalty": 1}, {"unknown": None}, {"model": 3}, {"model": "other"},
+        {"suffix": "x"}, {"logit_bias": {"256": 2}}, {"logit_bias": {"-1": 2}}, {"logit_bias": {"a": 2}},
+        {"logit_bias": {"1": 101}}, {"logit_bias": {"1": True}}, {"logit_bias": {"1": "2"}}, {"logit_bias": [1]},
+        {"logit_bias": {"\u0663": 1}},
+        {"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, {"presence_penalty": 2.1}, {"frequency_penalty": "1"},
+        {"repetition_penalty": 0}, {"repetition_penalty": 11}, {"min_p": 1.1}, {"top_k": -2}, {"n": 2, "best_of": 1},
+        {"best_of": 2, "stream": True}, {"best_of": 33, "prompt": ["a", "b"]}, {"use_beam_search": True}, {"length_penalty": 2},
+        {"ignore_eos": 0}, {"min_tokens": False}, {"stop_token_ids": [1]}, {"response_format": {"type": "json_object"}},
+        {"unknown": None}, {"model": 3}, {"model": "other"},
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(body):
@@ -94,7 +102,12 @@ def test_what_cannot_be_done_is_refused(body):
 
 
 def test_what_asks_for_nothing_is_let_through():
-    wanted = read(suffix="", logit_bias={}, presence_penalty=0.0, frequency_penalty=None, user="me", best_of=2, n=2, stop=None)
+    wanted = read(
+        suffix="", logit_bias={}, presence_penalty=0.0, frequency_penalty=None, user="me", best_of=2, n=2, stop=None, min_p=0,
+        repetition_penalty=1, top_k=-1, use_beam_search=False, length_penalty=1.0, skip_special_tokens=True, stop_token_ids=[],
+        ignore_eos=False, min_tokens=0, response_format={"type": "text"},
+    )  # fmt: skip
+    assert (wanted.top_k, read(top_k=1000).top_k) == (0, 256)
     assert (wanted.n, wanted.stop, wanted.max_tokens) == (2, (), 16)
     assert 0 <= wanted.seed < 1 << 53
 
