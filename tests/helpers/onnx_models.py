@@ -42,12 +42,12 @@ def write(folder, shape, weights):
 def given(config, vocabulary):
     """A Batch without targets, and states h, c of layers that carry theirs on."""
     rng = np.random.default_rng(4)
-    inputs = rng.integers(0, vocabulary, (S, B))
+    inputs, before = (rng.integers(0, vocabulary or 1, (steps, B)) for steps in (S, T))
     if config.features:
         inputs = rng.standard_normal((S, B, config.features)).astype(np.float32)
     lengths = np.maximum(LENGTHS, config.kind == "seq2seq")  # which refuses a source of nothing
     state = rng.uniform(-1, 1, (2, blocks.carried(config), B, config.hidden)).astype(np.float32)
-    return Batch(inputs, np.empty((0, 0)), lengths, rng.integers(0, vocabulary, (T, B))), state
+    return Batch(inputs, np.empty((0, 0)), lengths, before), state
 
 
 def said(model, batch, state):

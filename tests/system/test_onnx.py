@@ -1,4 +1,4 @@
-"""ONNX Runtime says what dllm says, of every kind and of weights of every size; greedy texts are equal; the page's lines run."""
+"""ONNX Runtime says what dllm says, of every kind and any weights; greedy texts are equal; the lines of the page run."""
 
 import pathlib
 import re
@@ -37,8 +37,8 @@ def test_onnx_runtime_says_what_dllm_says(shape, weights, run, tmp_path):
     for together in {True, model.config.kind != "seq2seq"}:
         logs, states = by_onnx(run, tmp_path, model.config, batch, state, together)
         assert relative(logs[there], expected[there]) <= 1e-5
-        assert np.abs(logs[there] - expected[there]).max() <= 1e-5
-        assert relative(states, after) <= 1e-5
+        assert np.abs(logs[there] - expected[there]).max() <= 1e-5 * np.abs(expected[there]).max()
+        assert not after.size or relative(states, after) <= 1e-5
 
 
 @pytest.fixture(scope="module")
