@@ -12,7 +12,9 @@ With attention = dot there are no keys; `source`, the tokens of the encoder, is 
 are log-probabilities then. Equations: model/seq2seq.py, model/encoder_model.py, kernels/pool.py, kernels/copying.py.
 
 Tensors have PyTorch's names and shapes (torch_weights.py). But of an LSTM both directions are one tensor, and gates are in the
-order that ONNX has, i, o, f, g. int8 stays int8 in the file, with DequantizeLinear by row; bfloat16 becomes float32.
+order that ONNX has, i, o, f, g. bfloat16 becomes float32. int8 stays int8 in the file; Cast and Mul by row make floats of it,
+which ONNX Runtime does once, as it loads. Of DequantizeLinear before a product 1.32 makes one that rounds what is multiplied to
+8 bits, and 1.20 takes it for one of uint8.
 """
 
 from __future__ import annotations
@@ -135,8 +137,8 @@ class Graph:
         if name not in self._floats:
             self._constants[name], self._floats[name] = array, name
             if scale is not None:
-                self._constants[name + SCALE] = scale
-                self._floats[name] = self.node("DequantizeLinear", name, name + SCALE, axis=0)
+                self._constants[name + SCALE] = scale[:, None]
+                self._floats[name] = self.node("Mul", self.node("Cast", name, to=_onnx_type("FLOAT")), name + SCALE)
         return self._floats[name]
 
     def linear(self, x: str, name: str) -> str:

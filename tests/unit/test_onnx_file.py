@@ -19,7 +19,7 @@ WEIGHTS = pytest.mark.parametrize("weights", torch_weights.KINDS)
 OF_TEXT = pytest.mark.parametrize("shape", [name for name in SHAPES if name.startswith("lm")])
 
 
-@WEIGHTS
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
 @EVERY_SHAPE
 def test_the_checker_takes_every_kind(shape, weights, tmp_path):
     write(tmp_path, shape, weights)
@@ -32,7 +32,7 @@ def test_the_checker_takes_every_kind(shape, weights, tmp_path):
         assert {kinds[name] for name in matrices} == {onnx.TensorProto.INT8 if weights == "int8" else onnx.TensorProto.FLOAT}
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])  # of int8 the evaluator knows newer versions only
+@WEIGHTS
 @OF_TEXT
 def test_the_evaluator_says_what_dllm_says_of_text(shape, weights, tmp_path):
     model = write(tmp_path, shape, weights)
