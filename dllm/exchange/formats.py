@@ -1,6 +1,7 @@
 """Files that a model folder may hold beside its own, for other programs: dllm export --also FORMAT.
 
-To add a format: a file beside this with `pack(Stored) -> bytes`, and its line in FORMATS. Nothing is imported before it is used.
+To add a format: a file beside this with `pack(Stored) -> bytes`, or -> a dict of names and bytes, and its line in FORMATS.
+Nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ class Stored(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A file of a model folder."""
+    """A file of a model folder, or what gives several, by their names."""
 
     file: str
     module: str  # beside this
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "onnx": Format("model.onnx", "onnx_file"),
+}
 
 
 def pack(names: Sequence[str], stored: Stored) -> dict[str, bytes]:
     """File name -> bytes, of the formats `names`. Raises UserError where a format cannot hold such a model."""
-    files = {}
+    files = dict[str, bytes]()
     for name in names:
         module = importlib.import_module(f".{FORMATS[name].module}", __package__)
-        files[FORMATS[name].file] = module.pack(stored)
+        packed = module.pack(stored)
+        files |= packed if isinstance(packed, dict) else {FORMATS[name].file: packed}
     return files

@@ -29,6 +29,9 @@ OPENMPI = {
 ULFM = {  # what mpirun --with-ft ulfm sets
     "OMPI_MCA_mpi_ft_enable": "1", "PRTE_MCA_state_base_recoverable": "1", "PRTE_MCA_state_base_notify_errors": "1",
 }  # fmt: skip
+# Where Open MPI's mpirun makes a folder that has its process's number for a name. A killed one leaves it, and who gets that
+# number later does not start: "The PMIx server's listener thread failed to start".
+SESSIONS = "PRTE_MCA_prte_local_tmpdir_base"
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 REFUSED = 2  # the exit code of a command that was given bad input
 NOT_SAVED = 74  # of one whose last state is not on disk
@@ -51,13 +54,19 @@ def flavour():
     return "openmpi" if "Open MPI" in text else "mpich"
 
 
+@functools.cache
+def _sessions():
+    """The folder of this process for mpiruns that have none of their own; it is gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="dllm-mpi-")
+
+
 def environment(extra=None):
     """The variables of a job: those of this process, what Open MPI needs, and `extra`."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     extra = {name: str(value) for name, value in (extra or {}).items()}
     path = os.pathsep.join(filter(None, [extra.pop("PYTHONPATH", None), str(SOURCE), ours.get("PYTHONPATH")]))
     ours |= {"PATH": f"{BIN}{os.pathsep}{ours['PATH']}", "PYTHONPATH": path}
-    return ours | OPENMPI | extra
+    return ours | OPENMPI | {SESSIONS: _sessions().name} | extra
 
 
 class Job:
@@ -81,7 +90,7 @@ class Job:
             self.process = subprocess.Popen(
                 ["timeout", "-k", "5", str(timeout), *self.command],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-                cwd=cwd or self._folder.name, env=environment({name: value, **(env or {})}),
+                cwd=cwd or self._folder.name, env=environment({name: value, SESSIONS: self._folder.name, **(env or {})}),
             )  # fmt: skip
 
     def __enter__(self):
