@@ -10,6 +10,7 @@ from .requests import MAX_LOGPROBS
 Schema: TypeAlias = dict[str, Any]
 
 
+REQUEST_NAME = "^[A-Za-z0-9_.:/+=@-]{1,128}$"  # as limits.REQUEST_ID has it
 SOUND = "classifier of recordings"  # a kind of its own for clients: they send forms
 POSTS = {  # kind -> path -> what is done, the schemas of the request and of the answer; completions come as events, too
     "lm": {
@@ -54,12 +55,14 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
         },
         "paths": {
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
+            "/health/ready": {"get": _ready()},
             "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
             "/v1/models": {"get": _get("The model there is", _schema("Models"))},
             **posts,
         },
         "components": {"schemas": {name: schema for name, schema in schemas.items() if name in used}},
     }  # fmt: skip
+    _name_requests(description)
     if needs_token:
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
@@ -85,6 +88,25 @@ def _errors(*statuses: int) -> Schema:
 
 def _get(what: str, schema: Schema, kind: str = "application/json") -> Schema:
     return {"summary": what, "responses": {"200": {"description": what, **_content(schema, kind)}, **_errors(401, 403)}}
+
+
+def _ready() -> Schema:
+    told = _content(_object(["status"], status={"enum": ["ok", "draining"]}))
+    answers = {"200": {"description": "They should", **told}, "503": {"description": "Not any more", **told}}
+    return {"summary": "Whether requests should come to this rank", "responses": answers | _errors(403), "security": []}
+
+
+def _name_requests(description: Schema) -> None:
+    """Say that every request may have a name, and that every answer has it."""
+    name, schema = "X-Request-Id", {"type": "string", "pattern": REQUEST_NAME}
+    about = "Names the request in the answer and in the log; one is made where there is none that is well formed"
+    parts = description["components"]
+    parts["parameters"] = {name: {"name": name, "in": "header", "description": about, "schema": schema}}
+    parts["headers"] = {name: {"description": about, "required": True, "schema": schema}}
+    for operation in (one for methods in description["paths"].values() for one in methods.values()):
+        operation["parameters"] = [*operation.get("parameters", []), {"$ref": f"#/components/parameters/{name}"}]
+        for answer in operation["responses"].values():
+            answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"}}
 
 
 def _post(what: str, request: str, answer: str) -> Schema:
