@@ -21,6 +21,7 @@ from .launching.mpirun import all_here
 from .remote.http import is_loopback
 from .runs import ownership
 from .serving import tokens
+from .serving.origins import Origins
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +41,11 @@ none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way
 A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN. Each line of the token file is the
 token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
 share what is kept, but for requests that say "cache_salt": TEXT.
+
+A server at loopback answers to loopback's names alone, and to --allow-host; at another address to any name, unless there is an
+--allow-host. Pages of other sites are refused, but for --allow-origin. docs/how-to/put-behind-a-proxy.md has lines for proxies.
 """
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]*[A-Za-z0-9_~-])+")  # no empty part, no . and no ..
 RANKS_OPTION = re.compile(r"-n(=?\d+)?|--ranks(=.*)?")
 
 
@@ -73,12 +78,22 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run, or ipfs://CID")
     cli.add_precision(parser)
+    for name, metavar, text in (
+        ("--allow-host", "NAME", "another name that clients may call this server by; may come again"),
+        ("--allow-origin", "ORIGIN", "a site whose pages may ask, such as https://app.example.com; *: all; may come again"),
+    ):
+        parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+    parser.add_argument("--root-path", default="", metavar="PATH", help="what a proxy has before every path, such as /llm")
     parser.add_argument("--log-prompts", action="store_true", help="have prompts in the log")
     options = parser.parse_args(argv)
     if options.port > 65535:
         parser.error("argument --port: at most 65535")
     if options.hostfile and not options.ranks:
         parser.error("--hostfile goes with -n")
+    options.root_path = options.root_path.rstrip("/")
+    if options.root_path and not ROOT_PATH.fullmatch(options.root_path):
+        parser.error("argument --root-path: write it as /llm, of letters, digits and . _ ~ -")
+    Origins(names=options.allow_host, pages=options.allow_origin)  # says what is wrong with them
     return options
 
 
@@ -175,7 +190,7 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((host, port))
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, else asyncio leaves out TCP_NODELAY
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -142,7 +142,8 @@ def _http():
                 paths.setdefault((path, method), {})[kind] = entry
     lines = ["# HTTP", "", "`dllm serve` answers on these paths. `/openapi.json` describes those of the model served.",
              "The numbers below are those of a model with 2,048 tokens and of the default limits.",
-             "A server with a token expects the header `Authorization: Bearer TOKEN` on every path but `/` and `/health`.",
+             "A server with a token expects the header `Authorization: Bearer TOKEN` on every path but `/`, `/health` and",
+             "`/health/ready`.",
              ""]  # fmt: skip
     for (path, method), entries in paths.items():
         entry = next(iter(entries.values()))

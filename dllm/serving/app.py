@@ -28,13 +28,15 @@ from starlette.types import ASGIApp, Scope
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from . import metrics, openapi
+from .counts import OTHER, Ledger, RequestCounts
 from .errors import Disconnected, Refused
 from .fields import CHOICES, Json
 from .limits import Guard, Limits
 from .log import Log
 from .openai import encode, model_body, models_body
+from .origins import Origins
 from .peers import Peers
-from .reports import state_of
+from .reports import SHOWN, Entry, news, state_of
 from .routes import HANDLERS, INFO, PATHS, no_such_route, tokenizer_info
 from .streamed_text import Vocabulary
 from .streams import LocalStreams
@@ -43,6 +45,7 @@ from .tokens import Clients
 Given = TypeVar("Given", bound=Sized)
 Readable = TypeVar("Readable", bound=Sized)
 WITH_PAGE = "lm", "seq2seq"  # kinds that the page for people is of
+WATCHED = "/health", "/health/ready", "/metrics"  # asked for all the time
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
@@ -73,15 +76,17 @@ class Service:
         self.engine, self.peers, self.limits = local.engine, peers, limits
         self.log, self.log_prompts = log, log_prompts
         self.created, self.state = int(time.time()), "ok"
-        self._writing, self._answered = asyncio.Lock(), metrics.RequestCounts()
-        self._paths: set[str] = set()
+        self._writing, self._scraping, self._ledger = asyncio.Lock(), asyncio.Lock(), Ledger()
+        self._answered = RequestCounts([])  # until its routes are known
+        self._names = [name for name, _, _ in metrics.GAUGES_AND_COUNTERS if name in self.engine.load()]
 
-    def app(self, clients: Clients, hosts: set[str] | None = None) -> ASGIApp:
-        """The ASGI application. clients, hosts: see limits.Guard."""
+    def app(self, clients: Clients, origins: Origins | None = None, root: str = "") -> ASGIApp:
+        """The ASGI application. clients, origins, root: see limits.Guard."""
         page, policy = _page()
         kind = openapi.described_as(self.kind, self.features > 0, self.vocabulary.tokenizer.pairs)
         beams = min(CHOICES, self.engine.slots)
         description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, kind, beams)
+        description |= {"servers": [{"url": root}]} if root else {}
 
         async def show_page(request: HttpRequest) -> Response:
             if request.scope["dllm"]["authenticated"] and self.kind not in WITH_PAGE:  # which strangers are not to learn
@@ -94,24 +99,26 @@ class Service:
 
         routes = [
             Route("/", show_page), Route("/openapi.json", describe),
-            Route("/health", self.health), Route("/metrics", self.metrics), Route("/v1/models", self.models),
-            Route("/v1/models/{model:path}", self.model), Route(INFO, functools.partial(tokenizer_info, self)),
+            Route("/health", self.health), Route("/health/ready", self.ready), Route("/metrics", self.metrics),
+            Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model),
+            Route(INFO, functools.partial(tokenizer_info, self)),
         ]  # fmt: skip
         for path in PATHS:
             handler = HANDLERS[self.kind].get(path, no_such_route)
             routes.append(Route(path, functools.partial(handler, self), methods=["POST"]))
-        self._paths = {route.path for route in routes}
         kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
+        others = {path for path in PATHS if path not in HANDLERS[self.kind]}
+        self._answered = RequestCounts([one.path for one in routes if one.path not in others and "{" not in one.path])
         inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
         inside.router.redirect_slashes = False
-        return Guard(inside, self.limits, clients, hosts, self._finished)
+        return Guard(inside, self.limits, clients, origins or Origins(), self._finished, root)
 
     def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
         fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
-        route = scope["path"] if scope["path"] in self._paths else "other"
+        route = scope["path"] if scope["path"] in self._answered.routes else OTHER
         self._answered.add(route, status, seconds, fields.get("inputs", 0) if status == 200 else 0)
-        if route in ("/health", "/metrics") and status == 200:
-            return  # asked for all the time
+        if route in WATCHED and status in (200, 503):
+            return
         line = {"method": scope["method"][:10], "route": route, "status": status, "seconds": round(seconds, 4), **fields}
         if scope["dllm"].get("authenticated"):
             self.log("request", **line)
@@ -127,16 +134,35 @@ class Service:
         ranks, table = [], self.peers.gossip.table()
         for rank, (report, silence, _) in table.items():
             state = state_of(table[rank])
-            shown = {name: value for name, value in report.items() if name not in ("address", "draining", "drained")}
+            shown = {name: report[name] for name in SHOWN}
             ranks.append({"rank": rank, "state": state, **shown, "heard_seconds_ago": round(silence, 3)})
         return JSONResponse({"status": self.state, "rank": self.peers.rank, "model": self.name, "ranks": ranks})
 
+    async def ready(self, request: HttpRequest) -> Response:
+        """Whether requests should come to this rank. /health is about whether it is there at all."""
+        well = self.state == "ok" and self.engine.load()["alive"]
+        return JSONResponse({"status": "ok" if well else "draining"}, 200 if well else 503)
+
+    def numbers(self) -> dict[str, Any]:
+        """What this rank tells all others of what it does: in the thread of the gossip, too."""
+        load = self.engine.load()
+        rate = round(load["tokens_per_second"], 1)
+        whole = {name: int(load[name]) for name in self._names}
+        return {**whole, "tokens_per_second": rate, "draining": self.state != "ok", "rows": self._answered.rows()}
+
     async def metrics(self, request: HttpRequest) -> Response:
-        """The same for Prometheus."""
-        table = self.peers.gossip.table()
-        up = {rank: state_of(entry) == "ok" for rank, entry in table.items()}
-        text = metrics.render(self.engine.load(), self._answered, table, self.peers.rank, up)
+        """What all ranks do and have done, for Prometheus."""
+        size = self.peers.gossip.size
+        if size > 1:
+            await news(self.peers.gossip)
+        async with self._scraping:  # so that the ledger sees reports in their order
+            table: Mapping[int, Entry] = self.peers.gossip.table() if size > 1 else {0: (self.numbers(), 0.0, False)}
+            text = await asyncio.to_thread(self._render, table, size)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _render(self, table: Mapping[int, Entry], size: int) -> str:
+        known = {rank: (self._ledger.take(rank, report), age, dead) for rank, (report, age, dead) in table.items()}
+        return metrics.render(self._names, self._answered.routes, known, size)
 
     async def models(self, request: HttpRequest) -> Response:
         """The only model, in OpenAI's form."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +12,14 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import Refused, busy
+from .origins import Headers, Origins
 from .tokens import Clients
 
-OPEN = {"/", "/health"}  # answered without a token; /health then says no more than that it is there
+OPEN = {"/", "/health", "/health/ready"}  # answered without a token; they then say no more than whether it is there
 ONCE = {b"authorization", b"host", b"origin"}
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+REQUEST_ID = re.compile(rb"[\w.:/+=@-]{1,128}")  # one that others have made and that is taken over
+ALWAYS = {b"x-content-type-options": b"nosniff", b"cache-control": b"no-store"}  # where an answer does not say it
+STREAMED = {b"cache-control": b"no-cache", b"x-accel-buffering": b"no"}  # no proxy may wait for more events, as nginx would
 MOST_NUMBERS = 32  # times the tokens of a choice, or of a source: what one request may hold
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
 
@@ -54,24 +59,29 @@ class Guard:
     limits : Limits
     clients : tokens.Clients
         Who may ask. A client's salt is in scope["dllm.salt"].
-    hosts : set of str or None
-        Names by which clients may call this server: else a page anywhere could reach a loopback server by a name of its own.
+    origins : origins.Origins
+        How clients may call this server: else a page anywhere could reach a loopback server by a name of its own.
     finished : callable
         Takes (scope, status or None: no answer began, seconds) of each request.
+    root : str
+        What may stand before every path, such as /llm; handlers do not see it.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, clients: Clients, hosts: set[str] | None,
-        finished: Callable[[Scope, int | None, float], None],
+        self, app: ASGIApp, limits: Limits, clients: Clients, origins: Origins,
+        finished: Callable[[Scope, int | None, float], None], root: str = "",
     ) -> None:  # fmt: skip
-        self.app, self.limits, self.clients, self.hosts, self.finished = app, limits, clients, hosts, finished
-        self.running = 0
+        self.app, self.limits, self.clients, self.origins, self.finished = app, limits, clients, origins, finished
+        self.root, self.running = root, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begin, answer = time.monotonic(), _Answer(send, receive)
-        scope["dllm"] = {}
+        begin, name = time.monotonic(), request_id(scope)
+        answer = _Answer(send, receive, [(b"x-request-id", name.encode())])
+        path: str = scope["path"]
+        below = path.removeprefix(self.root) if path.startswith(f"{self.root}/") else path
+        scope = {**scope, "path": below, "dllm": {"request_id": name}}
         try:
             async with asyncio.timeout(self.limits.deadline):
                 await self._answer(scope, receive, answer)
@@ -90,7 +100,11 @@ class Guard:
         names = [name for name, _ in scope["headers"] if name in ONCE]
         if len(names) > len(set(names)):  # a proxy may have looked at another of them
             raise Refused("a header that says who asks is there more than once", code="bad_request")
-        self._check_origin(headers)
+        answer.headers += self.origins.check(headers)
+        if (preflight := self.origins.preflight(scope["method"], headers)) is not None:  # browsers send no token with it
+            return await answer.give(204, preflight)
+        if scope["path"] == self.root != "":  # the page finds what it needs beside itself
+            return await answer.give(308, [(b"location", self.root.rpartition("/")[2].encode() + b"/")])
         salt = self.clients.salt_of(headers.get(b"authorization", b""))
         scope["dllm"]["authenticated"], scope["dllm.salt"] = salt is not None, salt
         if not scope["dllm"]["authenticated"] and scope["path"] not in OPEN:
@@ -108,15 +122,6 @@ class Guard:
         finally:
             self.running -= 1
         return None
-
-    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if self.hosts is not None and name.strip("[]").lower() not in self.hosts:
-            raise Refused(f"this server is not called {name[:100]!r}", status=403, code="wrong_host")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin.partition("://")[2] != host:
-            raise Refused("pages of other sites may not ask", status=403, code="wrong_origin")
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` of one request, which raises Refused where the body is too large or too slow."""
@@ -143,22 +148,39 @@ class Guard:
         return Refused(text, status=413, code="too_large")
 
 
-class _Answer:
-    """`send` of one request, with what was sent kept in mind."""
+def request_id(scope: Scope) -> str:
+    """The name of a request in answers and logs: its X-Request-Id where that is well formed, else a new one."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    well = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
+    return given[0].decode() if well else secrets.token_hex(16)
 
-    def __init__(self, send: Send, receive: Receive) -> None:
-        self.send, self.receive = send, receive
+
+class _Answer:
+    """`send` of one request, with what was sent kept in mind, and headers that all its answers have."""
+
+    def __init__(self, send: Send, receive: Receive, headers: Headers) -> None:
+        self.send, self.receive, self.headers = send, receive, headers
         self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            given: Headers = list(message.get("headers", []))
+            events = any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in given)
+            there = {name for name, _ in given}
+            more = {**ALWAYS, **(STREAMED if events else {})}
+            message["headers"] = [*given, *self.headers, *(one for one in more.items() if one[0] not in there)]
         if self.status == 413 and message["type"] == "http.response.body":
             await self.send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self.send(message)
+
+    async def give(self, status: int, headers: Headers) -> None:
+        """Answer with headers alone."""
+        length = [(b"content-length", b"0")] if status != 204 else []
+        await self({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
+        await self({"type": "http.response.body", "body": b""})
 
     async def refuse(self, refused: Refused) -> None:
         """Answer with an error, unless an answer has begun: then the connection ends in the middle of it."""

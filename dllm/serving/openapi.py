@@ -12,6 +12,7 @@ from .scoring import EMBEDDED
 Schema: TypeAlias = dict[str, Any]
 
 
+REQUEST_NAME = "^[A-Za-z0-9_.:/+=@-]{1,128}$"  # as limits.REQUEST_ID has it
 SOUND, PAIRS = "classifier of recordings", "lm of pairs"  # kinds of their own for clients: they send forms, and pairs
 TOKENS = {
     "/tokenize": ("The token numbers of a text", "TokenizeRequest", "Tokenized"),
@@ -76,6 +77,7 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
         },
         "paths": {
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
+            "/health/ready": {"get": _ready()},
             "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
             "/v1/models": {"get": _get("The model there is", _schema("Models"))},
             "/v1/models/{model}": {"get": _named(model) | _get("The model of this name", _schema("Model"), JSON, 404)},
@@ -84,6 +86,7 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
         },
         "components": {"schemas": {name: schema for name, schema in schemas.items() if name in used}},
     }  # fmt: skip
+    _name_requests(description)
     if needs_token:
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
@@ -115,6 +118,25 @@ def _get(what: str, schema: Schema, kind: str = JSON, *errors: int) -> Schema:
 def _named(model: str) -> Schema:
     place = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "example": model}
     return {"parameters": [place]}
+
+
+def _ready() -> Schema:
+    told = _content(_object(["status"], status={"enum": ["ok", "draining"]}))
+    answers = {"200": {"description": "They should", **told}, "503": {"description": "Not any more", **told}}
+    return {"summary": "Whether requests should come to this rank", "responses": answers | _errors(403), "security": []}
+
+
+def _name_requests(description: Schema) -> None:
+    """Say that every request may have a name, and that every answer has it."""
+    name, schema = "X-Request-Id", {"type": "string", "pattern": REQUEST_NAME}
+    about = "Names the request in the answer and in the log; one is made where there is none that is well formed"
+    parts = description["components"]
+    parts["parameters"] = {name: {"name": name, "in": "header", "description": about, "schema": schema}}
+    parts["headers"] = {name: {"description": about, "required": True, "schema": schema}}
+    for operation in (one for methods in description["paths"].values() for one in methods.values()):
+        operation["parameters"] = [*operation.get("parameters", []), {"$ref": f"#/components/parameters/{name}"}]
+        for answer in operation["responses"].values():
+            answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"}}
 
 
 def _post(what: str, request: str, answer: str) -> Schema:

@@ -14,9 +14,10 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
+from ..remote.http import is_loopback
 from . import sealed
 from .errors import busy
-from .limits import LOOPBACK, Limits
+from .limits import Limits
 from .reports import state_of
 from .requests import AnyRequest, Event, Finished, Full
 from .sealed import Channel, Keys
@@ -79,7 +80,7 @@ class Peers:
         here = table[self.rank][0]["host"] if self.rank in table else ""
         for rank, entry in table.items():
             report = entry[0]
-            near = report["address"][0] not in LOOPBACK or report["host"] == here  # loopback ends at a host
+            near = not is_loopback(report["address"][0]) or report["host"] == here  # loopback ends at a host
             shunned = time.monotonic() < self._shunned.get(rank, 0.0)
             if rank != self.rank and near and not shunned and state_of(entry) == "ok":
                 free[rank] = report["slots"] - report["active"] - report["queued"] - self._handed_since(rank, known[rank][0])

@@ -22,11 +22,13 @@ from ..comm.node_info import NodeInfo
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
+from ..remote.http import is_loopback
 from .app import Service
 from .connection import Connection
 from .engine import Engine
-from .limits import LOOPBACK, Limits
+from .limits import Limits
 from .log import Log
+from .origins import Origins
 from .peers import Peers
 from .reports import RankReport
 from .sealed import Keys
@@ -74,7 +76,7 @@ class Server:
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.keys = agreed_keys(comm, tokens)
         host = listener.getsockname()[0]
-        self.hosts = LOOPBACK if host in LOOPBACK else None
+        self.origins = Origins(not is_loopback(host), options.allow_host, options.allow_origin)
         with runtime.together(comm):
             self.listen_at, self.address = peer_addresses(host, options.host, options.interface, node.ranks == comm.size)
         self.port = 0  # until it is known
@@ -90,11 +92,8 @@ class Server:
 
     def report(self) -> dict[str, Any]:
         """What other ranks shall know. In the thread of the gossip."""
-        load = self.engine.load()
-        numbers = {name: int(load[name]) for name in ("active", "queued", "slots", "tokens")}
-        rate = {"tokens_per_second": round(load["tokens_per_second"], 1)}
-        state = {"draining": self.state != "ok", "drained": self.state == "drained"}
-        return {**self.fixed, "address": (self.address, self.port), **state, **numbers, **rate}
+        known = {**self.fixed, "made": time.time(), "address": (self.address, self.port)}  # made before its numbers are read
+        return {**known, **self.service.numbers(), "draining": self.state != "ok", "drained": self.state == "drained"}
 
     def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
@@ -103,6 +102,7 @@ class Server:
         """
         _raise_file_limit()
         self.log.capture_libraries()
+        self.log.start()
         asyncio.run(self._run(stopping))
         return 0 if self.engine.load()["alive"] else 1
 
@@ -112,9 +112,10 @@ class Server:
         peers = Peers(self.gossip, local, self.keys, self.limits)
         self.service = Service(self.model, local, peers, self.limits, self.log, self.options.log_prompts)
         self.port = await peers.listen(self.listen_at)
+        app = self.service.app(self.clients, self.origins, self.options.root_path)
         self.gossip.start()
         config = uvicorn.Config(
-            self.service.app(self.clients, self.hosts), http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
+            app, http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
             loop="asyncio", lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
             backlog=1024, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=max(1, round(self.options.drain)),
         )  # fmt: skip
@@ -166,6 +167,7 @@ class Server:
         self.engine.stop(0)
         self.log.catch_up(ending=True)
         self.log("ended")
+        self.log.end()
         self.gossip.end()
         runtime.exit_together(self.comm, code)
 
@@ -205,7 +207,7 @@ def peer_addresses(bound: str, host: str, interface: str | None, one_host: bool)
         Whether all ranks are here.
     """
     named = interfaces.address_of(interface) if interface else ""
-    if one_host or (bound in LOOPBACK and not named):
+    if one_host or (is_loopback(bound) and not named):
         return "127.0.0.1", "127.0.0.1"
     if named:
         return named, named

@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 from helpers.launch import mpirun
+from helpers.scraper import falls, scrape, total
 from helpers.server import SURVIVES, Server, texts
 
 CLIENTS, TOKENS = 64, 100
@@ -132,3 +133,18 @@ def test_the_launcher_ends_where_starting_again_would_not_help(world):
     assert done.returncode == 2
     assert "dllm: nothing is not the folder of a run or of a model: it has no config.toml and no config.json\n" in done.stderr
     assert "again" not in done.stderr
+
+
+@pytest.mark.skipif(not SURVIVES, reason="all ranks die with one under MPICH")
+def test_a_dead_rank_keeps_what_it_has_counted(world):
+    with Server(world / "run", ranks=2) as server:
+        for _ in range(20):
+            server.complete(max_tokens=3)
+        before, pids = scrape(server), server.alive()
+        server.signal(signal.SIGKILL, [pids[1]])
+        server.until(lambda: list(server.alive()) == [0], "news of the death", 10)
+        after = scrape(server)
+        assert falls(before, after) == []
+        asked = [total(one, "dllm_requests_total", rank=1, route="/v1/completions") for one in (before, after)]
+        assert asked[0] == asked[1] > 0
+        assert (total(after, "dllm_peer_up"), total(after, "dllm_slots")) == (1, 64)

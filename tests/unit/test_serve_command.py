@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from dllm import serve
 from dllm.errors import UserError
 from dllm.launching import interfaces, mpirun
+from dllm.remote.http import is_loopback
 from dllm.serve import arguments, has_ranks_option
 from dllm.serving import server, tokens
+from dllm.serving.origins import Origins
 
 
 @pytest.mark.parametrize("words", [["-n", "4"], ["-n4"], ["-n=4"], ["--ranks", "4"], ["--ranks=4"]], ids=" ".join)
@@ -28,6 +31,56 @@ def test_other_words_do_not(words):
     assert not has_ranks_option(["model", *words])
 
 
+def test_names_origins_and_a_path_may_be_given():
+    found = arguments(
+        ["--allow-host", "a.example", "--allow-host", "B.example:8443", "--allow-origin", "*", "--root-path", "/x/y/", "m"]
+    )
+    assert (found.allow_host, found.allow_origin, found.root_path) == (["a.example", "B.example:8443"], ["*"], "/x/y")
+    plain = arguments(["m"])
+    assert (plain.allow_host, plain.allow_origin, plain.root_path) == ([], [], "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("--allow-host", value) for value in ("", "https://a.example", "a/b", "a b", "*", "a:x", "-a", "\u00e4.example")],
+        *[
+            ("--allow-origin", value)
+            for value in ("", "a.example", "null", "https://a.example/x", "https://", "https://a b", "**")
+        ],
+        *[("--root-path", value) for value in ("llm", "/a//b", "/..", "/a/../b", "/a b", "/a?b", "//evil.example", "/a%2f")],
+    ],
+)
+def test_what_is_no_name_no_origin_and_no_path_is_refused_in_one_line(option, value):
+    with pytest.raises(UserError, match=f"{option}.*write it as ") as error:
+        arguments([f"{option}={value}", "m"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "well"),
+    [
+        ("127.0.0.1", True), ("127.0.0.2", True), ("127.255.0.9", True), ("::1", True), ("localhost", True),
+        ("LOCALHOST", True), ("::ffff:127.0.0.1", True), ("::ffff:7f00:2", True), ("0.0.0.0", False), ("::", False),
+        ("10.0.0.1", False), ("", False),
+        ("::ffff:10.0.0.1", False),
+        ("localhost.example", False), ("127.0.0.1.example", False), ("127.1", False),
+    ],
+)  # fmt: skip
+def test_loopback_is_the_same_for_the_token_and_for_the_name(monkeypatch, host, well):
+    monkeypatch.delenv(tokens.VARIABLE, raising=False)
+    assert is_loopback(host) == well
+    options = SimpleNamespace(host=host, token_file=None)
+    if well:
+        assert serve.tokens_of(options) == ()
+        assert (
+            Origins(not is_loopback(host)).check({b"host": f"[{host}]:8000".encode() if ":" in host else host.encode()}) == []
+        )
+    else:
+        with pytest.raises(UserError, match="give a token"):
+            serve.tokens_of(options)
+
+
 @pytest.mark.parametrize(
     ("bound", "host", "interface", "one_host", "found"),
     [
@@ -36,6 +89,7 @@ def test_other_words_do_not(words):
         ("0.0.0.0", "0.0.0.0", "wg0", False, ("10.9.0.7", "10.9.0.7")),
         ("127.0.0.1", "127.0.0.1", "wg0", False, ("10.9.0.7", "10.9.0.7")),
         ("127.0.0.1", "127.0.0.1", None, False, ("127.0.0.1", "127.0.0.1")),
+        ("127.0.0.2", "127.0.0.2", None, False, ("127.0.0.1", "127.0.0.1")),
         ("192.0.2.7", "192.0.2.7", None, False, ("192.0.2.7", "192.0.2.7")),
     ],
 )

@@ -77,7 +77,7 @@ def ask(models, engines):
     def send(name, *requests, tokens=(), slots=8, in_turn=False, **limits):
         async def work():
             local = LocalStreams(engines(name, slots), asyncio.get_running_loop())
-            gossip = SimpleNamespace(rank=0, table=dict, known={})
+            gossip = SimpleNamespace(rank=0, size=1, table=dict, known={})
             bounds = Limits(source=64, **limits)
             service = Service(models[name], local, Peers(gossip, local, None, bounds), bounds, Log(0))
             transport = httpx.ASGITransport(service.app(Clients(tokens)))
@@ -345,10 +345,11 @@ def test_long_texts_are_made_tokens_outside_of_the_event_loop(ask, models, monke
 @pytest.mark.parametrize("name", SHAPES)
 def test_strangers_learn_nothing_of_the_kind(ask, name):
     """As before there were kinds: the page, that the server is there, and that it wants a token."""
-    for path in ("/", "/health", "/openapi.json", "/v1/models", "/nothing", *PATHS):
+    named = {"headers": {"X-Request-Id": "one"}}
+    for path in ("/", "/health", "/health/ready", "/openapi.json", "/v1/models", "/nothing", *PATHS):
         for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
-            ((answer),) = ask.together(name, (path, {"method": method}), tokens=["secret"])
-            expected = ask.together("lm", (path, {"method": method}), tokens=["secret"])[0]
+            ((answer),) = ask.together(name, (path, {"method": method, **named}), tokens=["secret"])
+            expected = ask.together("lm", (path, {"method": method, **named}), tokens=["secret"])[0]
             assert (answer.status_code, answer.content, answer.headers) == (
                 expected.status_code, expected.content, expected.headers,
             )  # fmt: skip
@@ -422,7 +423,8 @@ def test_schemathesis_makes_nothing_of_the_description_that_is_refused_as_anothe
 def test_inputs_are_counted_by_route(ask):
     def counted(name, *requests):
         text = ask.together(name, *requests, ("/metrics", {"method": "GET"}), in_turn=True)[-1].text
-        return dict(re.findall(r'^dllm_inputs_total{rank="0",route="([^"]*)"} (.*)$', text, re.MULTILINE))
+        found = re.findall(r'^dllm_inputs_total{rank="0",route="([^"]*)"} (.*)$', text, re.MULTILINE)
+        return {route: count for route, count in found if count != "0"}
 
     post = lambda path, body: (path, {"json": body})
     assert counted("tagger", post("/v1/tag", {"input": ["ab", "k"]}), post("/v1/tag", {"input": ""})) == {"/v1/tag": "2"}

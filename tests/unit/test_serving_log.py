@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+import threading
+import time
 
 import pytest
 
 from dllm.serving import log as module
-from dllm.serving.log import MOST, TEXT, TRACE, Log
+from dllm.serving.log import MOST, TEXT, TRACE, UNWRITTEN, Log
 
 
 @pytest.fixture
@@ -68,3 +71,45 @@ def test_a_line_holds_nothing_that_a_terminal_obeys(log, capfd):
     assert all(character.isprintable() for character in raw[:-1])
     assert "\u00e9" in raw
     assert json.loads(raw)["prompts"] == [text]
+
+
+def test_a_thread_writes_all_lines_in_order_and_the_end_waits_for_them(log, capfd):
+    log.start()
+    for number in range(2000):
+        log("request", number=number)
+    log.end()
+    assert [line["number"] for line in lines(capfd)] == list(range(2000))
+    log("later")
+    assert [line["event"] for line in lines(capfd)] == ["later"]
+
+
+def test_nobody_waits_for_a_reader_of_standard_error_and_what_found_no_room_is_counted(log):
+    reading, writing = os.pipe()
+    kept = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        log.start()
+        begin, count = time.monotonic(), 0
+        while count * 1000 < 3 * UNWRITTEN:  # far more than a pipe holds
+            log("request", number=count, text="x" * 1000)
+            count += 1
+        assert time.monotonic() - begin < 5
+        found = []
+
+        def read():
+            with open(reading, encoding="utf-8") as said:
+                found.extend(map(json.loads, said))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        log.end()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    reader.join(10)
+    written = [line["number"] for line in found if line["event"] == "request"]
+    lost = [line["lines"] for line in found if line["event"] == "left_out"]
+    assert written == sorted(written)
+    assert UNWRITTEN / 1100 < len(written) < count
+    assert len(written) + sum(lost) == count
