@@ -30,7 +30,9 @@ class Format(NamedTuple):
     module: str  # beside this
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "keras": Format("model.keras", "keras_out"),
+}
 
 
 def pack(names: Sequence[str], stored: Stored) -> dict[str, bytes]:
