@@ -4,19 +4,20 @@
     tagger       tokens or frames, Masking, LSTM or Bidirectional(LSTM) ..., Dense: probabilities of labels at each step
     classifier   the same with a pool before the Dense: probabilities of labels of the text
 
-Texts of different lengths are padded on either side. Keras's own mask_zero is not used, since 0 is a token like others: the padding
-is the number behind the last token, whose row of the Embedding Masking knows; and of frames one all of NOTHING. The largest of all
-steps takes no mask in Keras: to what padding gives, BELOW is added there.
+Texts of different lengths are padded on either side. Keras's mask_zero would skip 0, which is a token like others here. So the
+padding is the number behind the last token, whose row of the Embedding Masking knows; of frames it is one all of NOTHING. The
+largest of all steps takes no mask in Keras: to what padding gives, BELOW is added there.
 
-Weights are float32 of what is stored. Two biases are added up, a tied matrix is there twice. One-hot inputs are an Embedding that is
-the identity and does not learn. A dropout is not there.
+Weights are float32 of what is stored. Two biases are added up, a tied matrix is there twice. One-hot inputs are an Embedding
+that is the identity and does not learn. A dropout is not there.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ class Layer(NamedTuple):
 
     kind: str  # its class
     config: Config
-    weights: dict[str, list[Array]] = {}  # group below its own -> arrays in Keras's order; "": its own
+    weights: Mapping[str, list[Array]] = MappingProxyType({})  # group below its own -> arrays in Keras's order; "": its own
     width: int = 0  # of what it gives; 0: that of what it reads
     of: tuple[str, ...] = ()  # the names of the layers that it reads; (): the one before it
 
@@ -168,7 +169,7 @@ def _functional(layers: list[Layer]) -> Config:
             read = [_tensor(one, shapes[one]) for one in layer.of or (before,)]
             nodes = [{"args": [read if layer.of else read[0]], "kwargs": {}}]
             shape = shape if layer.width else shapes[before]
-        if before and (layer.kind in POOLS.values() or len(shapes[before]) == 2 and layer.kind == "Dense"):
+        if before and (layer.kind in POOLS.values() or (len(shapes[before]) == 2 and layer.kind == "Dense")):
             shape = [None, shape[-1]]
         shapes[name] = shape
         found.append(_serialized(layer.kind, layer.config) | {"name": name, "inbound_nodes": nodes})

@@ -1,4 +1,4 @@
-"""Members of a zip file from elsewhere: bounded before anything of them is read, and checked by the CRC that the file has of each."""
+"""Members of zip files: of one from elsewhere they are bounded before anything is read, and checked by their CRC."""
 
 from __future__ import annotations
 
