@@ -33,6 +33,7 @@ MOST_CONFIG = 1 << 22  # bytes of a config.json, of which a layer has 2 kB
 LONGEST_INPUT = 1 << 16  # steps that an Input may say
 WINDOW = 256  # tokens of a text where the model does not say
 POOLS = {"GlobalMaxPooling1D": "max", "GlobalAveragePooling1D": "mean"}
+LEAST_WIDENED = 4  # units of a direction: so arrays become at most four times as large
 WAYS = "", "_reverse"
 
 
@@ -91,10 +92,8 @@ class _Model:
 
     def __init__(self, asked: Asked, chain: Chain, weights: _Weights) -> None:
         self.asked, self.chain, self.file, self.notes = asked, chain, weights.file, list[str]()
-        by_kind = lambda *kinds: [part for part in chain.parts if part.kind in kinds]
-        first = lambda *kinds: next(iter(by_kind(*kinds)), None)
-        self.embedding, self.masking, self.pool = first("Embedding"), first("Masking"), first(*POOLS)
-        self.layers, self.dense = by_kind(*CELLS), by_kind("Dense")
+        self.embedding, self.masking, self.pool = self._first("Embedding"), self._first("Masking"), self._first(*POOLS)
+        self.layers, self.dense = ([part for part in chain.parts if part.kind in kinds] for kinds in (CELLS, ("Dense",)))
         if len(self.dense) > 2:
             raise UserError(f"{asked.file}: {self.dense[1]} is one too many: a model here has one Dense before the last")
         self.ways = len(CELLS[self.layers[0].kind])
@@ -102,6 +101,9 @@ class _Model:
         self.cells = [[weights.of(part, place, 3) for place in CELLS[part.kind]] for part in self.layers]
         self.denses = [weights.of(part, "", 2) for part in self.dense]
         self.there = weights.of(chain.there, "cell", 3) if chain.there else []
+
+    def _first(self, *kinds: str) -> Part | None:
+        return next((part for part in self.chain.parts if part.kind in kinds), None)
 
     def imported(self) -> Imported:
         """Raises UserError."""
@@ -221,7 +223,7 @@ class _Model:
 
     def _added(self, shape: _Shape) -> int:
         """Units that a direction has here and not there."""
-        return -shape.hidden % SIDE_BY_SIDE if self.ways == 2 else 0
+        return -shape.hidden % SIDE_BY_SIDE if self.ways == 2 and shape.hidden >= LEAST_WIDENED else 0
 
     def _tensors(self, shape: _Shape, labels: tuple[str, ...]) -> Tensors:
         """Under PyTorch's names."""
@@ -234,11 +236,11 @@ class _Model:
                 found["embedding.weight"] = self._rows(table, lm)
         for number, cells in enumerate(self.cells):
             for way, cell in zip(WAYS, cells, strict=False):
-                W, U, *b = [_wider(self.file.read(one), -1, 4, H, added) for one in cell]
+                W, U, *bias = [_wider(self.file.read(one), -1, 4, H, added) for one in cell]
                 place = f"{'lstm' if lm else 'encoder'}.{{}}_l{number}{way}"
                 found[place.format("weight_ih")] = (_wider(W, 0, self.ways, H, added) if number else W).T
                 found[place.format("weight_hh")] = _wider(U, 0, 1, H, added).T
-                found[place.format("bias_ih")] = b[0] if b else np.zeros(4 * (H + added), np.float32)
+                found[place.format("bias_ih")] = bias[0] if bias else np.zeros(4 * (H + added), np.float32)
                 found[place.format("bias_hh")] = np.zeros(4 * (H + added), np.float32)
         if added:
             self.notes.append(f"an LSTM of {H} units in each direction has {H + added} here, of which {added} stay zero")

@@ -1,7 +1,7 @@
 """The layers of a Keras model, one behind the other, of what its config.json says, or of the groups that its weights have.
 
-Nothing of it is made or run: a class is a name here. Each setting of a layer is one that is known to change nothing, or has the
-value that it has to have. Whatever else there is, Lambda, classes of the user, activations, merges, is refused by the layer's name.
+Nothing of it is made or run: a class is a name here. Each setting of a layer is one that is known to change nothing, or has
+the value that it has to have. What else there is, Lambda, a class of a user, activations, is refused by the name of its layer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """HDF5 files from elsewhere, read without the HDF5 library, which may crash on a file that was made to harm it.
 
-What h5py writes unless it is told otherwise, the format of HDF5 1.0, and of that what a file of weights needs: groups, and arrays
-of floating-point numbers that lie in one piece. Whatever else there is, links, filters, chunks, other files, is refused where it
-is met. Every address is compared with the size of the file before it is followed, an array's shape with the bytes that it has.
+What h5py writes unless it is told otherwise, the format of HDF5 1.0, and of that what a file of weights needs: groups, and
+arrays of floating-point numbers that lie in one piece. Whatever else there is, links, filters, chunks, other files, is refused
+where it is met. Every address is compared with the size of the file before it is followed, a shape with the bytes that it has.
 
 (HDF5 File Format Specification 3.0: superblock 0, object header 1, symbol tables, local heaps, layout 3.)
 """
