@@ -58,7 +58,7 @@ class PlainHdf5:
         if data[:8] != SIGNATURE:
             raise UserError(f"{path} is no HDF5 file")
         if data[8:16] != LENGTHS or len(data) < 96:
-            raise UserError(f"{path} is HDF5 of another version than Keras and h5py write: save it anew, without libver")
+            raise self._newer()
         if struct.unpack_from("<Q", data, 24) != (0,):
             raise self._damaged("does not begin where it should")
         self._root = self._numbers("<Q", 64)[0]
@@ -121,7 +121,7 @@ class PlainHdf5:
     def _read_members(self, header: int, path: str) -> dict[str, tuple[int, bool]]:
         tables = [body for kind, body in self._messages(header) if kind == TABLE and len(body) >= 16]
         if len(tables) != 1:
-            raise UserError(f"{self.path}: '{path}' is no group that is read here: save the file anew, without track_order")
+            raise UserError(f"{self.path}: '{path}' is no group that is read here: it may be of a newer form, or hold links")
         tree, heap = struct.unpack_from("<QQ", tables[0])
         if self._bytes(heap, 8) != b"HEAP\0\0\0\0":
             raise self._damaged(f"has no names in '{path}'")
@@ -166,6 +166,8 @@ class PlainHdf5:
     def _messages(self, header: int) -> Iterator[tuple[int, bytes]]:
         """The kind and the body of each message of an object's header, in their order."""
         version, _, count, _, size = self._numbers("<BBHII", header)
+        if self._bytes(header, 4) == b"OHDR":
+            raise self._newer()
         if version != 1 or count > MOST_MESSAGES:
             raise self._damaged("has a damaged header of an object")
         blocks, number = [(header + 16, size)], 0
@@ -207,6 +209,9 @@ class PlainHdf5:
         if start > len(self._data) or length > len(self._data) - start:
             raise self._damaged("points outside of itself")
         return self._data[start : start + length]
+
+    def _newer(self) -> UserError:
+        return UserError(f"{self.path} is HDF5 of another version than Keras and h5py write: save it anew, with no options")
 
     def _damaged(self, how: str) -> UserError:
         return UserError(f"{self.path} is damaged: it {how}")

@@ -22,7 +22,13 @@ def layer(kind, name, **config):
 
 
 def lstm(name, sequences, backwards=False, units=H, **config):
-    known = {"units": units, "activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True, "recurrent_dropout": 0.0}
+    known = {
+        "units": units,
+        "activation": "tanh",
+        "recurrent_activation": "sigmoid",
+        "use_bias": True,
+        "recurrent_dropout": 0.0,
+    }
     return layer("LSTM", name, return_sequences=sequences, go_backwards=backwards, **known, **config)
 
 

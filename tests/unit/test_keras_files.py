@@ -1,4 +1,4 @@
-"""Models as Keras has them, out and in without Keras: weights come back, and what cannot be the same is refused by its layer."""
+"""Models as Keras has them, out and in without Keras: weights come back, what cannot be the same is refused by its layer."""
 
 import json
 import re
