@@ -1,21 +1,21 @@
-"""Make a model folder of a PyTorch model: dllm import MODULE.safetensors --tokenizer FILE --out MODEL."""
+"""Make a model folder of another program's model: dllm import FILE --tokenizer FILE --out MODEL."""
 
 from __future__ import annotations
 
+import argparse
 import pathlib
-import re
 import sys
+from dataclasses import replace
 
-import numpy as np
-
-from . import cli, config
+from . import cli
 from .data import tokenizer_files, tokenizers
+from .data.checked_tokens import MOST_LABELS, problem_of_label
+from .data.lines import plain_lines
 from .errors import DONE, UserError, printable
-from .exchange import hugging_face
+from .exchange import hugging_face, imports
 from .files import safetensors, storage
 from .inference import model_folder
-from .model import torch_weights
-from .model.torch_weights import Tensors
+from .model import blocks, torch_weights
 from .remote.locate import is_url, local_copy
 
 EPILOG = """
@@ -23,12 +23,12 @@ MODULE.safetensors holds the state dict of nn.Embedding, nn.LSTM and nn.Linear, 
 rnn and decoder as in PyTorch's word_language_model, with any prefix before all of them. Without an embedding the inputs
 are one-hot; without an output weight, or with the embedding's, the two are tied.
 
-FILE is a tokenizer.json, or the folder of a run, model or corpus that has one: its token numbers must be the module's.
+MODEL.keras, or MODEL.weights.h5 where its groups and shapes say enough, is of Keras 3: Embedding, LSTM or Bidirectional(LSTM),
+Dropout, GlobalMaxPooling1D or GlobalAveragePooling1D, Dense. Nothing of it is run.
+
+The tokenizer is a tokenizer.json, or the folder of a run, model or corpus that has one: its token numbers must be the file's.
 It may be what transformers saved of a model folder: dllm import SAVED/model.safetensors --tokenizer SAVED --out MODEL.
 """
-
-OURS = {"embedding": "embedding", "encoder": "embedding", "output": "output", "decoder": "output"}
-KNOWN = re.compile(r"lstm\.(weight|bias)_(ih|hh)_l\d+|embedding\.weight|output\.(weight|bias)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,27 +37,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def import_(argv: list[str]) -> int:
-    """Write the model folder of a state dict."""
-    parser = cli.Parser("import_", __doc__, EPILOG)
-    parser.add_argument("module", metavar="MODULE.safetensors", help="the state dict")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a tokenizer.json, or a folder that has one")
-    parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
-    options = parser.parse_args(argv)
+    """Write the model folder of a file."""
+    options = _arguments(argv)
     model_folder.check_free(options.out)
     tokenizer = _tokenizer(options.tokenizer)
-    tensors = _renamed(torch_weights.decode(safetensors.read(local_copy(options.module))), options.module)
-    torch_weights.check_finite(options.module, tensors)
-    settings, tensors = _complete(tensors, options.module)
-    vocabulary = len(tensors["output.bias"])
-    if vocabulary != tokenizer.size:
-        raise UserError(f"{options.module} has a vocabulary of {vocabulary}, {options.tokenizer} one of {tokenizer.size}")
-    data = safetensors.pack(tensors)
+    found = imports.read(imports.Asked(options.module, tokenizer, _labels(options.labels)))
+    torch_weights.check_finite(options.module, found.tensors)
+    if found.vocabulary != tokenizer.size:
+        raise UserError(f"{options.module} has a vocabulary of {found.vocabulary}, {options.tokenizer} one of {tokenizer.size}")
+    tokenizer.labels = found.labels if found.settings.model.kind in blocks.LABELLED else tokenizer.labels
+    model_folder.check_kind(found.settings.model, tokenizer, pathlib.Path(options.tokenizer))
+    train = found.settings.train
+    settings = replace(found.settings, train=replace(train, window=options.window or train.window))
+    data = safetensors.pack(found.tensors)
     facts = model_folder.describe(settings, tokenizer, "fp32", data) | {
         "imported": printable(pathlib.Path(options.module).name)[:255]
     }
     model_folder.write(options.out, data, tokenizer, facts)
+    for note in found.notes:
+        print(f"dllm: {printable(note)}", file=sys.stderr)
     print(f"{printable(options.out)}: {facts['parameters']:,} parameters, of {facts['model']}")
     return DONE
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser("import_", __doc__, EPILOG)
+    parser.add_argument("module", metavar="FILE", help="MODULE.safetensors, MODEL.keras or MODEL.weights.h5")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a tokenizer.json, or a folder that has one")
+    parser.add_argument("--out", required=True, metavar="MODEL", help="the folder to make")
+    parser.add_argument(
+        "--labels", metavar="A,B", help="names of the classes, in the order of their numbers, or a file of them, one a line"
+    )
+    parser.add_argument(
+        "--window", type=cli.at_least(1), default=0, metavar="N", help="tokens of a text that are read (default: as FILE says)"
+    )
+    return parser.parse_args(argv)
 
 
 def _tokenizer(path: str) -> tokenizers.Tokenizer:
@@ -77,72 +91,17 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     return tokenizers.load(value, file)
 
 
-def _renamed(tensors: Tensors, source: str) -> Tensors:
-    """The tensors under PyTorch's names here (model/torch_weights.py). Raises UserError that names the first that cannot be."""
-    first = [name for name in tensors if name.endswith("weight_hh_l0")]
-    if len(first) != 1:
-        raise UserError(f"{source} has {len(first)} tensors named weight_hh_l0, a model with an LSTM has one")
-    lstm = first[0].removesuffix("weight_hh_l0")
-    above = lstm[:-1].rpartition(".")[0]
-    prefix, found = above and above + ".", Tensors()
-    for name, tensor in tensors.items():
-        if "_reverse" in name:
-            raise UserError(f"{source} has {name!r:.80}: a bidirectional LSTM sees what comes next, it cannot predict it")
-        if "weight_hr_l" in name:
-            raise UserError(f"{source} has {name!r:.80}: an LSTM with projections (proj_size) is not known here")
-        ours = _our_name(name, lstm, prefix)
-        if not KNOWN.fullmatch(ours):
-            raise UserError(f"{source} has {name!r:.80}, which is of no embedding, LSTM or output layer")
-        if ours in found:
-            raise UserError(f"{source} has two tensors for {ours}, one of them {name!r:.80}")
-        found[ours] = tensor
-    return found
-
-
-def _our_name(name: str, lstm: str, prefix: str) -> str:
-    """PyTorch's name here of a tensor; lstm, prefix: what stands before the names of the LSTM, and of all modules."""
-    if name.startswith(lstm):
-        return "lstm." + name.removeprefix(lstm)
-    module, _, rest = name.removeprefix(prefix).rpartition(".")
-    return f"{OURS.get(module, module)}.{rest}"
-
-
-def _complete(tensors: Tensors, source: str) -> tuple[config.Config, Tensors]:
-    """The Config that the shapes say, and all tensors in the order of files; biases that are not there are zeros."""
-    settings, V = _settings(tensors, source)
-    wanted, found = torch_weights.shapes(settings.model, V), Tensors()
-    for name, shape in wanted.items():
-        if name not in tensors and ".bias" not in name:
-            raise UserError(f"{source} has no {name}")
-        found[name] = tensors.get(name, np.zeros(shape[:1], np.float32))
-        if found[name].shape != shape:
-            raise UserError(f"{source}: {name} is {list(found[name].shape)}, by the other tensors it is {list(shape)}")
-    left = sorted(tensors.keys() - wanted.keys() - {"output.weight"})  # tied, it may be there too
-    if left:
-        raise UserError(f"{source} has {left[0]!r:.80}, which is of none of its layers")
-    return settings, found
-
-
-def _settings(tensors: Tensors, source: str) -> tuple[config.Config, int]:
-    """The Config of the model that has these shapes, and V."""
-    for name, tensor in tensors.items():
-        if tensor.ndim != (1 if ".bias" in name else 2) or not tensor.size:
-            raise UserError(f"{source}: {name} is {list(tensor.shape)}, not a {'vector' if '.bias' in name else 'matrix'}")
-    rows, H = tensors["lstm.weight_hh_l0"].shape
-    if rows != 4 * H:
-        kind = {3 * H: "a GRU", H: "a plain RNN"}.get(rows, "no LSTM")
-        raise UserError(f"{source} holds {kind}: weight_hh_l0 is {[rows, H]}, of an LSTM it is [4 H, H]")
-    embedding, output = tensors.get("embedding.weight"), tensors.get("output.weight")
-    if embedding is None and output is None:
-        raise UserError(f"{source} has no output.weight: it takes an output layer to predict a token")
-    tied = output is None or (embedding is not None and np.array_equal(embedding, output))
-    V, E = len(tensors["embedding.weight" if tied else "output.weight"]), 0 if embedding is None else embedding.shape[1]
-    if tied and E != H:
-        raise UserError(f"{source} has no output.weight, and an embedding of {E} cannot serve where H is {H}")
-    second = any(tensor.any() for name, tensor in tensors.items() if "bias_hh" in name)
-    layers = sum("weight_hh" in name for name in tensors)
-    shape = {"embedding": E, "hidden": H, "layers": layers, "tied": tied, "biases": 1 + second}
-    return config.from_dict({"model": shape}), V
+def _labels(word: str | None) -> tuple[str, ...]:
+    """Names that the command line gives. Raises UserError."""
+    if word is None:
+        return ()
+    names = word.split(",") if "," in word else plain_lines(storage.read_text(word, storage.LARGEST_LIST, "the labels in "))
+    for name in names:
+        if problem := problem_of_label(name):
+            raise UserError(f"--labels has a label that {problem}")
+    if len({*names}) != len(names) or not 2 <= len(names) <= MOST_LABELS:
+        raise UserError(f"--labels names {len(names):,} labels, some twice or too few: give 2 or more, each once")
+    return tuple(names)
 
 
 if __name__ == "__main__":

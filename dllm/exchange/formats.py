@@ -32,6 +32,7 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
+    "keras": Format("model.keras", "keras_out"),
     "onnx": Format("model.onnx", "onnx_file"),
 }
 

@@ -192,6 +192,17 @@ def write_hdf5(path: Path) -> Iterator[h5py.Group]:
             raise raw.failure
 
 
+def pack_plain(arrays: Mapping[str, Array], groups: Iterable[str]) -> bytes:
+    """An HDF5 file as other programs write it, without checksums and in HDF5 1.0's format, of path -> array and of `groups`."""
+    packed = io.BytesIO()
+    with h5py.File(packed, "w") as file:
+        for name in groups:
+            file.require_group(name)
+        for name, array in arrays.items():
+            file.create_dataset(name, data=np.ascontiguousarray(array))
+    return packed.getvalue()
+
+
 @dataclass(frozen=True)
 class Stream:
     """A vector that comes in parts, since it need not be in memory as a whole."""

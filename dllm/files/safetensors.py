@@ -51,10 +51,15 @@ def unpack(data: bytes, path: str | os.PathLike[str]) -> Stored:
 
 def read(path: str | os.PathLike[str]) -> Stored:
     """What a file holds. Raises UserError."""
+    return unpack(read_bytes(path), path)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """All of a file that fits into memory. Raises UserError."""
     try:
         storage.check_regular(path)
         check_memory(path)
-        return unpack(pathlib.Path(path).read_bytes(), path)
+        return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
     except MemoryError:

@@ -66,7 +66,7 @@ def test_only_storage_opens_hdf5():
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr == "File"
     ]
-    assert sorted(opened) == ["open_arrays", "write_hdf5"]
+    assert sorted(opened) == ["open_arrays", "pack_plain", "write_hdf5"]
 
 
 def test_only_its_door_opens_safetensors():
