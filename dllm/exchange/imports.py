@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..data.tokenizer import Tokenizer
+from ..errors import UserError
 from ..model.torch_weights import Tensors
 
 READERS = {  # how the name of a file ends -> the file beside this that reads it; "": any other
@@ -40,5 +41,8 @@ class Imported(NamedTuple):
 def read(asked: Asked) -> Imported:
     """The model of a file. Raises UserError."""
     module = next(module for end, module in READERS.items() if asked.file.endswith(end))
-    imported: Imported = importlib.import_module(f".{module}", __package__).read(asked)
+    try:
+        imported: Imported = importlib.import_module(f".{module}", __package__).read(asked)
+    except MemoryError:
+        raise UserError(f"{asked.file} does not fit into memory") from None
     return imported
