@@ -15,6 +15,7 @@ from dllm import config, generate
 from dllm.data.tokenizers import ByteTokenizer
 from dllm.errors import UserError
 from dllm.inference import labelling, source_files
+from dllm.inference.drawing_options import sampling_of
 from dllm.kernels.team import Team
 from dllm.model.batch import Batch
 from dllm.model.kinds import make_model
@@ -124,7 +125,7 @@ def test_options_of_drawing_are_refused_where_nothing_is_drawn(words):
         generate._options(["x", *words.split()])
     assert str(error.value).startswith(OPTIONS[words])
     assert generate._options(["x", "--source-file", "f", "--temperature", "0"]).top_k is None
-    assert generate._sampling(generate._options(["x", "--seed", "7"]), 0.3).seed == 7
+    assert sampling_of(generate._options(["x", "--seed", "7"]), ByteTokenizer(), 0.3).seed == 7
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "lm"])
