@@ -25,15 +25,15 @@ class Stored(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A file of a model folder, or what gives several, by their names."""
+    """What writes files of a model folder."""
 
-    file: str
     module: str  # beside this
+    files: tuple[str, ...]  # that it may write; where it gives bytes alone, they are the first one's
 
 
 FORMATS: dict[str, Format] = {
-    "keras": Format("model.keras", "keras_out"),
-    "onnx": Format("model.onnx", "onnx_file"),
+    "keras": Format("keras_out", ("model.keras",)),
+    "onnx": Format("onnx_file", ("model.onnx", "encoder.onnx", "decoder.onnx")),
 }
 
 
@@ -43,5 +43,5 @@ def pack(names: Sequence[str], stored: Stored) -> dict[str, bytes]:
     for name in names:
         module = importlib.import_module(f".{FORMATS[name].module}", __package__)
         packed = module.pack(stored)
-        files |= packed if isinstance(packed, dict) else {FORMATS[name].file: packed}
+        files |= packed if isinstance(packed, dict) else {FORMATS[name].files[0]: packed}
     return files

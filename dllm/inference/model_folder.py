@@ -31,8 +31,8 @@ from .. import __version__, config
 from ..data.tokenizer_files import OF_MODEL, load_tokenizer, save_tokenizer, tokenizer_file, tokenizer_hash
 from ..data.tokenizers import Tokenizer
 from ..errors import UserError, reason, shown
-from ..exchange import hugging_face
-from ..files import storage
+from ..exchange import formats, hugging_face
+from ..files import safetensors, storage
 from ..kernels.gemm import aligned
 from ..kernels.types import Array
 from ..model import blocks, inheriting, torch_weights
@@ -152,11 +152,23 @@ def published(folder: pathlib.Path) -> tuple[list[str], list[str]]:
         name = f"{folder / CONFIG} names code for transformers (auto_map) that is not dllm's"
         raise UserError(f"{name}: dllm export {folder} --out MODEL makes a folder without it")
     ours = hugging_face.files(*theirs)
-    for name in hugging_face.FILES:
+    for name, (_, files) in formats.FORMATS.items():
+        if any(os.path.lexists(folder / file) for file in files):
+            ours |= _also(folder, found, name)
+    for name in (*hugging_face.FILES, *(file for _, files in formats.FORMATS.values() for file in files)):
         if name not in names and os.path.lexists(folder / name):
             same = (folder / name).is_file() and (folder / name).read_bytes() == ours.get(name)
             (names if same else strange).append(name)
     return names, strange
+
+
+def _also(folder: pathlib.Path, found: ModelFolder, name: str) -> dict[str, bytes]:
+    """File name -> bytes of a format for other programs, as dllm writes it; {} where it cannot."""
+    arrays = {tensor: array for tensor, (_, array) in safetensors.read(folder / WEIGHTS).items()}
+    try:
+        return formats.pack([name], formats.Stored(found.settings, found.tokenizer, arrays, found.facts["weights"]))
+    except UserError:
+        return {}
 
 
 def texts(facts: dict[str, Any]) -> list[Text]:

@@ -16,8 +16,11 @@ from dllm import share
 from dllm.comm.replicas import Domains
 from dllm.config import CheckpointConfig, Config, DataConfig
 from dllm.data.tokenizer_files import load_tokenizer, tokenizer_hash
-from dllm.exchange import hugging_face
+from dllm.exchange import formats, hugging_face
+from dllm.files import safetensors
+from dllm.inference import model_folder
 from dllm.inference.loaded_model import LoadedModel
+from dllm.model import torch_weights
 from dllm.model.layout import Layout
 from dllm.runs import checkpoint, run_folder
 from dllm.runs.checkpoint_writer import Saver
@@ -160,6 +163,26 @@ def test_what_others_would_run_is_published_where_dllm_wrote_it_only(model, caps
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" is not what dllm writes")[0] for line in said] == [
         f"dllm: {model / name}" for name in ("tokenizer.json", "modeling_dllm.py")
+    ]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_files_for_other_programs_are_published_where_dllm_wrote_them_only(model, capsys, tmp_path, weights):
+    out, source = tmp_path / "out", LoadedModel.open(model)
+    encoded = torch_weights.encode(torch_weights.read_vector(source.layout, source.vector), weights)
+    data = safetensors.pack(encoded)
+    facts = model_folder.describe(source.settings, TOKENIZER, weights, data) | {"imported": "nothing"}
+    also = formats.pack(["keras", "onnx"], formats.Stored(source.settings, TOKENIZER, encoded, weights))
+    model_folder.write(out, data, TOKENIZER, facts, also)
+    assert {"model.keras", "model.onnx"} <= set(share.published_files(str(out)))
+    (out / "model.keras").write_bytes((out / "model.keras").read_bytes() + b" ")
+    (out / "encoder.onnx").write_bytes(b"of somebody else")
+    capsys.readouterr()
+    names = set(share.published_files(str(out)))
+    assert "model.onnx" in names
+    assert not {"model.keras", "encoder.onnx"} & names
+    assert [line.split(" is not what")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"dllm: {out / name}" for name in ("model.keras", "encoder.onnx")
     ]
 
 
