@@ -49,7 +49,7 @@ def test_a_model_of_sound_is_measured_in_bits_a_sample_and_continues_it(folder):
 def test_a_model_writes_down_what_it_has_learnt_to_hear(folder):
     mpirun(2, "-m", "dllm.prepare", "--transcripts", "said.tsv", "--test-transcripts", "said.tsv", "--tokenizer", "mel",
            "--augment", 1, "--out", "frames", cwd=folder, check=True)  # fmt: skip
-    settings = "model.layers=1", "train.lr=0.02", "train.warmup=5", "train.epochs=30", "model.dropout=0", "train.window=100"
+    settings = "model.layers=1", "train.lr=0.02", "train.warmup=5", "train.epochs=60", "model.dropout=0", "train.window=100"
     mpirun(2, "-m", "dllm.train", "--preset", "speech-to-text", "--data", "frames", "--out", "text", *small(*settings),
            cwd=folder, check=True)  # fmt: skip
     found = [
