@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,7 @@ def server(folder: pathlib.Path, ranks: int) -> Iterator[str]:
             assert job.stdout is not None
             for line in job.stdout:
                 if address := re.search(r" at (http://\S+),", line):
+                    wait_for(address[1])
                     yield address[1]
                     break
             else:
@@ -108,6 +110,19 @@ def server(folder: pathlib.Path, ranks: int) -> Iterator[str]:
         finally:
             job.terminate()
             job.wait(LIMIT)
+
+
+def wait_for(url: str) -> None:
+    """Return once somebody listens there. Raises OSError after LIMIT seconds."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    end = time.monotonic() + LIMIT
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), 1).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -122,7 +137,7 @@ def behind(url: str, folder: pathlib.Path) -> Iterator[str | None]:
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port, url=url))
     with subprocess.Popen([program, "-p", folder, "-e", folder / "error.log", "-c", folder / "nginx.conf"]) as job:
         try:
-            time.sleep(0.5)
+            wait_for(f"http://127.0.0.1:{port}")
             yield f"http://127.0.0.1:{port}"
         finally:
             job.terminate()
