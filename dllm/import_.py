@@ -83,7 +83,7 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     value = storage.read_json(file, [])
     if isinstance(value, dict) and "kind" not in value and "model" in value:
         try:
-            value = hugging_face.read_library_form(value)
+            value = hugging_face.read_tokenizers_form(value)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
     elif not isinstance(value, dict) or "kind" not in value:

@@ -45,7 +45,7 @@ def files(model: ModelConfig, tokenizer: Tokenizer, weights: str) -> dict[str, b
     """File name -> bytes of what a model folder holds for transformers."""
     found, causal = dict[str, Json](), is_causal(model, weights)
     if is_text(tokenizer):
-        found[TOKENIZER] = library_form(tokenizer, model.kind == "lm")
+        found[TOKENIZER] = tokenizers_form(tokenizer, model.kind == "lm")
         found["tokenizer_config.json"] = _tokenizer_config(tokenizer)
     if causal:
         never = [token for token in (tokenizer.unknown, tokenizer.sep) if token is not None]
@@ -99,7 +99,7 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     return found
 
 
-def library_form(tokenizer: Tokenizer, framed: bool = True) -> Json:
+def tokenizers_form(tokenizer: Tokenizer, framed: bool = True) -> Json:
     """tokenizer.json of the `tokenizers` library.
 
     framed : of pairs, a text alone is a source that asks for its target: <end> source <sep>. Else it is only the source
@@ -116,8 +116,8 @@ def library_form(tokenizer: Tokenizer, framed: bool = True) -> Json:
     }  # fmt: skip
 
 
-def read_library_form(value: Mapping[str, Any]) -> Json:
-    """What dllm's own tokenizer.json would say, of one that `library_form` gave and transformers may have saved again.
+def read_tokenizers_form(value: Mapping[str, Any]) -> Json:
+    """What dllm's own tokenizer.json would say, of one that `tokenizers_form` gave and transformers may have saved again.
 
     Raises ValueError where it is none. The vocabulary is not checked: `tokenizers.load` does that.
     """

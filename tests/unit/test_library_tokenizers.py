@@ -26,7 +26,7 @@ PAIRS = pytest.mark.parametrize("pairs", [False, True])
 
 
 def in_library(tokenizer, framed=True):
-    found = library.Tokenizer.from_str(json.dumps(hugging_face.library_form(tokenizer, framed)))
+    found = library.Tokenizer.from_str(json.dumps(hugging_face.tokenizers_form(tokenizer, framed)))
     found.encode_special_tokens = True  # as tokenizer_config.json lets transformers have it
     return found
 
@@ -84,10 +84,10 @@ KNOWN = {key: (tokenizer, in_library(tokenizer)) for key, (tokenizer, _) in KNOW
 @EVERY
 def test_the_form_is_the_one_the_library_writes_and_is_read_again(kind, unknown, pairs):
     tokenizer = built(kind, pairs, unknown)
-    form = hugging_face.library_form(tokenizer)
+    form = hugging_face.tokenizers_form(tokenizer)
     written = json.loads(library.Tokenizer.from_str(json.dumps(form)).to_str())
     assert written == form
-    assert load(hugging_face.read_library_form(written), "x").to_json() == tokenizer.to_json()
+    assert load(hugging_face.read_tokenizers_form(written), "x").to_json() == tokenizer.to_json()
 
 
 @pytest.mark.parametrize("kind", TEXT)
@@ -136,7 +136,7 @@ def test_what_differs_is_said(kind, pairs, unknown, says):
 
 
 def changed(**changes):
-    return hugging_face.library_form(built("word")) | changes
+    return hugging_face.tokenizers_form(built("word")) | changes
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def changed(**changes):
 )
 def test_a_tokenizer_of_somebody_else_is_not_taken_for_ours(value):
     with pytest.raises(ValueError, match="no tokenizer that dllm wrote"):
-        hugging_face.read_library_form(value)
+        hugging_face.read_tokenizers_form(value)
 
 
 @pytest.mark.parametrize(
