@@ -13,6 +13,8 @@ from typing import NamedTuple
 from ..config import Config
 from ..data.tokenizer import Tokenizer
 from ..kernels.types import Array
+from ..model import torch_weights
+from ..model.torch_weights import Tensors
 
 
 class Stored(NamedTuple):
@@ -22,6 +24,12 @@ class Stored(NamedTuple):
     tokenizer: Tokenizer
     arrays: dict[str, Array]  # what torch_weights.encode gives
     kind: str  # of weights, one of torch_weights.KINDS
+
+    @property
+    def tensors(self) -> Tensors:
+        """What they stand for, in float32."""
+        names = {"float32": "F32", "uint16": "BF16", "int8": "I8"}
+        return torch_weights.decode({name: (names[array.dtype.name], array) for name, array in self.arrays.items()})
 
 
 class Format(NamedTuple):

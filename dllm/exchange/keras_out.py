@@ -26,7 +26,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..files import archive, hdf5
 from ..kernels.types import Array
-from ..model import blocks, torch_weights
+from ..model import blocks
 from ..model.torch_weights import Tensors
 from .formats import Stored
 from .keras_names import BELOW, CONFIG, METADATA, NOTHING, WEIGHTS, Groups
@@ -53,9 +53,7 @@ def pack(stored: Stored) -> bytes:
     config = stored.settings.model
     if config.kind not in KINDS:
         raise UserError(f"--also keras: Keras has no layers for a model of kind {config.kind}, only for {', '.join(KINDS)}")
-    names = {"float32": "F32", "uint16": "BF16", "int8": "I8"}
-    tensors = torch_weights.decode({name: (names[array.dtype.name], array) for name, array in stored.arrays.items()})
-    layers = [*(_lm if config.kind == "lm" else _labels)(config, stored.tokenizer.size, tensors)]
+    layers = [*(_lm if config.kind == "lm" else _labels)(config, stored.tokenizer.size, stored.tensors)]
     branches = any(layer.of for layer in layers)
     described = json.dumps(_functional(layers) if branches else _sequential(layers), indent=1).encode()
     arrays, groups = _weights(layers)

@@ -28,7 +28,7 @@ from .. import __version__
 from ..config import ModelConfig
 from ..errors import UserError
 from ..kernels.types import Array, DType
-from ..model import blocks, torch_weights
+from ..model import blocks
 from ..model.torch_weights import SCALE
 from .formats import Stored
 
@@ -51,7 +51,7 @@ def pack(stored: Stored) -> dict[str, bytes]:
     if size > LARGEST:
         raise UserError(f"--also onnx: the weights take {size / 1e9:.1f} GB there, and a file holds 2; --weights int8 is less")
     if stored.kind == "bf16":
-        arrays = torch_weights.decode({name: ("BF16", array) for name, array in arrays.items()})
+        arrays = stored.tensors
     files = {}
     for name, write in FILES[config.kind].items():
         graph = Graph(arrays, config, stored.tokenizer.size)
