@@ -9,9 +9,9 @@ import re
 import threading
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
+from helpers.asking import client_of
 from helpers.model_folders import make_kind
 
 from dllm.data import audio
@@ -23,15 +23,9 @@ from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
 from dllm.inference.speech import BEAMS
 from dllm.serving import engines as engines_table
-from dllm.serving.app import Service
 from dllm.serving.engines import make_engine
 from dllm.serving.labels import _Words
-from dllm.serving.limits import Limits
-from dllm.serving.log import Log
-from dllm.serving.peers import Peers
 from dllm.serving.routes import HANDLERS, PATHS
-from dllm.serving.streams import LocalStreams
-from dllm.serving.tokens import Clients
 
 LIMIT = 60  # seconds, of any test
 OPTIONS = {"slots": 8, "queue": 64, "cache": 0, "precision": "fp32", "max_source": 64}
@@ -76,12 +70,7 @@ def ask(models, engines):
 
     def send(name, *requests, tokens=(), slots=8, in_turn=False, **limits):
         async def work():
-            local = LocalStreams(engines(name, slots), asyncio.get_running_loop())
-            gossip = SimpleNamespace(rank=0, size=1, table=dict, known={})
-            bounds = Limits(source=64, **limits)
-            service = Service(models[name], local, Peers(gossip, local, None, bounds), bounds, Log(0))
-            transport = httpx.ASGITransport(service.app(Clients(tokens)))
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            async with client_of([(models[name], engines(name, slots))], tokens, **limits) as client:
                 asked = [client.request(**{"method": "POST", "url": path} | what) for path, what in requests]
                 return [await one for one in asked] if in_turn else await asyncio.gather(*asked)
 
@@ -423,7 +412,7 @@ def test_schemathesis_makes_nothing_of_the_description_that_is_refused_as_anothe
 def test_inputs_are_counted_by_route(ask):
     def counted(name, *requests):
         text = ask.together(name, *requests, ("/metrics", {"method": "GET"}), in_turn=True)[-1].text
-        found = re.findall(r'^dllm_inputs_total{rank="0",route="([^"]*)"} (.*)$', text, re.MULTILINE)
+        found = re.findall(rf'^dllm_inputs_total{{rank="0",model="{name}",route="([^"]*)"}} (.*)$', text, re.MULTILINE)
         return {route: count for route, count in found if count != "0"}
 
     post = lambda path, body: (path, {"json": body})
