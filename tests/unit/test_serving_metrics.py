@@ -86,7 +86,7 @@ def test_every_series_is_there_before_anything_is_asked_and_before_a_rank_is_hea
     assert {dict(labels).get("model") for _, labels in first} == {"m", 'a "model"\\', "", None}
     all_of = lambda routes: [(route, status, 0.1, 1) for route in routes for status in (*STATUSES, 302, 599)]
     busy = report(of_model(*all_of(POSTS)), of_model(*all_of(POSTS[:1])), of_none=all_of((*ROUTES, "/x")))
-    later, _ = read(render(models, routes, {rank: (busy, 0.1, False) for rank in range(3)}, 3))
+    later, _ = read(render(models, routes, dict.fromkeys(range(3), (busy, 0.1, False)), 3))
     assert later.keys() == first.keys()
 
 
