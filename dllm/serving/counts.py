@@ -1,8 +1,8 @@
 """What a rank has answered, as it counts it and as it tells it, and counters of all ranks that never fall.
 
 The numbers of a route stand in one row, in this order: requests by status, requests by the time that they took, all their
-seconds, all their inputs. Ranks tell each other rows by the place of the route, since all of them have the same routes. The model
-that a request reaches counts it, and the rank where it has reached none.
+seconds, all their inputs. Ranks tell each other rows by the place of the route, since all of them have the same routes. The
+model that a request reaches counts it, and the rank where it has reached none.
 """
 
 from __future__ import annotations

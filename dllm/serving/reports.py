@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NotRequired, TypeAlia
 
 import msgspec
 
-from ..comm.membership import ENTRY
 from .counts import Place, Row
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 Engines = TypeVar("Engines")
 MOST_MODELS = 64
-ENGINE = 4096  # bytes of JSON that a report may have of a model
+RANK, MODEL = 8192, 4096  # bytes of JSON that a report may have of its rank, and of each model
 SILENT = 3.0  # seconds without a word after which a rank is taken for gone
 NEWS = 2.5  # seconds in which all ranks that are well have said something new; usually a tenth of it
 LOOK = 0.02  # seconds between looks at what they have said
@@ -62,7 +61,7 @@ def report_of(models: int) -> Any:
 
 def room(models: int) -> int:
     """Bytes that a report may have as JSON."""
-    return ENTRY + models * ENGINE
+    return RANK + models * MODEL
 
 
 Entry: TypeAlias = tuple[Mapping[str, Any], float, bool]  # a rank's report, seconds since it was heard of, whether it died

@@ -237,6 +237,14 @@ def test_schemathesis_makes_requests_of_the_description_that_some_model_takes(as
     assert {"/detokenize", "/tokenizer_info"} <= taken
 
 
+def test_a_rank_of_which_one_engine_has_ended_is_not_ready(ask):
+    ready = lambda *names, slots: ask.together(names, ("/health/ready", {"method": "GET"}), slots=slots)[0]
+    assert ready("small", "tagger", slots=3).status_code == 200
+    ask.engine("tagger", 3).stop()
+    assert ready("small", slots=3).status_code == 200
+    assert (ready("small", "tagger", slots=3).status_code, ready("tagger", "small", slots=3).status_code) == (503, 503)
+
+
 def test_models_have_names_of_their_own():
     check_names(["a", "b"], ["x/a", "y/b"])
     with pytest.raises(UserError, match=r"^two models would be called a: x/a and y/a; give one of the folders another name$"):
