@@ -14,7 +14,7 @@ import pytest
 from helpers.launch import mpirun
 from helpers.model_folders import TOKENIZER, logits, make, make_kind
 from helpers.scraper import falls, scrape, total
-from helpers.server import Server, texts
+from helpers.server import SURVIVES, Server, texts
 
 from dllm.inference.loaded_model import LoadedModel
 
@@ -198,3 +198,33 @@ def test_a_server_that_is_told_to_end_finishes_the_streams_of_all_models(folder)
         for one in lines:
             assert [line for line in one if line][-1] == "data: [DONE]"
         assert server.process.wait(60) == 0
+
+
+@pytest.mark.skipif(not SURVIVES, reason="all ranks die with one under MPICH")
+def test_streams_of_all_models_go_on_where_the_rank_that_computes_them_dies(folder):
+    """Those that it computes for others: whoever has a connection with it loses that."""
+    count = 10_000
+    models, options = [folder / "small", folder / "large"], ("--slots", 1, "--queue", 20, "--max-tokens", count)
+    with Server(models, *options, ranks=2) as server, ThreadPoolExecutor(8) as pool:
+        pids = server.alive()
+
+        def ask(name):
+            try:
+                return name, server.complete("bc", model=name, max_tokens=count, temperature=0)
+            except httpx.TransportError:
+                return name, None
+
+        asked = [pool.submit(ask, name) for name in ("small", "large") * 4]
+        server.until(lambda: all(sum(loads) == 2 for loads in active(server)[1].values()), "streams of all models", 20)
+        server.signal(signal.SIGKILL, [pids[1]])
+        server.until(lambda: list(server.alive()) == [0], "news of the death", 10)
+        answers = [one.result(60) for one in asked]
+        whole = {
+            name: {text for other, answer in answers if other == name and answer for text in texts(answer)} for name in HIDDEN
+        }
+        assert any(whole.values()), "all of eight connections went to the rank that died"
+        for name, found in whole.items():
+            expected = greedy(folder, name, "bc", 12)
+            assert len(found) <= 1, "a text that is not as the others"
+            assert all(text.startswith(expected) for text in found)
+            assert texts(server.complete("bc", model=name, max_tokens=12, temperature=0)) == [expected]
