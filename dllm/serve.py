@@ -26,10 +26,13 @@ from .serving.origins import Origins
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .inference.loaded_model import LoadedModel
+
 EPILOG = """
 examples
   mpirun -n 4 python -m dllm.serve MODEL                     MODEL: made by dllm export, or the folder of a run
   dllm serve MODEL -n 4                                      the same, started under mpirun, and again when it ends
+  dllm serve small large tagger -n 2                         several: a request's "model" says which, or its path alone
   dllm serve MODEL -n 8 --hostfile FILE --host 0.0.0.0 --token-file TOKEN
   curl 127.0.0.1:8000/v1/completions --json '{"prompt": "Once upon a time", "max_tokens": 50}'
   curl 127.0.0.1:8000/v1/tag --json '{"input": "She reads"}'             of a tagger; of a classifier /v1/classify
@@ -58,10 +61,10 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--port", cli.at_least(0), 8000, "P", "of all ranks of a host; 0: a free one"),
         ("--token-file", str, None, "FILE", f"file with clients' tokens, one a line, mode 600 (or one in {tokens.VARIABLE})"),
         ("--interface", str, None, "NAME", "network interface between hosts, such as wg0"),
-        ("--slots", positive, 64, "N", "streams that a rank computes at once"),
-        ("--queue", cli.at_least(0), 256, "N", "streams that wait for a slot"),
-        ("--threads", cli.at_least(0), 0, "N", "of a rank; 0: cores / ranks of its host"),
-        ("--cache", cli.at_least(0), 64, "MIB", "for states of prompts that come again; 0: nothing is kept"),
+        ("--slots", positive, 64, "N", "streams of a model that a rank computes at once"),
+        ("--queue", cli.at_least(0), 256, "N", "streams of a model that wait for a slot"),
+        ("--threads", cli.at_least(0), 0, "N", "of a model on a rank; 0: cores / ranks of its host"),
+        ("--cache", cli.at_least(0), 64, "MIB", "of a model, for states of prompts that come again; 0: nothing is kept"),
         ("--max-prompt", positive, 32768, "N", "tokens"),
         ("--max-source", positive, 8192, "N", "tokens or frames of a source; so many in all are read at once"),
         ("--max-tokens", positive, 4096, "N", "tokens of a choice"),
@@ -76,7 +79,8 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(*names, type=kind, default=default, metavar=metavar, help=text + shown)
-    parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run, or ipfs://CID")
+    text = "folder of a model or of a run, or ipfs://CID; several: all have names of their own"
+    parser.add_argument("model", metavar="MODEL", nargs="+", help=text)
     cli.add_precision(parser)
     for name, metavar, text in (
         ("--allow-host", "NAME", "another name that clients may call this server by; may come again"),
@@ -140,10 +144,8 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
 
-    from .inference.loaded_model import LoadedModel
     from .model.precision import described
-    from .runs.gathering import gather_run
-    from .serving.engines import check_forms, make_engine
+    from .serving.engines import make_engine
     from .serving.server import Server
 
     with runtime.together(comm):
@@ -151,24 +153,41 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
-    gather_run(comm, options.model, cli.warn_once(comm), best=True)
-    model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint, "labels": model.tokenizer.labels})
-    runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
-    threads = options.threads or node.threads
-    runtime.agree(comm, check_forms, model)
-    engine = runtime.agree(comm, make_engine, model, options, threads)
+    models = open_models(comm, options)
+    engines = [runtime.agree(comm, make_engine, model, options, options.threads or node.threads) for model in models]
     with leader_first(node):
-        engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, model, engine, options, clients, listener)
+        for engine in engines:
+            engine.start()  # compiles the kernels, or loads them
+    server = Server(comm, node, list(zip(models, engines, strict=True)), options, clients, listener)
     if comm.rank == 0:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
+        names = ", ".join(model.name for model in models)
+        print(f"dllm: {names} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
         if options.precision != "fp32":
-            print(f"dllm: {described(options.precision, model.dtype)}", flush=True)
+            for line in dict.fromkeys(described(options.precision, model.dtype) for model in models):
+                print(f"dllm: {line}", flush=True)
     code = server.run(stopping)
     server.leave(code)
     return code
+
+
+def open_models(comm: MPI.Comm, options: argparse.Namespace) -> list[LoadedModel]:
+    """The models that shall be served, the same on all ranks. Collective. Raises UserError."""
+    from .inference.loaded_model import LoadedModel
+    from .model.precision import described
+    from .runs.gathering import gather_run
+    from .serving.engines import check_forms, check_names
+
+    models = list[LoadedModel]()
+    for path in options.model:
+        gather_run(comm, path, cli.warn_once(comm), best=True)
+        model = runtime.agree(comm, LoadedModel.open, path)
+        runtime.check_same(comm, {"model": model.fingerprint, "name": model.name, "labels": model.tokenizer.labels})
+        runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
+        runtime.agree(comm, check_forms, model)
+        models.append(model)
+    runtime.agree(comm, check_names, [model.name for model in models], options.model)
+    return models
 
 
 def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def _http():
 
     schemas, paths = {}, {}
     for kind in openapi.POSTS:
-        description = openapi.describe("MODEL", 2048, Limits(), True, kind)
+        description = openapi.describe([openapi.Described("MODEL", 2048, kind)], Limits(), True)
         schemas |= description["components"]["schemas"]
         for path, methods in description["paths"].items():
             for method, entry in methods.items():

@@ -28,7 +28,7 @@ TAG = 201
 BEAT = 0.2  # seconds
 LOOK = 0.02  # seconds between looks at what has come
 FANOUT = 3  # ranks that get each report
-ENTRY = 8192  # bytes that a rank's report may have as JSON; memory is touched for those it has
+ENTRY = 8192  # bytes
 SILENT = 5.0  # seconds after which a rank is told less often, every so many seconds: it may never read it
 
 
@@ -45,6 +45,8 @@ class Membership(threading.Thread):
         Returns what this rank says of itself now, a small dict for JSON.
     kind : type
         Of reports, for msgspec: a TypedDict. What is of no such type is not taken from anybody.
+    entry : int
+        Bytes that a report may have as JSON; memory is touched for those it has.
 
     Attributes
     ----------
@@ -52,10 +54,10 @@ class Membership(threading.Thread):
         rank -> (how many reports it has made, the newest one).
     """
 
-    def __init__(self, comm: MPI.Comm, report: Callable[[], Report], kind: Any = Report) -> None:
+    def __init__(self, comm: MPI.Comm, report: Callable[[], Report], kind: Any = Report, entry: int = ENTRY) -> None:
         super().__init__(name="gossip", daemon=True)
         self.comm, self.report, self.kind = comm.Dup(), report, dict[int, tuple[Count, kind]]
-        self.over = threading.Event()
+        self.entry, self.over = entry, threading.Event()
         self.rank, self.size = comm.rank, comm.size
         self.survivable = survivable(comm)
         self.others = [rank for rank in range(comm.size) if rank != comm.rank]
@@ -63,7 +65,7 @@ class Membership(threading.Thread):
         self.known: dict[int, tuple[int, Report]] = {}
         self.heard = dict.fromkeys(range(comm.size), time.monotonic())  # rank -> when a new report of it came
         self.dead: set[int] = set()
-        self.incoming = {rank: np.zeros(ENTRY * comm.size, np.uint8) for rank in self.others}
+        self.incoming = {rank: np.zeros(entry * comm.size, np.uint8) for rank in self.others}
         self.receiving: dict[int, MPI.Request] = {}
         self.sending: dict[int, tuple[MPI.Request, Bytes]] = {}
         self.kept: list[Any] = []  # requests that failed, with their memory
@@ -127,8 +129,8 @@ class Membership(threading.Thread):
         self.known[self.rank] = self.count, self.report()
         self.heard[self.rank] = time.monotonic()
         message = np.frombuffer(pack(self.known), np.uint8)
-        if message.size > ENTRY * self.size:
-            raise ValueError(f"the reports of {self.size} ranks have {message.size} bytes, more than {ENTRY} each")
+        if message.size > self.entry * self.size:
+            raise ValueError(f"the reports of {self.size} ranks have {message.size} bytes, more than {self.entry} each")
         living = [rank for rank in self.others if rank not in self.dead]
         for rank in living if everyone else random.sample(living, min(FANOUT, len(living))):
             silent = time.monotonic() - self.heard[rank] > SILENT

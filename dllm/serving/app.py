@@ -1,6 +1,6 @@
-"""The routes: what is asked over HTTP, and what answers it. Nothing is computed in the event loop.
+"""The routes of a rank: what is asked over HTTP, and which model answers it. Nothing is computed in the event loop.
 
-To add a route: a handler here or in a file beside this, its Route in Service.app, or, where something is computed, its line in
+To add a route: a handler here or in a file beside this, its Route in App.asgi, or, where something is computed, its line in
 routes.py, and its description in openapi.py. limits.py lists the paths that need no token.
 """
 
@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
-import functools
 import hashlib
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,41 +25,38 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from ..errors import UserError
-from ..inference.loaded_model import LoadedModel
 from . import metrics, openapi
+from .completions import EventStream
 from .counts import OTHER, Ledger, RequestCounts
 from .errors import Disconnected, Refused
-from .fields import CHOICES, Json
+from .fields import CHOICES
 from .limits import Guard, Limits
 from .log import Log
-from .openai import encode, model_body, models_body
+from .openai import model_body, models_body
 from .origins import Origins
-from .peers import Peers
-from .reports import SHOWN, Entry, news, state_of
-from .routes import HANDLERS, INFO, PATHS, no_such_route, tokenizer_info
-from .streamed_text import Vocabulary
-from .streams import LocalStreams
+from .reports import LOAD, Entry, news, state_of
+from .routes import INFO, PATHS, answered_by, choose, no_such_route
+from .service import Service
 from .tokens import Clients
 
-Given = TypeVar("Given", bound=Sized)
-Readable = TypeVar("Readable", bound=Sized)
+if TYPE_CHECKING:
+    from ..comm.membership import Membership
+
 WITH_PAGE = "lm", "seq2seq"  # kinds that the page for people is of
 WATCHED = "/health", "/health/ready", "/metrics"  # asked for all the time
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
-class Service:
+class App:
     """What one rank answers.
 
     Parameters
     ----------
-    model : LoadedModel
-    local : streams.LocalStreams
-    peers : peers.Peers
+    services : sequence of Service
+        The models, in the order of the command.
+    gossip : comm.membership.Membership
     limits : limits.Limits
     log : log.Log
-    log_prompts : bool
-        Whether the log has the prompts, too.
 
     Attributes
     ----------
@@ -68,29 +64,23 @@ class Service:
         "ok", or "draining": no new requests should come.
     """
 
-    def __init__(
-        self, model: LoadedModel, local: LocalStreams, peers: Peers, limits: Limits, log: Log, log_prompts: bool = False
-    ) -> None:
-        self.name, self.kind, self.vocabulary = model.name, model.config.kind, Vocabulary(model.tokenizer)
-        self.labels, self.features, self.window = model.tokenizer.labels, model.config.features, model.window
-        self.engine, self.peers, self.limits = local.engine, peers, limits
-        self.log, self.log_prompts = log, log_prompts
+    def __init__(self, services: Sequence[Service], gossip: Membership, limits: Limits, log: Log) -> None:
+        self.services, self.gossip, self.limits, self.log = services, gossip, limits, log
+        self.names = [one.name for one in services]
         self.created, self.state = int(time.time()), "ok"
-        self._writing, self._scraping, self._ledger = asyncio.Lock(), asyncio.Lock(), Ledger()
-        self._answered = RequestCounts([])  # until its routes are known
-        self._names = [name for name, _, _ in metrics.GAUGES_AND_COUNTERS if name in self.engine.load()]
+        self._scraping, self._ledger = asyncio.Lock(), Ledger()
+        self._answered = RequestCounts([])  # of requests that reach no model, until its routes are known
 
-    def app(self, clients: Clients, origins: Origins | None = None, root: str = "") -> ASGIApp:
+    def asgi(self, clients: Clients, origins: Origins | None = None, root: str = "") -> ASGIApp:
         """The ASGI application. clients, origins, root: see limits.Guard."""
         page, policy = _page()
-        kind = openapi.described_as(self.kind, self.features > 0, self.vocabulary.tokenizer.pairs)
-        beams = min(CHOICES, self.engine.slots)
-        description = openapi.describe(self.name, self.vocabulary.size, self.limits, clients.needed, kind, beams)
+        description = openapi.describe([_described(one) for one in self.services], self.limits, clients.needed)
         description |= {"servers": [{"url": root}]} if root else {}
 
         async def show_page(request: HttpRequest) -> Response:
-            if request.scope["dllm"]["authenticated"] and self.kind not in WITH_PAGE:  # which strangers are not to learn
-                return await no_such_route(self, request)
+            of_texts = any(one.kind in WITH_PAGE for one in self.services)
+            if request.scope["dllm"]["authenticated"] and not of_texts:  # which strangers are not to learn
+                raise no_such_route(self.services, "/")
             headers = {"content-security-policy": policy, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
             return Response(page, media_type="text/html", headers=headers)
 
@@ -100,14 +90,11 @@ class Service:
         routes = [
             Route("/", show_page), Route("/openapi.json", describe),
             Route("/health", self.health), Route("/health/ready", self.ready), Route("/metrics", self.metrics),
-            Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model),
-            Route(INFO, functools.partial(tokenizer_info, self)),
+            Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model), Route(INFO, self.answer),
+            *(Route(path, self.answer, methods=["POST"]) for path in PATHS),
         ]  # fmt: skip
-        for path in PATHS:
-            handler = HANDLERS[self.kind].get(path, no_such_route)
-            routes.append(Route(path, functools.partial(handler, self), methods=["POST"]))
         kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
-        others = {path for path in PATHS if path not in HANDLERS[self.kind]}
+        others = set(PATHS).difference(*(answered_by(one.kind) for one in self.services))
         self._answered = RequestCounts([one.path for one in routes if one.path not in others and "{" not in one.path])
         inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
         inside.router.redirect_slashes = False
@@ -116,7 +103,9 @@ class Service:
     def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
         fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
         route = scope["path"] if scope["path"] in self._answered.routes else OTHER
-        self._answered.add(route, status, seconds, fields.get("inputs", 0) if status == 200 else 0)
+        reached = next((one.answered for one in self.services if one.name == fields.get("model")), self._answered)
+        counts = reached if route in reached.routes else self._answered
+        counts.add(route, status, seconds, fields.get("inputs", 0) if status == 200 else 0)
         if route in WATCHED and status in (200, 503):
             return
         line = {"method": scope["method"][:10], "route": route, "status": status, "seconds": round(seconds, 4), **fields}
@@ -125,79 +114,69 @@ class Service:
         else:
             self.log.limited("requests of strangers", "request", **line)
 
+    async def answer(self, request: HttpRequest) -> Response | EventStream:
+        """What a model answers. Raises Refused, Disconnected."""
+        service, handler = await choose(self.services, request)
+        request.scope["dllm"]["model"] = service.name
+        return await handler(service, request)
+
     # ---- what is there
 
     async def health(self, request: HttpRequest) -> Response:
         """How this rank and, for those who have the token, all others are."""
         if not request.scope["dllm"]["authenticated"]:
             return JSONResponse({"status": self.state})
-        ranks, table = [], self.peers.gossip.table()
-        for rank, (report, silence, _) in table.items():
-            state = state_of(table[rank])
-            shown = {name: report[name] for name in SHOWN}
-            ranks.append({"rank": rank, "state": state, **shown, "heard_seconds_ago": round(silence, 3)})
-        return JSONResponse({"status": self.state, "rank": self.peers.rank, "model": self.name, "ranks": ranks})
+        ranks, several = [], len(self.services) > 1
+        for rank, entry in self.gossip.table().items():
+            report, silence, _ = entry
+            loads = [{name: one[name] for name in LOAD} for one in report["models"]]
+            told = {name: sum(load[name] for load in loads) for name in LOAD}
+            about = {"rank": rank, "state": state_of(entry), "host": report["host"], "pid": report["pid"], **told}
+            ranks.append(about | {"heard_seconds_ago": round(silence, 3)})
+            if several:
+                ranks[-1]["models"] = [{"model": name, **load} for name, load in zip(self.names, loads, strict=True)]
+        models = [{"model": one.name, "kind": one.kind} for one in self.services]
+        which = {"models": models} if several else {"model": self.names[0]}
+        return JSONResponse({"status": self.state, "rank": self.gossip.rank, **which, "ranks": ranks})
 
     async def ready(self, request: HttpRequest) -> Response:
         """Whether requests should come to this rank. /health is about whether it is there at all."""
-        well = self.state == "ok" and self.engine.load()["alive"]
+        well = self.state == "ok" and all(one.alive for one in self.services)
         return JSONResponse({"status": "ok" if well else "draining"}, 200 if well else 503)
 
-    def numbers(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What this rank tells all others of what it does: in the thread of the gossip, too."""
-        load = self.engine.load()
-        rate = round(load["tokens_per_second"], 1)
-        whole = {name: int(load[name]) for name in self._names}
-        return {**whole, "tokens_per_second": rate, "draining": self.state != "ok", "rows": self._answered.rows()}
+        rows, models = self._answered.rows(), [one.numbers() for one in self.services]
+        return {"draining": self.state != "ok", "rows": rows, "models": models}
 
     async def metrics(self, request: HttpRequest) -> Response:
         """What all ranks do and have done, for Prometheus."""
-        size = self.peers.gossip.size
+        size = self.gossip.size
         if size > 1:
-            await news(self.peers.gossip)
+            await news(self.gossip)
         async with self._scraping:  # so that the ledger sees reports in their order
-            table: Mapping[int, Entry] = self.peers.gossip.table() if size > 1 else {0: (self.numbers(), 0.0, False)}
+            table: Mapping[int, Entry] = self.gossip.table() if size > 1 else {0: (self.report(), 0.0, False)}
             text = await asyncio.to_thread(self._render, table, size)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _render(self, table: Mapping[int, Entry], size: int) -> str:
         known = {rank: (self._ledger.take(rank, report), age, dead) for rank, (report, age, dead) in table.items()}
-        return metrics.render(self._names, self._answered.routes, known, size)
+        return metrics.render([one.series for one in self.services], self._answered.routes, known, size)
 
     async def models(self, request: HttpRequest) -> Response:
-        """The only model, in OpenAI's form."""
-        return JSONResponse(models_body(self.name, self.created))
+        """All models, in OpenAI's form."""
+        return JSONResponse(models_body(self.names, self.created))
 
     async def model(self, request: HttpRequest) -> Response:
         """The one that a client names."""
-        return JSONResponse(model_body(request.path_params["model"], self.name, self.created))
+        return JSONResponse(model_body(request.path_params["model"], self.names, self.created))
 
-    # ---- of what is computed
 
-    async def answer(self, body: Json, headers: Mapping[str, str]) -> Response:
-        """A response of JSON. Large ones are written one at a time, and others get their turn in between."""
-        async with self._writing:
-            await asyncio.sleep(0)
-            return Response(encode(body), media_type="application/json", headers=headers)
-
-    async def read_prompts(self, given: Sequence[Given], field: str, read: Callable[[Given], Readable]) -> list[Readable]:
-        """What `read` makes of each text or its token numbers, not too many in all. Raises Refused, UserError."""
-        if sum(map(len, given)) > 2000:  # long enough to be felt by others
-            prompts = await asyncio.to_thread(lambda: [read(one) for one in given])
-        else:
-            prompts = [read(one) for one in given]
-        count = sum(map(len, prompts))
-        if count > self.limits.prompt:
-            text = f"{field} has {count} tokens; {self.limits.prompt} are allowed"
-            raise Refused(text, field, code="context_length_exceeded")
-        return prompts
-
-    def log_fields(self, request: HttpRequest, prompts: Sequence[Any]) -> Json:
-        """What the log will say of a request: a dict to add to."""
-        fields: Json = request.scope["dllm"]
-        if self.log_prompts:
-            fields["prompts"] = prompts
-        return fields
+def _described(service: Service) -> openapi.Described:
+    """What the description says of a model."""
+    tokenizer = service.vocabulary.tokenizer
+    kind = openapi.described_as(service.kind, service.features > 0, tokenizer.pairs)
+    return openapi.Described(service.name, service.vocabulary.size, kind, min(CHOICES, service.engine.slots))
 
 
 def _page() -> tuple[str, str]:

@@ -10,8 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .bodies import read_body
 from .errors import Disconnected, Refused
-from .fields import Json, read_json
+from .fields import Json
 from .openai import SEEDS, Answer, Completion, choice_body, encode, logprobs_body
 from .peers import Peers
 from .requests import Event, Finished, Request, SourceRequest
@@ -20,7 +21,7 @@ from .streams import Cancel, Inbox, check_finished, unless_disconnected
 from .tokens import mixed
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 
 class CompletionChoice:
@@ -217,7 +218,7 @@ def _join(whole: Json, part: Json) -> None:
 
 async def complete(service: Service, request: HttpRequest) -> Response | EventStream:
     """Continued texts, whole or as they come. Raises Refused, Disconnected."""
-    body = read_json(await request.body())
+    body = await read_body(request)
     wanted = Completion.read(body, service.name, service.vocabulary.size, service.limits.tokens)
     prompts = await service.read_prompts(wanted.prompts, "prompt", service.vocabulary.prompt)
     return await answer(service, request, wanted, prompts, CompletionRun)

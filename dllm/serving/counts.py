@@ -1,7 +1,8 @@
 """What a rank has answered, as it counts it and as it tells it, and counters of all ranks that never fall.
 
 The numbers of a route stand in one row, in this order: requests by status, requests by the time that they took, all their
-seconds, all their inputs. Ranks tell each other rows by the place of the route, since all of them have the same routes.
+seconds, all their inputs. Ranks tell each other rows by the place of the route, since all of them have the same routes. The
+model that a request reaches counts it, and the rank where it has reached none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ Place = Annotated[int, msgspec.Meta(ge=0, lt=MOST_ROUTES)]
 Number = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
 Row = Annotated[list[Number], msgspec.Meta(min_length=ROW, max_length=ROW)]
 Rows: TypeAlias = Mapping[int, Sequence[float]]
-COUNTERS = ("tokens", "steps", "cache_hits")  # of a report, beside its rows
+Parts: TypeAlias = list[Mapping[str, Any]]  # what a report says of its rank, and of each model
+COUNTERS = ("tokens", "steps", "cache_hits")  # of a model, beside its rows
 
 
 class RequestCounts:
@@ -35,16 +37,18 @@ class RequestCounts:
     Parameters
     ----------
     routes : sequence of str
-        Of this kind of model, in an order that all ranks have; OTHER is added.
+        In an order that all ranks have.
+    other : bool
+        Whether OTHER is added, which every further route is counted as.
     """
 
-    def __init__(self, routes: Sequence[str]) -> None:
-        self.routes = (*routes, OTHER)
+    def __init__(self, routes: Sequence[str], other: bool = True) -> None:
+        self.routes = (*routes, OTHER) if other else (*routes,)
         self._rows = {route: [0.0] * ROW for route in self.routes}
 
     def add(self, route: str, status: int | None, seconds: float, inputs: float = 0) -> None:
         """Count a request. status None: no answer began. inputs : texts, words to tag, or seconds of sound"""
-        row, known = self._rows.get(route, self._rows[OTHER]), status or 0
+        row, known = self._rows[route if route in self._rows else OTHER], status or 0
         row[STATUSES.index(known if known in STATUSES else 500 if known > 500 else 400 if known > 400 else 200)] += 1
         row[TIMES + bisect.bisect_left(BOUNDS, seconds)] += 1
         row[SECONDS] += seconds
@@ -60,19 +64,23 @@ class RequestCounts:
 
 
 class Ledger:
-    """Counters of all ranks, none of which is ever less than it was: what a rank had counted before it began anew is added."""
+    """Counters of all ranks, none of which is ever less than it was: what a rank had counted before it began anew is added.
+
+    A report has counters of its own, and those of each model in its list `models`.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[int, Mapping[str, Any]] = {}  # rank -> its newest report
-        self._before: dict[int, Mapping[str, Any]] = {}  # rank -> the sums of the last reports of its lives that are over
+        self._last: dict[int, Parts] = {}  # rank -> its newest report
+        self._before: dict[int, Parts] = {}  # rank -> the sums of the last reports of its lives that are over
 
     def take(self, rank: int, report: Mapping[str, Any]) -> Mapping[str, Any]:
         """A report of a rank, newer than the ones before, with all that the rank has ever counted."""
-        last = self._last.get(rank)
-        if last is not None and _fell(last, report):
-            self._before[rank] = _sum(last, self._before[rank]) if rank in self._before else last
-        self._last[rank] = report
-        return _sum(report, self._before[rank]) if rank in self._before else report
+        parts, last = [report, *report["models"]], self._last.get(rank)
+        if last is not None and any(map(_fell, last, parts)):  # a life ends for all of a rank at once
+            self._before[rank] = [*map(_sum, last, self._before[rank])] if rank in self._before else last
+        self._last[rank] = parts
+        own, *models = map(_sum, parts, self._before[rank]) if rank in self._before else parts
+        return {**own, "models": models}
 
 
 def _fell(last: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from .engine import Engine
+from .reports import MOST_MODELS
 from .source_engine import SourceEngine
 from .text_engine import TextEngine
 from .workers import Labels, Targets, Transcripts, Worker
@@ -42,6 +43,16 @@ def check_forms(model: LoadedModel) -> None:
     """Raise UserError where requests could not be read: recordings come as forms."""
     if model.config.features and not importlib.util.find_spec("python_multipart"):
         raise UserError("recordings are sent as forms, which takes python-multipart: pip install 'dllm[serve]'")
+
+
+def check_names(names: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise UserError where requests could not name each model. paths : as the user has given them"""
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            both = f"{paths[names.index(name)]} and {paths[place]}"
+            raise UserError(f"two models would be called {name}: {both}; give one of the folders another name")
+    if len(names) > MOST_MODELS:
+        raise UserError(f"{len(names)} models are given; one server has at most {MOST_MODELS}: start another one for the rest")
 
 
 def make_engine(model: LoadedModel, options: argparse.Namespace, threads: int) -> Engine[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from .errors import Refused
@@ -62,7 +63,7 @@ class Fields:
         if wanted is not None and not isinstance(wanted, str):
             raise Refused("model must be a string", "model")
         if wanted not in (None, model):
-            raise no_such_model(wanted, model, "model")
+            raise no_such_model(wanted, model, param="model")
         self.cache_salt = self._cache_salt()
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -147,9 +148,15 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def no_such_model(wanted: str, there: str, param: str | None = None) -> Refused:
-    """The error of a request for another model."""
-    return Refused(f"there is no model {wanted[:100]!r}; there is {there!r}", param, 404, "model_not_found")
+def no_such_model(wanted: str, *there: str, param: str | None = None) -> Refused:
+    """The error of a request for a model that is not there."""
+    return Refused(f"there is no model {wanted[:100]!r}; there {listed(there)}", param, 404, "model_not_found")
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "is 'a'", or "are 'a' and 'b'"."""
+    *most, last = map(repr, names)
+    return f"are {', '.join(most)} and {last}" if most else f"is {last}"
 
 
 def is_unicode(text: str) -> bool:

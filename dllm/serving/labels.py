@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
@@ -19,22 +17,22 @@ from ..errors import UserError
 from ..inference.labelling import text_of, words_in, words_of
 from ..kernels.mel import HOP, WINDOW
 from ..kernels.types import Array
+from .bodies import Form, read_body, read_form
 from .errors import Refused
-from .fields import Fields, Json, read_json
+from .fields import Fields, Json, no_such_model
 from .openai import usage
 from .requests import SourceRequest
 from .sources import ask, check_source
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
-CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\";]*)", re.IGNORECASE)
 FORM = {"file", "model", "response_format", "language", "prompt", "temperature"}  # the last three say nothing to such a model
 
 
 async def tag(service: Service, request: HttpRequest) -> Response:
     """A tag for each word of each text, and how probable it is. Raises Refused, Disconnected."""
-    texts = _inputs(Fields(read_json(await request.body()), service.name))
+    texts = _inputs(Fields(await read_body(request), service.name))
     pieces = await service.read_prompts(texts, "input", lambda text: _Words(service.vocabulary.tokenizer, text))
     found, headers = await _say(service, request, texts, [one.tokens for one in pieces], sum(len(one.words) for one in pieces))
     data = list[Json]()
@@ -50,7 +48,7 @@ async def classify(service: Service, request: HttpRequest) -> Response:
     if service.features:
         sources, texts = [await _recording(service, await _form(service, request, {"file", "model"}))], list[str]()
     else:
-        texts = _inputs(Fields(read_json(await request.body()), service.name))
+        texts = _inputs(Fields(await read_body(request), service.name))
         sources = await service.read_prompts(texts, "input", lambda text: text_of(service.vocabulary.tokenizer, text))
     inputs = len(sources[0]) * HOP if service.features else len(sources)
     sources = [source[-service.window :] for source in sources]  # as training has seen long ones
@@ -119,31 +117,18 @@ def _body(service: Service, data: list[Json], sources: Sequence[Any]) -> Json:
     return {"object": "list", "data": data, "model": service.name, "usage": counts}
 
 
-async def _form(service: Service, request: HttpRequest, names: Collection[str]) -> dict[str, str | bytes]:
-    """The fields of a form, the file's as bytes. Raises Refused where it is no such form, or has others than these."""
-    kind = request.headers.get("content-type", "")
-    if not kind.lower().startswith("multipart/form-data"):
-        raise Refused("a recording comes as multipart/form-data, in the field file")
-    if not all(charset.lower() in ("utf-8", "utf8", "us-ascii") for charset in CHARSET.findall(kind)):
-        raise Refused("the charset of a form must be utf-8")
-    found: dict[str, str | bytes] = {}
-    try:
-        async with request.form(max_files=1, max_fields=10, max_part_size=10_000) as form:
-            for name, value in form.multi_items():
-                if name in found:
-                    raise Refused(f"{name[:100]} is there more than once", name[:100])
-                found[name] = await value.read() if isinstance(value, UploadFile) else value
-    except ValueError:  # of a codec, of whatever text
-        raise Refused("the form cannot be read") from None
+async def _form(service: Service, request: HttpRequest, names: Collection[str]) -> Form:
+    """The fields of a form. Raises Refused where it is no form, or has others than these."""
+    found = await read_form(request)
     for name in sorted(found.keys() - set(names)):
         raise Refused(f"unknown parameter {name[:100]!r}", name[:100], code="unknown_parameter")
     model = found.get("model", service.name)
     if model != service.name:
-        raise Refused(f"there is no model {str(model)[:100]!r}; there is {service.name!r}", "model", 404, "model_not_found")
+        raise no_such_model(str(model), service.name, param="model")
     return found
 
 
-async def _recording(service: Service, form: dict[str, str | bytes]) -> Array:
+async def _recording(service: Service, form: Form) -> Array:
     """The frames (n,F) float32 of the file of a form. Raises Refused."""
     data, tokenizer = form.get("file"), service.vocabulary.tokenizer
     if not isinstance(data, bytes):

@@ -1,11 +1,11 @@
 """/metrics in Prometheus's text form (https://prometheus.io/docs/instrumenting/exposition_formats).
 
-Which lines there are depends on the kind of model and the number of ranks alone: not on what was asked, nor on who answers.
+Which lines there are depends on the models and the number of ranks alone: not on what was asked, nor on who answers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from .counts import BOUNDS, INPUTS, ROW, SECONDS, STATUSES, TIMES
 from .reports import Entry, state_of
@@ -24,47 +24,67 @@ GAUGES_AND_COUNTERS = (  # of an engine, as its rank reports them
 )
 
 
-def render(names: Sequence[str], routes: Sequence[str], table: Mapping[int, Entry], size: int) -> str:
+class Series(NamedTuple):
+    """Which series there are of a model."""
+
+    model: str  # its name
+    numbers: Sequence[str]  # what an engine of its kind says of itself
+    routes: Sequence[str]  # of its kind, by their places
+
+
+def render(models: Sequence[Series], routes: Sequence[str], table: Mapping[int, Entry], size: int) -> str:
     """All lines.
 
     Parameters
     ----------
-    names : sequence of str
-        What an engine of this kind says of itself.
+    models : sequence of Series
+        In the order in which reports have them.
     routes : sequence of str
-        Of this kind of model, by their places.
+        Of requests that reached no model, by their places.
     table : mapping
         Of Membership, with counters that do not fall.
     size : int
         Ranks there are. Of those that are not in the table all is 0.
     """
     ranks = range(size)
-    return "\n".join([*_engines(names, table, ranks), *_requests(routes, table, ranks), *_states(table, ranks)]) + "\n"
+    return "\n".join([*_engines(models, table, ranks), *_requests(models, routes, table, ranks), *_states(table, ranks)]) + "\n"
 
 
 def _about(name: str, kind: str, what: str) -> list[str]:
     return [f"# HELP {name} {what}", f"# TYPE {name} {kind}"]
 
 
-def _engines(names: Sequence[str], table: Mapping[int, Entry], ranks: Sequence[int]) -> Iterator[str]:
+def _label(rank: int, model: str) -> str:
+    """The labels of what a rank says of a model; "": of none, as Prometheus has it where there is no label."""
+    escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'rank="{rank}",model="{escaped}"'
+
+
+def _engines(models: Sequence[Series], table: Mapping[int, Entry], ranks: Sequence[int]) -> Iterator[str]:
     for name, kind, what in GAUGES_AND_COUNTERS:
-        if name not in names:
+        having = [(place, one.model) for place, one in enumerate(models) if name in one.numbers]
+        if not having:
             continue
         full = f"dllm_{name}" + ("_total" if kind == "counter" else "")
         yield from _about(full, kind, what)
         for rank in ranks:
             gone = rank not in table or (kind == "gauge" and state_of(table[rank]) in GONE)
-            value: Any = 0 if gone else table[rank][0].get(name, 0)
-            yield f'{full}{{rank="{rank}"}} {value:.15g}'
+            for place, model in having:
+                value: Any = 0 if gone else table[rank][0]["models"][place].get(name, 0)
+                yield f"{full}{{{_label(rank, model)}}} {value:.15g}"
 
 
-def _requests(routes: Sequence[str], table: Mapping[int, Entry], ranks: Sequence[int]) -> Iterator[str]:
-    nothing = [0.0] * ROW
-    rows = [
-        (f'rank="{rank}",route="{route}"', table[rank][0]["rows"].get(place, nothing) if rank in table else nothing)
-        for rank in ranks
-        for place, route in enumerate(routes)
-    ]
+def _requests(
+    models: Sequence[Series], routes: Sequence[str], table: Mapping[int, Entry], ranks: Sequence[int]
+) -> Iterator[str]:
+    nothing, rows = [0.0] * ROW, list[tuple[str, Sequence[float]]]()
+    for rank in ranks:
+        report = table[rank][0] if rank in table else {"rows": {}, "models": [{"rows": {}}] * len(models)}
+        parts = [("", routes, report["rows"])]
+        parts += [(one.model, one.routes, said["rows"]) for one, said in zip(models, report["models"], strict=True)]
+        for model, known, counted in parts:
+            start = _label(rank, model)
+            rows += [(f'{start},route="{route}"', counted.get(place, nothing)) for place, route in enumerate(known)]
     yield from _about("dllm_requests_total", "counter", "requests answered; status 0: no answer began")
     for labels, row in rows:
         for status, count in zip(STATUSES, row[:TIMES], strict=True):

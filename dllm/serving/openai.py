@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,13 +186,13 @@ def json_number(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else -1e9
 
 
-def models_body(model: str, created: int) -> Json:
-    """The list of the only model. created : seconds since 1970."""
-    return {"object": "list", "data": [model_body(model, model, created)]}
+def models_body(models: Sequence[str], created: int) -> Json:
+    """The list of all models. created : seconds since 1970."""
+    return {"object": "list", "data": [model_body(one, models, created) for one in models]}
 
 
-def model_body(wanted: str, model: str, created: int) -> Json:
-    """What there is to say of the model `wanted`. Raises Refused where `model` is another."""
-    if wanted != model:
-        raise no_such_model(wanted, model)
-    return {"id": model, "object": "model", "created": created, "owned_by": "dllm"}
+def model_body(wanted: str, models: Sequence[str], created: int) -> Json:
+    """What there is to say of the model `wanted`. Raises Refused where it is none of `models`."""
+    if wanted not in models:
+        raise no_such_model(wanted, *models)
+    return {"id": wanted, "object": "model", "created": created, "owned_by": "dllm"}

@@ -1,6 +1,7 @@
 """The description of the interface at /openapi.json, in OpenAPI 3.1."""
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
 from .fields import CHOICES, NEUTRAL, SALT_LENGTH
@@ -50,25 +51,28 @@ def described_as(kind: str, of_sound: bool, of_pairs: bool) -> str:
     return {("classifier", True): SOUND}.get((kind, of_sound)) or (PAIRS if kind == "lm" and of_pairs else kind)
 
 
-def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kind: str = "lm", beams: int = CHOICES) -> Schema:
-    """The whole description, a dict.
+class Described(NamedTuple):
+    """A model of the description."""
 
-    Parameters
-    ----------
-    model : str
-    vocabulary : int
-    limits : limits.Limits
-    needs_token : bool
-    kind : str
-        Of POSTS.
-    beams : int
-        That a search may have.
-    """
-    posts = {path: {"post": _post(*post)} for path, post in POSTS[kind].items()}
-    used = {name for _, *names in POSTS[kind].values() for name in names} | {"Models", "Model", "Health", "Error"}
-    info = {"/tokenizer_info": {"get": _get("What the tokenizer is", _schema("TokenizerInfo"))}} if "/tokenize" in posts else {}
+    name: str
+    vocabulary: int
+    kind: str = "lm"  # of POSTS
+    beams: int = CHOICES  # that a search may have
+
+
+def describe(models: Sequence[Described], limits: Limits, needs_token: bool) -> Schema:
+    """The whole description, a dict: what any of the models answers."""
+    posts, requests = dict[str, Schema](), dict[str, Schema]()
+    for path in dict.fromkeys(path for one in models for path in POSTS[one.kind]):
+        having = [one for one in models if path in POSTS[one.kind]]
+        content, more = _bodies_of(path, having, limits)
+        whats = dict.fromkeys(POSTS[one.kind][path][0] for one in having)
+        posts[path] = {"post": _post("; ".join(whats), content, POSTS[having[0].kind][path][2])}
+        requests |= more
+    info = {"/tokenizer_info": {"get": _info(models)}} if "/tokenize" in posts else {}
+    used = {answer for one in models for _, _, answer in POSTS[one.kind].values()} | {"Models", "Model", "Health", "Error"}
     used |= {"TokenizerInfo"} if info else set()
-    schemas = _completions(model, vocabulary, limits, beams) | _requests(model, vocabulary) | _answers()
+    listed = "The models there are" if len(models) > 1 else "The model there is"
     description: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -79,12 +83,12 @@ def describe(model: str, vocabulary: int, limits: Limits, needs_token: bool, kin
             "/health": {"get": _get("How this rank and all others are", _schema("Health"))},
             "/health/ready": {"get": _ready()},
             "/metrics": {"get": _get("The same for Prometheus", {"type": "string"}, "text/plain")},
-            "/v1/models": {"get": _get("The model there is", _schema("Models"))},
-            "/v1/models/{model}": {"get": _named(model) | _get("The model of this name", _schema("Model"), JSON, 404)},
+            "/v1/models": {"get": _get(listed, _schema("Models"))},
+            "/v1/models/{model}": {"get": _named(models[0].name) | _get("The model of this name", _schema("Model"), JSON, 404)},
             **info,
             **posts,
         },
-        "components": {"schemas": {name: schema for name, schema in schemas.items() if name in used}},
+        "components": {"schemas": requests | {name: schema for name, schema in _answers().items() if name in used}},
     }  # fmt: skip
     _name_requests(description)
     if needs_token:
@@ -120,6 +124,40 @@ def _named(model: str) -> Schema:
     return {"parameters": [place]}
 
 
+def _info(models: Sequence[Described]) -> Schema:
+    """Of several models the one is asked about that is named, or the only one that has tokens."""
+    what, schema = "What the tokenizer is", _schema("TokenizerInfo")
+    if len(models) == 1:
+        return _get(what, schema)
+    names = [one.name for one in models if "/tokenize" in POSTS[one.kind]]
+    wanted = {"name": "model", "in": "query", "required": len(names) > 1, "schema": {"enum": names}}
+    return {"parameters": [wanted]} | _get(what, schema, JSON, 400, 404)
+
+
+def _bodies_of(path: str, having: Sequence[Described], limits: Limits) -> tuple[Schema, Schema]:
+    """What requests for a path may be, by media type, and the schemas that this refers to. Of several models one is named."""
+    content, schemas = dict[str, list[Schema]](), dict[str, Schema]()
+    for number, one in enumerate(having, 1):
+        name = POSTS[one.kind][path][1]
+        schema = (_completions(one.name, one.vocabulary, limits, one.beams) | _requests(one.name, one.vocabulary))[name]
+        media = "multipart/form-data" if name in FORMS else JSON
+        if len(having) > 1:
+            name, schema = f"{name}{number}", _naming(schema, one.name)
+        schemas[name] = schema
+        content.setdefault(media, []).append(_schema(name))
+    told = {media: {"schema": {"oneOf": several} if len(several) > 1 else several[0]} for media, several in content.items()}
+    return told, schemas
+
+
+def _naming(schema: Schema, model: str) -> Schema:
+    """The schema of a request that has to name its model."""
+    if "oneOf" in schema:
+        return {"oneOf": [_naming(one, model) for one in schema["oneOf"]]}
+    return schema | {
+        "required": ["model", *schema["required"]], "properties": schema["properties"] | {"model": {"const": model}},
+    }  # fmt: skip
+
+
 def _ready() -> Schema:
     told = _content(_object(["status"], status={"enum": ["ok", "draining"]}))
     answers = {"200": {"description": "They should", **told}, "503": {"description": "Not any more", **told}}
@@ -139,14 +177,15 @@ def _name_requests(description: Schema) -> None:
             answer["headers"] = {name: {"$ref": f"#/components/headers/{name}"}}
 
 
-def _post(what: str, request: str, answer: str) -> Schema:
-    done, form = _content(_schema(answer)), "multipart/form-data" if request in FORMS else JSON
+def _post(what: str, content: Schema, answer: str) -> Schema:
+    """content : of requests, by media type"""
+    done = _content(_schema(answer))
     if answer == "Transcription":
         done["content"]["text/plain"] = {"schema": {"type": "string"}}
     if answer == "Completion":
         done["content"]["text/event-stream"] = {"schema": _object(["data"], data={"type": "string"})}  # of one event
     return {
-        "summary": what, "requestBody": {"required": True, **_content(_schema(request), form)},
+        "summary": what, "requestBody": {"required": True, "content": content},
         "responses": {"200": {"description": what, **done}, **_errors(400, 401, 403, 404, 408, 413, 500, 503, 504)},
     }  # fmt: skip
 
@@ -286,7 +325,7 @@ def _answers() -> Schema:
         finish_reason={"enum": ["stop", "length", None]},
     )  # fmt: skip
     known = ["rank", "state", "host", "pid", "active", "queued", "slots", "tokens_per_second", "heard_seconds_ago"]
-    rank = _object(known, rank=count)
+    rank, named = _object(known, rank=count), _object(["model", "kind"], model=text, kind=text)
     entry = _object(["id", "object"], id=text, object=text)
     embedding = _object(["object", "index", "embedding"], index=count, embedding={"anyOf": [_several(_number()), text]})
     word = _object(["word", "tag", "probability"], word=text, tag=text, probability=_number(0, 1))
@@ -323,6 +362,9 @@ def _answers() -> Schema:
         ),
         "Model": entry,
         "Models": _object(["object", "data"], object={"const": "list"}, data=_several(entry)),
-        "Health": _object(["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, ranks=_several(rank)),
+        "Health": _object(
+            ["status"], status={"enum": ["ok", "draining"]}, rank=_integer(0), model=text, models=_several(named),
+            ranks=_several(rank),
+        ),
         "Error": _object(["error"], error=error),
     }  # fmt: skip

@@ -25,7 +25,7 @@ from .streams import Cancel, Inbox, LocalStreams
 from .wire import write_news, write_question
 
 if TYPE_CHECKING:
-    from ..comm.membership import Membership
+    from .gossip_view import GossipView
 
 BEAT = 1.0  # seconds after which a rank that has nothing to say of a stream says so
 PATIENCE = 5.0  # seconds for a connection to begin, and for each message
@@ -37,14 +37,14 @@ UNREAD = 30_000  # milliseconds that a rank may leave something unread
 
 
 class Peers:
-    """All ranks, as one of them sees them.
+    """All ranks, as one of them sees them, for one model.
 
     Parameters
     ----------
-    gossip : comm.membership.Membership
+    gossip : gossip_view.GossipView
     local : streams.LocalStreams
     keys : sealed.Keys
-        That all ranks have agreed on.
+        That all ranks have agreed on, about this model.
     limits : limits.Limits
         Of requests, those of other ranks, too.
 
@@ -52,11 +52,13 @@ class Peers:
     ----------
     callers : int
         Streams that this rank computes for others.
+    port : int
+        Where it takes them; 0: not yet.
     """
 
-    def __init__(self, gossip: Membership, local: LocalStreams, keys: Keys, limits: Limits) -> None:
+    def __init__(self, gossip: GossipView, local: LocalStreams, keys: Keys, limits: Limits) -> None:
         self.gossip, self.local, self.keys, self.limits, self.rank = gossip, local, keys, limits, gossip.rank
-        self.callers = 0
+        self.callers = self.port = 0
         self._strangers: dict[asyncio.StreamWriter, None] = {}  # in the order in which they came
         self._shunned: dict[int, float] = {}  # rank -> until when, of the monotonic clock
         self._handed: dict[int, tuple[int, int]] = {}  # rank -> (count of its report, streams that it got since)
@@ -67,8 +69,8 @@ class Peers:
         server = await asyncio.start_server(self._serve, address, 0)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have what their listener has
             server.sockets[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
-        port: int = server.sockets[0].getsockname()[1]
-        return port
+        self.port = server.sockets[0].getsockname()[1]
+        return self.port
 
     def choose_rank(self, streams: int) -> int:
         """The rank for a request of so many streams: this one, unless it has no room and another has."""
@@ -76,7 +78,7 @@ class Peers:
         if load["active"] + load["queued"] + streams <= load["slots"]:
             return self.rank
         free: dict[int, int] = {}
-        table, known = self.gossip.table(), dict(self.gossip.known)
+        table, known = self.gossip.table(), self.gossip.known
         here = table[self.rank][0]["host"] if self.rank in table else ""
         for rank, entry in table.items():
             report = entry[0]

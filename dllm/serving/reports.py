@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NotRequired, TypeAlias, TypedDict, TypeVar
 
 import msgspec
 
@@ -14,6 +14,9 @@ from .counts import Place, Row
 if TYPE_CHECKING:
     from ..comm.membership import Membership
 
+Engines = TypeVar("Engines")
+MOST_MODELS = 64
+RANK, MODEL = 8192, 4096  # bytes of JSON that a report may have of its rank, and of each model
 SILENT = 3.0  # seconds without a word after which a rank is taken for gone
 NEWS = 2.5  # seconds in which all ranks that are well have said something new; usually a tenth of it
 LOOK = 0.02  # seconds between looks at what they have said
@@ -23,15 +26,10 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
 
 
-class RankReport(TypedDict):
-    """What a rank says of itself by gossip: at most membership.ENTRY bytes of JSON, and about a tenth of that as a rule."""
+class EngineReport(TypedDict):
+    """What a rank says of one of its models."""
 
-    host: Annotated[str, msgspec.Meta(max_length=64, pattern=PLAIN)]
-    pid: Count
     address: tuple[Annotated[str, msgspec.Meta(max_length=128, pattern=PLAIN)], Port]  # for other ranks
-    made: Seconds  # since 1970, of its clock
-    draining: bool
-    drained: bool
     active: Count
     queued: Count
     slots: Count
@@ -41,11 +39,33 @@ class RankReport(TypedDict):
     cache_hits: NotRequired[Count]  # these three as the kind of engine has them
     cache_bytes: NotRequired[Count]
     source_rows: NotRequired[Count]
-    rows: dict[Place, Row]  # of the routes that were asked for
+    rows: dict[Place, Row]  # of the model's routes that were asked for
+
+
+class RankReport(TypedDict, Generic[Engines]):
+    """What a rank says of itself by gossip: at most `room` bytes of JSON, and about a tenth of that as a rule."""
+
+    host: Annotated[str, msgspec.Meta(max_length=64, pattern=PLAIN)]
+    pid: Count
+    made: Seconds  # since 1970, of its clock
+    draining: bool
+    drained: bool
+    rows: dict[Place, Row]  # of requests that reached no model
+    models: Engines  # in the order of the command
+
+
+def report_of(models: int) -> Any:
+    """The type of reports of ranks with so many models, for msgspec."""
+    return RankReport[Annotated[list[EngineReport], msgspec.Meta(min_length=models, max_length=models)]]
+
+
+def room(models: int) -> int:
+    """Bytes that a report may have as JSON."""
+    return RANK + models * MODEL
 
 
 Entry: TypeAlias = tuple[Mapping[str, Any], float, bool]  # a rank's report, seconds since it was heard of, whether it died
-SHOWN = ("host", "pid", "active", "queued", "slots", "tokens", "tokens_per_second")  # of a report, by /health
+LOAD = ("active", "queued", "slots", "tokens", "tokens_per_second")  # of a model, by /health
 
 
 def state_of(entry: Entry) -> str:

@@ -15,8 +15,9 @@ from starlette.responses import Response, StreamingResponse
 
 from ..inference.evaluation import perplexity
 from ..kernels.types import Array
+from .bodies import read_body
 from .errors import BUSY, Refused
-from .fields import CHOICES, Fields, Json, read_json
+from .fields import CHOICES, Fields, Json
 from .openai import encode, json_number, usage
 from .requests import Event, Finished, Request, Token
 from .streamed_text import Prompt
@@ -24,7 +25,7 @@ from .streams import Inbox, collect, unless_disconnected
 from .tokens import mixed
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 EMBEDDED = 2048  # texts of a request, as OpenAI has it
 PATIENCE, NAP = 20.0, 0.05  # seconds that a turn of a request waits for room, and between its tries
@@ -32,7 +33,7 @@ PATIENCE, NAP = 20.0, 0.05  # seconds that a turn of a request waits for room, a
 
 async def score(service: Service, request: HttpRequest) -> Response:
     """The log-probability of each token, nats; the first has none. Raises Refused, Disconnected."""
-    fields = Fields(read_json(await request.body()), service.name)
+    fields = Fields(await read_body(request), service.name)
     if service.vocabulary.tokenizer.pairs and fields.body.get("tokens") is None:
         return await _score_target(service, request, fields)
     given = [name for name in ("text", "tokens") if fields.body.get(name) is not None]
@@ -103,7 +104,7 @@ async def embeddings(service: Service, request: HttpRequest) -> Response:
 
     Many texts are computed some at a time, so that others have their turn, and are written some at a time.
     """
-    fields = Fields(read_json(await request.body()), service.name)
+    fields = Fields(await read_body(request), service.name)
     inputs = fields.texts("input", service.vocabulary.size, EMBEDDED)
     form = fields.get("encoding_format", "float")
     if form not in ("float", "base64"):

@@ -3,8 +3,8 @@
 Each rank makes a key pair of X25519 (RFC 7748) when it starts, and public keys go to all ranks by MPI. Of a connection, key of
 a direction and what is sent are
 
-    key         = HKDF-SHA256(salt = nonce of the caller | nonce of the other, ikm = X25519 secret | common secret,
-                              info = caller, other, direction)                                        (RFC 5869)
+    key         = HKDF-SHA256(salt = nonce of the caller | nonce of the other | what it is about,
+                              ikm = X25519 secret | common secret, info = caller, other, direction)   (RFC 5869)
     frame n     = length | ChaCha20Poly1305(key, nonce = n, what is sealed, aad = length)             (RFC 8439)
     what is sealed = length of the message | message | zeros up to a multiple of PAD
 
@@ -19,6 +19,7 @@ A rank's private key opens nothing between two others. Sizes are rounded up, sin
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ class Keys:
     """
 
     def __init__(self, rank: int) -> None:
-        self.rank, self._private = rank, X25519PrivateKey.generate()
+        self.rank, self._private, self._about = rank, X25519PrivateKey.generate(), b""
         self.public = self._private.public_key().public_bytes_raw().hex()
         self._shared: dict[int, bytes] = {}
 
@@ -68,6 +69,12 @@ class Keys:
                 except ValueError:
                     raise UserError(f"rank {rank} sent no public key: start all ranks with the same version of dllm") from None
 
+    def about(self, what: bytes) -> Keys:
+        """The same for connections that are about this alone: of one that is about something else they open nothing."""
+        keys = copy.copy(self)
+        keys._about = what
+        return keys
+
     def of_connection(self, caller: int, other: int, nonces: bytes) -> tuple[Seal, Seal]:
         """What seals the frames to `other`, and those to `caller`. Raises NotSealed where that is no rank."""
         shared = self._shared.get(caller if other == self.rank else other)
@@ -75,7 +82,7 @@ class Keys:
             raise NotSealed(f"there is no other rank {caller}")
         ends = b"dllm serve %d calls %d, " % (caller, other)
         to_other, to_caller = (
-            Seal(HKDF(SHA256(), length=32, salt=nonces, info=ends + direction).derive(shared))
+            Seal(HKDF(SHA256(), length=32, salt=nonces + self._about, info=ends + direction).derive(shared))
             for direction in (b"question", b"answer")
         )
         return to_other, to_caller

@@ -23,15 +23,17 @@ from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
 from ..remote.http import is_loopback
-from .app import Service
+from .app import App
 from .connection import Connection
 from .engine import Engine
+from .gossip_view import GossipView
 from .limits import Limits
 from .log import Log
 from .origins import Origins
 from .peers import Peers
-from .reports import RankReport
+from .reports import report_of, room
 from .sealed import Keys
+from .service import Service
 from .streams import LocalStreams
 from .tokens import Clients, stretched
 
@@ -51,9 +53,8 @@ class Server:
         Collective.
     node : NodeInfo
         Where this rank is.
-    model : LoadedModel
-    engine : Engine
-        Started.
+    served : sequence of (LoadedModel, Engine)
+        The models, and the engine of each, started.
     options : argparse.Namespace
         Of the command.
     tokens : sequence of str
@@ -66,34 +67,34 @@ class Server:
         self,
         comm: MPI.Comm,
         node: NodeInfo,
-        model: LoadedModel,
-        engine: Engine[Any],
+        served: Sequence[tuple[LoadedModel, Engine[Any]]],
         options: argparse.Namespace,
         tokens: Sequence[str],
         listener: socket.socket,
     ) -> None:
-        self.comm, self.model, self.engine, self.options, self.clients = comm, model, engine, options, Clients(tokens)
+        self.comm, self.served, self.options, self.clients = comm, served, options, Clients(tokens)
         self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
         self.keys = agreed_keys(comm, tokens)
         host = listener.getsockname()[0]
         self.origins = Origins(not is_loopback(host), options.allow_host, options.allow_origin)
         with runtime.together(comm):
             self.listen_at, self.address = peer_addresses(host, options.host, options.interface, node.ranks == comm.size)
-        self.port = 0  # until it is known
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
         self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
-        self.gossip = Membership(comm, self.report, RankReport)
+        self.gossip = Membership(comm, self.report, report_of(len(served)), room(len(served)))
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, source=options.max_source, tokens=options.max_tokens,
             requests=options.max_requests, connections=options.max_connections, deadline=options.deadline,
         )  # fmt: skip
-        self.service: Service  # and this, of _run
+        self.app: App  # and this, of _run
         self.http: _Http
 
     def report(self) -> dict[str, Any]:
         """What other ranks shall know. In the thread of the gossip."""
-        known = {**self.fixed, "made": time.time(), "address": (self.address, self.port)}  # made before its numbers are read
-        return {**known, **self.service.numbers(), "draining": self.state != "ok", "drained": self.state == "drained"}
+        known = {**self.fixed, "made": time.time(), **self.app.report()}  # made before its numbers are read
+        for one, told in zip(self.app.services, known["models"], strict=True):
+            told["address"] = self.address, one.peers.port
+        return {**known, "draining": self.state != "ok", "drained": self.state == "drained"}
 
     def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
@@ -104,15 +105,27 @@ class Server:
         self.log.capture_libraries()
         self.log.start()
         asyncio.run(self._run(stopping))
-        return 0 if self.engine.load()["alive"] else 1
+        return 0 if self.alive else 1
+
+    @property
+    def alive(self) -> bool:
+        """Whether all engines work."""
+        return all(engine.load()["alive"] for _, engine in self.served)
+
+    def _service(self, place: int, loop: asyncio.AbstractEventLoop) -> Service:
+        """What answers for a model. place : in the order of the command"""
+        model, engine = self.served[place]
+        local, keys = LocalStreams(engine, loop), self.keys.about(model.fingerprint.encode())
+        peers = Peers(GossipView(self.gossip, place), local, keys, self.limits)
+        return Service(model, local, peers, self.limits, self.options.log_prompts)
 
     async def _run(self, stopping: Sequence[bool]) -> None:
         loop = asyncio.get_running_loop()
-        local = LocalStreams(self.engine, loop)
-        peers = Peers(self.gossip, local, self.keys, self.limits)
-        self.service = Service(self.model, local, peers, self.limits, self.log, self.options.log_prompts)
-        self.port = await peers.listen(self.listen_at)
-        app = self.service.app(self.clients, self.origins, self.options.root_path)
+        services = [self._service(place, loop) for place in range(len(self.served))]
+        for one in services:
+            await one.peers.listen(self.listen_at)
+        self.app = App(services, self.gossip, self.limits, self.log)
+        app = self.app.asgi(self.clients, self.origins, self.options.root_path)
         self.gossip.start()
         config = uvicorn.Config(
             app, http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
@@ -124,12 +137,12 @@ class Server:
             loop.add_signal_handler(number, self.stop)
         if stopping:
             self.stop()
-        self.log("serving", model=self.model.name, port=self.listener.getsockname()[1], pid=os.getpid())
+        self.log("serving", model=", ".join(self.app.names), port=self.listener.getsockname()[1], pid=os.getpid())
         watch = loop.create_task(self._watch())
         await self.http.serve(sockets=[self.listener])
         watch.cancel()
         end = time.monotonic() + self.options.drain
-        while peers.callers and self.stops < 2 and time.monotonic() < end:
+        while any(one.peers.callers for one in services) and self.stops < 2 and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self.state = "drained"
         await self._wait_for_others()
@@ -138,14 +151,14 @@ class Server:
         """The first time no new requests are taken, the second time nothing is finished any more."""
         self.stops += 1
         if self.stops == 1:
-            self.state = self.service.state = "draining"
+            self.state = self.app.state = "draining"
         self.http.should_exit = True
         self.http.force_exit = self.stops > 1
         self.log("draining")
 
     async def _watch(self) -> None:
         """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
-        while self.engine.load()["alive"]:
+        while self.alive:
             await asyncio.sleep(0.5)
             self.log.catch_up()
         self.log("failed")
@@ -153,7 +166,7 @@ class Server:
 
     async def _wait_for_others(self) -> None:
         """Where the end of one rank is the end of all, none leaves before all others have finished."""
-        if self.gossip.survivable or not self.engine.load()["alive"]:
+        if self.gossip.survivable or not self.alive:
             return
         while self.stops < 2:
             table = self.gossip.table()
@@ -164,7 +177,8 @@ class Server:
     def leave(self, code: int) -> None:
         """End this process with an exit code."""
         self.state = "drained"
-        self.engine.stop(0)
+        for _, engine in self.served:
+            engine.stop(0)
         self.log.catch_up(ending=True)
         self.log("ended")
         self.log.end()

@@ -13,7 +13,7 @@ from .requests import Finished, SourceRequest
 from .streams import Inbox, collect, unless_disconnected
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 
 def check_source(service: Service, source: Array, field: str) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from .bodies import read_body
 from .completions import CompletionChoice, CompletionRun, EventStream, answer
 from .errors import Refused
-from .fields import Fields, read_json
+from .fields import Fields
 from .openai import Completion
 from .requests import Event, Finished, SourceRequest, Token
 from .scoring import score_body, source_and_target
@@ -19,7 +20,7 @@ from .sources import ask, check_source
 from .streams import check_finished
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 
 class TargetRun(CompletionRun):
@@ -62,7 +63,7 @@ async def complete(service: Service, request: HttpRequest) -> Response | EventSt
 
     Raises Refused, Disconnected.
     """
-    body = read_json(await request.body())
+    body = await read_body(request)
     wanted = Completion.read(body, service.name, service.vocabulary.size, service.limits.tokens, searched=True)
     prompts = await service.read_prompts(wanted.prompts, "prompt", service.vocabulary.source)
     for prompt in prompts:
@@ -77,7 +78,7 @@ async def complete(service: Service, request: HttpRequest) -> Response | EventSt
 
 async def score(service: Service, request: HttpRequest) -> Response:
     """How probable a target is after its source: log P of its tokens and its end, nats. Raises Refused, Disconnected."""
-    fields = Fields(read_json(await request.body()), service.name)
+    fields = Fields(await read_body(request), service.name)
     texts = source_and_target(service, fields)
     fields.refuse_unread()
     (source,) = await service.read_prompts(texts[:1], "source", service.vocabulary.source)

@@ -11,16 +11,17 @@ from starlette.responses import Response
 
 from ..data.tokenizers import END_OF_LINE, WordTokenizer
 from ..errors import UserError
+from .bodies import read_body
 from .errors import Refused
-from .fields import Fields, Json, read_json
+from .fields import Fields, Json
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 
 async def tokenize(service: Service, request: HttpRequest) -> Response:
     """The token numbers of a text: those that /v1/completions reads. Raises Refused, UserError."""
-    fields = Fields(read_json(await request.body()), service.name)
+    fields = Fields(await read_body(request), service.name)
     if not isinstance(fields.body.get("prompt"), str):
         raise Refused("prompt must be there, a string", "prompt")
     text = [fields.body["prompt"]] if not fields.get("prompt") else fields.texts("prompt", service.vocabulary.size, most=1)
@@ -37,7 +38,7 @@ async def tokenize(service: Service, request: HttpRequest) -> Response:
 
 async def detokenize(service: Service, request: HttpRequest) -> Response:
     """The text of token numbers. Raises Refused."""
-    fields = Fields(read_json(await request.body()), service.name)
+    fields = Fields(await read_body(request), service.name)
     tokens = fields.get("tokens")
     if not isinstance(tokens, list) or not all(type(one) is int for one in tokens):
         raise Refused("tokens must be there, a list of token numbers", "tokens")

@@ -8,16 +8,28 @@ from types import SimpleNamespace
 import httpx
 
 from dllm.inference.loaded_model import LoadedModel
-from dllm.serving.app import Service
+from dllm.serving.app import App
 from dllm.serving.engines import make_engine
 from dllm.serving.limits import Limits
 from dllm.serving.log import Log
 from dllm.serving.peers import Peers
+from dllm.serving.service import Service
 from dllm.serving.streams import LocalStreams
 from dllm.serving.tokens import Clients
 
 LIMIT = 60  # seconds, of any test
 OPTIONS = {"slots": 8, "queue": 64, "cache": 1 << 20, "precision": "fp32", "max_source": 64}
+
+
+def client_of(served, tokens=(), **limits):
+    """A client of a rank that is alone, with models and their engines. In the event loop."""
+    bounds, services = Limits(source=64, **limits), []
+    gossip = SimpleNamespace(rank=0, size=1, table=dict, known={})
+    for model, engine in served:
+        local = LocalStreams(engine, asyncio.get_running_loop())
+        services.append(Service(model, local, Peers(gossip, local, None, bounds), bounds))
+    application = App(services, gossip, bounds, Log(0)).asgi(Clients(tokens))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here")
 
 
 class Asked:
@@ -35,11 +47,7 @@ class Asked:
         """The responses to several requests at once, each (path, body)."""
 
         async def work():
-            local, bounds = LocalStreams(self.engine, asyncio.get_running_loop()), Limits(source=64, **limits)
-            gossip = SimpleNamespace(rank=0, table=dict, known={})
-            service = Service(self.model, local, Peers(gossip, local, None, bounds), bounds, Log(0))
-            transport = httpx.ASGITransport(service.app(Clients()))
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            async with client_of([(self.model, self.engine)], **limits) as client:
                 return await asyncio.gather(
                     *(client.get(path) if body is None else client.post(path, content=json.dumps(body)) for path, body in asked)
                 )

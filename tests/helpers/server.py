@@ -19,11 +19,13 @@ SURVIVES = flavour() == "openmpi"
 class Server(Job):
     """`dllm serve MODEL` on some ranks, by mpirun; keep: by its own launcher instead. Entering its `with` waits for it.
 
+    model : of one model, or of several
     spied : a new folder, where helpers.spy writes what MPI is given
     """
 
     def __init__(self, model, *options, ranks=2, keep=False, token=None, timeout=200, spied=None):
-        words = ["-m", "dllm", "serve", model, "--port", 0, *options, *(["-n", ranks] if keep else [])]
+        models = model if isinstance(model, list) else [model]
+        words = ["-m", "dllm", "serve", *models, "--port", 0, *options, *(["-n", ranks] if keep else [])]
         if spied:
             spied.mkdir()
             words = ["-m", "helpers.spy", spied, "dllm.serve", *words[3:]]

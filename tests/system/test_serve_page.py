@@ -8,10 +8,12 @@ import urllib.parse
 
 import httpx
 import pytest
+from helpers.model_folders import make, make_kind
 from helpers.server import SURVIVES, Server
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -94,6 +96,25 @@ def test_the_page_streams_a_text_and_shades_it(world, browser):
         page.until(lambda: "not in the vocabulary" in page["notes"].text, "reason")
 
 
+def test_whoever_looks_at_several_models_chooses_one(tmp_path, browser):
+    for name, hidden in (("small", 18), ("large", 30)):
+        make(tmp_path / name, hidden=hidden)
+    make_kind(tmp_path / "classes", {"kind": "classifier"})
+    with Server([tmp_path / "small", tmp_path / "classes", tmp_path / "large"], ranks=2) as server:
+        page = Page(browser, server)
+        assert page["model"].text == "small, classes, large"
+        assert page["which"].is_displayed()
+        for name in ("large", "small"):
+            Select(page["asked"]).select_by_visible_text(name)
+            page.fill(prompt="bcd", max_tokens=30, seed=5)
+            page["run"].click()
+            page.until(lambda: len(page.tokens()) == 30 and not page.is_busy(), "thirty tokens")
+            answer = server.complete("bcd", model=name, max_tokens=30, seed=5, temperature=0.8, top_p=0.95).json()
+            assert "".join(text for text, _ in page.tokens()) == answer["choices"][0]["text"]
+        assert [one.text for one in Select(page["asked"]).options] == ["small", "large"]
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
 def test_the_page_fits_a_phone_in_light_and_dark_and_asks_nobody_else(world, browser):
     with Server(world / "run", ranks=2) as server:
         phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
@@ -109,7 +130,7 @@ def test_the_page_fits_a_phone_in_light_and_dark_and_asks_nobody_else(world, bro
             is_light = lambda colour: sum(map(int, re.findall(r"\d+", colour)[:3])) > 384
             assert (is_light(ink), is_light(paper)) == (scheme == "dark", scheme == "light")
         labels = {label.get_attribute("for") for label in browser.find_elements(By.TAG_NAME, "label")}
-        assert {one.get_attribute("id") for one in browser.find_elements(By.CSS_SELECTOR, "input, textarea")} == labels
+        assert {one.get_attribute("id") for one in browser.find_elements(By.CSS_SELECTOR, "input, textarea, select")} == labels
         assert page["prompt"] == browser.switch_to.active_element
         policy = httpx.get(f"{server.url}/").headers["content-security-policy"]
         assert "default-src 'none'" in policy

@@ -119,6 +119,17 @@ def test_keys_and_frames_are_those_of_the_standards():
             assert seal.close(b"text", b"beside") == expected
 
 
+def test_a_connection_about_something_else_opens_nothing():
+    """As one that is led to the port of another model."""
+    early = [keys.about(b"this") for keys in (Keys(0), Keys(1))]
+    for keys in early:  # those who agree later know it, too
+        keys.agree([each.public for each in early])
+    assert run(*early) == ([SECRET], ANSWERS, [])
+    that = early[1].about(b"that")
+    assert run(early[0], that, patience=2)[:2] == ([], [])
+    assert run(early[0].about(b"that"), that) == ([SECRET], ANSWERS, [])
+
+
 @pytest.mark.parametrize(
     "who",
     [

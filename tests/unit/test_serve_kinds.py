@@ -1,97 +1,32 @@
-"""The routes of models that read sources, in one process: what they answer, and what they refuse in one clear line."""
+"""The routes of models that read sources, in one process: what they answer, and how they are described."""
 
-import asyncio
-import contextlib
-import io
 import json
 import math
 import re
-import threading
-from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
-from helpers.model_folders import make_kind
+from helpers.kinds import SHAPES, TARGET, Kinds, recording
 
-from dllm.data import audio
-from dllm.data.tokenizers import ByteTokenizer, CharTokenizer
-from dllm.errors import UserError
+from dllm.data.tokenizers import ByteTokenizer
 from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.labelling import words_of
-from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
 from dllm.inference.speech import BEAMS
-from dllm.serving import engines as engines_table
-from dllm.serving.app import Service
-from dllm.serving.engines import make_engine
 from dllm.serving.labels import _Words
-from dllm.serving.limits import Limits
-from dllm.serving.log import Log
-from dllm.serving.peers import Peers
-from dllm.serving.routes import HANDLERS, PATHS
-from dllm.serving.streams import LocalStreams
-from dllm.serving.tokens import Clients
-
-LIMIT = 60  # seconds, of any test
-OPTIONS = {"slots": 8, "queue": 64, "cache": 0, "precision": "fp32", "max_source": 64}
-SHAPES = {
-    "lm": {},
-    "seq2seq": {"bidirectional": True, "layers": 2},
-    "tagger": {"bidirectional": True},
-    "classifier": {"bidirectional": True},
-    "ctc": {"bidirectional": True, "features": 5},
-    "sound": {"kind": "classifier", "features": 5},
-}
-TARGET = {"prompt": "abcab", "max_tokens": 8}
+from dllm.serving.routes import HANDLERS
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, shape in SHAPES.items():
-        make_kind(folder / name, {"kind": name} | shape)
-    return {name: LoadedModel.open(folder / name) for name in SHAPES}
+def ask(tmp_path_factory):
+    kinds = Kinds(tmp_path_factory.mktemp("models"))
+    yield kinds
+    kinds.stop()
 
 
 @pytest.fixture(scope="module")
-def engines(models):
-    """name, slots -> its engine, started when it is asked for."""
-    started = {}
-
-    def find(name, slots):
-        if (name, slots) not in started:
-            started[name, slots] = make_engine(models[name], SimpleNamespace(**OPTIONS | {"slots": slots}), 1)
-            started[name, slots].start()
-        return started[name, slots]
-
-    yield find
-    for engine in started.values():
-        engine.stop()
-
-
-@pytest.fixture
-def ask(models, engines):
-    """ask(name, path, ...): the response of a server of that model, or of several requests at once."""
-
-    def send(name, *requests, tokens=(), slots=8, in_turn=False, **limits):
-        async def work():
-            local = LocalStreams(engines(name, slots), asyncio.get_running_loop())
-            gossip = SimpleNamespace(rank=0, size=1, table=dict, known={})
-            bounds = Limits(source=64, **limits)
-            service = Service(models[name], local, Peers(gossip, local, None, bounds), bounds, Log(0))
-            transport = httpx.ASGITransport(service.app(Clients(tokens)))
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                asked = [client.request(**{"method": "POST", "url": path} | what) for path, what in requests]
-                return [await one for one in asked] if in_turn else await asyncio.gather(*asked)
-
-        return asyncio.run(asyncio.wait_for(work(), LIMIT))
-
-    def one(name, path, body=None, **more):
-        return send(name, (path, {"content": json.dumps(body)} if body else more))[0]
-
-    one.together = send
-    return one
+def models(ask):
+    return ask.models
 
 
 def searched(model, source, **how):
@@ -164,17 +99,6 @@ def test_words_get_tags_and_texts_a_class(ask, models):
     assert ends[0] == ends[1]
 
 
-def recording(seconds=0.2):
-    samples = np.sin(np.arange(int(8000 * seconds)) / 5).astype(np.float32)
-    with io.BytesIO() as file:
-        with contextlib.closing(audio.wave.open(file, "wb")) as out:
-            out.setnchannels(1)
-            out.setsampwidth(2)
-            out.setframerate(8000)
-            out.writeframes((samples * 30000).astype("<i2").tobytes())
-        return file.getvalue(), audio.Sound(samples, 8000)
-
-
 def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models):
     pytest.importorskip("python_multipart")
     data, sound = recording()
@@ -191,85 +115,6 @@ def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models)
     assert sum(entry["probabilities"].values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("what", "status", "says"),
-    [
-        ({"files": {"file": ("x", b"RIFF")}}, 400, "file: it is no WAV file"),
-        ({"files": {"file": ("x", recording(3)[0])}}, 400, "file: it is longer than 1 seconds"),
-        ({"data": {"model": "ctc"}}, 400, "multipart/form-data"),
-        ({"files": {"other": ("x", b"")}}, 400, "unknown parameter 'other'"),
-        ({"files": [("file", ("x", b"")), ("file", ("y", b""))]}, 400, "[Tt]oo many files"),
-        ({"files": {"file": ("x", b"")}, "data": {"model": "x"}}, 404, "there is no model 'x'"),
-        ({"files": {"file": ("x", b"")}, "data": {"response_format": "srt"}}, 400, "json or text"),
-        ({"files": {"file": ("x", b"0" * (2 << 20))}}, 413, "the body is larger"),
-        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
-        ({"content": b"--x\r\n\xff\xff", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, "."),
-    ],
-)
-def test_recordings_that_are_none_are_refused(ask, what, status, says):
-    pytest.importorskip("python_multipart")
-    response = ask("ctc", "/v1/audio/transcriptions", **what)
-    refused(response, status, says)
-
-
-def refused(response, status, says):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert "\n" not in error["message"]
-    assert re.search(says, error["message"]), error
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "body", "status", "says"),
-    [
-        ("tagger", "/v1/completions", {"prompt": "a"}, 404, "tagger is a model of kind tagger: ask it by POST /v1/tag"),
-        ("lm", "/v1/tag", {"input": "a"}, 404, "of kind lm: ask it by POST /v1/completions, /v1/score, /v1/embeddings"),
-        ("classifier", "/v1/audio/transcriptions", {"file": "a"}, 404, "POST /v1/classify"),
-        ("seq2seq", "/v1/embeddings", {"input": "a"}, 404, "POST /v1/completions, /v1/score"),
-        ("seq2seq", "/v1/score", {"text": "abc"}, 400, "source must be there"),
-        ("seq2seq", "/v1/score", {"source": "", "target": "a"}, 400, "source is empty"),
-        ("seq2seq", "/v1/score", {"source": "a", "target": 5}, 400, "target must be there, a string"),
-        ("seq2seq", "/v1/score", {"source": "a", "target": "b", "x": 1}, 400, "unknown parameter 'x'"),
-        ("seq2seq", "/v1/completions", {"prompt": ""}, 400, "prompt is empty"),
-        ("seq2seq", "/v1/completions", {"prompt": "Z"}, 400, "."),
-        ("seq2seq", "/v1/completions", {"prompt": "a" * 65}, 413, "prompt has 65 tokens or frames; 64 are read"),
-        ("seq2seq", "/v1/completions", {"prompt": [13]}, 400, "token numbers are from 0 to 12"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "temperature": 0.7}, 400, "temperature: targets are searched for"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "top_k": 3}, 400, "top_k: targets"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "echo": True}, 400, "echo: a source"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "best_of": 3, "stream": True}, 400, "stream goes with"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "n": 2, "logprobs": 1}, 400, "logprobs goes with"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "n": 3, "best_of": 2}, 400, "best_of must be an integer from 3"),
-        ("seq2seq", "/v1/completions", {"prompt": "a", "best_of": 9}, 400, "best_of may be 8 here"),
-        ("lm", "/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, 400, "stream goes with best_of = n"),
-        ("tagger", "/v1/tag", {"input": " "}, 400, "a text without a word"),
-        ("tagger", "/v1/tag", {"input": [["a"]]}, 400, "input must be a string or a list of strings"),
-        ("tagger", "/v1/tag", {"input": [1, 2]}, 400, "input must be a string or a list of strings"),
-        ("tagger", "/v1/tag", {"input": ["a"] * 65}, 400, "input has 65 parts"),
-        ("tagger", "/v1/tag", {"input": "a" * 65}, 413, "input has 65 tokens"),
-        ("tagger", "/v1/tag", {"input": "\ud800"}, 400, "surrogate"),
-        ("classifier", "/v1/classify", {"input": ""}, 400, "input is empty"),
-        ("classifier", "/v1/classify", {"input": "a", "model": "other"}, 404, "there is no model 'other'"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_answered_is_refused_in_one_line(ask, name, path, body, status, says):
-    refused(ask(name, path, body), status, says)
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        ({"prompt": ["a"] * 5, "best_of": 8, "max_tokens": 4096}, "best_of x tokens x .* are 163840; 131072 are allowed"),
-        ({"prompt": "a" * 64, "best_of": 33}, "best_of x tokens of a source are 2112; 2048 are allowed"),
-        ({"prompt": ["a", "a" * 64], "best_of": 40, "n": 2, "max_tokens": 9}, "tokens of a source are 2560"),
-        ({"prompt": ["a"] * 8, "n": 1, "logprobs": 20, "max_tokens": 1000}, "choices x tokens x .* are 168000"),
-    ],
-)
-def test_a_search_holds_no_more_than_a_request_may(ask, more, says):
-    ((response),) = ask.together("seq2seq", ("/v1/completions", {"json": more}), slots=40)
-    refused(response, 400, says)
-
-
 def test_many_requests_get_what_each_gets_alone(ask):
     prompts = ["a", "abcabcabc", "kkj", "hgfed", "b" * 40]
     alone = [ask("seq2seq", "/v1/completions", TARGET | {"prompt": prompt}).json()["choices"] for prompt in prompts]
@@ -278,83 +123,15 @@ def test_many_requests_get_what_each_gets_alone(ask):
     assert [one.json()["choices"] for one in together] == alone
 
 
-def test_without_a_library_for_forms_models_of_sound_are_refused_before_they_are_served(models, monkeypatch):
-    monkeypatch.setattr(engines_table.importlib.util, "find_spec", lambda name: None)
-    engines_table.check_forms(models["tagger"])
-    with pytest.raises(UserError, match="takes python-multipart"):
-        engines_table.check_forms(models["ctc"])
-
-
 def test_no_tokens_asked_for_is_an_empty_text(ask):
     (choice,) = ask("seq2seq", "/v1/completions", {"prompt": "abc", "max_tokens": 0}).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "length")
-
-
-@pytest.mark.parametrize(
-    "charset", ["punycode", "idna", "hex", "utf-7", "undefined", "a\0b", "utf-16", "\xe9", "unicode_escape"]
-)
-@pytest.mark.parametrize("name", ["ctc", "sound"])
-def test_a_form_in_another_code_is_refused(ask, name, charset):
-    pytest.importorskip("python_multipart")
-    path = "/v1/classify" if name == "sound" else "/v1/audio/transcriptions"
-    data = b'--x\r\nContent-Disposition: form-data; name="f\xffile-"; filename="\xff-"\r\n\r\nabc-\xff\r\n--x--\r\n'
-    for kind in (f"multipart/form-data; boundary=x; charset={charset}", f'Multipart/Form-Data;CHARSET="{charset}"; boundary=x'):
-        refused(ask(name, path, content=data, headers={b"content-type": kind.encode("latin-1")}), 400, "charset|form")
-
-
-def test_sound_that_is_too_loud_for_numbers_is_refused(ask):
-    pytest.importorskip("python_multipart")
-    soundfile = pytest.importorskip("soundfile")
-    loud = np.repeat(np.tile(np.float32([3.4e38, -3.4e38]), 40), 100)  # at another rate it would go beyond its edges
-    for name, path in (("ctc", "/v1/audio/transcriptions"), ("sound", "/v1/classify")):
-        with io.BytesIO() as file:
-            soundfile.write(file, loud, 16000, format="WAV", subtype="FLOAT")
-            refused(ask(name, path, files={"file": ("x.wav", file.getvalue())}), 400, "^file: it has samples of 3.4e.38")
 
 
 def test_a_word_to_tag_ends_at_white_space_of_ascii_alone():
     text = _Words(ByteTokenizer(), "no\u00a0break and\x85more")
     assert text.words == ["no\u00a0break", "and\x85more"]
     assert text.starts.tolist() == [0, len(text.words[0].encode())]
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "body"),
-    [
-        ("tagger", "/v1/tag", {"input": "a" * 5000}),
-        ("classifier", "/v1/classify", {"input": ["a", "b" * 5000]}),
-        ("seq2seq", "/v1/completions", {"prompt": "a" * 5000}),
-        ("seq2seq", "/v1/score", {"source": "a", "target": "b" * 5000}),
-        ("lm", "/v1/completions", {"prompt": "a" * 5000, "max_tokens": 1}),
-        ("lm", "/v1/score", {"text": "a" * 5000}),
-        ("lm", "/v1/embeddings", {"input": "a" * 5000}),
-    ],
-)
-def test_long_texts_are_made_tokens_outside_of_the_event_loop(ask, models, monkeypatch, name, path, body):
-    threads, encode = {}, CharTokenizer.encode
-
-    def watched(tokenizer, data, end=True):
-        threads[len(data)] = threading.current_thread()
-        return encode(tokenizer, data, end)
-
-    monkeypatch.setattr(CharTokenizer, "encode", watched)
-    refused(ask.together(name, (path, {"json": body}), prompt=4000)[0], 400, "has 500[01] tokens; 4000 are")
-    assert threads[5000] is not threading.main_thread()
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_strangers_learn_nothing_of_the_kind(ask, name):
-    """As before there were kinds: the page, that the server is there, and that it wants a token."""
-    named = {"headers": {"X-Request-Id": "one"}}
-    for path in ("/", "/health", "/health/ready", "/openapi.json", "/v1/models", "/nothing", *PATHS):
-        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
-            ((answer),) = ask.together(name, (path, {"method": method, **named}), tokens=["secret"])
-            expected = ask.together("lm", (path, {"method": method, **named}), tokens=["secret"])[0]
-            assert (answer.status_code, answer.content, answer.headers) == (
-                expected.status_code, expected.content, expected.headers,
-            )  # fmt: skip
-    known = ask.together(name, ("/", {"method": "GET", "headers": {"Authorization": "Bearer secret"}}), tokens=["secret"])[0]
-    assert known.status_code == (200 if name in ("lm", "seq2seq") else 404)
 
 
 def described(ask, name):
@@ -423,7 +200,7 @@ def test_schemathesis_makes_nothing_of_the_description_that_is_refused_as_anothe
 def test_inputs_are_counted_by_route(ask):
     def counted(name, *requests):
         text = ask.together(name, *requests, ("/metrics", {"method": "GET"}), in_turn=True)[-1].text
-        found = re.findall(r'^dllm_inputs_total{rank="0",route="([^"]*)"} (.*)$', text, re.MULTILINE)
+        found = re.findall(rf'^dllm_inputs_total{{rank="0",model="{name}",route="([^"]*)"}} (.*)$', text, re.MULTILINE)
         return {route: count for route, count in found if count != "0"}
 
     post = lambda path, body: (path, {"json": body})
