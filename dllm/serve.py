@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .comm import messages, runtime
@@ -26,6 +26,9 @@ from .serving.origins import Origins
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .serving.join_file import JoinFile
+    from .serving.joiner import Seat
+
 EPILOG = """
 examples
   mpirun -n 4 python -m dllm.serve MODEL                     MODEL: made by dllm export, or the folder of a run
@@ -37,7 +40,8 @@ examples
 
 OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
 share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
-none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
+none of the others with it, and  dllm serve MODEL --join FILE  starts another in its place, on the same host: the server names the
+file. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
 A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN. Each line of the token file is the
 token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
 share what is kept, but for requests that say "cache_salt": TEXT.
@@ -72,6 +76,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
         ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
+        ("--join", str, None, "FILE", "take the place of a dead rank of the server that has written this file"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
@@ -90,6 +95,8 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         parser.error("argument --port: at most 65535")
     if options.hostfile and not options.ranks:
         parser.error("--hostfile goes with -n")
+    if options.join and options.ranks:
+        parser.error("--join starts one rank: leave out -n")
     options.root_path = options.root_path.rstrip("/")
     if options.root_path and not ROOT_PATH.fullmatch(options.root_path):
         parser.error("argument --root-path: write it as /llm, of letters, digits and . _ ~ -")
@@ -135,40 +142,80 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
-        clients = tokens_of(options)
         check(options)
+        file = read_join_file(options, comm.size)
+        if file:
+            options = arguments([*file.about.words, *argv])
+        clients = tokens_of(options)
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
     from .model.precision import described
     from .runs.gathering import gather_run
+    from .serving import joiner
     from .serving.engines import check_forms, make_engine
-    from .serving.server import Server
+    from .serving.join_file import facts_of
+    from .serving.server import Server, host_name
 
+    if file:
+        joiner.check_place(file, options.join)
     with runtime.together(comm):
-        listener = listen(options.host, options.port) if node.rank == 0 else None
+        listener = listen(options.host, options.port, shared=file is not None) if node.rank == 0 else None
     port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     gather_run(comm, options.model, cli.warn_once(comm), best=True)
     model = runtime.agree(comm, LoadedModel.open, options.model)
-    runtime.check_same(comm, {"model": model.fingerprint, "labels": model.tokenizer.labels})
-    runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
-    threads = options.threads or node.threads
+    known: dict[str, Any] = {"model": model.fingerprint, "labels": model.tokenizer.labels}
+    runtime.check_same(comm, known)
+    known["products"] = described(options.precision, model.dtype)
+    runtime.check_same(comm, known)
+    if file:
+        threads = options.threads or file.about.threads
+        compared = tokens.stretched(clients, bytes.fromhex(file.about.salt))[0]
+        joiner.check_facts(file.about, facts_of(options, port, {**known, "tokens": compared}))
+    else:
+        threads = options.threads or node.threads
+        seat = joiner.first_seat(comm, clients, node.ranks == comm.size)
+        seat.about = joiner.about(seat, options, port, facts_of(options, port, {**known, "tokens": seat.compared}), threads)
     runtime.agree(comm, check_forms, model)
     engine = runtime.agree(comm, make_engine, model, options, threads)
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, model, engine, options, clients, listener)
+    if file:  # as late as can be: the place is kept for a while only
+        seat = joiner.claim(file, options.join, host_name())
+    server = Server(comm, model, engine, options, clients, listener, seat)
     if comm.rank == 0:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"dllm: {model.name} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
-        if options.precision != "fp32":
-            print(f"dllm: {described(options.precision, model.dtype)}", flush=True)
+        say_where(model.name, options, port, seat, known["products"])
     code = server.run(stopping)
     server.leave(code)
     return code
+
+
+def read_join_file(options: argparse.Namespace, ranks: int) -> JoinFile | None:
+    """What is known of the server that this process shall join; None: it shall join none. Raises UserError."""
+    from .serving import join_file
+
+    if not options.join:
+        return None
+    if ranks > 1:
+        raise UserError("--join takes the place of one rank: start it by mpirun -n 1, or without mpirun")
+    return join_file.read(options.join)
+
+
+def say_where(name: str, options: argparse.Namespace, port: int, seat: Seat, products: str) -> None:
+    """Tell the user where the server is."""
+    from .serving.join_file import path_of
+
+    host, place = f"[{options.host}]" if ":" in options.host else options.host, seat.place
+    what = f"rank {place.rank} of {place.size}" if place.life else f"{place.size} rank{'s' * (place.size > 1)}"
+    print(f"dllm: {name} at http://{host}:{port}, {what}", flush=True)
+    if options.precision != "fp32":
+        print(f"dllm: {products}", flush=True)
+    if seat.about and not place.life:
+        words = f"dllm serve {options.model} --join {path_of(options.host, port)}"
+        print(f"dllm: if a rank dies, this starts another in its place: {words}", flush=True)
 
 
 def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from ..comm import messages, runtime
+from ..comm import runtime
 from ..comm.membership import Membership
-from ..comm.node_info import NodeInfo
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
@@ -26,14 +25,16 @@ from ..remote.http import is_loopback
 from .app import Service
 from .connection import Connection
 from .engine import Engine
+from .join_file import path_of
+from .joiner import Seat
+from .joining import Door
 from .limits import Limits
 from .log import Log
 from .origins import Origins
 from .peers import Peers
 from .reports import RankReport
-from .sealed import Keys
 from .streams import LocalStreams
-from .tokens import Clients, stretched
+from .tokens import Clients
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,8 +50,6 @@ class Server:
     ----------
     comm : MPI.Comm
         Collective.
-    node : NodeInfo
-        Where this rank is.
     model : LoadedModel
     engine : Engine
         Started.
@@ -60,29 +59,35 @@ class Server:
         Of which clients must have one; empty: they need none.
     listener : socket
         Bound, not yet listening: no request comes before somebody answers.
+    seat : joiner.Seat
+        What this process is among the ranks.
     """
 
     def __init__(
         self,
         comm: MPI.Comm,
-        node: NodeInfo,
         model: LoadedModel,
         engine: Engine[Any],
         options: argparse.Namespace,
         tokens: Sequence[str],
         listener: socket.socket,
+        seat: Seat,
     ) -> None:
         self.comm, self.model, self.engine, self.options, self.clients = comm, model, engine, options, Clients(tokens)
-        self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
-        self.keys = agreed_keys(comm, tokens)
+        self.listener, self.log, self.state, self.stops = listener, Log(seat.place.rank), "ok", 0
+        self.keys = seat.keys
         host = listener.getsockname()[0]
         self.origins = Origins(not is_loopback(host), options.allow_host, options.allow_origin)
         with runtime.together(comm):
-            self.listen_at, self.address = peer_addresses(host, options.host, options.interface, node.ranks == comm.size)
+            self.listen_at, self.address = peer_addresses(host, options.host, options.interface, seat.one_host)
         self.port = 0  # until it is known
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
-        self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
-        self.gossip = Membership(comm, self.report, RankReport)
+        self.fixed: dict[str, Any] = {"host": host_name(), "pid": os.getpid()}
+        self.gossip = Membership(comm, self.report, RankReport, seat.place)
+        self.door: Door | None = None
+        if seat.about:
+            path = path_of(*listener.getsockname()[:2])
+            self.door = Door(self.gossip, self.keys, seat.about, path, lambda: self.state != "ok", self.log)
+        self.gossip.take(seat.known)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, source=options.max_source, tokens=options.max_tokens,
             requests=options.max_requests, connections=options.max_connections, deadline=options.deadline,
@@ -113,6 +118,10 @@ class Server:
         self.service = Service(self.model, local, peers, self.limits, self.log, self.options.log_prompts)
         self.port = await peers.listen(self.listen_at)
         app = self.service.app(self.clients, self.origins, self.options.root_path)
+        if self.door:
+            self.fixed |= {"door": (self.address, await self.door.listen(self.listen_at))}
+            self.fixed |= {"public": self.keys.public} if self.gossip.life else {}
+            meetings = loop.create_task(self.door.run())
         self.gossip.start()
         config = uvicorn.Config(
             app, http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
@@ -133,6 +142,9 @@ class Server:
             await asyncio.sleep(0.05)
         self.state = "drained"
         await self._wait_for_others()
+        if self.door:
+            meetings.cancel()
+            await self.door.end()
 
     def stop(self) -> None:
         """The first time no new requests are taken, the second time nothing is finished any more."""
@@ -144,11 +156,14 @@ class Server:
         self.log("draining")
 
     async def _watch(self) -> None:
-        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
-        while self.engine.load()["alive"]:
+        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others.
+
+        The same holds for one that was taken for dead, and has a later life.
+        """
+        while self.engine.load()["alive"] and not self.gossip.replaced:
             await asyncio.sleep(0.5)
             self.log.catch_up()
-        self.log("failed")
+        self.log("replaced" if self.gossip.replaced else "failed")
         self.stop()
 
     async def _wait_for_others(self) -> None:
@@ -172,17 +187,9 @@ class Server:
         runtime.exit_together(self.comm, code)
 
 
-def agreed_keys(comm: MPI.Comm, tokens: Sequence[str]) -> Keys:
-    """What this rank shares with each other one. Collective. Raises UserError where the ranks do not have the same tokens."""
-    compared, common = stretched(tokens, bytes.fromhex(messages.broadcast(comm, os.urandom(16).hex(), str)))
-    everyones = messages.allgather(comm, compared, str)
-    if odd := [rank for rank, other in enumerate(everyones) if other != everyones[0]]:
-        raise UserError.of_all(f"rank 0 and rank {odd[0]} do not have the same tokens: give all ranks the same --token-file")
-    keys = Keys(comm.rank)
-    publics = messages.allgather(comm, keys.public, str)
-    with runtime.together(comm):
-        keys.agree(publics, common)
-    return keys
+def host_name() -> str:
+    """Of this host, as ranks tell each other."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
 
 
 class _Http(uvicorn.Server):
