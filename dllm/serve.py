@@ -40,8 +40,8 @@ examples
 
 OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
 share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
-none of the others with it, and  dllm serve MODEL --join FILE  starts another in its place, on the same host: the server names the
-file. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
+none of the others with it, and  dllm serve MODEL --join FILE  starts another in its place, on the same host: the server names
+the file. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
 A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN. Each line of the token file is the
 token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
 share what is kept, but for requests that say "cache_salt": TEXT.

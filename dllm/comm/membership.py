@@ -3,8 +3,8 @@
 Every BEAT each rank sends what it knows of all ranks to a few others, drawn at random; of two reports on a rank the one with
 the larger count is newer. Messages go from one rank to one other, so that the death of a third does not touch them.
 
-The place of a rank that is gone may be taken by a new process, a later life of the rank. MPI knows nothing of it: somebody
-else carries what `told` says to and fro (serving/joining.py). A count is life << LIFE | reports of this life, so any report of a
+The place of a rank that is gone may be taken by a new process, a later life of the rank. MPI knows nothing of it: others carry
+what `told` says to and fro (serving/joining.py). A count is life << LIFE | reports of that life, so a report of a
 later life is newer than all before. Whoever was dead as of a life is alive in the next, and no old report revives it.
 """
 
@@ -72,6 +72,8 @@ class Membership(threading.Thread):
         Ranks that MPI reaches no more, whoever has their places.
     replaced : bool
         Whether this rank has a later life than this process, which has to go.
+    before : dict
+        The last report of an earlier life of this rank; empty: none was heard of.
     reborn : callable
         Called with a rank, its life and its report where a new life is heard of, before anybody sees it; in any thread.
     """
@@ -89,6 +91,7 @@ class Membership(threading.Thread):
         self.dead: dict[int, int] = {}
         self.lost: set[int] = set()
         self.replaced = False
+        self.before: Report = {}
         self.reborn: Callable[[int, int, Report], None] = lambda rank, life, report: None
         self._learning = threading.Lock()  # of `known`, `heard` and `dead`
         self.incoming = {rank: np.zeros(ENTRY * comm.size, np.uint8) for rank in self.others}
@@ -165,6 +168,7 @@ class Membership(threading.Thread):
             for rank, (count, report) in reports.items():
                 if rank == self.rank:  # of itself each rank knows best, but for this
                     self.replaced = self.replaced or count >> LIFE > self.life
+                    self.before = report if count >> LIFE < self.life else self.before
                 elif 0 <= rank < self.size and (rank not in self.known or count > self.known[rank][0]):
                     if count >> LIFE > self.life_of(rank):
                         self.reborn(rank, count >> LIFE, report)

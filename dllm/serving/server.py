@@ -24,6 +24,7 @@ from ..launching import interfaces
 from ..remote.http import is_loopback
 from .app import Service
 from .connection import Connection
+from .counts import Ledger
 from .engine import Engine
 from .join_file import path_of
 from .joiner import Seat
@@ -88,6 +89,9 @@ class Server:
             path = path_of(*listener.getsockname()[:2])
             self.door = Door(self.gossip, self.keys, seat.about, path, lambda: self.state != "ok", self.log)
         self.gossip.take(seat.known)
+        self.ledger = Ledger()
+        if self.gossip.before:  # this rank goes on counting from there
+            self.ledger.take(self.gossip.rank, self.gossip.before)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, source=options.max_source, tokens=options.max_tokens,
             requests=options.max_requests, connections=options.max_connections, deadline=options.deadline,
@@ -98,7 +102,8 @@ class Server:
     def report(self) -> dict[str, Any]:
         """What other ranks shall know. In the thread of the gossip."""
         known = {**self.fixed, "made": time.time(), "address": (self.address, self.port)}  # made before its numbers are read
-        return {**known, **self.service.numbers(), "draining": self.state != "ok", "drained": self.state == "drained"}
+        known |= {**self.service.numbers(), "draining": self.state != "ok", "drained": self.state == "drained"}
+        return dict(self.ledger.take(self.gossip.rank, known))
 
     def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
