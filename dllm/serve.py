@@ -26,7 +26,7 @@ from .serving.origins import Origins
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .serving.join_file import JoinFile
+    from .launching.join_file import JoinFile
     from .serving.joiner import Seat
 
 EPILOG = """
@@ -151,12 +151,12 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     node = find_node(comm)
 
     from .inference.loaded_model import LoadedModel
+    from .launching.join_file import facts_of, host_name
     from .model.precision import described
     from .runs.gathering import gather_run
     from .serving import joiner
     from .serving.engines import check_forms, make_engine
-    from .serving.join_file import facts_of
-    from .serving.server import Server, host_name
+    from .serving.server import Server
 
     if file:
         joiner.check_place(file, options.join)
@@ -195,7 +195,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 
 def read_join_file(options: argparse.Namespace, ranks: int) -> JoinFile | None:
     """What is known of the server that this process shall join; None: it shall join none. Raises UserError."""
-    from .serving import join_file
+    from .launching import join_file
 
     if not options.join:
         return None
@@ -206,7 +206,7 @@ def read_join_file(options: argparse.Namespace, ranks: int) -> JoinFile | None:
 
 def say_where(name: str, options: argparse.Namespace, port: int, seat: Seat, products: str) -> None:
     """Tell the user where the server is."""
-    from .serving.join_file import path_of
+    from .launching.join_file import path_of
 
     host, place = f"[{options.host}]" if ":" in options.host else options.host, seat.place
     what = f"rank {place.rank} of {place.size}" if place.life else f"{place.size} rank{'s' * (place.size > 1)}"

@@ -17,10 +17,10 @@ import msgspec
 from ..comm import messages, runtime
 from ..comm.membership import ENTRY, Place
 from ..errors import UserError
+from ..launching.join_file import About, JoinFile, words_of
 from ..remote.http import is_loopback
 from ..runs import ownership
 from . import sealed
-from .join_file import About, JoinFile, words_of
 from .joining import PATIENCE, Answer, At, Claim, Elsewhere, Granted, Look, Question, Refused, Seen, agree_on_secret
 from .sealed import STRANGER, DoorKeys, Keys
 from .tokens import stretched

@@ -31,10 +31,11 @@ import msgspec
 from ..comm import messages, runtime
 from ..comm.membership import ENTRY, LIFE, LIVES, Membership, Report
 from ..errors import UserError
-from . import join_file, sealed
-from .join_file import About, Hex, Name, Rank, RankAt
+from ..launching import join_file
+from ..launching.join_file import SECRET, About, Hex, Name, Rank, RankAt
+from . import sealed
 from .log import Log
-from .sealed import SECRET, Channel, DoorKeys, Gate, Keys
+from .sealed import Channel, DoorKeys, Gate, Keys
 
 if TYPE_CHECKING:
     from mpi4py import MPI

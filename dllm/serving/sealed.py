@@ -43,7 +43,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from ..errors import UserError
 
 RANK, NONCE, LENGTH, TAG = 4, 32, 4, 16  # bytes
-SECRET = 32  # bytes
 STRANGER = (1 << 8 * RANK) - 1  # in the place of a rank's number: one that is to become a rank
 PAD = 256  # bytes
 LARGEST = 16 << 20  # bytes of a message

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import re
 import resource
 import signal
 import socket
@@ -21,12 +20,12 @@ from ..comm.membership import Membership
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
+from ..launching.join_file import host_name, path_of
 from ..remote.http import is_loopback
 from .app import Service
 from .connection import Connection
 from .counts import Ledger
 from .engine import Engine
-from .join_file import path_of
 from .joiner import Seat
 from .joining import Door
 from .limits import Limits
@@ -190,11 +189,6 @@ class Server:
         self.log.end()
         self.gossip.end()
         runtime.exit_together(self.comm, code)
-
-
-def host_name() -> str:
-    """Of this host, as ranks tell each other."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
 
 
 class _Http(uvicorn.Server):

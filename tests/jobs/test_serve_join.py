@@ -82,3 +82,20 @@ def test_dead_ranks_are_replaced_twice_while_the_others_answer(world, runtime):
         assert job.process.wait(30) == 0
         assert server.process.wait(30) == 0
         assert not path.exists()
+
+
+def test_the_launcher_replaces_dead_ranks_by_itself(world, runtime):
+    with Server(world / "run", ranks=2, keep=True) as server:
+        join_file(server, runtime)
+        expected = texts(server.complete(max_tokens=TOKENS, seed=1))
+        for rank in (1, 0):  # then mpirun has none left
+            pids = server.alive()
+            server.signal(signal.SIGKILL, [pids[rank]])
+            server.until(lambda: len(server.alive()) == 2 and pids[rank] not in server.alive().values(), "a new rank", 60)
+            assert answers_of(server, rank) == expected
+        assert server.err.count("starting another in its place") == 2
+        assert "again" not in server.err
+        server.signal(signal.SIGTERM, [server.launcher()])
+        assert server.process.wait(30) == 0
+        assert len(server.log("ended")) == 2
+        assert not [*runtime.iterdir()]

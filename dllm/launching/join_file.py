@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -21,8 +23,8 @@ import msgspec
 from .. import __version__
 from ..errors import UserError, printable, reason
 from ..files import storage
-from .sealed import SECRET
 
+SECRET = 32  # bytes of the secret of a job
 LARGEST = 8 << 20  # bytes
 MOST_RANKS = 1 << 16
 MOST_SHOWN = 100  # characters of a fact
@@ -70,6 +72,11 @@ class JoinFile(msgspec.Struct, frozen=True):
 
 class _Head(msgspec.Struct):
     version: Text
+
+
+def host_name() -> str:
+    """Of this host, as ranks tell each other."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
 
 
 def folder() -> pathlib.Path:
