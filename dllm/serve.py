@@ -187,7 +187,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
         seat = joiner.claim(file, options.join, host_name())
     server = Server(comm, model, engine, options, clients, listener, seat)
     if comm.rank == 0:
-        say_where(model.name, options, port, seat, known["products"])
+        say_where(model.name, options, listener, seat, known["products"])
     code = server.run(stopping)
     server.leave(code)
     return code
@@ -204,17 +204,18 @@ def read_join_file(options: argparse.Namespace, ranks: int) -> JoinFile | None:
     return join_file.read(options.join)
 
 
-def say_where(name: str, options: argparse.Namespace, port: int, seat: Seat, products: str) -> None:
+def say_where(name: str, options: argparse.Namespace, listener: socket.socket, seat: Seat, products: str) -> None:
     """Tell the user where the server is."""
     from .launching.join_file import path_of
 
+    bound, port = listener.getsockname()[:2]
     host, place = f"[{options.host}]" if ":" in options.host else options.host, seat.place
     what = f"rank {place.rank} of {place.size}" if place.life else f"{place.size} rank{'s' * (place.size > 1)}"
     print(f"dllm: {name} at http://{host}:{port}, {what}", flush=True)
     if options.precision != "fp32":
         print(f"dllm: {products}", flush=True)
     if seat.about and not place.life:
-        words = f"dllm serve {options.model} --join {path_of(options.host, port)}"
+        words = f"dllm serve {options.model} --join {path_of(bound, port)}"
         print(f"dllm: if a rank dies, this starts another in its place: {words}", flush=True)
 
 

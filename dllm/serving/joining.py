@@ -189,7 +189,8 @@ class Door:
             living = [rank for rank in self.gossip.known if rank != self.gossip.rank and not self.is_free(rank)]
             await asyncio.gather(*(self.meet(rank) for rank in random.sample(living, min(FANOUT, len(living)))))
         table = self.gossip.table()
-        here = [rank for rank, (report, _, _) in table.items() if report["host"] == table[self.gossip.rank][0]["host"]]
+        own = table.get(self.gossip.rank, ({}, 0.0, False))[0].get("host")
+        here = [rank for rank, (report, _, _) in table.items() if report["host"] == own]
         if all(rank == self.gossip.rank or self.is_free(rank) or table[rank][0]["draining"] for rank in here):
             await asyncio.to_thread(join_file.remove, self.path, self.about)
         for _, channel in self._channels.values():
