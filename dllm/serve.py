@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import cli
 from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
-from .errors import UserError, reason
+from .errors import DONE, UserError, reason
 from .files.starter import launched_rank
 from .launching.mpirun import all_here
 from .remote.http import is_loopback
@@ -174,6 +174,8 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     if file:
         threads = options.threads or file.about.threads
         compared = tokens.stretched(clients, bytes.fromhex(file.about.salt))[0]
+        if stopping:
+            return DONE
         joiner.check_facts(file.about, facts_of(options, port, {**known, "tokens": compared}))
     else:
         threads = options.threads or node.threads
@@ -184,6 +186,9 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     with leader_first(node):
         engine.start()  # compiles the kernels, or loads them
     if file:  # as late as can be: the place is kept for a while only
+        if stopping:
+            engine.stop(0)
+            return DONE
         seat = joiner.claim(file, options.join, host_name())
     server = Server(comm, model, engine, options, clients, listener, seat)
     if comm.rank == 0:
