@@ -10,12 +10,12 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .comm import messages, runtime
 from .comm.node_info import find_node, leader_first
-from .errors import UserError, reason
+from .errors import DONE, UserError, reason
 from .files.starter import launched_rank
 from .launching.mpirun import all_here
 from .remote.http import is_loopback
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from .inference.loaded_model import LoadedModel
+    from .launching.join_file import JoinFile
+    from .serving.joiner import Seat
 
 EPILOG = """
 examples
@@ -40,7 +42,8 @@ examples
 
 OpenAI's clients work with base_url="http://127.0.0.1:8000/v1"; a page for people is at /. Every rank answers; ranks of one host
 share the port, and one without room hands streams to another. Under Open MPI with `--with-ft ulfm` a rank that dies takes
-none of the others with it. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
+none of the others with it, and  dllm serve MODEL --join FILE  starts another in its place, on the same host: the server names
+the file. SIGTERM or SIGUSR1: no new requests, those under way are finished, exit code 0.
 A host other than loopback needs a token, which clients send as  Authorization: Bearer TOKEN. Each line of the token file is the
 token of a client of its own: what is kept of its prompts makes no answer to another client faster. Without tokens all clients
 share what is kept, but for requests that say "cache_salt": TEXT.
@@ -75,6 +78,7 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         ("--drain", seconds, 30.0, "S", "for requests under way when the server is told to end"),
         ("--ranks", positive, None, "N", "start mpirun with so many ranks, and again when it ends"),
         ("--hostfile", str, None, "FILE", "with --ranks: hosts to run on, as for mpirun"),
+        ("--join", str, None, "FILE", "take the place of a dead rank of the server that has written this file"),
     ):  # fmt: skip
         names = [name, "-n"] if name == "--ranks" else [name]
         shown = "" if default is None else " (default %(default)s)"
@@ -94,6 +98,8 @@ def arguments(argv: Sequence[str], rank: int = 0) -> argparse.Namespace:
         parser.error("argument --port: at most 65535")
     if options.hostfile and not options.ranks:
         parser.error("--hostfile goes with -n")
+    if options.join and options.ranks:
+        parser.error("--join starts one rank: leave out -n")
     options.root_path = options.root_path.rstrip("/")
     if options.root_path and not ROOT_PATH.fullmatch(options.root_path):
         parser.error("argument --root-path: write it as /llm, of letters, digits and . _ ~ -")
@@ -139,33 +145,51 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     """
     with runtime.together(comm):
         options = arguments(argv, comm.rank)
-        clients = tokens_of(options)
         check(options)
+        file = read_join_file(options, comm.size)
+        if file:
+            options = arguments([*file.about.words, *argv])
+        clients = tokens_of(options)
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
 
-    from .model.precision import described
+    from .launching.join_file import facts_of, host_name
+    from .serving import joiner
     from .serving.engines import make_engine
     from .serving.server import Server
 
+    if file:
+        joiner.check_place(file, options.join)
     with runtime.together(comm):
-        listener = listen(options.host, options.port) if node.rank == 0 else None
+        listener = listen(options.host, options.port, shared=file is not None) if node.rank == 0 else None
     port = messages.broadcast(node.comm, listener.getsockname()[1] if listener else 0, int)
     with runtime.together(comm):
         listener = listener or listen(options.host, port, shared=True)
     models = open_models(comm, options)
-    engines = [runtime.agree(comm, make_engine, model, options, options.threads or node.threads) for model in models]
+    known = facts_of_models(models, options.precision)
+    if file:
+        threads = options.threads or file.about.threads
+        compared = tokens.stretched(clients, bytes.fromhex(file.about.salt))[0]
+        if stopping:
+            return DONE
+        joiner.check_facts(file.about, facts_of(options, port, {**known, "tokens": compared}))
+    else:
+        threads = options.threads or node.threads
+        seat = joiner.first_seat(comm, clients, node.ranks == comm.size)
+        seat.about = joiner.about(seat, options, port, facts_of(options, port, {**known, "tokens": seat.compared}), threads)
+    engines = [runtime.agree(comm, make_engine, model, options, threads) for model in models]
     with leader_first(node):
         for engine in engines:
             engine.start()  # compiles the kernels, or loads them
-    server = Server(comm, node, list(zip(models, engines, strict=True)), options, clients, listener)
+    if file:  # as late as can be: the place is kept for a while only
+        if stopping:
+            for engine in engines:
+                engine.stop(0)
+            return DONE
+        seat = joiner.claim(file, options.join, host_name())
+    server = Server(comm, list(zip(models, engines, strict=True)), options, clients, listener, seat)
     if comm.rank == 0:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        names = ", ".join(model.name for model in models)
-        print(f"dllm: {names} at http://{host}:{port}, {comm.size} rank{'s' * (comm.size > 1)}", flush=True)
-        if options.precision != "fp32":
-            for line in dict.fromkeys(described(options.precision, model.dtype) for model in models):
-                print(f"dllm: {line}", flush=True)
+        say_where(models, options, listener, seat)
     code = server.run(stopping)
     server.leave(code)
     return code
@@ -174,7 +198,6 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
 def open_models(comm: MPI.Comm, options: argparse.Namespace) -> list[LoadedModel]:
     """The models that shall be served, the same on all ranks. Collective. Raises UserError."""
     from .inference.loaded_model import LoadedModel
-    from .model.precision import described
     from .runs.gathering import gather_run
     from .serving.engines import check_forms, check_names
 
@@ -182,12 +205,50 @@ def open_models(comm: MPI.Comm, options: argparse.Namespace) -> list[LoadedModel
     for path in options.model:
         gather_run(comm, path, cli.warn_once(comm), best=True)
         model = runtime.agree(comm, LoadedModel.open, path)
-        runtime.check_same(comm, {"model": model.fingerprint, "name": model.name, "labels": model.tokenizer.labels})
-        runtime.check_same(comm, {"products": described(options.precision, model.dtype)})
+        runtime.check_same(comm, facts_of_models([model], options.precision))
         runtime.agree(comm, check_forms, model)
         models.append(model)
     runtime.agree(comm, check_names, [model.name for model in models], options.model)
     return models
+
+
+def facts_of_models(models: Sequence[LoadedModel], precision: str) -> dict[str, Any]:
+    """In what of them all ranks of a server must be the same."""
+    from .model.precision import described
+
+    return {
+        "model": ", ".join(model.fingerprint for model in models),
+        "name": ", ".join(model.name for model in models),
+        "labels": [model.tokenizer.labels for model in models],
+        "products": ", ".join(dict.fromkeys(described(precision, model.dtype) for model in models)),
+    }
+
+
+def read_join_file(options: argparse.Namespace, ranks: int) -> JoinFile | None:
+    """What is known of the server that this process shall join; None: it shall join none. Raises UserError."""
+    from .launching import join_file
+
+    if not options.join:
+        return None
+    if ranks > 1:
+        raise UserError("--join takes the place of one rank: start it by mpirun -n 1, or without mpirun")
+    return join_file.read(options.join)
+
+
+def say_where(models: Sequence[LoadedModel], options: argparse.Namespace, listener: socket.socket, seat: Seat) -> None:
+    """Tell the user where the server is."""
+    from .launching.join_file import path_of
+
+    bound, port = listener.getsockname()[:2]
+    host, place = f"[{options.host}]" if ":" in options.host else options.host, seat.place
+    what = f"rank {place.rank} of {place.size}" if place.life else f"{place.size} rank{'s' * (place.size > 1)}"
+    known = facts_of_models(models, options.precision)
+    print(f"dllm: {known['name']} at http://{host}:{port}, {what}", flush=True)
+    if options.precision != "fp32":
+        print(f"dllm: {known['products']}", flush=True)
+    if seat.about and not place.life:
+        words = f"dllm serve {' '.join(options.model)} --join {path_of(bound, port)}"
+        print(f"dllm: if a rank dies, this starts another in its place: {words}", flush=True)
 
 
 def tokens_of(options: argparse.Namespace) -> tuple[str, ...]:

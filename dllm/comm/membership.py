@@ -2,6 +2,10 @@
 
 Every BEAT each rank sends what it knows of all ranks to a few others, drawn at random; of two reports on a rank the one with
 the larger count is newer. Messages go from one rank to one other, so that the death of a third does not touch them.
+
+The place of a rank that is gone may be taken by a new process, a later life of the rank. MPI knows nothing of it: others carry
+what `told` says to and fro (serving/joining.py). A count is life << LIFE | reports of that life, so a report of a
+later life is newer than all before. Whoever was dead as of a life is alive in the next, and no old report revives it.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,8 +32,18 @@ TAG = 201
 BEAT = 0.2  # seconds
 LOOK = 0.02  # seconds between looks at what has come
 FANOUT = 3  # ranks that get each report
+LIFE = 32  # bits of a count below those of the life: at five reports a second enough for 27 years
+LIVES = 1 << 53 - LIFE
 ENTRY = 8192  # bytes
 SILENT = 5.0  # seconds after which a rank is told less often, every so many seconds: it may never read it
+
+
+class Place(NamedTuple):
+    """What a process is among the ranks."""
+
+    rank: int
+    size: int  # how many ranks there are, dead ones and all
+    life: int = 0  # above 0: the rank has died before, and MPI knows nothing of this process
 
 
 class Membership(threading.Thread):
@@ -47,24 +61,48 @@ class Membership(threading.Thread):
         Of reports, for msgspec: a TypedDict. What is of no such type is not taken from anybody.
     entry : int
         Bytes that a report may have as JSON; memory is touched for those it has.
+    place : Place or None
+        Of this process; None: the one that MPI gave it.
 
     Attributes
     ----------
     known : dict
-        rank -> (how many reports it has made, the newest one).
+        rank -> (how many reports it has made, with its life, the newest one).
+    dead : dict
+        rank -> the life in which it died.
+    lost : set of int
+        Ranks that MPI reaches no more, whoever has their places.
+    replaced : bool
+        Whether this rank has a later life than this process, which has to go.
+    before : dict
+        The last report of an earlier life of this rank; empty: none was heard of.
+    reborn : callable
+        Called with a rank, its life and its report where a new life is heard of, before anybody sees it; in any thread.
     """
 
-    def __init__(self, comm: MPI.Comm, report: Callable[[], Report], kind: Any = Report, entry: int = ENTRY) -> None:
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        report: Callable[[], Report],
+        kind: Any = Report,
+        entry: int = ENTRY,
+        place: Place | None = None,
+    ) -> None:
         super().__init__(name="gossip", daemon=True)
         self.comm, self.report, self.kind = comm.Dup(), report, dict[int, tuple[Count, kind]]
         self.entry, self.over = entry, threading.Event()
-        self.rank, self.size = comm.rank, comm.size
-        self.survivable = survivable(comm)
-        self.others = [rank for rank in range(comm.size) if rank != comm.rank]
-        self.count = 0
+        self.rank, self.size, self.life = place or Place(comm.rank, comm.size)
+        self.survivable = survivable(comm) or self.life > 0
+        self.others = [] if self.life else [rank for rank in range(comm.size) if rank != comm.rank]  # by MPI
+        self.count = self.life << LIFE
         self.known: dict[int, tuple[int, Report]] = {}
-        self.heard = dict.fromkeys(range(comm.size), time.monotonic())  # rank -> when a new report of it came
-        self.dead: set[int] = set()
+        self.heard = dict.fromkeys(range(self.size), time.monotonic())  # rank -> when a new report of it came
+        self.dead: dict[int, int] = {}
+        self.lost: set[int] = set()
+        self.replaced = False
+        self.before: Report = {}
+        self.reborn: Callable[[int, int, Report], None] = lambda rank, life, report: None
+        self._learning = threading.Lock()  # of `known`, `heard` and `dead`
         self.incoming = {rank: np.zeros(entry * comm.size, np.uint8) for rank in self.others}
         self.receiving: dict[int, MPI.Request] = {}
         self.sending: dict[int, tuple[MPI.Request, Bytes]] = {}
@@ -74,7 +112,20 @@ class Membership(threading.Thread):
         """rank -> (report, seconds since it was heard of, whether it is dead), of all ranks that were ever heard of."""
         now = time.monotonic()
         known = dict(self.known)
-        return {rank: (known[rank][1], now - self.heard[rank], rank in self.dead) for rank in sorted(known)}
+        return {rank: (known[rank][1], now - self.heard[rank], self.is_dead(rank)) for rank in sorted(known)}
+
+    def life_of(self, rank: int) -> int:
+        """The newest life of a rank that was heard of."""
+        return self.known[rank][0] >> LIFE if rank in self.known else 0
+
+    def is_dead(self, rank: int) -> bool:
+        """Whether a rank is dead in its newest life."""
+        return rank in self.dead and self.life_of(rank) <= self.dead[rank]
+
+    def note_death(self, rank: int, life: int) -> None:
+        """Take a rank for dead as of this life."""
+        with self._learning:
+            self.dead[rank] = max(life, self.dead.get(rank, 0))
 
     def run(self) -> None:
         """The thread: listen and speak until `end`."""
@@ -83,7 +134,7 @@ class Membership(threading.Thread):
         due = 0.0
         while not self.over.wait(LOOK):
             for rank in self.others:
-                if rank not in self.dead:
+                if rank not in self.lost:
                     self._look(rank)
             if time.monotonic() >= due:
                 due = time.monotonic() + BEAT
@@ -108,30 +159,42 @@ class Membership(threading.Thread):
         with self._losing(rank):
             status = MPI.Status()
             while self.receiving[rank].Test(status):
-                self._take(bytes(self.incoming[rank][: status.Get_count(MPI.BYTE)]))
+                self.take(bytes(self.incoming[rank][: status.Get_count(MPI.BYTE)]))
                 self.receiving[rank] = self.comm.Irecv(self.incoming[rank], rank, TAG)
 
-    def _take(self, message: bytes) -> None:
-        """Learn what is new of a message. One that says nothing of the kind is as if it had not come."""
+    def told(self) -> bytes:
+        """A message that says what this rank knows of all, for `take` of another."""
+        return pack(dict(self.known))
+
+    def take(self, message: bytes | memoryview) -> bool:
+        """Learn what is new of a message. One that says nothing of the kind is as if it had not come: False."""
         now = time.monotonic()
         try:
             reports: dict[int, tuple[int, Report]] = unpack(message, self.kind)
         except ValueError:
-            return
-        for rank, (count, report) in reports.items():
-            is_another = 0 <= rank < self.size and rank != self.rank  # of itself each rank knows best
-            if is_another and (rank not in self.known or count > self.known[rank][0]):
-                self.known[rank] = count, report
-                self.heard[rank] = now
+            return False
+        with self._learning:
+            for rank, (count, report) in reports.items():
+                if rank == self.rank:  # of itself each rank knows best, but for this
+                    self.replaced = self.replaced or count >> LIFE > self.life
+                    self.before = report if count >> LIFE < self.life else self.before
+                elif 0 <= rank < self.size and (rank not in self.known or count > self.known[rank][0]):
+                    if count >> LIFE > self.life_of(rank):
+                        self.reborn(rank, count >> LIFE, report)
+                    self.known[rank] = count, report
+                    self.heard[rank] = now
+        return True
 
     def _speak(self, everyone: bool = False) -> None:
         self.count += 1
-        self.known[self.rank] = self.count, self.report()
-        self.heard[self.rank] = time.monotonic()
-        message = np.frombuffer(pack(self.known), np.uint8)
+        report = self.report()
+        with self._learning:
+            self.known[self.rank] = self.count, report
+            self.heard[self.rank] = time.monotonic()
+        message = np.frombuffer(self.told(), np.uint8)
         if message.size > self.entry * self.size:
             raise ValueError(f"the reports of {self.size} ranks have {message.size} bytes, more than {self.entry} each")
-        living = [rank for rank in self.others if rank not in self.dead]
+        living = [rank for rank in self.others if rank not in self.lost]
         for rank in living if everyone else random.sample(living, min(FANOUT, len(living))):
             silent = time.monotonic() - self.heard[rank] > SILENT
             if silent and self.count % round(SILENT / BEAT):
@@ -146,6 +209,7 @@ class Membership(threading.Thread):
         try:
             yield
         except MPI.Exception:
-            self.dead.add(rank)
+            self.lost.add(rank)
+            self.note_death(rank, 0)  # MPI knows the first life alone
             # MPI may still write to the memory of what has failed
             self.kept += [self.receiving.pop(rank, None), self.sending.pop(rank, None)]

@@ -38,6 +38,7 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
         self.stops = 0  # how often the user has asked for the end
         self.seen = False  # whether a rank was there
+        self.lasting: Callable[[], bool] = lambda: False  # whether it goes on without mpirun
         self.open = False  # whether other hosts can reach mpirun though they need not
 
     def run(
@@ -70,8 +71,8 @@ class Job:
             self._pass_on()
         begin = time.monotonic()
         self.seen = bool(hosts) and not mpirun.is_here(next(iter(hosts)))  # ranks that are all elsewhere cannot be looked for
-        while process.poll() is None:
-            self._look(process, local and time.monotonic() - begin < patience)
+        while process.poll() is None or self.lasting():
+            self._look(process, local and process.poll() is None and time.monotonic() - begin < patience)
             self.seen, lasted = self.seen or self.has_ranks(), time.monotonic() - begin
             if not self.seen and lasted > patience:
                 self.say(f"no rank was there after {patience:.0f} s: ending the job")

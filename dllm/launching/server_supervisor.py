@@ -1,4 +1,4 @@
-"""Keep a server up: whenever it ends it is started again, until it is told to end."""
+"""Keep a server up: whenever it ends it is started again, until it is told to end; and dead ranks of this host are replaced."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 
 from ..errors import BAD_INPUT, DONE
 from . import mpirun
+from .replacements import Replacements
 from .supervisor import Outcome, Supervisor
 
 SHORT = 60.0  # a job that lasts less than so many seconds has failed
@@ -21,7 +22,7 @@ class ServerSupervisor(Supervisor):
     Parameters
     ----------
     options : namespace
-        ranks, hostfile, interface, drain.
+        model, token_file, ranks, hostfile, interface, drain.
     words : list of str
         All arguments of the command.
     pass_on : list of str
@@ -33,17 +34,26 @@ class ServerSupervisor(Supervisor):
         self.words, self.drain = words, options.drain
         self.asked = 0.0  # when it was told to end
         self.served = False  # whether a job has lasted
+        tokens = [f"--token-file={options.token_file}"] if options.token_file else []
+        self.replacements = Replacements(self.job, [*options.model, *tokens], self.say)
+        self.job.lasting = self.lasts
         self.looked, self.missed = 0.0, 0  # when its ranks here were last looked for, and how often there were none
 
     def arguments(self) -> list[str]:
         """Those of the command."""
         self.looked, self.missed = 0.0, 0
+        self.replacements.forget()
         return self.words
+
+    def lasts(self) -> bool:
+        """Whether the server goes on where mpirun has ended: with ranks of this host that it knows nothing of."""
+        return self.replacements.running() and (self.job.stops > 0 or mpirun.all_here(self.hosts))
 
     def is_due(self, lasted: float) -> bool:
         """Once requests under way had their time, or where no rank is left here."""
         if self.job.stops:
             return bool(time.monotonic() - self.asked > self.drain + GRACE)
+        self.replacements.look()
         if self.hosts and lasted - self.looked > GRACE:  # Open MPI's mpirun waits for ever for a lost host
             self.missed = 0 if self.job.has_ranks() else self.missed + 1
             self.looked = lasted
@@ -51,6 +61,7 @@ class ServerSupervisor(Supervisor):
 
     def judge(self, code: int, lasted: float) -> Outcome:
         """The end where it was told to, was refused, or fails again and again."""
+        self.replacements.forget()
         if self.job.stops:
             return Outcome(DONE)
         self.served = self.served or lasted >= SHORT
@@ -73,3 +84,4 @@ class ServerSupervisor(Supervisor):
         """The first time requests under way are finished, the second time nothing is."""
         self.asked = time.monotonic()
         super().stop()
+        self.replacements.stop(self.job.stops)

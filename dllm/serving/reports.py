@@ -47,6 +47,8 @@ class RankReport(TypedDict, Generic[Engines]):
 
     host: Annotated[str, msgspec.Meta(max_length=64, pattern=PLAIN)]
     pid: Count
+    door: NotRequired[tuple[Annotated[str, msgspec.Meta(max_length=128, pattern=PLAIN)], Port]]  # where ranks can be replaced
+    public: NotRequired[Annotated[str, msgspec.Meta(max_length=64, pattern=r"\A[0-9a-f]*\Z")]]  # key, in a later life
     made: Seconds  # since 1970, of its clock
     draining: bool
     drained: bool

@@ -14,6 +14,18 @@ a direction and what is sent are
 The nonces make every connection's keys new, so nothing can be repeated; info keeps a frame from being sent back to its sender.
 A rank's private key opens nothing between two others. Sizes are rounded up, since the length of a text's parts tells of it
 (Weiss et al. 2024, "What was your prompt?").
+
+A rank that has died may be replaced by a process that MPI does not know (joining.py). It has a new key pair, a later life of
+the rank, and the job's secret, 32 bytes that rank 0 drew. Rank 0 sent them to each of the others sealed by the key of the two,
+never in clear; on each host they stand in a file of its user alone. Then
+
+    key between two, one of them in a later life  = HKDF-SHA256(..., ikm = X25519 secret | the job's secret, ...)
+    key of the doors, where ranks are joined      = HKDF-SHA256(..., ikm = the job's secret, ...)
+
+so that who changes a public key on its way gets nowhere, and the key of a dead rank opens nothing once its next life is known.
+Who has the secret can take the place of a dead rank, and then gets prompts; that is who can read files of the server's user, or
+is a rank. He cannot read what other ranks say to each other. What goes through a door is the load of ranks and public keys: who
+recorded it and gets hold of the secret later can read that, but no prompt, for which he would need a rank's private key.
 """
 
 from __future__ import annotations
@@ -32,6 +44,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from ..errors import UserError
 
 RANK, NONCE, LENGTH, TAG = 4, 32, 4, 16  # bytes
+STRANGER = (1 << 8 * RANK) - 1  # in the place of a rank's number: one that is to become a rank
 PAD = 256  # bytes
 LARGEST = 16 << 20  # bytes of a message
 
@@ -49,11 +62,17 @@ class Keys:
         This one.
     public : str
         What the other ranks shall have, hexadecimal.
+    publics : dict
+        rank -> the public key of its newest life, of all whose keys are known.
+    secret : bytes
+        Of the job; empty where no rank can be replaced.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank, self._private, self._about = rank, X25519PrivateKey.generate(), b""
+    def __init__(self, rank: int, secret: bytes = b"") -> None:
+        self.rank, self.secret, self._private = rank, secret, X25519PrivateKey.generate()
+        self._about = b""
         self.public = self._private.public_key().public_bytes_raw().hex()
+        self.publics = {rank: self.public}
         self._shared: dict[int, bytes] = {}
 
     def agree(self, publics: Sequence[str], common: bytes = b"") -> None:
@@ -64,8 +83,7 @@ class Keys:
         for rank, public in enumerate(publics):
             if rank != self.rank:
                 try:
-                    theirs = X25519PublicKey.from_public_bytes(bytes.fromhex(public))
-                    self._shared[rank] = self._private.exchange(theirs) + common
+                    self._share(rank, public, common)
                 except ValueError:
                     raise UserError(f"rank {rank} sent no public key: start all ranks with the same version of dllm") from None
 
@@ -75,17 +93,61 @@ class Keys:
         keys._about = what
         return keys
 
+    def renew(self, rank: int, public: str) -> None:
+        """Take in the public key of a later life of a rank, or, in such a life, of any rank; where it is none, forget it."""
+        try:
+            self._share(rank, public, self.secret)
+        except ValueError:
+            self._shared.pop(rank, None)
+            self.publics.pop(rank, None)
+
+    def _share(self, rank: int, public: str, common: bytes) -> None:
+        theirs = X25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        self._shared[rank] = self._private.exchange(theirs) + common
+        self.publics[rank] = public
+
     def of_connection(self, caller: int, other: int, nonces: bytes) -> tuple[Seal, Seal]:
         """What seals the frames to `other`, and those to `caller`. Raises NotSealed where that is no rank."""
         shared = self._shared.get(caller if other == self.rank else other)
         if shared is None:
             raise NotSealed(f"there is no other rank {caller}")
-        ends = b"dllm serve %d calls %d, " % (caller, other)
-        to_other, to_caller = (
-            Seal(HKDF(SHA256(), length=32, salt=nonces + self._about, info=ends + direction).derive(shared))
-            for direction in (b"question", b"answer")
-        )
-        return to_other, to_caller
+        return _seals(shared, b"dllm serve %d calls %d, " % (caller, other), nonces + self._about)
+
+    def sealed_secret(self, rank: int) -> str:
+        """The job's secret for one other rank, hexadecimal: of one call, for it is always sealed by the same key."""
+        return self._of_secret(self.rank, rank).close(self.secret, b"").hex()
+
+    def open_secret(self, rank: int, sealed: str) -> None:
+        """Take in the job's secret as `rank` has sealed it for this one. Raises ValueError where it has not."""
+        self.secret = self._of_secret(rank, self.rank).open(bytes.fromhex(sealed), b"")
+
+    def _of_secret(self, giver: int, taker: int) -> Seal:
+        shared = self._shared[taker if giver == self.rank else giver]
+        return _seals(shared, b"dllm serve secret from %d to %d, " % (giver, taker), b"")[0]
+
+
+class DoorKeys:
+    """What opens the door of any rank: the job's secret. As Keys, for `call` and `welcome`.
+
+    Parameters
+    ----------
+    rank : int
+        This one, or STRANGER.
+    secret : bytes
+    """
+
+    def __init__(self, rank: int, secret: bytes) -> None:
+        self.rank, self._secret = rank, secret
+
+    def of_connection(self, caller: int, other: int, nonces: bytes) -> tuple[Seal, Seal]:
+        """What seals the frames to `other`, and those to `caller`."""
+        return _seals(self._secret, b"dllm serve door, %d calls %d, " % (caller, other), nonces)
+
+
+def _seals(key: bytes, ends: bytes, nonces: bytes) -> tuple[Seal, Seal]:
+    directions = ends + b"question", ends + b"answer"
+    question, answer = (Seal(HKDF(SHA256(), length=32, salt=nonces, info=info).derive(key)) for info in directions)
+    return question, answer
 
 
 class Seal:
@@ -140,17 +202,22 @@ class Channel:
         length = (len(padded) + TAG).to_bytes(LENGTH)
         return length + self._closing.close(padded, length)
 
-    async def receive(self) -> bytes:
-        """The next message. Raises OSError, EOFError, or NotSealed. Who gives up in the midst of one must close the channel."""
+    async def receive(self, most: int = LARGEST) -> bytes:
+        """The next message. Raises OSError, EOFError, or NotSealed. Who gives up in the midst of one must close the channel.
+
+        most : bytes of it
+        """
         length = await self.reader.readexactly(LENGTH)
         size = int.from_bytes(length)
-        if not PAD + TAG <= size <= LARGEST + LENGTH + PAD + TAG:
+        if not PAD + TAG <= size <= most + LENGTH + PAD + TAG:
             raise NotSealed(f"a frame of {size} bytes")
         padded = self._opening.open(await self.reader.readexactly(size), length)
         return padded[LENGTH : LENGTH + int.from_bytes(padded[:LENGTH])]
 
 
-async def call(keys: Keys, other: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes) -> Channel:
+async def call(
+    keys: Keys | DoorKeys, other: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
+) -> Channel:
     """Begin to talk with rank `other` by a message that only this rank can read, whoever has answered the call.
 
     Raises OSError, EOFError, NotSealed.
@@ -165,7 +232,7 @@ async def call(keys: Keys, other: int, reader: asyncio.StreamReader, writer: asy
     return channel
 
 
-async def welcome(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+async def welcome(keys: Keys | DoorKeys, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
     """A channel with the rank that has called, of which 52 bytes are read before it has proved that it is one.
 
     Raises OSError, EOFError, NotSealed.
@@ -176,3 +243,31 @@ async def welcome(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.Stre
     opening, closing = keys.of_connection(int.from_bytes(hello[:RANK]), keys.rank, hello[RANK:] + nonce)
     opening.open(await reader.readexactly(TAG), hello)
     return Channel(reader, writer, closing, opening)
+
+
+class Gate:
+    """Where other ranks come in, and strangers do not. Of too many who prove nothing, those go that have had the longest time.
+
+    Parameters
+    ----------
+    keys : Keys or DoorKeys
+    most : int
+        Connections at once of those who have not proved to be ranks.
+    patience : float
+        Seconds that each of them has.
+    """
+
+    def __init__(self, keys: Keys | DoorKeys, most: int, patience: float) -> None:
+        self.keys, self.most, self.patience = keys, most, patience
+        self.strangers: dict[asyncio.StreamWriter, None] = {}  # in the order in which they came
+
+    async def welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        """A channel with whoever proves to be a rank. Raises OSError, EOFError, NotSealed."""
+        self.strangers[writer] = None
+        if len(self.strangers) > self.most:
+            next(iter(self.strangers)).transport.abort()
+        try:
+            async with asyncio.timeout(self.patience):
+                return await welcome(self.keys, reader, writer)
+        finally:
+            self.strangers.pop(writer, None)

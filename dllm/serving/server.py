@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import re
 import resource
 import signal
 import socket
@@ -16,26 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from ..comm import messages, runtime
+from ..comm import runtime
 from ..comm.membership import Membership
-from ..comm.node_info import NodeInfo
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
+from ..launching.join_file import host_name, path_of
 from ..remote.http import is_loopback
 from .app import App
 from .connection import Connection
+from .counts import Ledger
 from .engine import Engine
 from .gossip_view import GossipView
+from .joiner import Seat
+from .joining import Door
 from .limits import Limits
 from .log import Log
 from .origins import Origins
 from .peers import Peers
 from .reports import report_of, room
-from .sealed import Keys
 from .service import Service
 from .streams import LocalStreams
-from .tokens import Clients, stretched
+from .tokens import Clients
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,8 +52,6 @@ class Server:
     ----------
     comm : MPI.Comm
         Collective.
-    node : NodeInfo
-        Where this rank is.
     served : sequence of (LoadedModel, Engine)
         The models, and the engine of each, started.
     options : argparse.Namespace
@@ -61,27 +60,36 @@ class Server:
         Of which clients must have one; empty: they need none.
     listener : socket
         Bound, not yet listening: no request comes before somebody answers.
+    seat : joiner.Seat
+        What this process is among the ranks.
     """
 
     def __init__(
         self,
         comm: MPI.Comm,
-        node: NodeInfo,
         served: Sequence[tuple[LoadedModel, Engine[Any]]],
         options: argparse.Namespace,
         tokens: Sequence[str],
         listener: socket.socket,
+        seat: Seat,
     ) -> None:
         self.comm, self.served, self.options, self.clients = comm, served, options, Clients(tokens)
-        self.listener, self.log, self.state, self.stops = listener, Log(comm.rank), "ok", 0
-        self.keys = agreed_keys(comm, tokens)
+        self.listener, self.log, self.state, self.stops = listener, Log(seat.place.rank), "ok", 0
+        self.keys = seat.keys
         host = listener.getsockname()[0]
         self.origins = Origins(not is_loopback(host), options.allow_host, options.allow_origin)
         with runtime.together(comm):
-            self.listen_at, self.address = peer_addresses(host, options.host, options.interface, node.ranks == comm.size)
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", socket.gethostname()[:64])
-        self.fixed: dict[str, Any] = {"host": name, "pid": os.getpid()}
-        self.gossip = Membership(comm, self.report, report_of(len(served)), room(len(served)))
+            self.listen_at, self.address = peer_addresses(host, options.host, options.interface, seat.one_host)
+        self.fixed: dict[str, Any] = {"host": host_name(), "pid": os.getpid()}
+        self.gossip = Membership(comm, self.report, report_of(len(served)), room(len(served)), seat.place)
+        self.door: Door | None = None
+        if seat.about:
+            path = path_of(*listener.getsockname()[:2])
+            self.door = Door(self.gossip, self.keys, seat.about, path, lambda: self.state != "ok", self.log)
+        self.gossip.take(seat.known)
+        self.ledger = Ledger()
+        if self.gossip.before:  # this rank goes on counting from there
+            self.ledger.take(self.gossip.rank, self.gossip.before)
         self.limits = Limits(
             body=options.max_body, prompt=options.max_prompt, source=options.max_source, tokens=options.max_tokens,
             requests=options.max_requests, connections=options.max_connections, deadline=options.deadline,
@@ -94,7 +102,8 @@ class Server:
         known = {**self.fixed, "made": time.time(), **self.app.report()}  # made before its numbers are read
         for one, told in zip(self.app.services, known["models"], strict=True):
             told["address"] = self.address, one.peers.port
-        return {**known, "draining": self.state != "ok", "drained": self.state == "drained"}
+        known |= {"draining": self.state != "ok", "drained": self.state == "drained"}
+        return dict(self.ledger.take(self.gossip.rank, known))
 
     def run(self, stopping: Sequence[bool]) -> int:
         """Answer until told to stop, then until what is under way is done. Returns the exit code.
@@ -126,6 +135,10 @@ class Server:
             await one.peers.listen(self.listen_at)
         self.app = App(services, self.gossip, self.limits, self.log)
         app = self.app.asgi(self.clients, self.origins, self.options.root_path)
+        if self.door:
+            self.fixed |= {"door": (self.address, await self.door.listen(self.listen_at))}
+            self.fixed |= {"public": self.keys.public} if self.gossip.life else {}
+            meetings = loop.create_task(self.door.run())
         self.gossip.start()
         config = uvicorn.Config(
             app, http=type("Limited", (Connection,), {"limits": self.limits}), ws="none",
@@ -146,6 +159,9 @@ class Server:
             await asyncio.sleep(0.05)
         self.state = "drained"
         await self._wait_for_others()
+        if self.door:
+            meetings.cancel()
+            await self.door.end()
 
     def stop(self) -> None:
         """The first time no new requests are taken, the second time nothing is finished any more."""
@@ -157,11 +173,14 @@ class Server:
         self.log("draining")
 
     async def _watch(self) -> None:
-        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others."""
-        while self.alive:
+        """A rank whose engine has failed can do nothing but leave: then its share of connections goes to the others.
+
+        The same holds for one that was taken for dead, and has a later life.
+        """
+        while self.alive and not self.gossip.replaced:
             await asyncio.sleep(0.5)
             self.log.catch_up()
-        self.log("failed")
+        self.log("replaced" if self.gossip.replaced else "failed")
         self.stop()
 
     async def _wait_for_others(self) -> None:
@@ -184,19 +203,6 @@ class Server:
         self.log.end()
         self.gossip.end()
         runtime.exit_together(self.comm, code)
-
-
-def agreed_keys(comm: MPI.Comm, tokens: Sequence[str]) -> Keys:
-    """What this rank shares with each other one. Collective. Raises UserError where the ranks do not have the same tokens."""
-    compared, common = stretched(tokens, bytes.fromhex(messages.broadcast(comm, os.urandom(16).hex(), str)))
-    everyones = messages.allgather(comm, compared, str)
-    if odd := [rank for rank, other in enumerate(everyones) if other != everyones[0]]:
-        raise UserError.of_all(f"rank 0 and rank {odd[0]} do not have the same tokens: give all ranks the same --token-file")
-    keys = Keys(comm.rank)
-    publics = messages.allgather(comm, keys.public, str)
-    with runtime.together(comm):
-        keys.agree(publics, common)
-    return keys
 
 
 class _Http(uvicorn.Server):

@@ -80,7 +80,7 @@ def test_a_rank_that_sends_noise_is_as_if_it_were_silent_and_the_others_go_on():
 def test_nobody_tells_a_rank_of_itself():
     comm = MPI.COMM_WORLD
     gossip = Membership(comm, lambda: report(comm.rank), Report)
-    gossip._take(pack({comm.rank: (5, report(99)), 1 - min(comm.rank, 1): (7, report(3))}))
+    gossip.take(pack({comm.rank: (5, report(99)), 1 - min(comm.rank, 1): (7, report(3))}))
     assert comm.rank not in gossip.known
     assert gossip.known == ({1 - min(comm.rank, 1): (7, report(3))} if comm.size > 1 else {})
     gossip.comm.Free()
