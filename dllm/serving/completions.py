@@ -50,7 +50,8 @@ class CompletionChoice:
         vocabulary: Vocabulary,
     ) -> None:  # fmt: skip
         self.index, self.wanted, self.prompt, self.salt, self.vocabulary = index, wanted, prompt, salt, vocabulary
-        self.text = Detokenizer(vocabulary.spell, wanted.stop, prompt.behind and not wanted.echo)
+        behind = prompt.behind and not wanted.echo
+        self.text = Detokenizer(vocabulary.spell, wanted.stop, behind, places=wanted.logprobs is not None)
         self.count, self._number, self._logprob = 0, 0, 0.0
         self.reason: str | None = None
         self.cancel: Cancel = lambda: None
@@ -174,12 +175,13 @@ class CompletionRun:
             yield ended
         try:
             while self._left:
-                touched = dict[int, CompletionChoice]()
-                for stream, event in await self.inbox.get():
+                events = await self.inbox.get()
+                for stream, event in events:
                     self._add(stream, event)
-                    touched |= {one.index: one for one in self._choices(stream) if one in self._left}
+                streams = dict.fromkeys(stream for stream, _ in events)
+                touched = [one for stream in streams for one in self._choices(stream) if one in self._left]
                 self._left = [one for one in self._left if not one.reason]
-                yield [part for one in touched.values() if (part := one.new_part())]
+                yield [part for one in touched if (part := one.new_part())]
         finally:
             self.inbox.cancel()
 
@@ -275,10 +277,10 @@ class EventStream:
             await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, send: Send) -> None:
-        more = {"usage": None} if self.include_usage else {}
+        write = self.answer.chunks({"usage": None} if self.include_usage else {})
         try:
             async for parts in self.run.parts():
-                text = "".join(f"data: {encode(self.answer.body([part]) | more)}\n\n" for part in parts)
+                text = "".join(f"data: {write(part)}\n\n" for part in parts)
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
             end = "data: [DONE]\n\n"
             if self.include_usage:

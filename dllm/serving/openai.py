@@ -154,6 +154,21 @@ class Answer:
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
 
+    def chunks(self, more: Json) -> Callable[[Json], str]:
+        """What makes JSON of a choice by itself: as `encode` of its body with `more` behind, where most is encoded once."""
+        name = '"choices":[]'
+        before, _, after = encode(self.body([]) | more).rpartition(name)
+        before, after = f'{before}{name[:-1]}{{"index":', f"}}]{after}"
+
+        def chunk(part: Json) -> str:
+            index, text, logprobs, reason = part.values()
+            said = f',"finish_reason":{encode(reason)}' if reason else ',"finish_reason":null'
+            noted = encode(logprobs) if logprobs else "null"
+            return f'{before}{index},"text":{encode(text)},"logprobs":{noted}{said}{after}'
+
+        return chunk
+
+
 def choice_body(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
     """A choice of an answer, or what is new of it. reason : "stop" or "length"; None: it goes on."""
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
