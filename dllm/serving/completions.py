@@ -273,15 +273,14 @@ class EventStream:
             raise
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(Disconnected):  # then nobody misses the end
-            await unless_disconnected(receive, self.run.inbox, self._send_events(send))
+            await unless_disconnected(receive, self.run.inbox, self._send_events(scope["dllm.send"]))
             await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, send: Send) -> None:
-        write = self.answer.chunks({"usage": None} if self.include_usage else {})
+        write = self.answer.events({"usage": None} if self.include_usage else {})
         try:
             async for parts in self.run.parts():
-                text = "".join(f"data: {write(part)}\n\n" for part in parts)
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": "".join(map(write, parts)).encode(), "more_body": True})
             end = "data: [DONE]\n\n"
             if self.include_usage:
                 end = f"data: {encode(self.answer.body([], self.run.counts))}\n\n{end}"

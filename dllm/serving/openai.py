@@ -154,19 +154,19 @@ class Answer:
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
 
-    def chunks(self, more: Json) -> Callable[[Json], str]:
-        """What makes JSON of a choice by itself: as `encode` of its body with `more` behind, where most is encoded once."""
-        name = '"choices":[]'
-        before, _, after = encode(self.body([]) | more).rpartition(name)
-        before, after = f'{before}{name[:-1]}{{"index":', f"}}]{after}"
+    def events(self, more: Json) -> Callable[[Json], str]:
+        """What makes an event of one choice, whose data is `encode` of its body and `more`: what is the same in all is encoded once."""
+        name = '"choices":['
+        before, _, after = encode(self.body([]) | more).rpartition(f"{name}]")
+        before, after = f'data: {before}{name}{{"index":', f"}}]{after}\n\n"
 
-        def chunk(part: Json) -> str:
-            index, text, logprobs, reason = part.values()
-            said = f',"finish_reason":{encode(reason)}' if reason else ',"finish_reason":null'
+        def event(choice: Json) -> str:
+            index, text, logprobs, reason = choice.values()
             noted = encode(logprobs) if logprobs else "null"
-            return f'{before}{index},"text":{encode(text)},"logprobs":{noted}{said}{after}'
+            said = f'"{reason}"' if reason else "null"
+            return f'{before}{index},"text":{encode(text)},"logprobs":{noted},"finish_reason":{said}{after}'
 
-        return chunk
+        return event
 
 
 def choice_body(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:

@@ -49,7 +49,7 @@ class Detokenizer:
 
     def __init__(self, spell: Spell, stops: Sequence[str] = (), behind: bool = False, places: bool = True) -> None:
         self.spell, self.stops, self.ended, self.behind = spell, stops, False, behind
-        self._plain = not (stops or places)  # all text may be shown at once
+        self._plain, self._bytes = not (stops or places), list[bytes]()  # all text may be shown at once; bytes of it
         self._longest = max(map(len, stops), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._sent, self._held, self._free = 0, "", 0  # characters given out; text that is not; how much of it may be
@@ -67,7 +67,7 @@ class Detokenizer:
         behind = self.behind
         data, self.behind = self.spell(token.number, behind)
         if self._plain:
-            self._held += self._decoder.decode(data)
+            self._bytes.append(data)
             return False
         start = self._sent + len(self._held)
         self._held += self._decoder.decode(data)
@@ -93,12 +93,13 @@ class Detokenizer:
 
     def flush(self, final: bool = False) -> tuple[str, list[PlacedToken]]:
         """The text and the tokens that may be shown and were not yet. final : nothing more will come."""
+        if self._plain:
+            text, self._held = self._held + self._decoder.decode(b"".join(self._bytes), final), ""
+            self._bytes.clear()
+            return text, []
         if final and not self.ended:
             self._held += self._decoder.decode(b"", final=True)
             self._free = len(self._held)
-        if self._plain:
-            text, self._held = self._held, ""
-            return text, []
         text, self._held = self._held[: self._free], self._held[self._free :]
         self._sent, self._free = self._sent + len(text), 0
         if self.ended:

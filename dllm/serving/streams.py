@@ -44,19 +44,21 @@ class Inbox:
         self.cancels: list[Cancel] = []
         self.accepted: list[asyncio.Future[bool]] = []
         self._events: list[tuple[int, Event]] = []
-        self._ready, self._closed = asyncio.Event(), False
+        self._closed = False
+        self._waiter: asyncio.Future[None] | None = None  # of whoever waits for more
 
     def put(self, index: int, *events: Event) -> None:
         """Take the next events of a stream."""
         self._events += [(index, event) for event in events]
-        self._ready.set()
+        self._wake()
 
     async def get(self) -> list[tuple[int, Event]]:
-        """All that has come since: a list of (index, Token or Finished), not empty. Raises Disconnected."""
-        await self._ready.wait()
+        """All that has come since: a list of (index, Token or Finished), not empty. For one at a time. Raises Disconnected."""
+        if not (self._events or self._closed):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._closed:
             raise Disconnected
-        self._ready.clear()
         events, self._events = self._events, []
         return events
 
@@ -69,7 +71,12 @@ class Inbox:
     def close(self) -> None:
         """Nobody waits for the rest: `get` raises Disconnected."""
         self._closed = True
-        self._ready.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # who waited may have been cancelled
+            waiter.set_result(None)
 
     def cancel(self) -> None:
         """End all streams that are still under way."""
