@@ -39,11 +39,16 @@ class Requests(h11.Connection):
 
     def send(self, event: Any) -> bytes | None:
         """The bytes of an event. Raises LocalProtocolError."""
-        if self._chunked and type(event) is h11.Data and event.data and self.our_state is h11.SEND_BODY:
+        is_data, chunked = type(event) is h11.Data, self._chunked
+        if chunked and is_data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)  # RFC 9112, section 7.1
+        self._chunked = False  # if this fails
         data = super().send(event)
-        if isinstance(event, h11.Response):
-            self._chunked = data is not None and b"\r\ntransfer-encoding: chunked\r\n" in data.lower()
+        if type(event) is h11.Response:
+            chunked = data is not None and b"\r\ntransfer-encoding: chunked\r\n" in data.lower()
+            self._chunked = chunked and self.our_state is h11.SEND_BODY
+        elif is_data:
+            self._chunked = chunked
         return data
 
 

@@ -15,7 +15,7 @@ from .requests import AnyRequest, Event, Finished, Stream
 
 Result = TypeVar("Result")
 Cancel: TypeAlias = Callable[[], object]
-PAUSE, LONGEST_PAUSE = 0.002, 0.03  # seconds in which tokens are gathered: for each stream beside the first, and at most
+PAUSE, LONGEST_PAUSE = 0.003, 0.04  # seconds in which tokens are gathered: for each stream beside the first, and at most
 
 
 class Sink(Protocol):
