@@ -171,7 +171,7 @@ class CompletionRun:
         self.choices[stream].add(event)
 
     async def next_parts(self) -> list[Json] | None:
-        """Choices with what is new since the last call; None: all have ended, and that was said. Raises Refused, Disconnected."""
+        """Choices with what is new since the last call; None: all have said their end. Raises Refused, Disconnected."""
         if self._ended:
             parts, self._ended = [one.new_part() for one in self._ended], []
             return [part for part in parts if part]

@@ -153,9 +153,8 @@ class Answer:
         """counts : (prompt tokens, completion tokens), or None: not said."""
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
-
     def events(self, more: Json) -> Callable[[Json], str]:
-        """What makes an event of one choice, whose data is `encode` of its body and `more`: what is the same in all is encoded once."""
+        """What makes an event of a choice: its data is `encode` of its body and `more`, of which the same parts are encoded once."""
         name = '"choices":['
         before, _, after = encode(self.body([]) | more).rpartition(f"{name}]")
         before, after = f'data: {before}{name}{{"index":', f"}}]{after}\n\n"

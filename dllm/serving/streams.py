@@ -110,7 +110,7 @@ def check_finished(finished: Finished) -> None:
 
 
 class LocalStreams:
-    """The engine's streams, handed to their inboxes in the event loop: one call into the loop for a step of the engine, or some.
+    """The engine's streams, handed to their inboxes in the event loop: one call into the loop for one or some of its steps.
 
     What it costs to wake the loop and to write to a connection hardly depends on how much there is to write. A stream that is
     alone gets each token at once. With others it waits until there is time for all: PAUSE for each, LONGEST_PAUSE at most;
