@@ -119,8 +119,14 @@ def random_model(folder: pathlib.Path, size: Size) -> pathlib.Path:
 
 def alone(name: str, ranks: int, seconds: float) -> dict[str, float]:
     """Tokens a second and the cost of all ranks' engines side by side, each with its part of the streams, and no HTTP."""
-    command = [sys.executable, "-m", "benchmarks.serve", name, str(STREAMS // ranks), str(seconds), "1", "fp32"]
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(ranks)]
+    command = [sys.executable, "-m", "benchmarks.serve", name, str(STREAMS // ranks), str(seconds), "1", "fp32", "0", "wait"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen(command, **pipes) for _ in range(ranks)]
+    for job in jobs:
+        job.stdout.readline()  # it is ready
+    for job in jobs:
+        job.stdin.write("\n")
+        job.stdin.flush()
     found = [last_json(job.communicate(timeout=LIMIT)[0]) for job in jobs]
     rate = sum(one["tokens_per_second"] for one in found)
     cost = sum(one["processor_seconds"] / one["seconds"] for one in found)

@@ -154,7 +154,7 @@ class Answer:
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
     def events(self, more: Json) -> Callable[[Json], str]:
-        """What makes an event of a choice: its data is `encode` of its body and `more`, of which the same parts are encoded once."""
+        """What makes an event of a choice: as `encode` of its body and `more`, most of which is encoded once for all."""
         name = '"choices":['
         before, _, after = encode(self.body([]) | more).rpartition(f"{name}]")
         before, after = f'data: {before}{name}{{"index":', f"}}]{after}\n\n"
