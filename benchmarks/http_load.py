@@ -223,7 +223,7 @@ def _read(selector: selectors.BaseSelector, url: str, end: float) -> None:
     while (now := time.perf_counter()) < end:
         for key, _ in selector.select(end - now):
             one: Watched = key.data
-            data = one.socket.recv(1 << 16)
+            data = one.socket.recv(1 << 13)
             if not data:
                 selector.unregister(one.socket)
                 one.socket.close()

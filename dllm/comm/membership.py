@@ -26,7 +26,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 TAG = 201
 BEAT = 0.2  # seconds
-LOOK = 0.02  # seconds between looks at what has come
+LOOK = 0.05  # seconds between looks at what has come
 FANOUT = 3  # ranks that get each report
 ENTRY = 8192  # bytes that a rank's report may have as JSON; memory is touched for those it has
 SILENT = 5.0  # seconds after which a rank is told less often, every so many seconds: it may never read it

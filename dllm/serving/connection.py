@@ -37,8 +37,8 @@ class Requests(h11.Connection):
                 raise h11.RemoteProtocolError("the length of the body can be read in two ways")
         return event
 
-    def send(self, event: Any) -> bytes | None:
-        """The bytes of an event. Raises LocalProtocolError."""
+    def send(self, event: Any) -> Any:
+        """The bytes of an event; None: the connection is closed. Raises LocalProtocolError."""
         is_data, chunked = type(event) is h11.Data, self._chunked
         if chunked and is_data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)  # RFC 9112, section 7.1
