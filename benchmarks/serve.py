@@ -1,9 +1,10 @@
 """The serving engine under constant load, without HTTP; the counterpart of peers/torch_serve.py.
 
-    python -m benchmarks.serve SIZE STREAMS SECONDS THREADS PRECISION [PROMPT]
+    python -m benchmarks.serve SIZE STREAMS SECONDS THREADS PRECISION [PROMPT] [wait]
 
 PROMPT: streams end after 32 to 95 tokens, and others with prompts of so many tokens come for them; 0, the default: all go on
-for ever. Prints one JSON line: {"tokens_per_second", "gaps"}, seconds between a stream's tokens, of all streams.
+for ever. wait: it says that it is ready, and begins when it reads a line, as others do that are measured beside it. Prints
+one JSON line: {"tokens_per_second", "gaps", "seconds", "processor_seconds"}; gaps: seconds between a stream's tokens, of all.
 """
 
 import json
@@ -43,7 +44,11 @@ def main():
     prompt, rng = int((sys.argv[6:] or "0")[0]), np.random.default_rng(1)
     engine = TextEngine(Random(size), slots=streams, threads=threads, precision=sys.argv[5], cache_bytes=0)
     engine.start()
+    if sys.argv[7:] == ["wait"]:
+        print("ready", flush=True)
+        sys.stdin.readline()
     last, gaps, over, begin = {}, [], threading.Event(), time.perf_counter() + min(1, seconds)  # what is before warms up
+    spent = []  # seconds of processors, from `begin` on
 
     def submit():
         tokens = rng.integers(0, size.vocabulary, max(1, prompt))
@@ -60,6 +65,8 @@ def main():
             if stream in last and now > begin:
                 gaps.append(now - last[stream])
             last[stream] = now
+        if now > begin:
+            spent.append(time.process_time())
         if now > begin + seconds:
             over.set()
 
@@ -68,7 +75,8 @@ def main():
     while not over.wait(1):
         assert engine.load()["alive"], "the engine failed"
     seconds = max(last.values()) - begin
-    print(json.dumps({"tokens_per_second": len(gaps) / seconds, "gaps": gaps}))
+    found = {"tokens_per_second": len(gaps) / seconds, "gaps": gaps, "seconds": seconds}
+    print(json.dumps(found | {"processor_seconds": spent[-1] - spent[0]}))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 TAG = 201
 BEAT = 0.2  # seconds
-LOOK = 0.02  # seconds between looks at what has come
+LOOK = 0.05  # seconds between looks at what has come
 FANOUT = 3  # ranks that get each report
 LIFE = 32  # bits of a count below those of the life: at five reports a second enough for 27 years
 LIVES = 1 << 53 - LIFE

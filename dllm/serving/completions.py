@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
@@ -51,7 +51,8 @@ class CompletionChoice:
         vocabulary: Vocabulary,
     ) -> None:  # fmt: skip
         self.index, self.wanted, self.prompt, self.salt, self.vocabulary = index, wanted, prompt, salt, vocabulary
-        self.text = Detokenizer(vocabulary.spell, wanted.stop, prompt.behind and not wanted.echo)
+        behind = prompt.behind and not wanted.echo
+        self.text = Detokenizer(vocabulary.spell, wanted.stop, behind, places=wanted.logprobs is not None)
         self.count, self._number, self._logprob = 0, 0, 0.0
         self.reason: str | None = None
         self.cancel: Cancel = lambda: None
@@ -147,6 +148,7 @@ class CompletionRun:
                 self.choices.append(CompletionChoice(len(self.choices), wanted, prompt, salt, echoed, vocabulary))
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self._left = [one for one in self.choices if not one.reason]
+        self._ended = [one for one in self.choices if one.reason]  # before anything was computed
         self.rank, cancels = peers.submit(self._requests(), self.inbox)
         for index, cancel in cancels.items():
             for one in self._choices(index):
@@ -169,20 +171,20 @@ class CompletionRun:
         """Let the choices that a stream makes take in an event. Raises Refused where the engine failed."""
         self.choices[stream].add(event)
 
-    async def parts(self) -> AsyncIterator[list[Json]]:
-        """Lists of choices with what is new, until all have ended. Raises Refused, Disconnected."""
-        if ended := [part for one in self.choices if one.reason and (part := one.new_part())]:
-            yield ended
-        try:
-            while self._left:
-                touched = dict[int, CompletionChoice]()
-                for stream, event in await self.inbox.get():
-                    self._add(stream, event)
-                    touched |= {one.index: one for one in self._choices(stream) if one in self._left}
-                self._left = [one for one in self._left if not one.reason]
-                yield [part for one in touched.values() if (part := one.new_part())]
-        finally:
-            self.inbox.cancel()
+    async def next_parts(self) -> list[Json] | None:
+        """Choices with what is new since the last call; None: all have said their end. Raises Refused, Disconnected."""
+        if self._ended:
+            parts, self._ended = [one.new_part() for one in self._ended], []
+            return [part for part in parts if part]
+        if not self._left:
+            return None
+        events = await self.inbox.get()
+        for stream, event in events:
+            self._add(stream, event)
+        streams = {stream: None for stream, _ in events}
+        touched = [one for stream in streams for one in self._choices(stream) if one in self._left]
+        self._left = [one for one in self._left if not one.reason]
+        return [part for one in touched if (part := one.new_part())]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -192,7 +194,7 @@ class CompletionRun:
     async def whole(self) -> list[Json]:
         """The best choices of each prompt when all have ended. Raises Refused, Disconnected."""
         found = {one.index: choice_body(one.index, "", None, None) for one in self.choices}
-        async for parts in self.parts():
+        while (parts := await self.next_parts()) is not None:
             for part in parts:
                 _join(found[part["index"]], part)
         return [found[one.index] | {"index": index} for index, one in enumerate(self._best())]
@@ -272,15 +274,14 @@ class EventStream:
             raise
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(Disconnected):  # then nobody misses the end
-            await unless_disconnected(receive, self.run.inbox, self._send_events(send))
+            await unless_disconnected(receive, self.run.inbox, self._send_events(scope["dllm.send"]))
             await send({"type": "http.response.body", "body": b""})
 
     async def _send_events(self, send: Send) -> None:
-        more = {"usage": None} if self.include_usage else {}
+        write = self.answer.events({"usage": None} if self.include_usage else {})
         try:
-            async for parts in self.run.parts():
-                text = "".join(f"data: {encode(self.answer.body([part]) | more)}\n\n" for part in parts)
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            while (parts := await self.run.next_parts()) is not None:
+                await send({"type": "http.response.body", "body": "".join(map(write, parts)).encode(), "more_body": True})
             end = "data: [DONE]\n\n"
             if self.include_usage:
                 end = f"data: {encode(self.answer.body([], self.run.counts))}\n\n{end}"

@@ -21,8 +21,10 @@ class Requests(h11.Connection):
     """As h11 reads them, but for those whose end a proxy before this server might see elsewhere.
 
     RFC 9112, sections 6.1 and 11.2. h11 takes a chunked body where both lengths are given, and one of several that are the
-    same.
+    same. Of answers it writes chunks by itself, since a stream of tokens is many of them.
     """
+
+    _chunked = False  # whether the answer under way is
 
     def next_event(self) -> Any:
         """The next event. Raises RemoteProtocolError."""
@@ -34,6 +36,20 @@ class Requests(h11.Connection):
             if len(given) > 1 or any(b"," in value for _, value in given) or (chunked and event.http_version < b"1.1"):
                 raise h11.RemoteProtocolError("the length of the body can be read in two ways")
         return event
+
+    def send(self, event: Any) -> Any:
+        """The bytes of an event; None: the connection is closed. Raises LocalProtocolError."""
+        is_data, chunked = type(event) is h11.Data, self._chunked
+        if chunked and is_data and event.data:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)  # RFC 9112, section 7.1
+        self._chunked = False  # if this fails
+        data = super().send(event)
+        if type(event) is h11.Response:
+            chunked = data is not None and b"\r\ntransfer-encoding: chunked\r\n" in data.lower()
+            self._chunked = chunked and self.our_state is h11.SEND_BODY
+        elif is_data:
+            self._chunked = chunked
+        return data
 
 
 class Connection(H11Protocol):

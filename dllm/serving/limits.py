@@ -55,7 +55,8 @@ class Guard:
     Parameters
     ----------
     app : ASGI application
-        Answers `Refused` itself; handlers add to the dict scope["dllm"], which is logged.
+        Answers `Refused` itself; handlers add to the dict scope["dllm"], which is logged. Once an answer has begun that is not
+        refused, scope["dllm.send"] sends its body past all that only looks at how it begins.
     limits : Limits
     clients : tokens.Clients
         Who may ask. A client's salt is in scope["dllm.salt"].
@@ -81,7 +82,7 @@ class Guard:
         answer = _Answer(send, receive, [(b"x-request-id", name.encode())])
         path: str = scope["path"]
         below = path.removeprefix(self.root) if path.startswith(f"{self.root}/") else path
-        scope = {**scope, "path": below, "dllm": {"request_id": name}}
+        scope = {**scope, "path": below, "dllm": {"request_id": name}, "dllm.send": send}
         try:
             async with asyncio.timeout(self.limits.deadline):
                 await self._answer(scope, receive, answer)

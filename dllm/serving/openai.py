@@ -153,6 +153,20 @@ class Answer:
         """counts : (prompt tokens, completion tokens), or None: not said."""
         return self.head | {"choices": choices} | ({"usage": usage(*counts)} if counts else {})
 
+    def events(self, more: Json) -> Callable[[Json], str]:
+        """What makes an event of a choice: as `encode` of its body and `more`, most of which is encoded once for all."""
+        name = '"choices":['
+        before, _, after = encode(self.body([]) | more).rpartition(f"{name}]")
+        before, after = f'data: {before}{name}{{"index":', f"}}]{after}\n\n"
+
+        def event(choice: Json) -> str:
+            index, text, logprobs, reason = choice.values()
+            noted = encode(logprobs) if logprobs else "null"
+            said = f'"{reason}"' if reason else "null"
+            return f'{before}{index},"text":{encode(text)},"logprobs":{noted},"finish_reason":{said}{after}'
+
+        return event
+
 
 def choice_body(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
     """A choice of an answer, or what is new of it. reason : "stop" or "length"; None: it goes on."""

@@ -234,8 +234,8 @@ class _Remainder:
     def cancels(self) -> list[Cancel]:
         return self.inbox.cancels
 
-    def put(self, index: int, event: Event) -> None:
-        if self.left:
-            self.left -= 1
-        else:
-            self.inbox.put(index, event)
+    def put(self, index: int, *events: Event) -> None:
+        known = min(self.left, len(events))
+        self.left -= known
+        if known < len(events):
+            self.inbox.put(index, *events[known:])

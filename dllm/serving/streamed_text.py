@@ -6,7 +6,7 @@ import codecs
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from .requests import Token
 Spell: TypeAlias = Callable[[int, bool], tuple[bytes, bool]]
 
 
-@dataclass(frozen=True)
-class PlacedToken:
+class PlacedToken(NamedTuple):
     """A token whose text may be shown, and where in the text it begins."""
 
     token: Token
@@ -39,6 +38,8 @@ class Detokenizer:
         The text ends before the first of these; none is empty.
     behind : bool
         Whether a word is right before the text.
+    places : bool
+        Whether somebody wants to know the tokens; else `flush` gives text alone.
 
     Attributes
     ----------
@@ -46,8 +47,9 @@ class Detokenizer:
         Whether a stop string has come.
     """
 
-    def __init__(self, spell: Spell, stops: Sequence[str] = (), behind: bool = False) -> None:
+    def __init__(self, spell: Spell, stops: Sequence[str] = (), behind: bool = False, places: bool = True) -> None:
         self.spell, self.stops, self.ended, self.behind = spell, stops, False, behind
+        self._plain, self._bytes = not (stops or places), list[bytes]()  # all text may be shown at once; bytes of it
         self._longest = max(map(len, stops), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._sent, self._held, self._free = 0, "", 0  # characters given out; text that is not; how much of it may be
@@ -62,8 +64,12 @@ class Detokenizer:
         """Take in a token; one of the prompt ends nothing. Returns whether the text has ended."""
         if self.ended:
             return True
-        start, behind = self._sent + len(self._held), self.behind
+        behind = self.behind
         data, self.behind = self.spell(token.number, behind)
+        if self._plain:
+            self._bytes.append(data)
+            return False
+        start = self._sent + len(self._held)
         self._held += self._decoder.decode(data)
         unfinished = bool(self._decoder.getstate()[0])  # it ends within a character, and is shown with it
         self._waiting.append((start, self._sent + len(self._held) + unfinished, token, behind))
@@ -87,6 +93,10 @@ class Detokenizer:
 
     def flush(self, final: bool = False) -> tuple[str, list[PlacedToken]]:
         """The text and the tokens that may be shown and were not yet. final : nothing more will come."""
+        if self._plain:
+            text, self._held = self._held + self._decoder.decode(b"".join(self._bytes), final), ""
+            self._bytes.clear()
+            return text, []
         if final and not self.ended:
             self._held += self._decoder.decode(b"", final=True)
             self._free = len(self._held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -14,6 +15,7 @@ from .requests import AnyRequest, Event, Finished, Stream
 
 Result = TypeVar("Result")
 Cancel: TypeAlias = Callable[[], object]
+PAUSE, LONGEST_PAUSE = 0.003, 0.04  # seconds in which tokens are gathered: for each stream beside the first, and at most
 
 
 class Sink(Protocol):
@@ -23,8 +25,8 @@ class Sink(Protocol):
     def cancels(self) -> list[Cancel]:
         """What ends its streams."""
 
-    def put(self, index: int, event: Event) -> None:
-        """Take the next event of a stream."""
+    def put(self, index: int, *events: Event) -> None:
+        """Take the next events of a stream."""
 
 
 class Inbox:
@@ -42,19 +44,21 @@ class Inbox:
         self.cancels: list[Cancel] = []
         self.accepted: list[asyncio.Future[bool]] = []
         self._events: list[tuple[int, Event]] = []
-        self._ready, self._closed = asyncio.Event(), False
+        self._closed = False
+        self._waiter: asyncio.Future[None] | None = None  # of whoever waits for more
 
-    def put(self, index: int, event: Event) -> None:
-        """Take the next event of a stream."""
-        self._events.append((index, event))
-        self._ready.set()
+    def put(self, index: int, *events: Event) -> None:
+        """Take the next events of a stream."""
+        self._events += [(index, event) for event in events]
+        self._wake()
 
     async def get(self) -> list[tuple[int, Event]]:
-        """All that has come since: a list of (index, Token or Finished), not empty. Raises Disconnected."""
-        await self._ready.wait()
+        """All that has come since: a list of (index, Token or Finished), not empty. For one at a time. Raises Disconnected."""
+        if not (self._events or self._closed):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._closed:
             raise Disconnected
-        self._ready.clear()
         events, self._events = self._events, []
         return events
 
@@ -67,7 +71,12 @@ class Inbox:
     def close(self) -> None:
         """Nobody waits for the rest: `get` raises Disconnected."""
         self._closed = True
-        self._ready.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # who waited may have been cancelled
+            waiter.set_result(None)
 
     def cancel(self) -> None:
         """End all streams that are still under way."""
@@ -101,11 +110,21 @@ def check_finished(finished: Finished) -> None:
 
 
 class LocalStreams:
-    """The engine's streams, handed to their inboxes in the event loop: one call into the loop for each step of the engine."""
+    """The engine's streams, handed to their inboxes in the event loop: one call into the loop for one or some of its steps.
+
+    What it costs to wake the loop and to write to a connection hardly depends on how much there is to write. A stream that is
+    alone gets each token at once. With others it waits until there is time for all: PAUSE for each, LONGEST_PAUSE at most;
+    then all of them get what has come since. The first event of a stream and its last never wait. The next step of the engine
+    ends every wait, so no clock is needed: while streams are under way, there is one.
+    """
 
     def __init__(self, engine: Engine[Any], loop: asyncio.AbstractEventLoop) -> None:
         self.engine, self.loop = engine, loop
         self._sinks: dict[Stream[Any], tuple[Sink, int]] = {}
+        # In the engine's thread:
+        self._begun: set[Stream[Any]] = set()
+        self._held: dict[Stream[Any], list[Event]] = {}
+        self._due = 0.0  # when all is told, seconds of the monotonic clock
 
     def submit(self, request: AnyRequest, sink: Sink, index: int) -> Cancel:
         """Have a stream computed; its events go to `sink` as those of `index`. In the event loop.
@@ -119,27 +138,46 @@ class LocalStreams:
 
     def _deliver(self, news: list[tuple[Stream[Any], Event]]) -> None:
         """In the engine's thread."""
-        self.loop.call_soon_threadsafe(self._dispatch, news)
-
-    def _dispatch(self, news: list[tuple[Stream[Any], Event]]) -> None:
+        held, begun, urgent = self._held, self._begun, dict[Stream[Any], None]()
         for stream, event in news:
-            sink, index = self._sinks[stream]
-            sink.put(index, event)
+            held.setdefault(stream, []).append(event)
+            if stream not in begun:
+                begun.add(stream)
+                urgent[stream] = None
             if isinstance(event, Finished):
+                begun.discard(stream)
+                urgent[stream] = None
+        now = time.monotonic()
+        if now >= self._due:
+            told, self._held = held, {}
+            self._due = now + min(PAUSE * (len(begun) - 1), LONGEST_PAUSE)
+        else:
+            told = {stream: held.pop(stream) for stream in urgent}
+        if told:
+            self.loop.call_soon_threadsafe(self._dispatch, told)
+
+    def _dispatch(self, told: dict[Stream[Any], list[Event]]) -> None:
+        for stream, events in told.items():
+            sink, index = self._sinks[stream]
+            sink.put(index, *events)
+            if isinstance(events[-1], Finished):
                 del self._sinks[stream]
 
 
 async def unless_disconnected(receive: Receive, inbox: Inbox, work: Coroutine[Any, Any, Result]) -> Result:
-    """What the coroutine `work`, which reads from an inbox, returns; it gets Disconnected where the client leaves."""
+    """What the coroutine `work`, which reads from an inbox, returns; it gets Disconnected where the client leaves.
+
+    It runs in a task of its own, so that each of its steps begins there and not below all that has called this.
+    """
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         inbox.close()
 
-    watcher = asyncio.create_task(watch())
+    watcher, worker = asyncio.create_task(watch()), asyncio.create_task(work)
     try:
-        return await work
+        return await worker
     finally:
         watcher.cancel()
         inbox.cancel()
