@@ -18,13 +18,19 @@ from dllm.launching.join_file import About, JoinFile, RankAt
 from dllm.serving import joiner, joining, sealed
 from dllm.serving.joining import TELL, Claim, Door, Elsewhere, Granted, Look, Refused, Seen
 from dllm.serving.log import Log
-from dllm.serving.reports import RankReport
+from dllm.serving.reports import report_of, room
 from dllm.serving.sealed import STRANGER, DoorKeys, Keys
 
 LIMIT = 60  # seconds, of any test
 SECRET = bytes(range(32))
 BROKEN = OSError, EOFError, ValueError
-ABOUT = About("", 3, SECRET.hex(), "00" * 16, {"model": "abc", "tokens": "none"}, ["--slots=4"], 1)
+ABOUT = About("", 3, room(1), SECRET.hex(), "00" * 16, {"model": "abc", "tokens": "none"}, ["--slots=4"], 1)
+
+
+MODEL = {
+    "address": ("127.0.0.1", 1), "active": 0, "queued": 0, "slots": 4, "tokens": 0, "tokens_per_second": 0.0, "steps": 0,
+    "rows": {},
+}  # fmt: skip
 
 
 class Rank:
@@ -32,15 +38,15 @@ class Rank:
 
     def __init__(self, rank, folder, life=0, size=3, keys=None, known=b""):
         self.rank, self.port, self.state = rank, 0, "ok"
-        self.gossip = Membership(MPI.COMM_SELF, self.report, RankReport, Place(rank, size, life))
+        self.gossip = Membership(MPI.COMM_SELF, self.report, report_of(1), room(1), Place(rank, size, life))
         self.keys = keys or Keys(rank, SECRET)
         about = msgspec.structs.replace(ABOUT, size=size)
         self.door = Door(self.gossip, self.keys, about, folder / "serve.json", lambda: self.state != "ok", Log(rank))
         self.gossip.take(known)
 
     def report(self):
-        load = {"active": 0, "queued": 0, "slots": 4, "tokens": 0, "tokens_per_second": 0.0, "steps": 0, "rows": {}}
-        where = {"host": "here", "pid": os.getpid(), "address": ("127.0.0.1", 1), "door": ("127.0.0.1", self.port)}
+        load = {"rows": {}, "models": [MODEL]}
+        where = {"host": "here", "pid": os.getpid(), "door": ("127.0.0.1", self.port)}
         lives = {"public": self.keys.public} if self.gossip.life else {}
         return {**load, **where, **lives, "made": time.time(), "draining": self.state != "ok", "drained": False}
 
@@ -136,8 +142,7 @@ def run(work):
 
 
 FINE = {
-    "active": 0, "queued": 0, "slots": 4, "tokens": 0, "tokens_per_second": 0.0, "steps": 0, "rows": {}, "made": 1.0,
-    "host": "here", "pid": 1, "address": ("a", 1), "draining": False, "drained": False,
+    "rows": {}, "made": 1.0, "host": "here", "pid": 1, "draining": False, "drained": False, "models": [MODEL],
 }  # fmt: skip
 
 
@@ -148,32 +153,32 @@ def reports(rank, count, **changes):
 
 def test_a_later_life_is_alive_and_no_news_of_the_one_before_revives_it(tmp_path):
     gossip = Rank(0, tmp_path).gossip
-    state = lambda: (gossip.table()[1][0]["slots"], gossip.is_dead(1), gossip.life_of(1))
-    assert gossip.take(reports(1, 900, slots=1))
+    state = lambda: (gossip.table()[1][0]["pid"], gossip.is_dead(1), gossip.life_of(1))
+    assert gossip.take(reports(1, 900, pid=1))
     gossip.note_death(1, 0)
     assert state() == (1, True, 0)
-    assert gossip.take(reports(1, 901, slots=2))  # what was on its way
+    assert gossip.take(reports(1, 901, pid=2))  # what was on its way
     assert state() == (2, True, 0)
-    assert gossip.take(reports(1, 5 << LIFE | 1, slots=3))
+    assert gossip.take(reports(1, 5 << LIFE | 1, pid=3))
     assert state() == (3, False, 5)
     gossip.note_death(1, 0)  # MPI comes to know it now
-    assert gossip.take(reports(1, 10**6, slots=4))
-    assert gossip.take(reports(1, 4 << LIFE | 1, slots=4))
+    assert gossip.take(reports(1, 10**6, pid=4))
+    assert gossip.take(reports(1, 4 << LIFE | 1, pid=4))
     assert state() == (3, False, 5)
     gossip.note_death(1, 5)
-    assert gossip.take(reports(1, 5 << LIFE | 2, slots=5))
+    assert gossip.take(reports(1, 5 << LIFE | 2, pid=5))
     assert state() == (5, True, 5)
-    assert gossip.take(reports(1, (LIVES << LIFE) - 1, slots=6))
+    assert gossip.take(reports(1, (LIVES << LIFE) - 1, pid=6))
     assert state() == (6, False, LIVES - 1)
     assert not gossip.take(reports(1, 2**53 + 1))
 
 
 def test_a_rank_that_was_replaced_learns_it_and_takes_nothing_else_of_itself_from_others(tmp_path):
     gossip = Rank(1, tmp_path, life=7).gossip
-    assert gossip.take(reports(1, 3 << LIFE | 9, slots=9))
-    assert (gossip.before["slots"], gossip.replaced, gossip.known) == (9, False, {})
+    assert gossip.take(reports(1, 3 << LIFE | 9, pid=9))
+    assert (gossip.before["pid"], gossip.replaced, gossip.known) == (9, False, {})
     assert gossip.take(reports(1, 7 << LIFE | 99))
-    assert (gossip.before["slots"], gossip.replaced, gossip.known) == (9, False, {})
+    assert (gossip.before["pid"], gossip.replaced, gossip.known) == (9, False, {})
     assert gossip.take(reports(1, 8 << LIFE))
     assert (gossip.replaced, gossip.known) == (True, {})
 
