@@ -4,6 +4,7 @@ from typing import Any, TypeAlias
 
 from .. import __version__
 from .fields import CHOICES, NEUTRAL, SALT_LENGTH
+from .labels import FORMATS
 from .limits import Limits
 from .openai import LARGEST_K, SEEDS, STOP_LENGTH, STOPS
 from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_BIAS, MAX_BIASED, MAX_LOGPROBS, MAX_PENALTY
@@ -252,8 +253,8 @@ def _requests(model: str, vocabulary: int) -> Schema:
         "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [READ, _some(READ)]}),
         "RecordingRequest": _object(["file"], closed=True, **recording),
         "TranscriptionRequest": _object(
-            ["file"], closed=True, **recording, response_format={"enum": ["json", "text"]}, language=text, prompt=text,
-            temperature=text,
+            ["file"], closed=True, **recording, response_format={"enum": [*FORMATS]}, language=text, prompt=text,
+            temperature=text, stream={"enum": ["false"]},
         ),
         "EmbeddingRequest": _object(
             ["input"], closed=True, **named, input=many, encoding_format=_maybe({"enum": ["float", "base64"]}),
@@ -311,7 +312,7 @@ def _answers() -> Schema:
             ["index", "label", "probability", "probabilities"], index=count, label=text, probability=_number(0, 1),
             probabilities={"type": "object", "additionalProperties": _number(0, 1)},
         )),
-        "Transcription": _object(["text"], text=text),
+        "Transcription": _object(["text"], text=text, task=text, language=text, duration=_number(0)),
         "Tokenized": _object(
             ["count", "max_model_len", "tokens", "token_strs"], count=count, max_model_len=count, tokens=_several(count),
             token_strs=_maybe(_several(text)),

@@ -187,6 +187,10 @@ def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models)
     assert said.json() == {"text": expected}
     plain = ask("ctc", "/v1/audio/transcriptions", files=files, data={"response_format": "text"})
     assert plain.text == expected + "\n"
+    long = ask("ctc", "/v1/audio/transcriptions", files=files, data={"response_format": "verbose_json", "stream": "false"})
+    duration = long.json().pop("duration")
+    assert long.json() == {"task": "transcribe", "language": "unknown", "text": expected, "duration": duration}
+    assert duration == pytest.approx(len(sound.samples) / sound.rate, abs=0.03)
     (entry,) = ask("sound", "/v1/classify", files=files).json()["data"]
     assert sum(entry["probabilities"].values()) == pytest.approx(1)
 
@@ -200,7 +204,8 @@ def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models)
         ({"files": {"other": ("x", b"")}}, 400, "unknown parameter 'other'"),
         ({"files": [("file", ("x", b"")), ("file", ("y", b""))]}, 400, "[Tt]oo many files"),
         ({"files": {"file": ("x", b"")}, "data": {"model": "x"}}, 404, "there is no model 'x'"),
-        ({"files": {"file": ("x", b"")}, "data": {"response_format": "srt"}}, 400, "json or text"),
+        ({"files": {"file": ("x", b"")}, "data": {"response_format": "srt"}}, 400, "json, text or verbose_json"),
+        ({"files": {"file": ("x", b"")}, "data": {"stream": "true"}}, 400, "a recording is read as a whole"),
         ({"files": {"file": ("x", b"0" * (2 << 20))}}, 413, "the body is larger"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
         ({"content": b"--x\r\n\xff\xff", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, "."),
