@@ -39,11 +39,8 @@ class Drawing(TypedDict, total=False):
 
 def sampling_from(drawing: Drawing, tokenizer: Tokenizer) -> Sampling:
     """What the options say. Raises UserError where one is out of its range, TypeError where there is no such option."""
-    given: dict[str, Any] = dict(drawing)
-    for name, value in given.items():
-        if name != "logit_bias":
-            _check(name, value)
-    bias = given.pop("logit_bias", {})
+    given: dict[str, Any] = {name: _number(name, value) for name, value in drawing.items() if name != "logit_bias"}
+    bias = drawing.get("logit_bias", {})
     if not isinstance(bias, Mapping):
         raise UserError("logit_bias maps tokens, their numbers or texts, to what is added to their logits")
     return Sampling(logit_bias=tuple({_token(one, tokenizer): _bias(one, bias[one]) for one in bias}.items()), **given)
@@ -57,14 +54,15 @@ def token_of(text: str, tokenizer: Tokenizer) -> int | None:
     return found[0] if len(found) == 1 and found[0] != tokenizer.unknown else None
 
 
-def _check(name: str, value: Any) -> None:
+def _number(name: str, value: Any) -> float:
+    """The value of an option, checked."""
     if name not in WHOLE | REAL:
         raise TypeError(f"there is no option {name!r} of drawing; there are {', '.join([*Drawing.__annotations__])}")
-    (least, most), kind = (WHOLE | REAL)[name], numbers.Integral if name in WHOLE else numbers.Real
-    if isinstance(value, kind) and least <= value < math.inf and value <= most:
-        return
-    if not isinstance(value, kind):
+    (least, most), found = (WHOLE | REAL)[name], _plain(value)
+    if found is None or (name in WHOLE and not isinstance(found, int)):
         what = f"it must be a {'whole ' * (name in WHOLE)}number"
+    elif least <= found <= most and found != math.inf:
+        return found
     elif name in ("top_p", "min_p"):
         what = "it is a probability, from 0 to 1"
     else:
@@ -72,16 +70,24 @@ def _check(name: str, value: Any) -> None:
     raise UserError(f"{name} is {value!r:.40}: {what}")
 
 
+def _plain(value: Any) -> float | None:
+    """A number of Python or NumPy as an int or a float; None: it is none."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
 def _token(one: Any, tokenizer: Tokenizer) -> int:
-    found = token_of(one, tokenizer) if isinstance(one, str) else one
-    if found is None:
+    found = token_of(one, tokenizer) if isinstance(one, str) else _plain(one)
+    if found is None and isinstance(one, str):
         raise UserError(f"logit_bias: {one!r:.60} is not one token: give the number of a token")
-    if not isinstance(found, numbers.Integral) or not 0 <= found < tokenizer.size:
+    if not isinstance(found, int) or not 0 <= found < tokenizer.size:
         raise UserError(f"logit_bias: there is no token {one!r:.60}; they are numbers from 0 to {tokenizer.size - 1}, or texts")
-    return int(found)
+    return found
 
 
 def _bias(one: Any, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or not -MOST_BIAS <= value <= MOST_BIAS:
+    found = _plain(value)
+    if found is None or not -MOST_BIAS <= found <= MOST_BIAS:
         raise UserError(f"logit_bias of {one!r:.60} is {value!r:.40}: it is a number from {-MOST_BIAS:g} to {MOST_BIAS:g}")
-    return float(value)
+    return found
