@@ -19,7 +19,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from .data.tokenizer import is_behind_word
 from .data.tokenizers import Tokenizer
 from .errors import UserError
 from .files import storage
+from .inference.drawing import Drawing, sampling_from
 from .inference.evaluation import perplexity
 from .inference.generation import WINDOW, Sampling, choose, continuation, decode, source_tokens, start_tokens
 from .inference.loaded_model import LoadedModel
@@ -96,11 +97,8 @@ class Model:
         prompt: str = "",
         tokens: int = 200,
         *,
-        temperature: float = Sampling.temperature,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 1,
         beam: int | None = None,
+        **drawing: Unpack[Drawing],
     ) -> str:
         """The text that continues a prompt, as `dllm generate` prints it behind the prompt.
 
@@ -110,28 +108,34 @@ class Model:
             "": the start of a line.
         tokens : int
             How many to generate.
-        temperature : float
-            0: always the most likely token.
-        top_k : int
-            Choose among the k most likely tokens; 0: among all.
-        top_p : float
-            Choose among the most likely tokens that together have this probability (Holtzman et al. 2020).
-        seed : int
-            The same seed gives the same text.
         beam : int, optional
             Nothing is drawn: the likeliest text that a search finds which keeps so many.
+        **drawing
+            How tokens are drawn; formulas: kernels/sample.py and kernels/penalties.py.
+
+            - temperature : float, default 0.8; 0: always the most likely token.
+            - top_k : int, among the k most likely tokens; 0: among all.
+            - top_p : float, among the most likely tokens that together have this probability (Holtzman et al. 2020).
+            - min_p : float, among tokens at least so probable, times the probability of the most likely.
+            - presence_penalty, frequency_penalty : float, taken from the logits of tokens that were drawn, once or each time.
+            - repetition_penalty : float, more than 1: less of what was drawn or is in the prompt (Keskar et al. 2019).
+            - logit_bias : mapping, a token's number or text to what is added to its logit, from -100 to 100.
+            - best_of : int, so many texts are drawn, and the likeliest a token is taken.
+            - seed : int, default 1; the same seed gives the same text.
 
         Raises
         ------
         UserError
             Where the model is one of pairs, or an argument is out of its range.
+        TypeError
+            Where there is no such option.
         """
         if self.pairs:
             raise UserError(f"{self.name} was trained on pairs: ask it by answer(source)")
-        _check_range(tokens=(tokens, 1), beam=(beam, 1), temperature=(temperature, 0), top_k=(top_k, 0))
-        if not 0 <= top_p <= 1:
-            raise UserError(f"top_p is {top_p}: it is a probability, from 0 to 1")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        _check_range(tokens=(tokens, 1), beam=(beam, 1))
+        if beam and drawing:
+            raise UserError(f"beam takes the likeliest text and draws none: leave {next(iter(drawing))}")
+        sampling = sampling_from(drawing, self.tokenizer)
         return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beam, is_behind_word(prompt))
 
     def answer(self, source: str, tokens: int = 200, *, beam: int | None = None) -> str:

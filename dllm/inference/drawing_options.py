@@ -13,14 +13,12 @@ if TYPE_CHECKING:
     from .generation import Sampling
 
 SETTINGS = ("top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "best_of", "seed")
-MOST_TEXTS = 64  # of --best-of
-MOST_PENALTY = 2.0  # OpenAI's
-MOST_REPETITION = 10.0
-MOST_BIAS = 100.0  # OpenAI's
 
 
 def add_drawing(parser: cli.Parser) -> None:
     """Add the options that say how tokens are drawn."""
+    from .drawing import LEAST_REPETITION, MOST_PENALTY, MOST_REPETITION, MOST_TEXTS
+
     number, add = cli.at_least(0, float), parser.add_argument
     signed = cli.at_least(-MOST_PENALTY, float, MOST_PENALTY)
     add("--temperature", type=number, metavar="T", help="default: 0.8; with --source 0, always the most likely")
@@ -30,7 +28,7 @@ def add_drawing(parser: cli.Parser) -> None:
     add("--presence-penalty", type=signed, metavar="X", help="taken from the logits of tokens that were drawn")
     add("--frequency-penalty", type=signed, metavar="X", help="the same, for each time that they were drawn")
     add(
-        "--repetition-penalty", type=cli.at_least(0.01, float, MOST_REPETITION), metavar="X",
+        "--repetition-penalty", type=cli.at_least(LEAST_REPETITION, float, MOST_REPETITION), metavar="X",
         help="above 1: less of what was drawn or is in the prompt (Keskar et al. 2019)",
     )  # fmt: skip
     add(
@@ -67,7 +65,7 @@ def sampling_of(options: argparse.Namespace, tokenizer: Tokenizer, temperature: 
 
 def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
     """A token and what is added to its logit, of TOKEN=X. Raises UserError."""
-    from ..data.tokenizers import UNKNOWN
+    from .drawing import MOST_BIAS, token_of
 
     name, _, number = text.rpartition("=")
     try:
@@ -81,9 +79,7 @@ def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
         if token >= tokenizer.size:
             raise UserError(f"--logit-bias {text}: tokens are numbers from 0 to {tokenizer.size - 1}")
         return token, value
-    if name == UNKNOWN and tokenizer.unknown is not None:
-        return tokenizer.unknown, value
-    found = [] if tokenizer.rate else tokenizer.encode(name.encode(errors="replace"), end=False).tolist()
-    if len(found) != 1 or found[0] == tokenizer.unknown:
+    found = token_of(name, tokenizer)
+    if found is None:
         raise UserError(f"--logit-bias {text}: {name!r} is not one token: give the number of a token")
-    return found[0], value
+    return found, value

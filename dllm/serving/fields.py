@@ -14,6 +14,7 @@ Default = TypeVar("Default")
 
 CHOICES = 64  # streams that one request may ask for
 SALT_LENGTH = 256
+EXACT = 1 << 53  # below it a float is one integer
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what we do not do, and the values of it that ask for nothing
     "suffix": (None, ""),
     # of vLLM, Text Generation Inference and llama.cpp
@@ -28,13 +29,13 @@ IGNORED = {"user", "metadata"}  # say something about the client and nothing abo
 
 
 def read_json(data: bytes) -> Json:
-    """The object of a request's body. Raises Refused."""
+    """The object of a request's body; a number without a fraction is an int, as JSON Schema has it. Raises Refused."""
 
     def constant(text: str) -> None:
         raise ValueError(f"{text} is no number of JSON")
 
     try:
-        value = json.loads(data.decode(), parse_constant=constant)
+        value = json.loads(data.decode(), parse_constant=constant, parse_float=_number)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise Refused(f"the body is no JSON in UTF-8: {str(error) or 'it is nested too deeply'}"[:300]) from None
     if not isinstance(value, dict):
@@ -112,7 +113,8 @@ class Fields:
             raise Refused(f"{name} has {len(value)} parts; {most} are allowed", name)
         for one in value:
             if not isinstance(one, str) and not all(0 <= number < vocabulary for number in one):
-                raise Refused(f"{name}: token numbers are from 0 to {vocabulary - 1}", name)
+                what = f"{name}: token numbers are from 0 to {vocabulary - 1}, of this model's own tokenizer; texts need none"
+                raise Refused(what, name)
             if isinstance(one, str) and not is_unicode(one):
                 raise Refused(f"{name} holds half of a surrogate pair, which is no character", name)
         return value
@@ -141,6 +143,12 @@ class Fields:
         unknown = sorted(self.unread - set(NEUTRAL if neutral else ()))
         if unknown:
             raise Refused(f"unknown parameter {unknown[0][:100]!r}", unknown[0][:100], code="unknown_parameter")
+
+
+def _number(text: str) -> float:
+    """5.0 is 5: some languages have no other numbers, and write them so."""
+    value = float(text)
+    return int(value) if abs(value) < EXACT and value.is_integer() else value
 
 
 def same(value: Any, other: Any) -> bool:

@@ -27,7 +27,8 @@ from .sources import ask, check_source
 if TYPE_CHECKING:
     from .service import Service
 
-FORM = {"file", "model", "response_format", "language", "prompt", "temperature"}  # the last three say nothing to such a model
+FORM = {"file", "model", "response_format", "language", "prompt", "temperature", "stream"}  # four say nothing to such a model
+FORMATS = "json", "text", "verbose_json"
 
 
 async def tag(service: Service, request: HttpRequest) -> Response:
@@ -65,14 +66,20 @@ async def transcribe(service: Service, request: HttpRequest) -> Response:
     """What is said in a recording, in OpenAI's form. Raises Refused, Disconnected."""
     form = await _form(service, request, FORM)
     wanted = form.get("response_format", "json")
-    if wanted not in ("json", "text"):
-        raise Refused("response_format must be json or text", "response_format")
+    if wanted not in FORMATS:
+        raise Refused(f"response_format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", "response_format")
+    if form.get("stream", "false") not in ("false", "False"):  # as clients of Python and others write it
+        raise Refused("stream must be false: a recording is read as a whole", "stream", code="unsupported_parameter")
     frames = await _recording(service, form)
     ((labels,),), headers = await _say(service, request, [], [frames], len(frames) * HOP)
     text = "".join(service.labels[label] for label in labels.tolist())
     if wanted == "text":
         return PlainTextResponse(text + "\n", headers=headers)
-    return await service.answer({"text": text}, headers)
+    if wanted == "json":
+        return await service.answer({"text": text}, headers)
+    seconds = round(len(frames) * HOP, 3)
+    body = {"task": "transcribe", "language": "unknown", "duration": seconds, "text": text}  # such a model knows of none
+    return await service.answer(body, headers)
 
 
 class _Words:

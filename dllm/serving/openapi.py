@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
 from .fields import CHOICES, NEUTRAL, SALT_LENGTH
+from .labels import FORMATS
 from .limits import Limits
 from .openai import LARGEST_K, SEEDS, STOP_LENGTH, STOPS
 from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_BIAS, MAX_BIASED, MAX_LOGPROBS, MAX_PENALTY
@@ -43,6 +44,7 @@ POSTS = {  # kind -> path -> what is done, the schemas of the request and of the
     "ctc": {"/v1/audio/transcriptions": ("What is said in a recording", "TranscriptionRequest", "Transcription")},
 }
 JSON = "application/json"
+READ: Schema = {"type": "string", "minLength": 1}  # a text that is read as a whole: one that is empty is none
 FORMS = {"RecordingRequest", "TranscriptionRequest"}  # the others are JSON
 
 
@@ -169,7 +171,7 @@ def _name_requests(description: Schema) -> None:
     name, schema = "X-Request-Id", {"type": "string", "pattern": REQUEST_NAME}
     about = "Names the request in the answer and in the log; one is made where there is none that is well formed"
     parts = description["components"]
-    parts["parameters"] = {name: {"name": name, "in": "header", "description": about, "schema": schema}}
+    parts["parameters"] = {name: {"name": name, "in": "header", "description": about, "schema": {"type": "string"}}}
     parts["headers"] = {name: {"description": about, "required": True, "schema": schema}}
     for operation in (one for methods in description["paths"].values() for one in methods.values()):
         operation["parameters"] = [*operation.get("parameters", []), {"$ref": f"#/components/parameters/{name}"}]
@@ -257,6 +259,7 @@ def _completions(model: str, vocabulary: int, limits: Limits, beams: int) -> Sch
         "best_of": {"description": "At least n; with stream the same as n", **_maybe(_integer(1, CHOICES))},
     }
     searched = {
+        "prompt": {"anyOf": [READ, tokens, _some(READ), _some(tokens)]},
         "temperature": _maybe({"enum": [0, 1]}),
         "top_p": _maybe({"const": 1}),
         "top_k": _maybe({"enum": [-1, 0]}),
@@ -271,7 +274,7 @@ def _completions(model: str, vocabulary: int, limits: Limits, beams: int) -> Sch
     }
     return {
         "CompletionRequest": _object(["prompt"], closed=True, **written, **drawn),
-        "TargetRequest": _object(["prompt"], closed=True, **written, **searched),
+        "TargetRequest": _object(["prompt"], closed=True, **(written | searched)),
     }
 
 
@@ -280,17 +283,17 @@ def _requests(model: str, vocabulary: int) -> Schema:
     text, tokens, named = _bodies(model, vocabulary)
     flag, recording = _maybe({"type": "boolean"}), {"file": {"type": "string", "format": "binary"}, "model": {"const": model}}
     of_tokens = _object(["tokens"], closed=True, **named, tokens=tokens)
-    of_target = _object(["source", "target"], closed=True, **named, source=text, target=text)
+    of_target = _object(["source", "target"], closed=True, **named, source=READ, target=text)
     many = {"anyOf": [text, tokens, _some(text, EMBEDDED), _some(tokens, EMBEDDED)]}
     return {
         "ScoreRequest": {"oneOf": [_object(["text"], closed=True, **named, text=text), of_tokens]},
         "PairScoreRequest": {"oneOf": [of_target, of_tokens]},
         "TargetScoreRequest": of_target,
-        "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [text, _some(text)]}),
+        "LabelRequest": _object(["input"], closed=True, **named, input={"anyOf": [READ, _some(READ)]}),
         "RecordingRequest": _object(["file"], closed=True, **recording),
         "TranscriptionRequest": _object(
-            ["file"], closed=True, **recording, response_format={"enum": ["json", "text"]}, language=text, prompt=text,
-            temperature=text,
+            ["file"], closed=True, **recording, response_format={"enum": [*FORMATS]}, language=text, prompt=text,
+            temperature=text, stream={"enum": ["false"]},
         ),
         "EmbeddingRequest": _object(
             ["input"], closed=True, **named, input=many, encoding_format=_maybe({"enum": ["float", "base64"]}),
@@ -348,7 +351,7 @@ def _answers() -> Schema:
             ["index", "label", "probability", "probabilities"], index=count, label=text, probability=_number(0, 1),
             probabilities={"type": "object", "additionalProperties": _number(0, 1)},
         )),
-        "Transcription": _object(["text"], text=text),
+        "Transcription": _object(["text"], text=text, task=text, language=text, duration=_number(0)),
         "Tokenized": _object(
             ["count", "max_model_len", "tokens", "token_strs"], count=count, max_model_len=count, tokens=_several(count),
             token_strs=_maybe(_several(text)),

@@ -20,7 +20,7 @@ from .errors import busy
 from .limits import Limits
 from .reports import state_of
 from .requests import AnyRequest, Event, Finished, Full
-from .sealed import Channel, Keys
+from .sealed import Channel, Gate, Keys
 from .streams import Cancel, Inbox, LocalStreams
 from .wire import write_news, write_question
 
@@ -59,7 +59,7 @@ class Peers:
     def __init__(self, gossip: GossipView, local: LocalStreams, keys: Keys, limits: Limits) -> None:
         self.gossip, self.local, self.keys, self.limits, self.rank = gossip, local, keys, limits, gossip.rank
         self.callers = self.port = 0
-        self._strangers: dict[asyncio.StreamWriter, None] = {}  # in the order in which they came
+        self._gate = Gate(keys, STRANGERS, PATIENCE)
         self._shunned: dict[int, float] = {}  # rank -> until when, of the monotonic clock
         self._handed: dict[int, tuple[int, int]] = {}  # rank -> (count of its report, streams that it got since)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,7 +174,7 @@ class Peers:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from another rank, or from somebody who has no business here."""
         try:
-            channel = await self._welcome(reader, writer)
+            channel = await self._gate.welcome(reader, writer)
             inbox = Inbox()
             self.callers += 1
             try:
@@ -187,17 +187,6 @@ class Peers:
             pass  # whoever asked sees the connection end
         finally:
             writer.close()
-
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
-        """A channel with whoever proves to be a rank. Of too many who do not, those go that have had the longest time."""
-        self._strangers[writer] = None
-        if len(self._strangers) > STRANGERS:
-            next(iter(self._strangers)).transport.abort()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                return await sealed.welcome(self.keys, reader, writer)
-        finally:
-            self._strangers.pop(writer, None)
 
     async def _answer(self, channel: Channel, inbox: Inbox) -> None:
         async with asyncio.timeout(PATIENCE):

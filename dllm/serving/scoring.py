@@ -102,7 +102,8 @@ def score_body(
 async def embeddings(service: Service, request: HttpRequest) -> Response:
     """The top layer's output (H,) behind each text, in OpenAI's form. Raises Refused, Disconnected.
 
-    Many texts are computed some at a time, so that others have their turn, and are written some at a time.
+    Many texts are computed some at a time, so that others have their turn, and are written some at a time. The prompt's limit
+    is that of each text, since clients send as many as they have; in all they are limited by the body.
     """
     fields = Fields(await read_body(request), service.name)
     inputs = fields.texts("input", service.vocabulary.size, EMBEDDED)
@@ -113,7 +114,7 @@ async def embeddings(service: Service, request: HttpRequest) -> Response:
         raise Refused("dimensions is not supported", "dimensions", code="unsupported_parameter")
     salt = mixed(request.scope["dllm.salt"], fields.cache_salt)
     fields.refuse_unread()
-    prompts = await service.read_prompts(inputs, "input", service.vocabulary.prompt)
+    prompts = await service.read_prompts(inputs, "input", service.vocabulary.prompt, each=True)
     wanted = [Request(prompt=prompt.tokens, max_tokens=0, want_state=True, salt=salt) for prompt in prompts]
     streams, headers = await _compute(service, request, inputs, prompts, wanted)
     states = [np.asarray(events[-1].state, "<f4") for events in streams if isinstance(events[-1], Finished)]

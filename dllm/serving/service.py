@@ -72,15 +72,17 @@ class Service:
             await asyncio.sleep(0)
             return Response(encode(body), media_type="application/json", headers=headers)
 
-    async def read_prompts(self, given: Sequence[Given], field: str, read: Callable[[Given], Readable]) -> list[Readable]:
-        """What `read` makes of each text or its token numbers, not too many in all. Raises Refused, UserError."""
+    async def read_prompts(
+        self, given: Sequence[Given], field: str, read: Callable[[Given], Readable], each: bool = False
+    ) -> list[Readable]:
+        """What `read` makes of each text or its token numbers, not too many in all or `each`. Raises Refused, UserError."""
         if sum(map(len, given)) > 2000:  # long enough to be felt by others
             prompts = await asyncio.to_thread(lambda: [read(one) for one in given])
         else:
             prompts = [read(one) for one in given]
-        count = sum(map(len, prompts))
+        count = (max if each else sum)(map(len, prompts))
         if count > self.limits.prompt:
-            text = f"{field} has {count} tokens; {self.limits.prompt} are allowed"
+            text = f"{field} has {'a text of ' if each else ''}{count} tokens; {self.limits.prompt} are allowed"
             raise Refused(text, field, code="context_length_exceeded")
         return prompts
 

@@ -42,11 +42,19 @@ def printed(tmp_path, model, *options):
 
 
 def test_a_text_is_that_of_the_command_for_the_same_seed(tmp_path, model, folder):
-    words = "--seed 7", f"--seed {2**40} --temperature 1.2 --top-k 9", "--top-p 0.8", "--beam 3"
+    words = (
+        "--seed 7", f"--seed {2**40} --temperature 1.2 --top-k 9", "--top-p 0.8", "--beam 3", "--min-p 0.02 --best-of 2",
+        "--presence-penalty 0.5 --frequency-penalty 0.25 --repetition-penalty 1.5", "--logit-bias e=-100 --logit-bias 3=2.5",
+    )  # fmt: skip
     told = printed(tmp_path, folder, *[f"--prompt First --tokens 40 {option}" for option in words])
-    options = {"seed": 7}, {"seed": 2**40, "temperature": 1.2, "top_k": 9}, {"top_p": 0.8}, {"beam": 3}
+    options = (
+        {"seed": 7}, {"seed": 2**40, "temperature": 1.2, "top_k": np.int64(9)}, {"top_p": 0.8}, {"beam": 3},
+        {"min_p": 0.02, "best_of": 2}, {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.5},
+        {"logit_bias": {"e": -100, 3: 2.5}},
+    )  # fmt: skip
     assert [model.generate("First", 40, **each) for each in options] == told
-    assert len(set(told)) == 4
+    assert len(set(told)) == len(options)
+    assert "e" not in told[-1]
     assert model.generate() == model.generate("", 200, temperature=0.8, seed=1)
 
 
@@ -143,12 +151,31 @@ def test_errors_are_one_line(tmp_path, model):
         (lambda: model.generate("x", top_k=-1), "top_k is -1"),
         (lambda: model.generate("x", top_p=1.5), "it is a probability"),
         (lambda: model.generate("x", beam=0), "beam is 0"),
+        (lambda: model.generate("x", beam=2, top_k=3), "beam takes the likeliest text and draws none: leave top_k"),
+        (lambda: model.generate("x", temperature=float("nan")), "temperature is nan"),
+        (lambda: model.generate("x", temperature=float("inf")), "temperature is inf"),
+        (lambda: model.generate("x", top_k=1.5), "top_k is 1.5: it must be a whole number"),
+        (lambda: model.generate("x", seed="1"), "seed is '1': it must be a whole number"),
+        (lambda: model.generate("x", seed=2**63), "seed is 9223372036854775808: it must be at least 0"),
+        (lambda: model.generate("x", best_of=65), "best_of is 65: it must be at least 1 and at most 64"),
+        (lambda: model.generate("x", presence_penalty=-3), "it must be at least -2 and at most 2"),
+        (lambda: model.generate("x", repetition_penalty=0), "repetition_penalty is 0: it must be at least 0.01"),
+        (lambda: model.generate("x", logit_bias=[1]), "logit_bias maps tokens"),
+        (lambda: model.generate("x", logit_bias={"To": 1}), "'To' is not one token"),
+        (lambda: model.generate("x", logit_bias={10**9: 1}), "there is no token 1000000000"),
+        (lambda: model.generate("x", logit_bias={1.5: 1}), "there is no token 1.5"),
+        (lambda: model.generate("x", logit_bias={"e": 101}), "logit_bias of 'e' is 101: it is a number from -100 to 100"),
         (lambda: model.score("x"), "is too short to score"),
         (lambda: model.embed(["x", ""]), "an empty text has no embedding"),
     ):
         with pytest.raises(dllm.UserError, match=text) as error:
             ask()
         assert "\n" not in str(error.value)
+
+
+def test_an_option_that_is_none_is_an_error_of_the_program(model):
+    with pytest.raises(TypeError, match="there is no option 'topk' of drawing; there are temperature, top_k, "):
+        model.generate("x", topk=3)
 
 
 def test_neither_the_import_nor_a_model_starts_mpi(folder):

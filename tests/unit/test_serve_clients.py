@@ -56,7 +56,24 @@ def test_2048_texts_are_embedded_in_turns_that_leave_room_for_others(asked):
         if text in found:
             np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed), "<f4"), np.float32(found[text]))
     assert refusal(asked("/v1/embeddings", {"input": [*texts, "a"]})) == "input has 2049 parts; 2048 are allowed"
-    assert "tokens; 2000 are allowed" in refusal(asked("/v1/embeddings", {"input": texts}, prompt=2000))
+
+
+def test_each_text_to_embed_may_be_as_long_as_a_prompt(asked):
+    texts = ["ab" * 50] * 20
+    assert answered(asked("/v1/embeddings", {"input": texts}, prompt=100))["usage"]["prompt_tokens"] == 2000
+    says = refusal(asked("/v1/embeddings", {"input": [*texts, "a" * 101]}, prompt=100))
+    assert says == "input has a text of 101 tokens; 100 are allowed"
+    with_tokens = refusal(asked("/v1/embeddings", {"input": [[1, 2], [100257]]}))  # OpenAI's
+    assert with_tokens == "input: token numbers are from 0 to 10, of this model's own tokenizer; texts need none"
+
+
+def test_a_number_without_a_fraction_is_an_integer(asked):
+    assert asked.text([1.0, 2e0], max_tokens=3.0, seed=4.0, logit_bias={"3": 2}) == asked.text(
+        [1, 2], max_tokens=3, seed=4, logit_bias={"3": 2.0}
+    )
+    for number in (1.5, 1e300, -1.0):
+        assert "max_tokens must be an integer" in refusal(asked("/v1/completions", {"prompt": "a", "max_tokens": number}))
+        assert "token numbers" in refusal(asked("/v1/completions", {"prompt": [number]}))
 
 
 def test_some_clients_with_many_texts_share_a_small_server(asked):
@@ -104,6 +121,31 @@ def test_a_tokenizer_says_what_begins_and_ends_its_texts(asked, others):
     assert answered(others["words"]("/tokenize", {"prompt": "\n"}))["tokens"] == [0]
     assert answered(others["seq2seq"]("/tokenizer_info"))["bos_token"] is None
     assert "ask it by POST /v1/tag" in refusal(others["tagger"]("/tokenizer_info"), 404)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "field", "more"),
+    [
+        ("seq2seq", "/v1/completions", "prompt", {}),
+        ("seq2seq", "/v1/score", "source", {"target": "a"}),
+        ("tagger", "/v1/tag", "input", {}),
+    ],
+)
+def test_the_description_says_that_a_text_to_be_read_whole_is_not_empty(others, kind, path, field, more):
+    described = answered(others[kind]("/openapi.json"))
+    content = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    schema = described["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]["properties"][field]
+    assert schema.get("anyOf", [schema])[0] == {"type": "string", "minLength": 1}
+    for empty in [""] if "anyOf" not in schema else ["", ["a", ""]]:
+        refusal(others[kind](path, {field: empty, **more}))
+    answered(others[kind](path, {field: "a", **more}))
+
+
+def test_any_name_of_a_request_is_taken_and_that_of_an_answer_well_formed(asked):
+    described = answered(asked("/openapi.json"))["components"]
+    given, told = (described[part]["X-Request-Id"]["schema"] for part in ("parameters", "headers"))
+    assert given == {"type": "string"}
+    assert re.fullmatch(told["pattern"], asked("/v1/models").headers["x-request-id"])
 
 
 @pytest.mark.parametrize(

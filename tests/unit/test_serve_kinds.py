@@ -111,6 +111,10 @@ def test_a_recording_is_written_down_in_openais_form_and_classified(ask, models)
     assert said.json() == {"text": expected}
     plain = ask("ctc", "/v1/audio/transcriptions", files=files, data={"response_format": "text"})
     assert plain.text == expected + "\n"
+    long = ask("ctc", "/v1/audio/transcriptions", files=files, data={"response_format": "verbose_json", "stream": "false"})
+    duration = long.json().pop("duration")
+    assert long.json() == {"task": "transcribe", "language": "unknown", "text": expected, "duration": duration}
+    assert duration == pytest.approx(len(sound.samples) / sound.rate, abs=0.03)
     (entry,) = ask("sound", "/v1/classify", files=files).json()["data"]
     assert sum(entry["probabilities"].values()) == pytest.approx(1)
 
