@@ -213,10 +213,13 @@ class Door:
         return bool(report["drained"]) and silence > SILENT
 
     def places(self) -> list[int]:
-        """Ranks whose places are free and not given to anybody, the lowest first."""
-        now = time.monotonic()
+        """Ranks whose places are free, and not given to a process that is still to come, the lowest first."""
         free = [rank for rank in range(self.gossip.size) if self.is_free(rank)]
-        return [rank for rank in free if rank not in self._given or self._given[rank][1] < now]
+        return [rank for rank in free if not self._is_reserved(rank)]
+
+    def _is_reserved(self, rank: int) -> bool:
+        life, end = self._given.get(rank, (0, 0.0))
+        return self.gossip.life_of(rank) < life and time.monotonic() < end
 
     def giver(self) -> int:
         """The rank that gives places, as far as is seen from here."""
