@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ..comm.membership import Membership
 
 WITH_PAGE = "lm", "seq2seq"  # kinds that the page for people is of
+ONE = "/v1/models/"  # and the name of a model
 WATCHED = "/health", "/health/ready", "/metrics"  # asked for all the time
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
@@ -90,19 +91,20 @@ class App:
         routes = [
             Route("/", show_page), Route("/openapi.json", describe),
             Route("/health", self.health), Route("/health/ready", self.ready), Route("/metrics", self.metrics),
-            Route("/v1/models", self.models), Route("/v1/models/{model:path}", self.model), Route(INFO, self.answer),
+            Route("/v1/models", self.models), Route(ONE + "{model:path}", self.model), Route(INFO, self.answer),
             *(Route(path, self.answer, methods=["POST"]) for path in PATHS),
         ]  # fmt: skip
         kinds = Refused, HTTPException, Disconnected, ClientDisconnect, UserError
         others = set(PATHS).difference(*(answered_by(one.kind) for one in self.services))
-        self._answered = RequestCounts([one.path for one in routes if one.path not in others and "{" not in one.path])
+        self._answered = RequestCounts([_counted(one.path) for one in routes if one.path not in others])
         inside = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _answer_error))
         inside.router.redirect_slashes = False
         return Guard(inside, self.limits, clients, origins or Origins(), self._finished, root)
 
     def _finished(self, scope: Scope, status: int | None, seconds: float) -> None:
         fields = {name: value for name, value in scope["dllm"].items() if name != "authenticated"}
-        route = scope["path"] if scope["path"] in self._answered.routes else OTHER
+        asked = _counted(scope["path"])
+        route = asked if asked in self._answered.routes else OTHER
         reached = next((one.answered for one in self.services if one.name == fields.get("model")), self._answered)
         counts = reached if route in reached.routes else self._answered
         counts.add(route, status, seconds, fields.get("inputs", 0) if status == 200 else 0)
@@ -170,6 +172,11 @@ class App:
     async def model(self, request: HttpRequest) -> Response:
         """The one that a client names."""
         return JSONResponse(model_body(request.path_params["model"], self.names, self.created))
+
+
+def _counted(path: str) -> str:
+    """The route that a path is counted as: any name of a model is one."""
+    return f"{ONE}NAME" if path.startswith(ONE) else path
 
 
 def _described(service: Service) -> openapi.Described:

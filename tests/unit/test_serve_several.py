@@ -169,6 +169,7 @@ def test_requests_are_counted_by_model(ask):
         post("/v1/completions", {"prompt": "a"}),
         post("/v1/tag", {"input": "a", "model": "small"}),
         post("/v1/tag", {"input": "a b"[:1]}),
+        *((f"/v1/models/{name}", {"method": "GET"}) for name in ("small", "strange")),
     )
     text = ask.together(ALL, *asked, ("/metrics", {"method": "GET"}), in_turn=True)[-1].text
     samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
@@ -180,6 +181,7 @@ def test_requests_are_counted_by_model(ask):
     assert found == {
         ("large", "/v1/completions", "200"): 1, ("small", "/v1/completions", "400"): 1, ("", "/v1/completions", "400"): 1,
         ("", "/v1/tag", "404"): 1, ("tagger", "/v1/tag", "200"): 1,
+        ("", "/v1/models/NAME", "200"): 1, ("", "/v1/models/NAME", "404"): 1,
     }  # fmt: skip
     inputs = {(one.labels["model"], one.value) for one in samples if one.name == "dllm_inputs_total" and one.value}
     assert inputs == {("large", 2), ("tagger", 1)}
