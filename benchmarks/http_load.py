@@ -64,9 +64,9 @@ def http(options: argparse.Namespace) -> Measured:
     The client reads with what is left of the same processors; so its cost and that of nginx, which a server does not have
     where they are elsewhere, count here against HTTP. Costs are microseconds of processors a token.
     """
-    columns = [("size, ranks", 20), ("engines alone", 30), ("HTTP", 30), ("ratio", 9), ("nginx", 30), ("ratio", 9)]
-    columns += [("events p50, p99 ms", 20), ("tokens p50, p99 ms", 20), ("us: engines", 13), ("ranks", 8), ("nginx", 8)]
-    columns += [("client", 8)]
+    columns = [("size, ranks", 20), ("engines alone", 30), ("HTTP", 30), ("HTTP ratio", 12)]
+    columns += [("nginx", 30), ("nginx ratio", 13), ("events p50, p99 ms", 20), ("tokens p50, p99 ms", 20)]
+    columns += [(f"{whose} us", 11) for whose in ("engines", "ranks", "nginx", "client")]
     table, data, groups = Table(f"Serving, {STREAMS} streams, {options.ranks} ranks, tokens/s", columns), {}, {}
     for name in options.sizes:
         folder, found = random_model(options.work / f"model-{name}", SIZES[name]), dict[str, list[float]]()

@@ -96,10 +96,12 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> str:
 class Table:
     """Rows that are shown as they come.
 
-    columns : (name, width) each
+    columns : (name, width) each, no two of one name
     """
 
     def __init__(self, title: str, columns: Sequence[tuple[str, int]]) -> None:
+        if len(dict(columns)) < len(columns):
+            raise ValueError("two columns of one name: a row is kept by the names")
         self.title, self.columns, self.rows = title, columns, []
         print(f"\n{title}\n")
         print("".join(f"{name:>{width}}" if i else f"{name:{width}}" for i, (name, width) in enumerate(columns)), flush=True)
