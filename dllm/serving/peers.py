@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BEAT = 1.0  # seconds after which a rank that has nothing to say of a stream says so
 PATIENCE = 5.0  # seconds for a connection to begin, and for each message
-SHUNNED = 10.0  # seconds in which nothing is asked of a rank that was of no use
+SHUNNED = 10.0  # seconds in which nothing is asked of a rank that was of no use, unless it comes anew elsewhere
 CALLERS = 1024  # connections of ranks at once
 STRANGERS = 256  # connections at once of those who have not proved to be ranks
 TOGETHER = 4096  # events of a message at most: fewer bytes than one may have
@@ -60,7 +60,7 @@ class Peers:
         self.gossip, self.local, self.keys, self.limits, self.rank = gossip, local, keys, limits, gossip.rank
         self.callers = self.port = 0
         self._gate = Gate(keys, STRANGERS, PATIENCE)
-        self._shunned: dict[int, float] = {}  # rank -> until when, of the monotonic clock
+        self._shunned: dict[int, tuple[object, float]] = {}  # rank -> where it was, and until when, of the monotonic clock
         self._handed: dict[int, tuple[int, int]] = {}  # rank -> (count of its report, streams that it got since)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -83,7 +83,8 @@ class Peers:
         for rank, entry in table.items():
             report = entry[0]
             near = not is_loopback(report["address"][0]) or report["host"] == here  # loopback ends at a host
-            shunned = time.monotonic() < self._shunned.get(rank, 0.0)
+            where, until = self._shunned.get(rank, (None, 0.0))
+            shunned = report["address"] == where and time.monotonic() < until
             if rank != self.rank and near and not shunned and state_of(entry) == "ok":
                 free[rank] = report["slots"] - report["active"] - report["queued"] - self._handed_since(rank, known[rank][0])
         best = max(free, key=lambda rank: free[rank], default=self.rank)
@@ -125,7 +126,7 @@ class Peers:
 
     async def _relay(self, rank: int, request: AnyRequest, inbox: Inbox, index: int, accepted: asyncio.Future[bool]) -> None:
         """Put what another rank computes into the inbox, or, where it has no room or is lost, what is computed here."""
-        count = 0
+        count, where = 0, self.gossip.known[rank][1]["address"]
         try:
             async with contextlib.aclosing(self._ask(rank, request)) as answer:
                 async for events in answer:
@@ -141,7 +142,7 @@ class Peers:
         except Full:
             pass
         except Exception:  # whatever it is, that rank is of no use
-            self._shunned[rank] = time.monotonic() + SHUNNED
+            self._shunned[rank] = where, time.monotonic() + SHUNNED
         room = True
         try:
             self.local.submit(request, _Remainder(inbox, count), index)
