@@ -134,7 +134,7 @@ class Model:
             raise UserError(f"{self.name} was trained on pairs: ask it by answer(source)")
         _check_range(tokens=(tokens, 1), beam=(beam, 1))
         if beam and drawing:
-            raise UserError(f"beam takes the likeliest text and draws none: leave {next(iter(drawing))}")
+            raise UserError(f"beam takes the likeliest text and draws none: leave out {next(iter(drawing))}")
         sampling = sampling_from(drawing, self.tokenizer)
         return self._continue(start_tokens(self.tokenizer, prompt), tokens, sampling, beam, is_behind_word(prompt))
 

@@ -76,7 +76,7 @@ def generate(argv: list[str]) -> int:
         temperature = Sampling.temperature if options.source is None else 0
     sampling = sampling_of(options, model.tokenizer, temperature)
     if model.config.kind == "seq2seq" and (drawing := drawing_asked(options)):
-        raise UserError(f"{options.model} searches for targets, and draws none: leave {drawing}, or give --beam")
+        raise UserError(f"{options.model} searches for targets, and draws none: leave out {drawing}, or give --beam")
 
     def show(text: str) -> None:
         if not options.json:
@@ -185,7 +185,7 @@ def _options(argv: list[str], rank: int = 0) -> argparse.Namespace:
     check_drawing(parser, options)
     for name in ("source_file", "beam"):
         if getattr(options, name) is not None and (drawing := drawing_asked(options)):
-            parser.error(f"--{name.replace('_', '-')} takes the likeliest texts and draws none: leave {drawing}")
+            parser.error(f"--{name.replace('_', '-')} takes the likeliest texts and draws none: leave out {drawing}")
     options.n_best = options.n_best or 1
     options.search = beam_of(parser, options, options.n_best, options.source_file is not None)
     return options

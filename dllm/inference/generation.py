@@ -77,7 +77,7 @@ def continuation(
     tokenizer, window = model.tokenizer, WINDOW
     if model.config.kind == "seq2seq":
         if sampling.temperature and beam is None:
-            raise UserError(f"{model.name} searches for targets, and draws none: leave --temperature, or give --beam")
+            raise UserError(f"{model.name} searches for targets, and draws none: leave out --temperature, or give --beam")
         beam, window = beam or GREEDY, len(text)
     if beam is None:
         prompt = source_prompt(tokenizer, text) if tokenizer.pairs else text

@@ -151,7 +151,7 @@ def test_errors_are_one_line(tmp_path, model):
         (lambda: model.generate("x", top_k=-1), "top_k is -1"),
         (lambda: model.generate("x", top_p=1.5), "it is a probability"),
         (lambda: model.generate("x", beam=0), "beam is 0"),
-        (lambda: model.generate("x", beam=2, top_k=3), "beam takes the likeliest text and draws none: leave top_k"),
+        (lambda: model.generate("x", beam=2, top_k=3), "beam takes the likeliest text and draws none: leave out top_k"),
         (lambda: model.generate("x", temperature=float("nan")), "temperature is nan"),
         (lambda: model.generate("x", temperature=float("inf")), "temperature is inf"),
         (lambda: model.generate("x", top_k=1.5), "top_k is 1.5: it must be a whole number"),

@@ -129,7 +129,7 @@ def test_generate_with_beams_draws_nothing_and_one_beam_is_the_coldest(world):
     assert found.startswith("First")
     refused = mpirun(0, "-m", "dllm.generate", "run", "--beam", 5, "--seed", 3, cwd=world)
     assert (refused.returncode, refused.stderr.count("\n")) == (REFUSED, 1)
-    assert "--beam takes the likeliest texts and draws none: leave --seed" in refused.stderr
+    assert "--beam takes the likeliest texts and draws none: leave out --seed" in refused.stderr
 
 
 @pytest.mark.parametrize(

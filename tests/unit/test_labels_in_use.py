@@ -111,11 +111,11 @@ def test_json_has_escapes_where_a_terminal_lacks_letters(monkeypatch):
 
 
 OPTIONS = {
-    "--source-file f --top-k 3": "--source-file takes the likeliest texts and draws none: leave --top-k",
-    "--source-file f --seed 1": "--source-file takes the likeliest texts and draws none: leave --seed",
-    "--source-file - --top-p 0.9": "--source-file takes the likeliest texts and draws none: leave --top-p",
-    "--source-file f --temperature 0.5": "--source-file takes the likeliest texts and draws none: leave --temperature",
-    "--beam 3 --seed 2": "--beam takes the likeliest texts and draws none: leave --seed",
+    "--source-file f --top-k 3": "--source-file takes the likeliest texts and draws none: leave out --top-k",
+    "--source-file f --seed 1": "--source-file takes the likeliest texts and draws none: leave out --seed",
+    "--source-file - --top-p 0.9": "--source-file takes the likeliest texts and draws none: leave out --top-p",
+    "--source-file f --temperature 0.5": "--source-file takes the likeliest texts and draws none: leave out --temperature",
+    "--beam 3 --seed 2": "--beam takes the likeliest texts and draws none: leave out --seed",
 }
 
 
