@@ -15,10 +15,10 @@ import time
 import numpy as np
 
 from dllm.config import ModelConfig
+from dllm.engines.requests import Request, Token
+from dllm.engines.text_engine import TextEngine
 from dllm.model.language_model import LanguageModel
 from dllm.model.layout import Layout
-from dllm.serving.requests import Request, Token
-from dllm.serving.text_engine import TextEngine
 
 from .sizes import SIZES
 

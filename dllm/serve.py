@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .inference.loaded_model import LoadedModel
     from .launching.join_file import JoinFile
-    from .serving.joiner import Seat
+    from .peers.joiner import Seat
 
 EPILOG = """
 examples
@@ -153,9 +153,9 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     runtime.check_same(comm, vars(options))
     node = find_node(comm)
 
+    from .engines.kinds import make_engine
     from .launching.join_file import facts_of, host_name
-    from .serving import joiner
-    from .serving.engines import make_engine
+    from .peers import joiner
     from .serving.server import Server
 
     if file:
@@ -169,7 +169,7 @@ def serve(argv: Sequence[str], comm: MPI.Comm, stopping: Sequence[bool]) -> int:
     known = facts_of_models(models, options.precision)
     if file:
         threads = options.threads or file.about.threads
-        compared = tokens.stretched(clients, bytes.fromhex(file.about.salt))[0]
+        compared = joiner.stretched(clients, bytes.fromhex(file.about.salt))[0]
         if stopping:
             return DONE
         joiner.check_facts(file.about, facts_of(options, port, {**known, "tokens": compared}))
@@ -199,7 +199,7 @@ def open_models(comm: MPI.Comm, options: argparse.Namespace) -> list[LoadedModel
     """The models that shall be served, the same on all ranks. Collective. Raises UserError."""
     from .inference.loaded_model import LoadedModel
     from .runs.gathering import gather_run
-    from .serving.engines import check_forms, check_names
+    from .serving.bodies import check_forms, check_names
 
     models = list[LoadedModel]()
     for path in options.model:

@@ -34,6 +34,8 @@ ROOMS = {  # in the order in which one imports from the other
     "inference": "The use of a trained model: loss, sampling, search.",
     "launching": "How a job is started and watched.",
     "training": "The training loop.",
+    "engines": "What is asked of a model that is served, and what computes it.",
+    "peers": "What the ranks of a server say to each other.",
     "serving": "Answers over HTTP.",
     "tools": "Commands that look at what is there, or for a learning rate.",
 }
@@ -130,8 +132,8 @@ def _settings():
 
 def _http():
     """The routes and their bodies, of the description that the server gives out."""
+    from dllm.engines.limits import Limits
     from dllm.serving import openapi
-    from dllm.serving.limits import Limits
 
     schemas, paths = {}, {}
     for kind in openapi.POSTS:

@@ -4,7 +4,7 @@ Every BEAT each rank sends what it knows of all ranks to a few others, drawn at 
 the larger count is newer. Messages go from one rank to one other, so that the death of a third does not touch them.
 
 The place of a rank that is gone may be taken by a new process, a later life of the rank. MPI knows nothing of it: others carry
-what `told` says to and fro (serving/joining.py). A count is life << LIFE | reports of that life, so a report of a
+what `told` says to and fro (peers/joining.py). A count is life << LIFE | reports of that life, so a report of a
 later life is newer than all before. Whoever was dead as of a life is alive in the next, and no old report revives it.
 """
 

@@ -1,1 +1,1 @@
-"""A model that answers: the engine, which knows nothing of HTTP, and what stands in front of it."""
+"""Answers over HTTP: what stands in front of the engines, and the server that has all of it."""

@@ -1,7 +1,7 @@
 """The routes of a rank: what is asked over HTTP, and which model answers it. Nothing is computed in the event loop.
 
 To add a route: a handler here or in a file beside this, its Route in App.asgi, or, where something is computed, its line in
-routes.py, and its description in openapi.py. limits.py lists the paths that need no token.
+routes.py, and its description in openapi.py. guard.py lists the paths that need no token.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
+from ..engines.errors import Disconnected, Refused
+from ..engines.limits import Limits
 from ..errors import UserError
+from ..peers.counts import OTHER, Ledger, RequestCounts
+from ..peers.reports import LOAD, Entry, news, state_of
 from . import metrics, openapi
 from .completions import EventStream
-from .counts import OTHER, Ledger, RequestCounts
-from .errors import Disconnected, Refused
 from .fields import CHOICES
-from .limits import Guard, Limits
+from .guard import Guard
 from .log import Log
 from .openai import model_body, models_body
 from .origins import Origins
-from .reports import LOAD, Entry, news, state_of
 from .routes import INFO, PATHS, answered_by, choose, no_such_route
 from .service import Service
 from .tokens import Clients
@@ -73,7 +74,7 @@ class App:
         self._answered = RequestCounts([])  # of requests that reach no model, until its routes are known
 
     def asgi(self, clients: Clients, origins: Origins | None = None, root: str = "") -> ASGIApp:
-        """The ASGI application. clients, origins, root: see limits.Guard."""
+        """The ASGI application. clients, origins, root: see guard.Guard."""
         page, policy = _page()
         description = openapi.describe([_described(one) for one in self.services], self.limits, clients.needed)
         description |= {"servers": [{"url": root}]} if root else {}

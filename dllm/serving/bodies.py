@@ -1,16 +1,28 @@
-"""The body of a request, read once, whoever asks first: an object of JSON, or a form. And the model that it names."""
+"""The body of a request, read once, whoever asks first: an object of JSON, or a form. And the model that it names.
+
+What comes behind a body is the news that the client has left.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import re
-from typing import TypeAlias
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
 
-from .errors import Refused
+from ..engines.errors import Refused
+from ..engines.streams import Inbox
+from ..errors import UserError
+from ..inference.loaded_model import LoadedModel
+from ..peers.reports import MOST_MODELS
 from .fields import Json, read_json
 
+Result = TypeVar("Result")
 Form: TypeAlias = dict[str, str | bytes]  # a file as bytes
 
 CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\";]*)", re.IGNORECASE)
@@ -72,3 +84,38 @@ async def named_model(request: HttpRequest, forms: bool) -> str | None:
     if wanted is not None and not isinstance(wanted, str):
         raise Refused("model must be a string", "model")
     return wanted
+
+
+async def unless_disconnected(receive: Receive, inbox: Inbox, work: Coroutine[Any, Any, Result]) -> Result:
+    """What the coroutine `work`, which reads from an inbox, returns; it gets Disconnected where the client leaves.
+
+    It runs in a task of its own, so that each of its steps begins there and not below all that has called this.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        inbox.close()
+
+    watcher, worker = asyncio.create_task(watch()), asyncio.create_task(work)
+    try:
+        return await worker
+    finally:
+        watcher.cancel()
+        inbox.cancel()
+
+
+def check_forms(model: LoadedModel) -> None:
+    """Raise UserError where requests could not be read: recordings come as forms."""
+    if model.config.features and not importlib.util.find_spec("python_multipart"):
+        raise UserError("recordings are sent as forms, which takes python-multipart: pip install 'dllm[serve]'")
+
+
+def check_names(names: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise UserError where requests could not name each model. paths : as the user has given them"""
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            both = f"{paths[names.index(name)]} and {paths[place]}"
+            raise UserError(f"two models would be called {name}: {both}; give one of the folders another name")
+    if len(names) > MOST_MODELS:
+        raise UserError(f"{len(names)} models are given; one server has at most {MOST_MODELS}: start another one for the rest")

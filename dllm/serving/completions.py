@@ -10,14 +10,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .bodies import read_body
-from .errors import Disconnected, Refused
+from ..engines.errors import Disconnected, Refused
+from ..engines.requests import Event, Finished, Request, SourceRequest
+from ..engines.streams import Cancel, Inbox, check_finished
+from ..peers.peers import Peers
+from .bodies import read_body, unless_disconnected
 from .fields import Json
 from .openai import SEEDS, Answer, Completion, choice_body, encode, logprobs_body
-from .peers import Peers
-from .requests import Event, Finished, Request, SourceRequest
 from .streamed_text import Detokenizer, Prompt, Vocabulary
-from .streams import Cancel, Inbox, check_finished, unless_disconnected
 from .tokens import mixed
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import Refused
-from .limits import Limits
+from ..engines.errors import Refused
+from ..engines.limits import Limits
 
 HEAD = 1 << 16  # bytes of a request head
 DRAIN = 1.0  # seconds that a connection without a request stays when the server ends

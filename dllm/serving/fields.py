@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from .errors import Refused
-from .requests import MAX_BIAS, MAX_BIASED
+from ..engines.errors import Refused
+from ..engines.requests import MAX_BIAS, MAX_BIASED
 
 Json: TypeAlias = dict[str, Any]  # an object
 Default = TypeVar("Default")

@@ -13,15 +13,15 @@ from starlette.responses import PlainTextResponse, Response
 from ..data import audio
 from ..data.sound_tokenizers import MelTokenizer
 from ..data.tokenizers import Tokenizer
+from ..engines.errors import Refused
+from ..engines.requests import SourceRequest
 from ..errors import UserError
 from ..inference.labelling import text_of, words_in, words_of
 from ..kernels.mel import HOP, WINDOW
 from ..kernels.types import Array
 from .bodies import Form, read_body, read_form
-from .errors import Refused
 from .fields import Fields, Json, no_such_model
 from .openai import usage
-from .requests import SourceRequest
 from .sources import ask, check_source
 
 if TYPE_CHECKING:

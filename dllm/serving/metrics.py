@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from .counts import BOUNDS, INPUTS, ROW, SECONDS, STATUSES, TIMES
-from .reports import Entry, state_of
+from ..peers.counts import BOUNDS, INPUTS, ROW, SECONDS, STATUSES, TIMES
+from ..peers.reports import Entry, state_of
 
 GONE = ("dead", "silent")  # states of ranks that do nothing any more
 GAUGES_AND_COUNTERS = (  # of an engine, as its rank reports them

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import Refused
+from ..engines.errors import Refused
+from ..engines.requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_LOGPROBS, MAX_PENALTY
 from .fields import CHOICES, Fields, Json, no_such_model
-from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_LOGPROBS, MAX_PENALTY
 
 if TYPE_CHECKING:
     from .streamed_text import PlacedToken

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from .. import __version__
+from ..engines.limits import Limits
+from ..engines.requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_BIAS, MAX_BIASED, MAX_LOGPROBS, MAX_PENALTY
 from .fields import CHOICES, NEUTRAL, SALT_LENGTH
 from .labels import FORMATS
-from .limits import Limits
 from .openai import LARGEST_K, SEEDS, STOP_LENGTH, STOPS
-from .requests import LARGEST_REPETITION, LEAST_REPETITION, MAX_BIAS, MAX_BIASED, MAX_LOGPROBS, MAX_PENALTY
 from .scoring import EMBEDDED
 
 Schema: TypeAlias = dict[str, Any]
 
 
-REQUEST_NAME = "^[A-Za-z0-9_.:/+=@-]{1,128}$"  # as limits.REQUEST_ID has it
+REQUEST_NAME = "^[A-Za-z0-9_.:/+=@-]{1,128}$"  # as guard.REQUEST_ID has it
 SOUND, PAIRS = "classifier of recordings", "lm of pairs"  # kinds of their own for clients: they send forms, and pairs
 TOKENS = {
     "/tokenize": ("The token numbers of a text", "TokenizeRequest", "Tokenized"),

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from ..engines.errors import Refused
 from ..errors import UserError
 from ..remote.http import is_loopback
-from .errors import Refused
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ..engines.errors import Refused
 from . import labels, scoring, targets, tokenizing
 from .bodies import named_model
 from .completions import EventStream, complete
-from .errors import Refused
 from .fields import listed, no_such_model
 
 if TYPE_CHECKING:

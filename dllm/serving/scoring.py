@@ -13,15 +13,15 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
+from ..engines.errors import BUSY, Refused
+from ..engines.requests import Event, Finished, Request, Token
+from ..engines.streams import Inbox, collect
 from ..inference.evaluation import perplexity
 from ..kernels.types import Array
-from .bodies import read_body
-from .errors import BUSY, Refused
+from .bodies import read_body, unless_disconnected
 from .fields import CHOICES, Fields, Json
 from .openai import encode, json_number, usage
-from .requests import Event, Finished, Request, Token
 from .streamed_text import Prompt
-from .streams import Inbox, collect, unless_disconnected
 from .tokens import mixed
 
 if TYPE_CHECKING:

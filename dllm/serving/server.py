@@ -17,25 +17,25 @@ import uvicorn
 
 from ..comm import runtime
 from ..comm.membership import Membership
+from ..engines.engine import Engine
+from ..engines.limits import Limits
+from ..engines.streams import LocalStreams
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from ..launching import interfaces
 from ..launching.join_file import host_name, path_of
+from ..peers.counts import Ledger
+from ..peers.gossip_view import GossipView
+from ..peers.joiner import Seat
+from ..peers.joining import Door
+from ..peers.peers import Peers
+from ..peers.reports import report_of, room
 from ..remote.http import is_loopback
 from .app import App
 from .connection import Connection
-from .counts import Ledger
-from .engine import Engine
-from .gossip_view import GossipView
-from .joiner import Seat
-from .joining import Door
-from .limits import Limits
 from .log import Log
 from .origins import Origins
-from .peers import Peers
-from .reports import report_of, room
 from .service import Service
-from .streams import LocalStreams
 from .tokens import Clients
 
 if TYPE_CHECKING:

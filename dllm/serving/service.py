@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ..engines.errors import Refused
+from ..engines.limits import Limits
+from ..engines.streams import LocalStreams
 from ..inference.loaded_model import LoadedModel
-from .counts import RequestCounts
-from .errors import Refused
+from ..peers.counts import RequestCounts
+from ..peers.peers import Peers
 from .fields import Json
-from .limits import Limits
 from .metrics import GAUGES_AND_COUNTERS, Series
 from .openai import encode
-from .peers import Peers
 from .routes import answered_by
 from .streamed_text import Vocabulary
-from .streams import LocalStreams
 
 Given = TypeVar("Given", bound=Sized)
 Readable = TypeVar("Readable", bound=Sized)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
 
+from ..engines.errors import Refused
+from ..engines.requests import Finished, SourceRequest
+from ..engines.streams import Inbox, collect
 from ..kernels.types import Array
-from .errors import Refused
-from .requests import Finished, SourceRequest
-from .streams import Inbox, collect, unless_disconnected
+from .bodies import unless_disconnected
 
 if TYPE_CHECKING:
     from .service import Service

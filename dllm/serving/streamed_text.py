@@ -12,9 +12,9 @@ import numpy as np
 
 from ..data.tokenizer import is_behind_word
 from ..data.tokenizers import Tokenizer
+from ..engines.requests import Token
 from ..inference.generation import never_drawn, source_prompt, start_tokens
 from ..kernels.types import Array
-from .requests import Token
 
 Spell: TypeAlias = Callable[[int, bool], tuple[bytes, bool]]
 

@@ -9,15 +9,15 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ..engines.errors import Refused
+from ..engines.requests import Event, Finished, SourceRequest, Token
+from ..engines.streams import check_finished
 from .bodies import read_body
 from .completions import CompletionChoice, CompletionRun, EventStream, answer
-from .errors import Refused
 from .fields import Fields
 from .openai import Completion
-from .requests import Event, Finished, SourceRequest, Token
 from .scoring import score_body, source_and_target
 from .sources import ask, check_source
-from .streams import check_finished
 
 if TYPE_CHECKING:
     from .service import Service

@@ -10,9 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..data.tokenizers import END_OF_LINE, WordTokenizer
+from ..engines.errors import Refused
 from ..errors import UserError
 from .bodies import read_body
-from .errors import Refused
 from .fields import Fields, Json
 
 if TYPE_CHECKING:

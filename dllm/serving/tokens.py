@@ -1,4 +1,4 @@
-"""The tokens by which clients are known: where they come from, who has which, and what ranks may tell each other of them."""
+"""The tokens by which clients are known: where they come from, and who has which."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..errors import UserError, reason
 VARIABLE = "DLLM_TOKEN"
 MIN_TOKEN = 16  # characters
 LARGEST_FILE = 1 << 16  # bytes
-SCRYPT = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20}  # RFC 7914: 32 MB and a tenth of a second for each try
 SALT = 32  # bytes of what is drawn from a client's token
 
 
@@ -54,18 +53,6 @@ def _read(path: str) -> str:
         return data.decode()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --token-file {path}: {reason(error)}") from None
-
-
-def stretched(tokens: Sequence[str], salt: bytes) -> tuple[str, bytes]:
-    """Of all tokens, by scrypt: what ranks compare to see that all have the same, and a secret that is never sent.
-
-    salt : new for each start, the same on all ranks; who sees what is compared has to spend a tenth of a second for each try
-    """
-    if not tokens:
-        return "none", b""
-    listed = hashlib.sha256("\n".join(sorted(tokens)).encode()).digest()
-    both = hashlib.scrypt(listed, salt=salt, dklen=64, **SCRYPT)
-    return both[:16].hex(), both[32:]
 
 
 class Clients:

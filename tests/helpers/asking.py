@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import httpx
 
+from dllm.engines.kinds import make_engine
+from dllm.engines.limits import Limits
+from dllm.engines.streams import LocalStreams
 from dllm.inference.loaded_model import LoadedModel
+from dllm.peers.peers import Peers
 from dllm.serving.app import App
-from dllm.serving.engines import make_engine
-from dllm.serving.limits import Limits
 from dllm.serving.log import Log
-from dllm.serving.peers import Peers
 from dllm.serving.service import Service
-from dllm.serving.streams import LocalStreams
 from dllm.serving.tokens import Clients
 
 LIMIT = 60  # seconds, of any test

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from dllm.data import audio
+from dllm.engines.kinds import make_engine
 from dllm.inference.loaded_model import LoadedModel
-from dllm.serving.engines import make_engine
 from helpers.asking import LIMIT, OPTIONS, client_of
 from helpers.model_folders import make_kind
 

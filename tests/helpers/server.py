@@ -8,7 +8,7 @@ import time
 
 import httpx
 
-from dllm.serving.requests import Finished
+from dllm.engines.requests import Finished
 from helpers.launch import ULFM, Job, flavour
 
 LIMIT = 60  # seconds, of any wait

@@ -15,7 +15,7 @@ from helpers.server import Server, texts
 
 TOKEN = "a-token-for-these-tests"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
-SLOW, UPLOAD = 10, 20  # seconds in which a request's head and its body must be there, see dllm/serving/limits.py
+SLOW, UPLOAD = 10, 20  # seconds in which a request's head and its body must be there, see dllm/engines/limits.py
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import pytest
 from helpers.numerics import Bundled, V, build, configured, in_panels, reference
 from helpers.server import LIMIT, Collected
 
+from dllm.engines.requests import Finished, Full, Request, Stopped, Token
+from dllm.engines.text_engine import TextEngine
 from dllm.inference.generation import Sampling, sample, start_tokens
 from dllm.inference.loaded_model import LoadedModel
 from dllm.kernels.int8 import HOW
@@ -17,8 +19,6 @@ from dllm.kernels.sample import Choice, Scratch, draw
 from dllm.kernels.team import Team
 from dllm.model.batch import Batch
 from dllm.model.decoder import Decoder
-from dllm.serving.requests import Finished, Full, Request, Stopped, Token
-from dllm.serving.text_engine import TextEngine
 
 CONFIG = configured(hidden=18, embedding=7)
 PRECISIONS = ["fp32", *["bf16"] * bool(BF16), *["int8"] * bool(HOW)]

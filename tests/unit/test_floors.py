@@ -19,7 +19,8 @@ FLOORS = [  # from the ground up; a name is a file of dllm/ or a folder
     ("data", "cli"),
     ("runs", "exchange"),
     ("inference", "launching"),
-    ("training",),
+    ("training", "engines"),
+    ("peers",),
     ("serving",),
     (*COMMANDS, "tools", "__main__", "api"),
 ]

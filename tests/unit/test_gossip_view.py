@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from dllm.serving.gossip_view import GossipView
+from dllm.peers.gossip_view import GossipView
 
 
 def test_a_view_has_what_belongs_to_the_rank_and_to_its_model_alone():

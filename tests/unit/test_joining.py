@@ -14,11 +14,11 @@ from dllm.comm.membership import LIFE, LIVES, Membership, Place
 from dllm.comm.messages import pack
 from dllm.errors import UserError
 from dllm.launching.join_file import About, JoinFile, RankAt
-from dllm.serving import joiner, joining, sealed
-from dllm.serving.joining import TELL, Claim, Door, Elsewhere, Granted, Look, Refused, Seen
+from dllm.peers import joiner, joining, sealed
+from dllm.peers.joining import TELL, Claim, Door, Elsewhere, Granted, Look, Refused, Seen
+from dllm.peers.reports import report_of, room
+from dllm.peers.sealed import STRANGER, DoorKeys, Keys
 from dllm.serving.log import Log
-from dllm.serving.reports import report_of, room
-from dllm.serving.sealed import STRANGER, DoorKeys, Keys
 
 LIMIT = 60  # seconds, of any test
 SECRET = bytes(range(32))

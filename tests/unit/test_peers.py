@@ -10,13 +10,14 @@ import pytest
 from helpers.numerics import Bundled, V, build, configured
 
 from dllm.comm.messages import pack
-from dllm.serving import peers, sealed, wire
-from dllm.serving.limits import Limits
-from dllm.serving.peers import STRANGERS, Peers
-from dllm.serving.requests import Finished, Request, Token
-from dllm.serving.sealed import Keys
-from dllm.serving.streams import Inbox, LocalStreams
-from dllm.serving.text_engine import TextEngine
+from dllm.engines import wire
+from dllm.engines.limits import Limits
+from dllm.engines.requests import Finished, Request, Token
+from dllm.engines.streams import Inbox, LocalStreams
+from dllm.engines.text_engine import TextEngine
+from dllm.peers import peers, sealed
+from dllm.peers.peers import STRANGERS, Peers
+from dllm.peers.sealed import Keys
 
 LIMIT = 60  # seconds, of any test
 CONFIG = configured(hidden=18, embedding=7)

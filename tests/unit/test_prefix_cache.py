@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.serving.prefix_cache import OVERHEAD, PrefixCache
-from dllm.serving.requests import Request
+from dllm.engines.prefix_cache import OVERHEAD, PrefixCache
+from dllm.engines.requests import Request
 
 STATE = np.zeros(10, np.float32)
 SIZE = STATE.nbytes + OVERHEAD

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.serving.requests import Request, Stream
-from dllm.serving.scheduler import PATIENCE, WORTHWHILE, Scheduler
+from dllm.engines.requests import Request, Stream
+from dllm.engines.scheduler import PATIENCE, WORTHWHILE, Scheduler
 
 
 def stream(length=10, first=0, **changes):

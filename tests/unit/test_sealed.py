@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dllm.errors import UserError
-from dllm.serving import sealed
-from dllm.serving.sealed import LARGEST, LENGTH, NONCE, PAD, TAG, Channel, Keys, NotSealed, Seal
+from dllm.peers import sealed
+from dllm.peers.sealed import LARGEST, LENGTH, NONCE, PAD, TAG, Channel, Keys, NotSealed, Seal
 
 SECRET = b"PATIENT Ada Lovelace, insurance number 4711"
 ANSWERS = [b"", b"one", b"two" * 1000, bytes(PAD - LENGTH)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dllm.serving.errors import Refused
-from dllm.serving.limits import request_id
+from dllm.engines.errors import Refused
+from dllm.serving.guard import request_id
 from dllm.serving.origins import MOST_NAMES, Origins
 
 APP = "https://app.example.com"

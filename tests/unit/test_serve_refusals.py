@@ -9,7 +9,7 @@ from helpers.kinds import SHAPES, Kinds, recording, refused
 
 from dllm.data.tokenizers import CharTokenizer
 from dllm.errors import UserError
-from dllm.serving import engines as engines_table
+from dllm.serving import bodies
 from dllm.serving.routes import PATHS
 
 
@@ -99,10 +99,10 @@ def test_a_search_holds_no_more_than_a_request_may(ask, more, says):
 
 
 def test_without_a_library_for_forms_models_of_sound_are_refused_before_they_are_served(models, monkeypatch):
-    monkeypatch.setattr(engines_table.importlib.util, "find_spec", lambda name: None)
-    engines_table.check_forms(models["tagger"])
+    monkeypatch.setattr(bodies.importlib.util, "find_spec", lambda name: None)
+    bodies.check_forms(models["tagger"])
     with pytest.raises(UserError, match="takes python-multipart"):
-        engines_table.check_forms(models["ctc"])
+        bodies.check_forms(models["ctc"])
 
 
 @pytest.mark.parametrize(

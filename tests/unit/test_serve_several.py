@@ -9,8 +9,8 @@ from helpers.kinds import TARGET, Kinds, recording, refused
 from prometheus_client.parser import text_string_to_metric_families
 
 from dllm.errors import UserError
-from dllm.serving.engines import check_names
-from dllm.serving.reports import MOST_MODELS
+from dllm.peers.reports import MOST_MODELS
+from dllm.serving.bodies import check_names
 
 SHAPES = {
     "small": {"kind": "lm"},

@@ -14,12 +14,12 @@ from helpers.model_folders import make
 from helpers.numerics import Bundled, build, configured
 
 from dllm.data.tokenizers import CharTokenizer
+from dllm.engines.requests import Finished, Request, Token
+from dllm.engines.streams import LONGEST_PAUSE, LocalStreams
+from dllm.engines.text_engine import TextEngine
 from dllm.serving.connection import Requests
 from dllm.serving.openai import Answer, choice_body, encode
-from dllm.serving.requests import Finished, Request, Token
 from dllm.serving.streamed_text import Detokenizer
-from dllm.serving.streams import LONGEST_PAUSE, LocalStreams
-from dllm.serving.text_engine import TextEngine
 
 PROMPT = np.array([5, 3, 9])
 

@@ -8,12 +8,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dllm.comm.messages import pack, unpack
-from dllm.serving import throughput
-from dllm.serving.counts import MOST_ROUTES, OTHER, ROW, STATUSES, Ledger, RequestCounts
+from dllm.engines import throughput
+from dllm.engines.throughput import Throughput
+from dllm.peers.counts import MOST_ROUTES, OTHER, ROW, STATUSES, Ledger, RequestCounts
+from dllm.peers.reports import report_of, room
 from dllm.serving.metrics import GAUGES_AND_COUNTERS, Series, render
-from dllm.serving.reports import report_of, room
 from dllm.serving.routes import HANDLERS, PATHS, answered_by
-from dllm.serving.throughput import Throughput
 
 NAMES = [name for name, _, _ in GAUGES_AND_COUNTERS]
 ROUTES = ["/health", "/v1/score", "/v1/tag"]  # of a rank

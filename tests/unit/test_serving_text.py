@@ -5,10 +5,10 @@ import hypothesis.strategies as st
 import pytest
 
 from dllm.data.tokenizers import ByteTokenizer
-from dllm.serving.errors import Refused
+from dllm.engines.errors import Refused
+from dllm.engines.requests import Token
 from dllm.serving.fields import read_json
 from dllm.serving.openai import Completion
-from dllm.serving.requests import Token
 from dllm.serving.streamed_text import Detokenizer, Vocabulary
 
 BYTES = ByteTokenizer()

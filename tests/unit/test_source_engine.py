@@ -9,17 +9,17 @@ import pytest
 from helpers.model_folders import make_kind
 from helpers.server import Collected
 
+from dllm.engines import source_engine, workers
+from dllm.engines.kinds import make_engine
+from dllm.engines.requests import Finished, Full, SourceRequest, Stopped, Stream, Token
+from dllm.engines.source_engine import WAITING
+from dllm.engines.wire import write_news
 from dllm.inference.answering import Answering, pair_losses, streams_of
 from dllm.inference.loaded_model import LoadedModel
 from dllm.inference.search import Beam
 from dllm.kernels.ctc import log_probabilities
 from dllm.kernels.softmax import IGNORE
 from dllm.model.batch import Batch
-from dllm.serving import source_engine, workers
-from dllm.serving.engines import make_engine
-from dllm.serving.requests import Finished, Full, SourceRequest, Stopped, Stream, Token
-from dllm.serving.source_engine import WAITING
-from dllm.serving.wire import write_news
 
 OPTIONS = {"slots": 8, "queue": 64, "cache": 0, "precision": "fp32", "max_source": 64}
 SHAPES = {

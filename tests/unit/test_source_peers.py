@@ -9,14 +9,14 @@ import pytest
 from helpers.model_folders import make_kind
 
 from dllm.comm.messages import pack
+from dllm.engines import wire
+from dllm.engines.kinds import make_engine
+from dllm.engines.limits import Limits
+from dllm.engines.requests import Finished, SourceRequest, Token
+from dllm.engines.streams import Inbox, LocalStreams
 from dllm.inference.loaded_model import LoadedModel
-from dllm.serving import wire
-from dllm.serving.engines import make_engine
-from dllm.serving.limits import Limits
-from dllm.serving.peers import Peers
-from dllm.serving.requests import Finished, SourceRequest, Token
-from dllm.serving.sealed import Keys
-from dllm.serving.streams import Inbox, LocalStreams
+from dllm.peers.peers import Peers
+from dllm.peers.sealed import Keys
 
 LIMIT = 60  # seconds, of any test
 LIMITS = Limits(tokens=3000, prompt=500, source=64)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeAlias, TypeVar
-
-from starlette.types import Receive
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 from .engine import Engine
 from .errors import Disconnected, Refused, busy
 from .requests import AnyRequest, Event, Finished, Stream
 
-Result = TypeVar("Result")
 Cancel: TypeAlias = Callable[[], object]
 PAUSE, LONGEST_PAUSE = 0.003, 0.04  # seconds in which tokens are gathered: for each stream beside the first, and at most
 
@@ -162,22 +159,3 @@ class LocalStreams:
             sink.put(index, *events)
             if isinstance(events[-1], Finished):
                 del self._sinks[stream]
-
-
-async def unless_disconnected(receive: Receive, inbox: Inbox, work: Coroutine[Any, Any, Result]) -> Result:
-    """What the coroutine `work`, which reads from an inbox, returns; it gets Disconnected where the client leaves.
-
-    It runs in a task of its own, so that each of its steps begins there and not below all that has called this.
-    """
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        inbox.close()
-
-    watcher, worker = asyncio.create_task(watch()), asyncio.create_task(work)
-    try:
-        return await worker
-    finally:
-        watcher.cancel()
-        inbox.cancel()

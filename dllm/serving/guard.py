@@ -1,4 +1,4 @@
-"""What a server puts up with: connections, bodies, requests at once, time; and who may ask at all."""
+"""What stands before every request: who may ask at all, how much at once, how large, and for how long."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Refused, busy
+from ..engines.errors import Refused, busy
+from ..engines.limits import Limits
 from .origins import Headers, Origins
 from .tokens import Clients
 
@@ -20,33 +20,7 @@ ONCE = {b"authorization", b"host", b"origin"}
 REQUEST_ID = re.compile(rb"[\w.:/+=@-]{1,128}")  # one that others have made and that is taken over
 ALWAYS = {b"x-content-type-options": b"nosniff", b"cache-control": b"no-store"}  # where an answer does not say it
 STREAMED = {b"cache-control": b"no-cache", b"x-accel-buffering": b"no"}  # no proxy may wait for more events, as nginx would
-MOST_NUMBERS = 32  # times the tokens of a choice, or of a source: what one request may hold
 LINGER, LINGER_BYTES = 2.0, 8 << 20  # seconds and bytes of a body that is not wanted, read so that the client sees the refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of one rank. Times in seconds."""
-
-    body: int = 1 << 20  # bytes
-    prompt: int = 32768  # tokens
-    source: int = 8192  # tokens or frames of one that is read as a whole
-    tokens: int = 4096  # that a request may ask for, each choice
-    requests: int = 256  # that generate, score or embed at once
-    connections: int = 512  # beyond it those that have waited longest go
-    head: float = 10.0  # for a whole request head
-    upload: float = 20.0  # for a whole body
-    deadline: float = 600.0  # for a whole request
-
-    @property
-    def numbers(self) -> int:
-        """Tokens and alternatives that a request may hold, of all its choices, or of all texts that a search keeps."""
-        return MOST_NUMBERS * self.tokens
-
-    @property
-    def attention(self) -> int:
-        """Tokens of a source, once for each text that a search keeps: each of them attends to all."""
-        return MOST_NUMBERS * self.source
 
 
 class Guard:

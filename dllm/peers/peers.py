@@ -1,8 +1,8 @@
 """The other ranks: which of them is free, and streams that they compute for this one.
 
 A rank without a free slot hands a stream to one that has some, over a private port that only ranks of this job can use
-(sealed.py), and believes what can be true of it (wire.py). Since a stream depends on nothing but its request, one whose rank
-dies, or is not the one it should be, goes on here from where it broke off, the same to the bit.
+(sealed.py), and believes what can be true of it (engines/wire.py). Since a stream depends on nothing but its request, one whose
+rank dies, or is not the one it should be, goes on here from where it broke off, the same to the bit.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
+from ..engines.errors import busy
+from ..engines.limits import Limits
+from ..engines.requests import AnyRequest, Event, Finished, Full
+from ..engines.streams import Cancel, Inbox, LocalStreams
+from ..engines.wire import write_news, write_question
 from ..remote.http import is_loopback
 from . import sealed
-from .errors import busy
-from .limits import Limits
 from .reports import state_of
-from .requests import AnyRequest, Event, Finished, Full
 from .sealed import Channel, Gate, Keys
-from .streams import Cancel, Inbox, LocalStreams
-from .wire import write_news, write_question
 
 if TYPE_CHECKING:
     from .gossip_view import GossipView

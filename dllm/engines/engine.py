@@ -3,7 +3,7 @@
     submit -> waiting (queue) -> held by what the kind of model has -> ended
 
 In a turn of the thread, `choose` says who begins, and `compute` takes what is held a little further, so that what is cancelled
-soon ends. What happened goes out in one call for each `deliver`. text_engine.py and source_engine.py have engines, engines.py
+soon ends. What happened goes out in one call for each `deliver`. text_engine.py and source_engine.py have engines, kinds.py
 their table.
 """
 

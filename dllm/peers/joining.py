@@ -34,7 +34,6 @@ from ..errors import UserError
 from ..launching import join_file
 from ..launching.join_file import SECRET, About, Hex, Name, Rank, RankAt
 from . import sealed
-from .log import Log
 from .sealed import Channel, DoorKeys, Gate, Keys
 
 if TYPE_CHECKING:
@@ -131,11 +130,18 @@ class Door:
         Of the join file of this host.
     ending : callable
         Returns whether this rank is about to leave.
-    log : Log
+    log : callable
+        Takes the name of an event, and its values.
     """
 
     def __init__(
-        self, gossip: Membership, keys: Keys, about: About, path: pathlib.Path, ending: Callable[[], bool], log: Log
+        self,
+        gossip: Membership,
+        keys: Keys,
+        about: About,
+        path: pathlib.Path,
+        ending: Callable[[], bool],
+        log: Callable[..., None],
     ) -> None:
         self.gossip, self.keys, self.about, self.path, self.ending, self.log = gossip, keys, about, path, ending, log
         self.callers = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import os
 import random
 import re
@@ -24,7 +25,6 @@ from . import sealed
 from .joining import PATIENCE, Answer, At, Claim, Elsewhere, Granted, Look, Question, Refused, Seen, agree_on_secret
 from .reports import room
 from .sealed import STRANGER, DoorKeys, Keys
-from .tokens import stretched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SALT = 16  # bytes
+SCRYPT = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20}  # RFC 7914: 32 MB and a tenth of a second for each try
 WAIT = 10.0  # seconds until a death must be known, and whoever gives places must answer
 NAP = 0.3  # seconds between tries
 
@@ -75,6 +76,18 @@ def first_seat(comm: MPI.Comm, tokens: Sequence[str], one_host: bool) -> Seat:
     if runtime.survivable(comm):
         agree_on_secret(comm, keys)
     return Seat(Place(comm.rank, comm.size), keys, one_host, salt, compared=compared)
+
+
+def stretched(tokens: Sequence[str], salt: bytes) -> tuple[str, bytes]:
+    """Of all tokens, by scrypt: what ranks compare to see that all have the same, and a secret that is never sent.
+
+    salt : new for each start, the same on all ranks; who sees what is compared has to spend a tenth of a second for each try
+    """
+    if not tokens:
+        return "none", b""
+    listed = hashlib.sha256("\n".join(sorted(tokens)).encode()).digest()
+    both = hashlib.scrypt(listed, salt=salt, dklen=64, **SCRYPT)
+    return both[:16].hex(), both[32:]
 
 
 def about(seat: Seat, options: argparse.Namespace, port: int, facts: dict[str, str], threads: int) -> About | None:

@@ -1,16 +1,14 @@
-"""The engine of each kind of model. A new kind: its Worker, and a line here and in routes.py."""
+"""The engine of each kind of model. A new kind: its Worker, a line here, and its routes in serving/routes.py."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ..errors import UserError
 from ..inference.loaded_model import LoadedModel
 from .engine import Engine
-from .reports import MOST_MODELS
 from .source_engine import SourceEngine
 from .text_engine import TextEngine
 from .workers import Labels, Targets, Transcripts, Worker
@@ -37,22 +35,6 @@ ENGINES: dict[str, Make] = {
     "classifier": _of_sources(Labels),
     "ctc": _of_sources(Transcripts),
 }
-
-
-def check_forms(model: LoadedModel) -> None:
-    """Raise UserError where requests could not be read: recordings come as forms."""
-    if model.config.features and not importlib.util.find_spec("python_multipart"):
-        raise UserError("recordings are sent as forms, which takes python-multipart: pip install 'dllm[serve]'")
-
-
-def check_names(names: Sequence[str], paths: Sequence[str]) -> None:
-    """Raise UserError where requests could not name each model. paths : as the user has given them"""
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            both = f"{paths[names.index(name)]} and {paths[place]}"
-            raise UserError(f"two models would be called {name}: {both}; give one of the folders another name")
-    if len(names) > MOST_MODELS:
-        raise UserError(f"{len(names)} models are given; one server has at most {MOST_MODELS}: start another one for the rest")
 
 
 def make_engine(model: LoadedModel, options: argparse.Namespace, threads: int) -> Engine[Any]:
