@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import tempfile
 
-from . import commands, decentralised, http_load, kinds, papers, replicas, resilience, tokenizing
+from . import commands, decentralised, http_load, kinds, papers, replicas, resilience, reviews, tokenizing
 from .results import hardware, save
 from .sizes import SIZES
 
@@ -34,6 +34,7 @@ COMMANDS = {
     "network": decentralised.network,
     "replicas": replicas.replicas,
     "papers": papers.papers,
+    "reviews": reviews.reviews,
     "tokenizing": tokenizing.tokenizing,
 }
 PEERS = ["torch", "tensorflow", "jax"]
@@ -59,7 +60,7 @@ def main():
         command.add_argument(
             "--data",
             type=pathlib.Path,
-            help="folder of texts: tinyshakespeare/ and wikitext-2/ for quality and averaging methods; for kinds it says which",
+            help="folder of texts: tinyshakespeare/, wikitext-2/ for quality and averaging methods; kinds, reviews say which",
         )
     options = parser.parse_args()
     options.seconds = 1 if options.quick else 8
