@@ -32,8 +32,8 @@ class _Telling(io.FileIO):
         except OSError as error:
             first, self.failure = self.failure is None, self.failure or error
             if first and self.fileno() == 1 and error.errno != errno.EPIPE:
-                sys.stderr.write(f"dllm: cannot write to standard output: {reason(error)}\n")
-                sys.stderr.flush()
+                line = f"dllm: cannot write to standard output: {reason(error)}\n"
+                write_error(line.encode())  # not by sys.stderr: a live line, which is being written, may stand in its place
         return len(data)
 
 
