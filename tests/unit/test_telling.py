@@ -83,7 +83,8 @@ def test_the_work_comes_to_its_end_with_its_own_exit_code(tmp_path, shell, varia
 @pytest.mark.parametrize("shell", ["| true; exit ${PIPESTATUS[0]}", ">/dev/full", ""])
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_the_live_line_is_dropped_too(tmp_path, shell, encoding):
-    done, ended = run(LIVE, tmp_path, shell, PYTHONIOENCODING=encoding)
+    variables = {"PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": "", "TERM": "dumb"}  # in which text waits for a flush
+    done, ended = run(LIVE, tmp_path, shell, **variables)
     assert (done.returncode, ended) == (0, True), done
 
 
